@@ -1,0 +1,490 @@
+"""Checkpoints of a run: asynchronous, atomic, hashed, verified on restore, one writer a run.
+
+A run's folder holds `checkpoints/<step>/`, each with `state/` (the train state, by orbax), `extra/`
+(JSON: data position, metrics, resolved config, versions) and, written last, `MANIFEST.json` with
+the size and SHA-256 of every file. A checkpoint counts from the moment its manifest exists, so a
+process that dies at any point leaves the previous checkpoint in force. orbax alone restores most
+bit flips silently as wrong weights; the manifest is what detects them. Retention is done here and
+not by orbax, whose manager deletes the old checkpoint before the new one has its manifest.
+
+On gs:// the manifest records sizes only: the store keeps and checks checksums of its own, and
+hashing would read everything back over the network. There the lock on the folder is left out too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+import filelock
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import FrozenConfigDict
+
+from MaxNano import pyconfig, scaling
+
+MANIFEST = "MANIFEST.json"
+MAX_FAILED_SAVES = 3
+CLOCK_STEPS = 16  # several hosts compare clocks only this often: each time costs a round trip
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written, found or trusted; the message is one line for the user."""
+
+
+class Checkpointer:
+    """Saves and restores the checkpoints of the run in `directory` (local or gs://).
+
+    Use as a context manager, or call close(). With `writer` it owns the run: a second writer is
+    refused with CheckpointError. `tokenizer_fingerprint` is stored with each checkpoint and
+    compared on restore; "" stands for unknown and is never compared.
+    """
+
+    def __init__(
+        self,
+        config: FrozenConfigDict,
+        directory: epath.PathLike,
+        *,
+        tokenizer_fingerprint: str = "",
+        writer: bool = True,
+    ) -> None:
+        # orbax logs each failure with several tracebacks and then raises it; check() says it once.
+        logging.getLogger("absl").addFilter(_is_not_orbax)
+        self._config = config
+        self._fingerprint = tokenizer_fingerprint
+        self._run = epath.Path(directory)
+        self._local = "://" not in str(directory)
+        if self._local:
+            self._run = epath.Path(Path(directory).expanduser().absolute())  # orbax wants it so
+        self._root = self._run / "checkpoints"
+        self._writer = writer
+        self._primary = jax.process_index() == 0
+        self._lock: filelock.BaseFileLock | None = None
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread: threading.Thread | None = None  # commits and hashes the last save
+        self._error: Exception | None = None  # of that save, until check() reports it
+        self._failures = 0  # failed saves in a row
+        self._last_step: int | None = None
+        self._last_save = time.monotonic()
+        if writer and self._primary:
+            self._take_over()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # ---- When ----
+
+    def should_save(self, step: int) -> bool:
+        """Whether a checkpoint is due at `step`, by steps or by minutes; call at each step.
+
+        Reports a failed earlier save, see check(). Process 0's clock decides for all hosts.
+        """
+        self.check()
+        config = self._config
+        if step == self._last_step:
+            return False
+        if config.checkpoint_interval_steps and step % config.checkpoint_interval_steps == 0:
+            return True
+        if not config.checkpoint_interval_minutes:
+            return False
+        due = time.monotonic() - self._last_save >= 60 * config.checkpoint_interval_minutes
+        if jax.process_count() > 1:
+            if step % CLOCK_STEPS:
+                return False
+            due = bool(multihost_utils.broadcast_one_to_all(np.int32(due)))
+        return due
+
+    # ---- Write ----
+
+    def save(self, step: int, state: Any, extra: dict) -> None:
+        """Saves the pytree `state` of jax arrays and the JSON-able dict `extra` as step `step`.
+
+        With async_checkpointing it returns once the state may be donated. A failure is reported by
+        check(), and the next interval tries again. A step that is saved already stays as it is.
+        """
+        self._join()
+        self.check()
+        if step in self._steps():
+            return
+        self._last_step = step
+        self._last_save = time.monotonic()
+        record = {**extra, "run": {"step": step, **self._identity()}}
+        try:
+            self._orbax.save(
+                self._root / str(step),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(record)
+                ),
+                force=True,  # what an interrupted save of the same step left behind
+            )
+        except Exception as error:  # noqa: BLE001 (check() reports it)
+            self._error = error
+        else:
+            self._thread = threading.Thread(target=self._commit, args=(step,), name="checkpoint")
+            self._thread.start()
+        if not self._config.async_checkpointing:
+            self._join()
+        self.check()
+
+    def check(self) -> None:
+        """Reports a failed save in one line on stderr, and removes what it left behind.
+
+        Raises CheckpointError after MAX_FAILED_SAVES failures in a row.
+        """
+        if self._thread is not None and not self._thread.is_alive():
+            self._join()
+        if self._error is None:
+            return
+        reason, self._error = _one_line(self._error), None
+        self._failures += 1
+        self._remove_temporary()
+        if self._failures >= MAX_FAILED_SAVES:
+            raise CheckpointError(
+                f"{self._failures} checkpoints in a row could not be written to {self._run}: {reason}"
+            )
+        _warn(
+            f"the checkpoint of step {self._last_step} could not be written ({reason}); "
+            "trying again at the next interval"
+        )
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk with its manifest; CheckpointError if it failed."""
+        self._join()
+        if self._error is not None:
+            reason, self._error = _one_line(self._error), None
+            self._remove_temporary()
+            raise CheckpointError(
+                f"the checkpoint of step {self._last_step} could not be written to {self._run}: "
+                f"{reason}"
+            )
+
+    def close(self) -> None:
+        """Finishes the last save and frees the run in any case; raises as wait() does."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+            if self._lock is not None:
+                self._lock.release()
+
+    def check_free_space(self, state: Any) -> None:
+        """CheckpointError if the disk cannot hold the checkpoints to keep; call before training.
+
+        state: the train state or its abstract shapes. Nothing is checked on gs://.
+        """
+        if not self._local:
+            return
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        # The oldest is deleted only when a new one stands.
+        missing = max(1, self._config.checkpoint_keep + 1 - len(self._steps())) * size
+        free = shutil.disk_usage(self._run).free
+        if free < missing:
+            raise CheckpointError(
+                f"{self._run} has {free / 1e9:.1f} GB free but checkpoints need "
+                f"{missing / 1e9:.1f} GB; free space, lower checkpoint_keep or set base_output_directory to another disk"
+            )
+
+    # ---- Read ----
+
+    def latest_step(self) -> int | None:
+        """Step of the newest finished checkpoint, None if there is none."""
+        steps = self._steps()
+        return steps[-1] if steps else None
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
+        """(state, extra) of the newest intact checkpoint, or of `step`.
+
+        abstract_state: pytree of jax.ShapeDtypeStruct with shardings, which may belong to another
+        mesh than the one that saved. A damaged checkpoint is set aside as `<step>.damaged` with a
+        line on stderr and the one before is used. Raises CheckpointError where none is intact, or
+        where the checkpoint belongs to another tokenizer or model.
+        """
+        return self._restore(step, lambda path: self._read(path, abstract_state))
+
+    def restore_params_only(
+        self, abstract_params: Any = None, step: int | None = None
+    ) -> tuple[Any, dict]:
+        """(params, extra) as restore(), reading only `params` of the state.
+
+        Without `abstract_params` they come as numpy arrays, in the dtypes in which they were saved.
+        """
+        return self._restore(step, lambda path: self._read_params(path, abstract_params))
+
+    def read_extra(self, step: int | None = None) -> dict:
+        """The JSON dict alone, as restore() returns it, not compared with this run's config."""
+        return self._extra(self._root / str(self._choose(step)))
+
+    # ---- Inside ----
+
+    def _take_over(self) -> None:
+        """Locks the run's folder and clears up after a process that died."""
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write to {self._run} ({_one_line(error)}); set base_output_directory"
+            ) from None
+        if self._local:
+            lock = filelock.FileLock(self._run / ".lock")
+            try:
+                lock.acquire(blocking=False)
+            except filelock.Timeout:
+                raise CheckpointError(
+                    f"another process is writing to {self._run}; stop it or choose another run_name"
+                ) from None
+            self._lock = lock
+        self._remove_temporary()
+        finished = self._steps()
+        for path in self._root.iterdir():
+            if path.name.isdigit() and int(path.name) not in finished:
+                _warn(
+                    f"the checkpoint of step {path.name} in {self._run} was never finished; ignored"
+                )
+
+    def _steps(self) -> list[int]:
+        """Finished checkpoints, oldest first."""
+        if not self._root.exists():
+            return []
+        names = (path.name for path in self._root.iterdir())
+        return sorted(int(n) for n in names if n.isdigit() and (self._root / n / MANIFEST).exists())
+
+    def _remove_temporary(self) -> None:
+        if not self._primary:
+            return
+        for path in self._root.iterdir():
+            if re.fullmatch(rf"\d+{re.escape(ocp.utils.TMP_DIR_SUFFIX)}.*", path.name):
+                try:
+                    path.rmtree(missing_ok=True)
+                except (
+                    OSError
+                ):  # a thread of the failed save still writes there; the next one retries
+                    pass
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _commit(self, step: int) -> None:
+        """In the background: waits for orbax, writes the manifest, deletes what is not kept."""
+        try:
+            self._orbax.wait_until_finished()
+            if self._primary:
+                _write_manifest(self._root / str(step), hashes=self._local)
+                for old in self._steps()[: -self._config.checkpoint_keep]:
+                    path = self._root / str(old)
+                    (path / MANIFEST).unlink()  # first: a half-deleted checkpoint must not count
+                    path.rmtree()
+                self._remove_temporary()
+            self._failures = 0
+        except Exception as error:  # noqa: BLE001 (check() reports it)
+            self._error = error
+
+    def _identity(self) -> dict:
+        return {
+            "config": {key: self._config[key] for key in pyconfig.keys_of(self._config)},
+            "tokenizer": self._fingerprint,
+            "versions": _versions(),
+        }
+
+    def _choose(self, step: int | None) -> int:
+        """The newest intact step, or `step` if that is intact; the same on every host."""
+        chosen, message = -1, ""
+        if self._primary:
+            try:
+                chosen = self._choose_here(step)
+            except CheckpointError as error:
+                message = str(error)
+        if jax.process_count() > 1:
+            chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+        if chosen < 0:
+            raise CheckpointError(message or f"process 0 found no intact checkpoint in {self._run}")
+        return chosen
+
+    def _choose_here(self, step: int | None) -> int:
+        steps = self._steps()
+        if step is not None:
+            if step not in steps:
+                raise CheckpointError(f"{self._run} has no checkpoint of step {step}, only {steps}")
+            steps = [step]
+        if not steps:
+            raise CheckpointError(f"{self._run} holds no finished checkpoint")
+        for candidate in reversed(steps):
+            path = self._root / str(candidate)
+            problem = _find_damage(path)
+            if problem is None:
+                return candidate
+            if self._writer:
+                # Out of the way, so that it is neither found again nor counted as kept.
+                aside = self._root / f"{candidate}.damaged"
+                aside.rmtree(missing_ok=True)
+                path.rename(aside)
+            _warn(f"the checkpoint of step {candidate} in {self._run} is damaged ({problem})")
+        raise CheckpointError(
+            f"no checkpoint in {self._run} is intact (newest first looked at: step {steps[-1]}); "
+            "choose another run_name to start afresh"
+        )
+
+    def _restore(self, step: int | None, read: Any) -> tuple[Any, dict]:
+        chosen = self._choose(step)
+        path = self._root / str(chosen)
+        try:
+            extra = self._extra(path)
+            self._check_identity(extra["run"])
+            return read(path), extra
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"the checkpoint of step {chosen} in {self._run} cannot be read: {_one_line(error)}"
+            ) from error
+
+    def _extra(self, path: epath.Path) -> dict:
+        return self._orbax.restore(
+            path, args=ocp.args.Composite(extra=ocp.args.JsonRestore())
+        ).extra
+
+    def _read(self, path: epath.Path, abstract_state: Any) -> Any:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        return self._orbax.restore(path, args=args).state
+
+    def _read_params(self, path: epath.Path, abstract_params: Any) -> Any:
+        # A handler of its own: this object's is bound to whole states.
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            if abstract_params is None:
+                tree = reader.metadata(path / "state").item_metadata.tree
+                item = {"params": jax.tree.map(lambda _: 0, tree["params"])}
+                args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+            else:
+                item = {"params": abstract_params}
+                args = ocp.checkpoint_utils.construct_restore_args(item)
+            restored = reader.restore(
+                path / "state",
+                args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True),
+            )
+        return restored["params"]
+
+    def _check_identity(self, saved: dict) -> None:
+        for key in scaling.Shape._fields:
+            was, now = saved["config"][key], self._config[key]
+            if was != now:
+                raise CheckpointError(
+                    f"{key} is {was} in the checkpoint of {self._run} but {now} now; set it back "
+                    "or choose another run_name"
+                )
+        if saved["tokenizer"] and self._fingerprint and saved["tokenizer"] != self._fingerprint:
+            raise CheckpointError(
+                f"the tokenizer of {self._run} has fingerprint {saved['tokenizer'][:16]} but "
+                f"tokenizer_path holds {self._fingerprint[:16]}; set it back or choose another "
+                "run_name"
+            )
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in Path(record.pathname).parts
+
+
+def _files(directory: epath.Path, prefix: str = "") -> Iterator[tuple[str, epath.Path]]:
+    """(relative name, path) of every file below the directory, the manifest left out."""
+    for path in sorted(directory.iterdir()):
+        name = f"{prefix}{path.name}"
+        if path.is_dir():
+            yield from _files(path, f"{name}/")
+        elif path.name != MANIFEST:
+            yield name, path
+
+
+def _sha256(path: epath.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_manifest(directory: epath.Path, *, hashes: bool) -> None:
+    files = dict(_files(directory))
+    with ThreadPoolExecutor() as pool:  # hashing leaves the GIL free
+        digests = pool.map(_sha256, files.values()) if hashes else [None] * len(files)
+        entries = {
+            name: {"bytes": path.stat().length, "sha256": digest}
+            for (name, path), digest in zip(files.items(), digests, strict=True)
+        }
+    temporary = directory / f"{MANIFEST}.tmp"
+    temporary.write_text(json.dumps({"files": entries}, indent=1))
+    temporary.rename(directory / MANIFEST)
+
+
+def _find_damage(directory: epath.Path) -> str | None:
+    """What is wrong with a finished checkpoint, None if it is as it was written."""
+    try:
+        entries = json.loads((directory / MANIFEST).read_text())["files"]
+        with ThreadPoolExecutor() as pool:
+            problems = pool.map(lambda item: _find_file_damage(directory, *item), entries.items())
+            return next((p for p in problems if p is not None), None)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is not as it was written"
+    except OSError as error:
+        return _one_line(error)
+
+
+def _find_file_damage(directory: epath.Path, name: str, entry: dict) -> str | None:
+    path = directory / name
+    if not path.exists():
+        return f"{name} is missing"
+    size = path.stat().length
+    if size != entry["bytes"]:
+        return f"{name} has {size} bytes instead of {entry['bytes']}"
+    if entry["sha256"] is not None and _sha256(path) != entry["sha256"]:
+        return f"{name} has changed"
+    return None
+
+
+def _versions() -> dict[str, str | None]:
+    """Versions that bit-identical numbers depend on; None for what is not installed."""
+    found: dict[str, str | None] = {"python": sys.version.split()[0]}
+    for package in (
+        "maxnano",
+        "jax",
+        "jaxlib",
+        "libtpu",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+    ):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True)
+        found["commit"] = commit.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        found["commit"] = None
+    return found
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:100]} ... {text[-190:]}"  # causes come last
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)

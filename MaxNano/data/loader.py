@@ -1,0 +1,364 @@
+"""The loader: packed batches of this host, in the background, with an exact state; then to devices.
+
+The rows of a global batch come from the logical readers in turn: reader r fills the r-th of R equal
+blocks of rows, and a host takes a contiguous part of the rows and opens the readers these need. The
+batch at step s is thus the same for any number of hosts, devices and worker processes; with one
+reader it is nanochat's on one rank, with R readers nanochat's on R ranks.
+
+grain carries the iteration, the state of each element and the prefetching thread. Its worker
+processes do not fit (see workers.py), and reading and encoding is all that is worth a process:
+packing takes a few microseconds a row, and kept here it has the state at hand.
+"""
+
+import base64
+import collections
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from MaxNano.data import packing, sources, workers
+
+Batch = dict[str, np.ndarray]
+# What a reader has read, and the documents of it that wait to be packed, in order of arrival.
+ReaderState = tuple[sources.Position, tuple[packing.Document, ...]]
+
+
+class _Snapshot:
+    """What every open reader has read and holds buffered between two batches. Immutable.
+
+    Cheap to make, since the documents are shared: only `Loader.state` turns one into text.
+    """
+
+    def __init__(self, readers: Mapping[int, ReaderState]):
+        self.readers = dict(readers)
+
+    def __deepcopy__(self, memo: dict) -> "_Snapshot":
+        return self  # grain copies the state of each element
+
+
+class _PackedRows(grain.IterDataset):
+    """Endless (rows, row_tokens) int32: the rows `first_row` to `last_row` of each global batch."""
+
+    def __init__(
+        self,
+        encoding: workers.Encoding,
+        snapshot: _Snapshot,
+        *,
+        rows: range,
+        reader_rows: int,
+        buffer_documents: int,
+        data_workers: int,
+    ):
+        super().__init__()
+        self.encoding = encoding
+        self.snapshot = snapshot
+        self.rows = rows
+        self.reader_rows = reader_rows
+        self.buffer_documents = buffer_documents
+        self.data_workers = data_workers
+
+    def __iter__(self) -> "_PackedRowsIterator":
+        return _PackedRowsIterator(self)
+
+
+class _PackedRowsIterator(grain.DatasetIterator):
+    def __init__(self, dataset: _PackedRows):
+        super().__init__()
+        self._dataset = dataset
+        self._reading: workers.Reading | None = None
+        self.set_state({"snapshot": dataset.snapshot})
+
+    def get_state(self) -> dict[str, _Snapshot]:
+        return {
+            "snapshot": _Snapshot(
+                {r: (self._positions[r], packer.documents) for r, packer in self._packers.items()}
+            )
+        }
+
+    def set_state(self, state: dict[str, _Snapshot]) -> None:
+        self.close()
+        self._closed = False
+        self._positions = {r: position for r, (position, _) in state["snapshot"].readers.items()}
+        self._packers = {
+            reader: packing.BestFitPacker(
+                self._dataset.encoding.row_tokens,
+                self._dataset.buffer_documents,
+                lambda reader=reader: self._next_documents(reader),
+                documents,
+            )
+            for reader, (_, documents) in state["snapshot"].readers.items()
+        }
+
+    def __next__(self) -> np.ndarray:
+        dataset = self._dataset
+        if self._reading is None:
+            self._reading = workers.start(dataset.encoding, self._positions, dataset.data_workers)
+        filled = np.empty(
+            (len(self._packers), dataset.reader_rows, dataset.encoding.row_tokens), np.int32
+        )
+        for packer, rows in zip(self._packers.values(), filled, strict=True):
+            for row in rows:
+                packer.fill(row)
+        # Hosts that share a reader fill all of its rows and keep their own.
+        first = dataset.rows.start - min(self._packers) * dataset.reader_rows
+        rows = filled.reshape(-1, dataset.encoding.row_tokens)
+        return rows[first : first + len(dataset.rows)]
+
+    def close(self) -> None:
+        if self._reading is not None:
+            self._reading.close()
+            self._reading = None
+        self._closed = True
+
+    def _next_documents(self, reader: int) -> list[packing.Document]:
+        self._positions[reader], documents = self._reading.next(reader)
+        return documents
+
+
+def to_batch(rows: np.ndarray) -> Batch:
+    """Rows of T + 1 tokens as inputs, targets and weights, each (rows, T)."""
+    return {
+        "inputs": np.ascontiguousarray(rows[:, :-1]),
+        "targets": np.ascontiguousarray(rows[:, 1:]),
+        "weights": np.ones((rows.shape[0], rows.shape[1] - 1), np.float32),
+    }
+
+
+class Loader:
+    """Endless batches of this host: dict(inputs int32, targets int32, weights float32), (rows, T).
+
+    A context manager; `close` ends its thread and processes. What goes wrong in these is raised
+    from `next` as it was, and closes the loader.
+    """
+
+    def __init__(self, dataset: _PackedRows, prefetch_batches: int):
+        self._source = dataset.encoding.source
+        self._readers = dataset.encoding.readers
+        self._row_tokens = dataset.encoding.row_tokens
+        self._closed = False
+        self._rows = iter(
+            grain.experimental.ThreadPrefetchIterDataset(
+                dataset, prefetch_buffer_size=prefetch_batches
+            )
+        )
+        self._rows.start_prefetch()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closed:
+            raise ValueError("this loader is closed")
+        try:
+            rows = next(self._rows)
+        except BaseException:
+            self.close()
+            raise
+        return to_batch(rows)
+
+    @property
+    def snapshot(self) -> _Snapshot:
+        """The state behind the last batch handed out, for `state` and `position`."""
+        return self._rows.get_state()["snapshot"]
+
+    def state(self, snapshot: _Snapshot | None = None) -> dict[str, Any]:
+        """What `make_loader` needs to go on behind the last batch handed out; JSON-able.
+
+        Holds the buffered documents as tokens, at most a row of each. Their positions would be
+        smaller, but in time the buffer holds the longest documents of all that was read, and
+        finding them again would mean reading nearly all of it again.
+        """
+        snapshot = self.snapshot if snapshot is None else snapshot
+        return {
+            "data_readers": self._readers,
+            "row_tokens": self._row_tokens,
+            "readers": {
+                str(reader): {
+                    "epoch": position.epoch,
+                    "file": self._source.files[position.file],
+                    "group": position.group,
+                    "row": position.row,
+                    **_documents_to_text(documents),
+                }
+                for reader, (position, documents) in snapshot.readers.items()
+            },
+        }
+
+    def position(self, snapshot: _Snapshot | None = None) -> dict[str, int]:
+        """Epoch, file index and row group that the furthest of this host's readers has reached."""
+        snapshot = self.snapshot if snapshot is None else snapshot
+        furthest = max(position for position, _ in snapshot.readers.values())
+        return {"epoch": furthest.epoch, "file": furthest.file, "row_group": furthest.group}
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._rows.close()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def make_loader(
+    config: Any,
+    tokenizer: Any,
+    split: str,
+    *,
+    batch_rows: int,
+    state: Mapping[str, Any] | None = None,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> Loader:
+    """The batches of one host: rows of `max_target_length` tokens, `batch_rows` over all hosts.
+
+    split: "train" or "validation". state: from `Loader.state`, for several hosts joined by
+    `merge_states`. tokenizer: anything with `encode_batch(texts, bos=True)` that can be pickled.
+    Raises ValueError when readers, rows, hosts, data and state do not fit together.
+    """
+    readers = config.data_readers
+    if batch_rows % readers:
+        works = ", ".join(str(n) for n in range(1, batch_rows + 1) if batch_rows % n == 0)
+        raise ValueError(
+            f"data_readers={readers} does not divide the {batch_rows} rows of a {split} batch; "
+            f"set data_readers to one of {works}"
+        )
+    if batch_rows % host_count:
+        raise ValueError(
+            f"{host_count} hosts do not divide the {batch_rows} rows of a {split} batch; "
+            f"make global_batch_tokens a multiple of {host_count} x max_target_length"
+        )
+    source = sources.SOURCES[config.dataset_type](config, split)
+    sources.check_readers(source, readers)
+    encoding = workers.Encoding(
+        source=source,
+        tokenizer=tokenizer,
+        readers=readers,
+        list_documents=config.tokenize_batch_documents,
+        row_tokens=config.max_target_length + 1,
+    )
+    host_rows, reader_rows = batch_rows // host_count, batch_rows // readers
+    rows = range(host_index * host_rows, (host_index + 1) * host_rows)
+    opened = range(rows[0] // reader_rows, rows[-1] // reader_rows + 1)
+    dataset = _PackedRows(
+        encoding,
+        _restore(encoding, opened, state),
+        rows=rows,
+        reader_rows=reader_rows,
+        buffer_documents=config.packing_buffer_documents,
+        data_workers=config.data_workers,
+    )
+    return Loader(dataset, config.prefetch_batches)
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The states of all hosts as one, which any number of hosts can go on from."""
+    merged: dict[str, Any] = {**states[0], "readers": {}}
+    for state in states:
+        merged["readers"] |= state["readers"]
+    return merged
+
+
+def _restore(
+    encoding: workers.Encoding, opened: range, state: Mapping[str, Any] | None
+) -> _Snapshot:
+    if state is None:
+        return _Snapshot({reader: (sources.start_of(reader), ()) for reader in opened})
+    for key, now in (("data_readers", encoding.readers), ("row_tokens", encoding.row_tokens)):
+        if state[key] != now:
+            raise ValueError(
+                f"the saved data position has {key}={state[key]} but the run has {now}; "
+                "go on with the same data_readers and max_target_length"
+            )
+    files = {name: index for index, name in enumerate(encoding.source.files)}
+    restored = {}
+    for reader in opened:
+        saved = state["readers"].get(str(reader))
+        if saved is None:
+            raise ValueError(
+                f"the saved data position lacks reader {reader}; merge the states of all hosts"
+            )
+        if saved["file"] not in files:
+            raise ValueError(
+                f"the saved data position lies in {saved['file']}, which {encoding.source.where} "
+                "no longer has for this split; put the file back"
+            )
+        position = sources.Position(
+            saved["epoch"], files[saved["file"]], saved["group"], saved["row"]
+        )
+        restored[reader] = (position, _documents_from_text(saved))
+    return _Snapshot(restored)
+
+
+def _documents_to_text(documents: Sequence[packing.Document]) -> dict[str, str]:
+    tokens = np.concatenate([np.empty(0, np.int32), *(document.tokens for document in documents)])
+    small = tokens.max(initial=0) < 1 << 16
+    return {
+        "lengths": _to_text(np.array([document.length for document in documents]), "<i8"),
+        "kept": _to_text(np.array([len(document.tokens) for document in documents]), "<i4"),
+        "token_dtype": "<u2" if small else "<i4",
+        "tokens": _to_text(tokens, "<u2" if small else "<i4"),
+    }
+
+
+def _documents_from_text(saved: Mapping[str, str]) -> tuple[packing.Document, ...]:
+    lengths, kept = _from_text(saved["lengths"], "<i8"), _from_text(saved["kept"], "<i4")
+    tokens = _from_text(saved["tokens"], saved["token_dtype"]).astype(np.int32)
+    ends = np.cumsum(kept)
+    return tuple(
+        packing.Document(length, tokens[end - count : end].copy())
+        for length, count, end in zip(lengths.tolist(), kept, ends, strict=True)
+    )
+
+
+def _to_text(values: np.ndarray, dtype: str) -> str:
+    # Level 1: higher ones take ten times as long for a tenth of the size.
+    return base64.b64encode(zlib.compress(values.astype(dtype).tobytes(), 1)).decode()
+
+
+def _from_text(text: str, dtype: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)
+
+
+def put_global(batch: Batch, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    """This host's rows as its part of global arrays, laid out by `sharding`."""
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+    }
+
+
+class DevicePrefetch:
+    """A loader's batches as global arrays, `size` of them under way to the devices.
+
+    `state` and `position` belong to the batch handed out last, as the loader's do.
+    """
+
+    def __init__(self, loader: Loader, sharding: jax.sharding.Sharding, size: int):
+        self._loader, self._sharding, self._size = loader, sharding, size
+        self._snapshot = loader.snapshot
+        self._under_way: collections.deque = collections.deque()
+
+    def __iter__(self) -> Iterator[dict[str, jax.Array]]:
+        return self
+
+    def __next__(self) -> dict[str, jax.Array]:
+        while len(self._under_way) <= self._size:
+            batch = put_global(next(self._loader), self._sharding)
+            self._under_way.append((batch, self._loader.snapshot))
+        batch, self._snapshot = self._under_way.popleft()
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        return self._loader.state(self._snapshot)
+
+    def position(self) -> dict[str, int]:
+        return self._loader.position(self._snapshot)
+
+    def close(self) -> None:
+        self._loader.close()

@@ -1,0 +1,88 @@
+"""Best-fit packing: encoded documents go in, full rows that begin with a document come out.
+
+Nothing is padded and nothing masked. A row takes the longest buffered document that still fits,
+again and again; when none fits, the shortest one is cut to the space that is left and its rest is
+thrown away. The rows are nanochat's, token for token; the search takes logarithmic time.
+Source: nanochat/dataloader.py@92d63d4, tokenizing_distributed_data_loader_with_state_bos_bestfit.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# Sort keys are length << _ARRIVAL_BITS | arrival: one integer orders by length, then by arrival.
+_ARRIVAL_BITS = 48
+_ARRIVAL_MASK = (1 << _ARRIVAL_BITS) - 1
+
+
+class Document(NamedTuple):
+    """An encoded document: its length in tokens, and as many of its first tokens as fit a row.
+
+    The rest can never be used, but the length still says whose turn it is.
+    """
+
+    length: int
+    tokens: np.ndarray  # int32
+
+
+def cut_document(ids: Sequence[int] | np.ndarray, row_tokens: int) -> Document:
+    """A document for rows of `row_tokens`; copies, so that a long original is not kept alive."""
+    return Document(len(ids), np.array(ids[:row_tokens], np.int32))
+
+
+class BestFitPacker:
+    """Fills rows from a buffer that `next_documents` keeps at `buffer_documents` or more.
+
+    `next_documents` returns the next list of documents, each of at least one token. `documents`
+    are those already buffered, in order of arrival.
+    """
+
+    def __init__(
+        self,
+        row_tokens: int,
+        buffer_documents: int,
+        next_documents: Callable[[], Sequence[Document]],
+        documents: Sequence[Document] = (),
+    ):
+        self.row_tokens = row_tokens
+        self._target = buffer_documents
+        self._next_documents = next_documents
+        self._keys: list[int] = []
+        self._documents: dict[int, Document] = {}  # by arrival, in order of arrival
+        self._arrivals = 0
+        self._add(documents)
+
+    @property
+    def documents(self) -> tuple[Document, ...]:
+        """The buffered documents in order of arrival: with the position, the packer's state."""
+        return tuple(self._documents.values())
+
+    def fill(self, row: np.ndarray) -> None:
+        """Fill `row`, int32 (row_tokens,)."""
+        begin = 0
+        while begin < self.row_tokens:
+            while len(self._keys) < self._target:
+                self._add(self._next_documents())
+            space = self.row_tokens - begin
+            # All that fits lies before `fits`; the longest of it, first arrival first, is taken.
+            fits = bisect_left(self._keys, (space + 1) << _ARRIVAL_BITS)
+            if fits:
+                longest = self._keys[fits - 1] & ~_ARRIVAL_MASK
+                tokens = self._take(bisect_left(self._keys, longest, 0, fits))
+            else:
+                tokens = self._take(0)[:space]
+            end = begin + len(tokens)
+            row[begin:end] = tokens
+            begin = end
+
+    def _add(self, documents: Sequence[Document]) -> None:
+        for document in documents:
+            self._documents[self._arrivals] = document
+            self._keys.append(document.length << _ARRIVAL_BITS | self._arrivals)
+            self._arrivals += 1
+        self._keys.sort()  # a sorted run and a short tail: close to linear
+
+    def _take(self, index: int) -> np.ndarray:
+        return self._documents.pop(self._keys.pop(index) & _ARRIVAL_MASK).tokens

@@ -1,0 +1,177 @@
+"""Reading and encoding for the loader: in this process, or in spawned ones that never import JAX.
+
+A worker owns some of the readers for good and answers one request after the other, so every reader
+stays one exact sequence whatever the number of workers. Requests name the reader, because how fast
+a reader is used up depends on its documents; a prefetcher that hands out its readers in turn would
+have to hoard the slower ones. A worker ends when its pipe closes, even if its parent was killed.
+"""
+
+import collections
+import contextlib
+import multiprocessing
+import multiprocessing.util
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple, Protocol
+
+from MaxNano.data import packing, sources
+
+# Requests a reader has under way: one is encoded while the one before it is used.
+_LOOKAHEAD = 2
+_EXIT_SECONDS = 5.0
+
+Reply = tuple[sources.Position, list[packing.Document]]
+
+
+class Encoding(NamedTuple):
+    """What turns documents into tokens: everything a worker needs besides its positions."""
+
+    source: sources.Source
+    tokenizer: Any
+    readers: int  # of the whole stream
+    list_documents: int
+    row_tokens: int
+
+
+def encoded_lists(encoding: Encoding, reader: int, position: sources.Position) -> Iterator[Reply]:
+    """Endless lists of encoded documents of one reader, each with the position behind it."""
+    lists = sources.read_lists(
+        encoding.source, reader, encoding.readers, encoding.list_documents, position
+    )
+    for behind, texts in lists:
+        encoded = encoding.tokenizer.encode_batch(texts, bos=True)
+        yield behind, [packing.cut_document(ids, encoding.row_tokens) for ids in encoded]
+
+
+class Reading(Protocol):
+    """Encoded lists of several readers, each in its own order."""
+
+    def next(self, reader: int) -> Reply: ...
+
+    def close(self) -> None: ...
+
+
+def start(
+    encoding: Encoding, positions: Mapping[int, sources.Position], data_workers: int
+) -> Reading:
+    """Begin to read behind `positions` ({reader: position}), with `data_workers` processes."""
+    if data_workers == 0:
+        return _LocalReading(encoding, positions)
+    return _WorkerReading(encoding, positions, data_workers)
+
+
+class _LocalReading:
+    def __init__(self, encoding: Encoding, positions: Mapping[int, sources.Position]):
+        self._lists = {r: encoded_lists(encoding, r, at) for r, at in positions.items()}
+
+    def next(self, reader: int) -> Reply:
+        return next(self._lists[reader])
+
+    def close(self) -> None:
+        pass
+
+
+class _WorkerReading:
+    def __init__(
+        self, encoding: Encoding, positions: Mapping[int, sources.Position], data_workers: int
+    ):
+        workers = min(data_workers, len(positions))
+        shares: list[dict[int, sources.Position]] = [{} for _ in range(workers)]
+        for index, (reader, position) in enumerate(sorted(positions.items())):
+            shares[index % workers][reader] = position
+        self._workers = [_Worker(encoding, share) for share in shares]
+        self._worker_of = {
+            reader: worker
+            for worker, share in zip(self._workers, shares, strict=True)
+            for reader in share
+        }
+
+    def next(self, reader: int) -> Reply:
+        return self._worker_of[reader].next(reader)
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.hang_up()
+        for worker in self._workers:
+            worker.join()
+
+
+class _Worker:
+    """The parent's side of one worker process."""
+
+    def __init__(self, encoding: Encoding, positions: Mapping[int, sources.Position]):
+        context = multiprocessing.get_context("spawn")
+        self._connection, child = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(child, encoding, positions), name="maxnano-data", daemon=True
+        )
+        with _without_main():
+            self._process.start()
+        child.close()  # only then does the pipe break when the worker dies
+        # At exit before multiprocessing waits for the worker, which would never hear of it.
+        multiprocessing.util.Finalize(self, self._connection.close, exitpriority=10)
+        self._ready: dict[int, collections.deque] = {r: collections.deque() for r in positions}
+        for reader in list(positions) * _LOOKAHEAD:
+            self._connection.send(reader)
+
+    def next(self, reader: int) -> Reply:
+        try:
+            while not self._ready[reader]:
+                replied, reply = self._connection.recv()
+                self._ready[replied].append(reply)
+            reply = self._ready[reader].popleft()
+            if isinstance(reply, Exception):
+                raise reply
+            self._connection.send(reader)
+            return reply
+        except (EOFError, ConnectionError):
+            self._process.join(_EXIT_SECONDS)
+            raise RuntimeError(
+                f"a data worker died (exit code {self._process.exitcode}); if the host ran out of "
+                "memory, set a smaller data_workers"
+            ) from None
+
+    def hang_up(self) -> None:
+        self._connection.close()
+
+    def join(self) -> None:
+        self._process.join(_EXIT_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def _serve(
+    connection: Connection, encoding: Encoding, positions: Mapping[int, sources.Position]
+) -> None:
+    """A worker's life: answer (reader, reply) for every reader number until the pipe closes."""
+    # A Ctrl-C or a group-wide SIGTERM is for the trainer, which saves and then closes the pipe.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    lists = {r: encoded_lists(encoding, r, at) for r, at in positions.items()}
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            reader = connection.recv()
+            try:
+                reply = next(lists[reader])
+            except ValueError as error:
+                reply = ValueError(str(error))
+            except Exception:
+                # As text: not every exception can be pickled.
+                reply = RuntimeError(f"a data worker failed:\n{traceback.format_exc()}")
+            connection.send((reader, reply))
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Keep a spawned process from importing the trainer's main module, and with it JAX."""
+    main = vars(sys.modules["__main__"])
+    hidden = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    main |= dict.fromkeys(hidden)  # multiprocessing imports what these name
+    try:
+        yield
+    finally:
+        main |= hidden

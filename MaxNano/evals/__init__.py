@@ -1,0 +1,1 @@
+"""Evaluations: each module has one function that returns {name: value}."""

@@ -1,0 +1,321 @@
+"""The Transformer: nanochat's architecture in Flax NNX, built from the config.
+
+Every layer parameter is stacked on a leading `layers` axis, whatever the depth. The forward pass cuts the layers
+into equal groups (one period of the window pattern and of the value embeddings), loops over the groups and then
+runs the layers that are left; unrolled or looped, the checkpoint and the numbers are the same.
+
+Legend: B batch, L length, D embed, N heads, K kv_heads, H head_dim, V vocab.
+Source: nanochat/gpt.py@92d63d4.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import FrozenConfigDict
+
+from MaxNano import pyconfig, scaling
+from MaxNano.attention import attention
+from MaxNano.layers import (
+    Mlp,
+    apply_rotary,
+    constant,
+    linspace,
+    normal,
+    parameter,
+    rms_norm,
+    rotary_tables,
+    uniform,
+)
+from MaxNano.losses import soft_cap
+from MaxNano.sharding import constrain
+
+RESIDUAL_AXES = ("activation_batch", "activation_length", "activation_embed")
+HEAD_AXES = ("activation_batch", "activation_length", "activation_heads", "activation_kv")
+
+
+class Numerics(NamedTuple):
+    """What the backend decides and the config leaves open: dtypes by name, and the attention kernel."""
+
+    dtype: str
+    embedding_dtype: str
+    attention: str
+
+
+class LayerKind(NamedTuple):
+    """What is static about a layer: its window in tokens, and whether it has a value embedding."""
+
+    window: int
+    has_value_embed: bool
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with rotary embedding, QK norm, a window and gated value embeddings."""
+
+    def __init__(self, config: FrozenConfigDict, layers: int, *, rngs: nnx.Rngs):
+        embed = config.emb_dim
+        queries = config.num_query_heads * config.head_dim
+        keys = config.num_kv_heads * config.head_dim
+        init = uniform(-((3 / embed) ** 0.5), (3 / embed) ** 0.5)
+        self.config = config
+        self.query = parameter(rngs, (layers, embed, queries), ("layers", "embed", "heads"), init)
+        self.key = parameter(rngs, (layers, embed, keys), ("layers", "embed", "kv_heads"), init)
+        self.value = parameter(rngs, (layers, embed, keys), ("layers", "embed", "kv_heads"), init)
+        self.out = parameter(
+            rngs, (layers, queries, embed), ("layers", "heads", "embed"), constant(0.0)
+        )
+
+    def __call__(self, x, value_embed, window: int, rotary, kernel: str) -> jax.Array:
+        """x (B, L, D), already normalised; value_embed (B, L, K, H), already gated, or None -> (B, L, D)."""
+        config = self.config
+        q, k, v = (
+            _split_heads(x @ weight[...].astype(x.dtype), config)
+            for weight in (self.query, self.key, self.value)
+        )
+        if value_embed is not None:
+            v = v + value_embed
+        q, k = (
+            config.qk_norm_scale * rms_norm(apply_rotary(head, rotary), config.norm_epsilon)
+            for head in (q, k)
+        )
+        with jax.named_scope("attend"):
+            y = attention(q, k, v, window=window, kernel=kernel, chunk=config.attention_chunk)
+        return y.reshape(*y.shape[:2], -1) @ self.out[...].astype(x.dtype)
+
+
+class Layers(nnx.Module):
+    """The stacked parameters of `layers` blocks; sliced to one layer, it is that block."""
+
+    def __init__(self, config: FrozenConfigDict, layers: int, *, rngs: nnx.Rngs):
+        self.config = config
+        self.attention = Attention(config, layers, rngs=rngs)
+        self.mlp = Mlp(config, layers, rngs=rngs)
+
+    def __call__(self, x, value_gate, value_rows, window: int, rotary, kernel: str) -> jax.Array:
+        """One block: x (B, L, D) -> (B, L, D). value_rows (B, L, K*H) with value_gate (channels, K), or None."""
+        config = self.config
+        h = rms_norm(x, config.norm_epsilon)
+        value_embed = None
+        if value_rows is not None:
+            gate = h[..., : config.value_embed_gate_channels] @ value_gate.astype(h.dtype)
+            gate = config.value_embed_gate_range * jax.nn.sigmoid(gate)
+            value_embed = gate[..., None] * _split_heads(value_rows.astype(h.dtype), config)
+        x = x + self.attention(h, value_embed, window, rotary, kernel)
+        return x + self.mlp(rms_norm(x, config.norm_epsilon))
+
+
+class Transformer(nnx.Module):
+    """Token ids -> final hidden states (`__call__`) -> logits (`logits`)."""
+
+    def __init__(self, config: FrozenConfigDict, numerics: Numerics, *, rngs: nnx.Rngs):
+        layers, embed = config.num_decoder_layers, config.emb_dim
+        vocab = scaling.round_up(config.vocab_size, config.vocab_multiple)
+        keys = config.num_kv_heads * config.head_dim
+        table_dtype = jnp.dtype(numerics.embedding_dtype)
+        bound = (3 / embed) ** 0.5
+        gate_init = uniform(0.0, config.gate_init_max)
+        self.config = config
+        self.numerics = numerics
+        self.kinds = nnx.static(layer_kinds(config))
+
+        self.token_embed = parameter(
+            rngs, (vocab, embed), ("vocab", "embed"), normal(config.embed_init_std), table_dtype
+        )
+        self.layers = Layers(config, layers, rngs=rngs)
+        valued = sum(kind.has_value_embed for kind in self.kinds)
+        if valued:
+            channels = config.value_embed_gate_channels
+            self.value_embeds = parameter(
+                rngs,
+                (valued, vocab, keys),
+                ("layers", "vocab", "kv_heads"),
+                uniform(-bound, bound),
+                table_dtype,
+            )
+            self.value_gate = parameter(
+                rngs, (valued, channels, config.num_kv_heads), ("layers", None, "kv_heads"), gate_init
+            )
+        self.resid_lambdas = parameter(
+            rngs, (layers,), ("layers",), linspace(*config.resid_lambda_init)
+        )
+        self.x0_lambdas = parameter(rngs, (layers,), ("layers",), linspace(*config.x0_lambda_init))
+        if config.smear_gate_channels:
+            self.smear_gate = parameter(rngs, (config.smear_gate_channels,), (None,), gate_init)
+            self.smear_lambda = parameter(rngs, (), (), constant(0.0))
+        if config.use_backout:
+            self.backout_lambda = parameter(rngs, (), (), constant(config.backout_lambda_init))
+        self.lm_head = parameter(
+            rngs, (vocab, embed), ("vocab", "embed"), normal(config.head_init_std)
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Token ids (B, L) -> normalised final hidden states (B, L, D) in the compute dtype."""
+        config = self.config
+        x = self._embed(tokens)
+        x, middle = self._run_layers(x, tokens)
+        if config.use_backout:
+            x = _mix(x, jnp.float32(1), middle, -self.backout_lambda[...])
+        return rms_norm(x, config.norm_epsilon)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states (B, L, D) -> soft-capped float32 logits (B, L, vocab_size)."""
+        head = self.lm_head[...][: self.config.vocab_size].astype(hidden.dtype)
+        logits = jnp.einsum("BLD,VD->BLV", hidden, head).astype(jnp.float32)
+        return soft_cap(logits, self.config.logits_soft_cap)
+
+    def _embed(self, tokens):
+        """Normalised embeddings, each with a gated share of the previous token's (smear)."""
+        config = self.config
+        x = self.token_embed[...][tokens].astype(self.numerics.dtype)
+        x = rms_norm(x, config.norm_epsilon)
+        if config.smear_gate_channels:
+            channels = x[:, 1:, : config.smear_gate_channels]
+            gate = jax.nn.sigmoid(channels @ self.smear_gate[...].astype(x.dtype))
+            gate = (self.smear_lambda[...] * gate)[..., None].astype(x.dtype)
+            x = jnp.concatenate([x[:, :1], x[:, 1:] + gate * x[:, :-1]], axis=1)
+        return constrain(x, RESIDUAL_AXES, config.logical_axis_rules)
+
+    def _run_layers(self, x, tokens):
+        """All blocks; returns the last output and the output of block num_decoder_layers // 2 (for backout)."""
+        config = self.config
+        # Angles in float32, tables in the compute dtype, as the activations that they multiply.
+        tables = rotary_tables(tokens.shape[1], config.head_dim, config.rope_theta)
+        rotary = tuple(jnp.asarray(table, self.numerics.dtype) for table in tables)
+        graph, params = nnx.split(self.layers)
+        per_layer = (params, self.resid_lambdas[...], self.x0_lambdas[...])
+        per_value = (self.value_embeds[...], self.value_gate[...]) if any(
+            kind.has_value_embed for kind in self.kinds
+        ) else ()
+        x0 = x
+        middle_layer = config.num_decoder_layers // 2
+
+        @partial(_rematerialize, policy=config.remat_policy)
+        def block(x, layer, value, kind):
+            layer_params, resid, share = layer
+            x = _mix(x, resid, x0, share)
+            rows, gate = (value[0][tokens], value[1]) if kind.has_value_embed else (None, None)
+            x = nnx.merge(graph, layer_params)(
+                x, gate, rows, kind.window, rotary, self.numerics.attention
+            )
+            return constrain(x, RESIDUAL_AXES, config.logical_axis_rules)
+
+        def run(x, middle, kinds, layers, values, is_middle):
+            """The blocks of `kinds` on slices of the stacks; `is_middle(j)`: whether block j is the middle one."""
+            value_index = 0
+            for j, kind in enumerate(kinds):
+                value = jax.tree.map(lambda a, e=value_index: a[e], values)
+                value_index += kind.has_value_embed
+                x = block(x, jax.tree.map(lambda a, j=j: a[j], layers), value, kind)
+                keep = is_middle(j)
+                if keep is not False:
+                    middle = x if keep is True else jnp.where(keep, x, middle)
+            return x, middle
+
+        period, groups = repetition(self.kinds)
+        if not config.scan_layers or groups < 2:
+            groups = 0
+        looped = period * groups
+        middle = x
+        if groups:
+            kinds = self.kinds[:period]
+            valued = sum(kind.has_value_embed for kind in kinds)
+
+            def grouped(tree, size):
+                return jax.tree.map(
+                    lambda a: a[: groups * size].reshape(groups, size, *a.shape[1:]), tree
+                )
+
+            def step(carry, scanned):
+                index, layers, values = scanned
+                wanted, offset = divmod(middle_layer, period)
+                in_loop = middle_layer < looped
+                return run(
+                    *carry, kinds, layers, values,
+                    lambda j: index == wanted if in_loop and j == offset else False,
+                ), None
+
+            scanned = (jnp.arange(groups), grouped(per_layer, period), grouped(per_value, valued))
+            (x, middle), _ = jax.lax.scan(step, (x, middle), scanned)
+        first_value = sum(kind.has_value_embed for kind in self.kinds[:looped])
+        return run(
+            x,
+            middle,
+            self.kinds[looped:],
+            jax.tree.map(lambda a: a[looped:], per_layer),
+            jax.tree.map(lambda a: a[first_value:], per_value),
+            lambda j: looped + j == middle_layer,
+        )
+
+
+def layer_kinds(config: FrozenConfigDict) -> tuple[LayerKind, ...]:
+    """Window and value embedding of each layer, in order."""
+    depth = config.num_decoder_layers
+    valued = scaling.value_embed_layers(depth, config.value_embed_gate_channels)
+    windows = pyconfig.windows_of(config)
+    return tuple(LayerKind(window, i in valued) for i, window in enumerate(windows))
+
+
+def repetition(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
+    """(period, groups): the loop over equal groups of layers that leaves the fewest layers to compile one by one.
+
+    The first period x groups layers repeat the first `period`; the rest, if any, are the tail.
+    """
+    def groups_of(period):
+        groups = 1
+        while kinds[groups * period : (groups + 1) * period] == kinds[:period]:
+            groups += 1
+        return groups
+
+    def compiled(period):
+        return period + len(kinds) - period * groups_of(period)
+
+    best = min(range(1, len(kinds) + 1), key=compiled)
+    return best, groups_of(best)
+
+
+def _split_heads(x, config):
+    """(B, L, heads x H) -> (B, L, heads, H)."""
+    heads = x.reshape(*x.shape[:2], -1, config.head_dim)
+    return constrain(heads, HEAD_AXES, config.logical_axis_rules)
+
+
+@jax.custom_vjp
+def _mix(x: jax.Array, scale: jax.Array, other: jax.Array, share: jax.Array) -> jax.Array:
+    """scale x + share other in float32, in x's dtype; x and other (B, L, D), scale and share scalars."""
+    mixed = scale * x.astype(jnp.float32) + share * other.astype(jnp.float32)
+    return mixed.astype(x.dtype)
+
+
+def _mix_forward(x, scale, other, share):
+    return _mix(x, scale, other, share), (x, scale, other, share)
+
+
+def _mix_backward(residuals, cotangent):
+    # The scalars' gradients sum millions of products of both signs. As dot products they are summed in
+    # blocks, which keeps the digits that one long running sum in float32 loses.
+    x, scale, other, share = residuals
+
+    def dot(a, b):
+        rows = jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=-1)
+        return jnp.sum(jax.lax.optimization_barrier(rows))
+
+    grad = cotangent.astype(jnp.float32)
+    return (
+        (scale * grad).astype(x.dtype),
+        dot(cotangent, x),
+        (share * grad).astype(other.dtype),
+        dot(cotangent, other),
+    )
+
+
+_mix.defvjp(_mix_forward, _mix_backward)
+
+
+def _rematerialize(block, policy: str):
+    if policy == "none":
+        return block
+    policies = {"minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+    return jax.checkpoint(block, policy=policies[policy], static_argnums=(3,))

@@ -1,0 +1,211 @@
+"""From depth to everything else: widths, parameter counts, FLOPs, horizon, batch, rates, memory.
+
+Pure functions of plain numbers, so that pyconfig can fill a config without starting JAX.
+
+Source: nanochat@92d63d4 (scripts/base_train.py, nanochat/gpt.py), which cites
+https://arxiv.org/abs/2505.13738 for the batch and https://arxiv.org/abs/2405.13698 for the decay.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+REFERENCE_DEPTH = 12  # the depth at which the base rates, batch and weight decay were tuned
+REFERENCE_BATCH_TOKENS = 2**19
+BATCH_EXPONENT = 0.383  # the best batch grows with the horizon to this power
+
+
+class Shape(NamedTuple):
+    """What decides the number and size of a model's parameters; fields are named as config keys."""
+
+    num_decoder_layers: int
+    emb_dim: int
+    mlp_dim: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    vocab_multiple: int
+    value_embed_gate_channels: int
+    smear_gate_channels: int
+    use_backout: bool
+
+
+class Counts(NamedTuple):
+    """Parameters by group. `matrices` are all of the layers' weights, value gates included."""
+
+    token_embed: int
+    value_embeds: int
+    lm_head: int
+    matrices: int
+    scalars: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(self)
+
+    @property
+    def scaling(self) -> int:
+        """The parameters that the scaling laws count: those that multiply every token."""
+        return self.matrices + self.lm_head
+
+
+class StateBytes(NamedTuple):
+    """Bytes of one whole training state over all devices, activations not included."""
+
+    parameters: int
+    optimizer: int
+    gradients: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
+def shape_of(values: Mapping[str, Any]) -> Shape:
+    """The Shape in a config, or in any mapping that has its keys."""
+    return Shape(*(values[field] for field in Shape._fields))
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `value`."""
+    return -(-value // multiple) * multiple
+
+
+def width(depth: int, aspect_ratio: int, head_dim: int) -> int:
+    """emb_dim of a model of `depth` layers."""
+    return round_up(depth * aspect_ratio, head_dim)
+
+
+def reference_shape(shape: Shape, aspect_ratio: int) -> Shape:
+    """The depth-12 member of a model's family: same head_dim, tables, options and proportions."""
+    emb_dim = width(REFERENCE_DEPTH, aspect_ratio, shape.head_dim)
+    heads = emb_dim // shape.head_dim
+    return shape._replace(
+        num_decoder_layers=REFERENCE_DEPTH,
+        emb_dim=emb_dim,
+        mlp_dim=max(1, emb_dim * shape.mlp_dim // shape.emb_dim),
+        num_query_heads=heads,
+        num_kv_heads=max(1, heads * shape.num_kv_heads // shape.num_query_heads),
+    )
+
+
+def value_embed_layers(num_layers: int, gate_channels: int) -> tuple[int, ...]:
+    """Layers with value embeddings: every second one, from the last back; none without a gate."""
+    return tuple(range((num_layers - 1) % 2, num_layers, 2)) if gate_channels else ()
+
+
+def window_sizes(
+    num_layers: int, pattern: str, length: int, fraction: float, multiple: int
+) -> tuple[int, ...]:
+    """Attention window of each layer in tokens; a window w sees w + 1 keys, the query's included.
+
+    `pattern` is tiled over the layers; S is `fraction` of `length` rounded up to `multiple` and at
+    most `length`, L is `length`, and so is the last layer whatever the pattern says.
+    """
+    # The inner round keeps 0.1 * 1280 / 128 at 1 where floats make it a little more.
+    short = min(length, multiple * math.ceil(round(length * fraction / multiple, 9)))
+    windows = [short if pattern[i % len(pattern)] == "S" else length for i in range(num_layers)]
+    return (*windows[:-1], length)
+
+
+def _matrix_shapes(shape: Shape) -> list[tuple[int, int, int]]:
+    """(how many, rows, columns) of every kind of matrix in the layers."""
+    layers, emb_dim = shape.num_decoder_layers, shape.emb_dim
+    query_dim = shape.num_query_heads * shape.head_dim
+    kv_dim = shape.num_kv_heads * shape.head_dim
+    channels = shape.value_embed_gate_channels
+    return [
+        (layers, emb_dim, query_dim),
+        (2 * layers, emb_dim, kv_dim),
+        (layers, query_dim, emb_dim),
+        (layers, emb_dim, shape.mlp_dim),
+        (layers, shape.mlp_dim, emb_dim),
+        (len(value_embed_layers(layers, channels)), channels, shape.num_kv_heads),
+    ]
+
+
+def parameter_counts(shape: Shape) -> Counts:
+    """Parameters by group, with the rows that pad the tables."""
+    table = round_up(shape.vocab_size, shape.vocab_multiple)
+    layers = shape.num_decoder_layers
+    value_layers = len(value_embed_layers(layers, shape.value_embed_gate_channels))
+    smear = shape.smear_gate_channels + 1 if shape.smear_gate_channels else 0
+    return Counts(
+        token_embed=table * shape.emb_dim,
+        value_embeds=value_layers * table * shape.num_kv_heads * shape.head_dim,
+        lm_head=table * shape.emb_dim,
+        matrices=sum(count * rows * columns for count, rows, columns in _matrix_shapes(shape)),
+        scalars=2 * layers + smear + int(shape.use_backout),
+    )
+
+
+def flops_per_token(shape: Shape, windows: tuple[int, ...]) -> int:
+    """Training FLOPs per token, forward and backward.
+
+    Six for each weight in a matrix product, and twelve per query channel and visible key for the
+    two products of attention. Counts w keys a layer, without halving for the causal mask.
+    Source: https://arxiv.org/abs/2204.02311, appendix B.
+    """
+    weights = parameter_counts(shape).scaling + shape.smear_gate_channels
+    query_dim = shape.num_query_heads * shape.head_dim
+    return 6 * weights + 12 * query_dim * sum(windows)
+
+
+def horizon_tokens(ratio: float, scaling_parameters: int) -> int:
+    """Training tokens at `ratio` tokens per scaling parameter."""
+    return int(ratio * scaling_parameters)
+
+
+def batch_tokens(scaling_parameters: int, reference_parameters: int, ratio: float) -> int:
+    """Tokens per step: a power of two, from the horizon relative to the reference model's."""
+    relative = horizon_tokens(ratio, scaling_parameters) / (ratio * reference_parameters)
+    return 2 ** max(0, round(math.log2(REFERENCE_BATCH_TOKENS * relative**BATCH_EXPONENT)))
+
+
+def learning_rate_scale(batch: int) -> float:
+    """Factor of the base learning rates at `batch` tokens per step."""
+    return math.sqrt(batch / REFERENCE_BATCH_TOKENS)
+
+
+def weight_decay_scale(
+    batch: int, scaling_parameters: int, reference_parameters: int, ratio: float
+) -> float:
+    """Factor of the weight decay: keeps batch / (rate x decay x horizon) as in the reference."""
+    horizon = horizon_tokens(ratio, scaling_parameters)
+    return math.sqrt(batch / REFERENCE_BATCH_TOKENS) * (ratio * reference_parameters / horizon)
+
+
+def steps_for_ratio(ratio: float, scaling_parameters: int, batch: int) -> int:
+    """Whole steps within the horizon."""
+    return horizon_tokens(ratio, scaling_parameters) // batch
+
+
+def steps_for_flops(target_flops: float, flops_per_token: int, batch: int) -> int:
+    """Steps that spend `target_flops`, to the nearest step."""
+    return round(target_flops / (flops_per_token * batch))
+
+
+def state_bytes(shape: Shape, embedding_bytes: int, accumulates: bool) -> StateBytes:
+    """Bytes of parameters, optimizer state and gradients.
+
+    Embedding tables with their two Adam moments and gradients take `embedding_bytes` a number (2
+    for bfloat16); everything else is float32: the head and the scalars with two Adam moments, the
+    matrices with Muon's momentum and a second moment along their longer side. A step that
+    accumulates holds two sets of gradients, the sum and the one being added.
+    """
+    counts = parameter_counts(shape)
+    tables = embedding_bytes * (counts.token_embed + counts.value_embeds)
+    adam = 4 * (counts.lm_head + counts.scalars)
+    muon = 4 * counts.matrices
+    second_moment = 4 * sum(
+        count * max(rows, columns) for count, rows, columns in _matrix_shapes(shape)
+    )
+    parameters = tables + adam + muon
+    return StateBytes(
+        parameters=parameters,
+        optimizer=2 * tables + 2 * adam + muon + second_moment,
+        gradients=(1 + accumulates) * parameters,
+    )

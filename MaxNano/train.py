@@ -1,0 +1,504 @@
+"""Trains a model: the one program, the one loop, the one train step of every stage.
+
+    python MaxNano/train.py configs/base.yml model=d24
+
+The same command started again goes on where the run stopped. A batch is `inputs`, `targets` and `weights`, each
+(rows, length); a target of -1 is ignored, a weight scales its token's loss. What a stage trains on is therefore
+a matter of its data, and this file knows nothing about it.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: MaxNano/ itself must not be where modules are looked for
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import FrozenConfigDict
+
+from MaxNano import attention, losses, optim, pyconfig, runtime, scaling, schedules, sharding, tokenizer
+from MaxNano.checkpointing import Checkpointer
+from MaxNano.data.loader import DevicePrefetch, Loader, make_loader, merge_states, put_global
+from MaxNano.evals import bpb, samples
+from MaxNano.metrics import MetricLogger, print_table
+from MaxNano.model import Numerics
+from MaxNano.train_state import Architecture, TrainState, abstract_state, architecture, initialize
+
+LARGEST_MICRO_BATCH = 32  # rows a device takes at once where per_device_batch_size leaves it open
+
+
+# ---- The step -------------------------------------------------------------------------------------------------------
+
+
+class BatchPlan(NamedTuple):
+    """How the rows of a step are spread: over `ways` devices, and over `micro_steps` on each of `micro_rows` rows."""
+
+    ways: int
+    micro_steps: int
+    micro_rows: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step over all devices."""
+        return self.ways * self.micro_steps * self.micro_rows
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """(rows, L) -> (micro_steps, ways x micro_rows, L), every row staying on its device."""
+        length = x.shape[1]
+        x = x.reshape(self.ways, self.micro_steps, self.micro_rows, length).swapaxes(0, 1)
+        return x.reshape(self.micro_steps, self.ways * self.micro_rows, length)
+
+
+def batch_losses(config: FrozenConfigDict, model: Architecture, params, batch) -> jax.Array:
+    """Negative log-likelihood of each target in nats, float32 (rows, L), 0 where the target is -1."""
+    bound = model.bind(params)
+    hidden = bound(batch["inputs"])
+    with jax.named_scope("loss"):
+        return losses.token_losses(
+            hidden,
+            bound.lm_head[...],
+            batch["targets"],
+            config.vocab_size,
+            config.logits_soft_cap,
+            losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size),
+        )
+
+
+def count_bits(token_losses: jax.Array, targets: jax.Array, token_bytes: jax.Array):
+    """(nats, bytes) of the targets that stand for bytes, as float32: what bits per byte are made of."""
+    size = jnp.where(targets >= 0, token_bytes[jnp.maximum(targets, 0)], 0)
+    return jnp.sum(jnp.where(size > 0, token_losses, 0)), jnp.sum(size).astype(jnp.float32)
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    token_bytes: jax.Array,
+    *,
+    config: FrozenConfigDict,
+    model: Architecture,
+    optimizer: optax.GradientTransformationExtraArgs,
+    plan: BatchPlan,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update from one batch of `plan.rows` rows; returns the next state and the step's metrics.
+
+    The loss is the weighted sum of token losses over the number of targets in the whole batch, so micro-batches
+    with few targets count for little. Where the loss or the gradient is not finite, parameters and optimizer
+    state stay as they were, bit for bit, and `skipped` is 1.
+    """
+    targets = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1)
+
+    def loss_fn(params, micro):
+        nll = batch_losses(config, model, params, micro)
+        loss = jnp.sum(nll * micro["weights"]) / targets
+        return loss, count_bits(nll, micro["targets"], token_bytes)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if plan.micro_steps == 1:
+        (loss, (nats, size)), grads = grad_fn(state.params, batch)
+    else:
+
+        def accumulate(total, micro):
+            (loss, bits), grads = grad_fn(state.params, micro)
+            return jax.tree.map(jnp.add, total, (loss, bits, grads)), None
+
+        def zeros(tree):
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
+
+        start = (jnp.float32(0), (jnp.float32(0), jnp.float32(0)), zeros(state.params))
+        total, _ = jax.lax.scan(accumulate, start, jax.tree.map(plan.split, batch))
+        loss, (nats, size), grads = total
+
+    with jax.named_scope("update"):
+        grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
+        params = optax.apply_updates(state.params, updates)
+        params, opt_state = jax.tree.map(
+            partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
+        )
+    metrics = {
+        "loss": loss,
+        "bpb": nats / (math.log(2) * jnp.maximum(size, 1)),
+        "grad_norm": grad_norm,
+        "skipped": 1 - finite.astype(jnp.int32),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def eval_step(params, batch, token_bytes, *, config, model, plan) -> tuple[jax.Array, jax.Array]:
+    """(nats, bytes) of a batch of `plan.rows` rows: see count_bits."""
+
+    def micro_bits(micro):
+        nll = batch_losses(config, model, params, micro)
+        return count_bits(nll, micro["targets"], token_bytes)
+
+    nats, size = jax.lax.map(micro_bits, jax.tree.map(plan.split, batch))
+    return jnp.sum(nats), jnp.sum(size)
+
+
+def greedy_step(params, tokens, last, *, model) -> jax.Array:
+    """The likeliest token after position `last` (P,) of each row of `tokens` (P, L)."""
+    bound = model.bind(params)
+    hidden = jnp.take_along_axis(bound(tokens), last[:, None, None], axis=1)
+    return jnp.argmax(bound.logits(hidden)[:, 0], axis=-1)
+
+
+# ---- Set-up ---------------------------------------------------------------------------------------------------------
+
+
+class Setup(NamedTuple):
+    """What a run is made of, before any array exists."""
+
+    config: FrozenConfigDict
+    mesh: Mesh
+    numerics: Numerics
+    model: Architecture
+    optimizer: optax.GradientTransformationExtraArgs
+    abstract: TrainState
+    plan: BatchPlan
+
+
+def set_up(config: FrozenConfigDict, devices=None) -> Setup:
+    """Resolve what depends on the devices. Raises ValueError where batch, layout and devices do not fit together."""
+    mesh = sharding.make_mesh(config, devices)
+    backend = mesh.devices.flat[0].platform
+    numerics = Numerics(
+        dtype=runtime.compute_dtype(config),
+        embedding_dtype=runtime.embedding_dtype(config),
+        attention=attention.resolve(config.attention, backend),
+    )
+    model = architecture(config, numerics)
+    optimizer = optim.make_optimizer(config, dtype=numerics.dtype)
+    abstract = abstract_state(config, model, optimizer, mesh)
+    ways = sharding.batch_ways(mesh, config.logical_axis_rules)
+    return Setup(config, mesh, numerics, model, optimizer, abstract, plan_batch(config, ways))
+
+
+def plan_batch(config: FrozenConfigDict, ways: int) -> BatchPlan:
+    """Rows per device and accumulation steps for `ways` devices that share the rows of a step."""
+    rows = config.global_batch_tokens // config.max_target_length
+    if rows % ways:
+        raise ValueError(
+            f"global_batch_tokens={config.global_batch_tokens} is {rows} rows of {config.max_target_length} tokens, "
+            f"which {ways} devices cannot share equally: make it a multiple of {ways * config.max_target_length}"
+        )
+    share = rows // ways
+    micro_rows = config.per_device_batch_size or max(
+        n for n in range(1, min(share, LARGEST_MICRO_BATCH) + 1) if share % n == 0
+    )
+    if share % micro_rows:
+        raise ValueError(
+            f"per_device_batch_size={micro_rows} does not divide the {share} rows that each of {ways} devices gets: "
+            f"choose a divisor of {share}, or leave it null"
+        )
+    return BatchPlan(ways, share // micro_rows, micro_rows)
+
+
+def needed_bytes(setup: Setup) -> dict[str, int]:
+    """Estimated bytes on the fullest device by kind; a floor, since what the compiler adds is not in it."""
+    config, plan = setup.config, setup.plan
+
+    def on_device(tree, itemsize=None):
+        return sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * (itemsize or leaf.dtype.itemsize)
+            for leaf in jax.tree.leaves(tree)
+        )
+
+    tokens = plan.micro_rows * config.max_target_length
+    size = jnp.dtype(setup.numerics.dtype).itemsize
+    widths = {
+        "none": 8 * config.emb_dim + 2 * config.mlp_dim,
+        "minimal": 6 * config.emb_dim + config.mlp_dim,
+        "full": config.emb_dim,
+    }
+    chunk = losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size) or config.vocab_size
+    return {
+        "parameters": on_device(setup.abstract.params),
+        "optimizer state": on_device(setup.abstract.opt_state),
+        "gradients": on_device(setup.abstract.params, itemsize=4),
+        "activations": tokens * config.num_decoder_layers * widths[config.remat_policy] * size
+        + 2 * 4 * tokens * chunk,
+    }
+
+
+def check_memory(setup: Setup) -> None:
+    """Refuse a run that cannot fit, before anything is allocated."""
+    limit = runtime.memory_limit_bytes()
+    needed = needed_bytes(setup)
+    total = sum(needed.values())
+    if limit is not None and total > limit:
+        parts = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in needed.items())
+        raise ValueError(
+            f"{setup.config.model} needs at least {total / 1e9:.1f} GB on each of {setup.mesh.size} devices ({parts}) "
+            f"and {limit / 1e9:.1f} GB are there: take a smaller model, a smaller per_device_batch_size, "
+            "remat_policy=full, more devices with ici_fsdp_parallelism, or on a CPU num_cpu_devices=1"
+        )
+
+
+def print_plan(setup: Setup) -> None:
+    """The start-up table: what differs from base.yml, what will be trained, and how."""
+    config, plan = setup.config, setup.plan
+    shape = scaling.shape_of(config)
+    flops = flops_per_token(config)
+    tokens = config.steps * config.global_batch_tokens
+    print_table("config", ("key", "value", "from"), pyconfig.describe(config))
+    groups = optim.group_summary(setup.model.shapes, config)
+    rows = [
+        (row.group, f"{row.parameters:,}", f"{row.settings.learning_rate:.6g}",
+         ", ".join(f"{beta:g}" for beta in row.settings.betas), f"{row.settings.weight_decay:.6g}")
+        for row in groups
+    ]
+    total = f"{sum(row.parameters for row in groups):,}"
+    header = ("group", "parameters", "learning rate", "betas", "weight decay")
+    print_table("parameters", header, [*rows, ("total", total, "", "", "")])
+    memory = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in needed_bytes(setup).items())
+    device = setup.mesh.devices.flat[0].device_kind
+    layout = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
+    facts = {
+        "devices": f"{setup.mesh.size} x {device}, {layout}",
+        "numbers": f"{setup.numerics.dtype}, embedding tables {setup.numerics.embedding_dtype}",
+        "attention": setup.numerics.attention,
+        "FLOPs": f"{flops:,} a token, {flops * tokens:.4g} in all",
+        "batch": f"{config.global_batch_tokens:,} tokens = {plan.ways} devices x {plan.micro_steps} micro-steps "
+        f"x {plan.micro_rows} rows x {config.max_target_length}",
+        "horizon": f"{config.steps:,} steps, {tokens:,} tokens, "
+        f"{tokens / scaling.parameter_counts(shape).scaling:.2f} a scaling parameter",
+        "memory": f"at least {memory} GB a device (estimate)",
+        "data": f"{config.dataset_type} in {config.dataset_path}, {config.data_readers} readers",
+        "run": str(run_directory(config)),
+    }
+    print_table("run", ("what", "value"), list(facts.items()))
+
+
+def run_directory(config: FrozenConfigDict) -> epath.Path:
+    """Where the run keeps everything it writes."""
+    return epath.Path(config.base_output_directory).expanduser() / config.run_name
+
+
+# ---- The loop -------------------------------------------------------------------------------------------------------
+
+
+class Programs(NamedTuple):
+    """The compiled programs of a run."""
+
+    train: Callable[[TrainState, dict], tuple[TrainState, dict]]
+    evaluate: Callable[[Any, dict], tuple[jax.Array, jax.Array]]
+    greedy: Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
+
+
+def build_programs(setup: Setup, token_bytes: np.ndarray) -> Programs:
+    """Jit the three programs; each is compiled when it is first called."""
+    parts = {"config": setup.config, "model": setup.model, "plan": setup.plan}
+    # Numbers that the host reads lie on every device, so that each of several hosts has them.
+    everywhere = NamedSharding(setup.mesh, PartitionSpec())
+    in_place = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
+    train = jax.jit(
+        partial(train_step, optimizer=setup.optimizer, **parts),
+        donate_argnums=0,
+        out_shardings=(in_place, everywhere),
+    )
+    evaluate = jax.jit(partial(eval_step, **parts), out_shardings=everywhere)
+    greedy = jax.jit(partial(greedy_step, model=setup.model), out_shardings=everywhere)
+    ways = setup.plan.ways
+
+    def greedy_rows(params, tokens, last):
+        missing = -len(tokens) % ways  # every device takes the same number of rows
+        tokens = np.pad(tokens, ((0, missing), (0, 0)))
+        return np.asarray(greedy(params, tokens, np.pad(last, (0, missing))))[: len(last)]
+
+    return Programs(
+        train=lambda state, batch: train(state, batch, token_bytes),
+        evaluate=lambda params, batch: evaluate(params, batch, token_bytes),
+        greedy=greedy_rows,
+    )
+
+
+def due(step: int, interval: int) -> bool:
+    """Whether something that happens every `interval` steps happens at `step`; an interval of 0 never comes."""
+    return bool(interval) and step % interval == 0
+
+
+def open_loader(config: FrozenConfigDict, plan: BatchPlan, vocabulary, split: str, state=None) -> Loader:
+    """This host's part of the batches of a split."""
+    return make_loader(
+        config,
+        vocabulary,
+        split,
+        batch_rows=plan.rows,
+        state=state,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+    )
+
+
+def train(setup: Setup, preemption: runtime.Preemption) -> int:
+    """Train from the run's last checkpoint, or from the start, to config.steps; returns the exit status."""
+    config, plan = setup.config, setup.plan
+    directory = run_directory(config)
+    vocabulary = load_tokenizer(config)
+    programs = build_programs(setup, vocabulary.token_bytes())
+    rows_sharding = sharding.batch_sharding(setup.mesh, config.logical_axis_rules)
+
+    with contextlib.ExitStack() as cleanup:
+        checkpointer = cleanup.enter_context(
+            Checkpointer(config, directory, tokenizer_fingerprint=vocabulary.fingerprint())
+        )
+
+        # ---- State: from the last checkpoint, or new
+        extra = {"data": None, "metrics": None, "evaluated_step": None}
+        if config.enable_checkpointing and checkpointer.latest_step() is not None:
+            state, extra = checkpointer.restore(setup.abstract)
+        else:
+            state = initialize(config, setup.numerics, setup.optimizer, setup.abstract)
+        start = int(state.step)
+        if config.enable_checkpointing:
+            checkpointer.check_free_space(setup.abstract)
+        if jax.process_index() == 0:
+            pyconfig.save(config, directory / "config.yml")
+
+        # ---- Data, metrics
+        batches = DevicePrefetch(
+            open_loader(config, plan, vocabulary, "train", extra["data"]), rows_sharding, config.prefetch_batches
+        )
+        cleanup.callback(batches.close)
+        held_out = None
+        logger = MetricLogger(
+            config,
+            directory,
+            total_steps=config.steps,
+            start_step=start,
+            tokens_per_step=config.global_batch_tokens,
+            flops_per_token=flops_per_token(config),
+            peak_flops=runtime.peak_flops(list(setup.mesh.devices.flat)),
+            is_main=jax.process_index() == 0,
+            state=extra["metrics"],
+        )
+        cleanup.callback(logger.close)
+        if start:
+            logger.message(f"going on from step {start} of {directory}")
+
+        def save(step: int, evaluated_step: int | None) -> None:
+            extra = {
+                "data": merge_states(runtime.gather_json(batches.state())),
+                "metrics": logger.state(),
+                "evaluated_step": evaluated_step,
+                "config": pyconfig.to_yaml(config),
+            }
+            checkpointer.save(step, state, extra)
+
+        # ---- Steps start ... config.steps, of which the last only evaluates and saves
+        evaluated_step = extra["evaluated_step"]
+        skipped_in_a_row = 0
+        try:
+            for step in itertools.count(start):
+                last = step >= config.steps
+                preemption.check(step)
+                if step != evaluated_step:
+                    if config.eval_interval and (last or due(step, config.eval_interval)):
+                        if held_out is None:
+                            held_out = read_held_out(setup, vocabulary)
+                        results = bpb.evaluate_bpb(
+                            lambda batch: programs.evaluate(state.params, put_global(batch, rows_sharding)),
+                            preemption.checked(held_out),
+                        )
+                        logger.event(step, "validation", results)
+                    if config.sample_interval and (last or (step and due(step, config.sample_interval))):
+                        texts = samples.sample(
+                            partial(programs.greedy, state.params), vocabulary, config.sample_tokens
+                        )
+                        logger.event(step, "samples", texts)
+                    evaluated_step = step
+
+                if config.enable_checkpointing and step != start and (last or checkpointer.should_save(step)):
+                    save(step, evaluated_step)
+                if last:
+                    break
+
+                batch = next(batches)
+                state, metrics = programs.train(state, batch)
+                metrics["lr_multiplier"] = learning_rate_multiplier(config, step)
+                if step == start:
+                    runtime.freeze_gc()
+
+                # Metrics arrive one step late, so that the host never waits for the step that is under way.
+                arrived = logger.step(step, metrics, batches.position())
+                if arrived:
+                    skipped_in_a_row = skipped_in_a_row + 1 if arrived["skipped"] else 0
+                if skipped_in_a_row >= config.max_nonfinite_steps:
+                    raise ValueError(
+                        f"loss or gradient was not finite in {skipped_in_a_row} steps in a row, up to step {step - 1}; "
+                        f"their updates were skipped. Lower the learning rates or look at the data, and start again "
+                        f"from the checkpoints in {directory}"
+                    )
+        except runtime.Preempted:
+            # Raised only between steps or between batches of an evaluation, where the state is whole.
+            if config.enable_checkpointing:
+                save(step, evaluated_step)
+                checkpointer.wait()
+                logger.message(f"stopped at step {step}, saved; the same command goes on from here")
+            return runtime.EXIT_PREEMPTED
+        checkpointer.wait()
+    return 0
+
+
+def load_tokenizer(config: FrozenConfigDict) -> tokenizer.Tokenizer:
+    """The run's tokenizer. Raises ValueError where its size is not the model's."""
+    vocabulary = tokenizer.load(config)
+    if vocabulary.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {config.tokenizer_path} has {vocabulary.vocab_size} tokens but vocab_size is "
+            f"{config.vocab_size}: set vocab_size={vocabulary.vocab_size} or train another tokenizer"
+        )
+    return vocabulary
+
+
+def read_held_out(setup: Setup, vocabulary: tokenizer.Tokenizer) -> bpb.PackedRows:
+    """The validation batches: config.eval_tokens, rounded down to whole batches, at least one."""
+    config, plan = setup.config, setup.plan
+    count = max(1, config.eval_tokens // config.global_batch_tokens)
+    with open_loader(config, plan, vocabulary, "validation") as batches:
+        return bpb.PackedRows(batches, count, config.vocab_size)
+
+
+def flops_per_token(config: FrozenConfigDict) -> int:
+    """Training FLOPs of a token, forward and backward."""
+    return scaling.flops_per_token(scaling.shape_of(config), pyconfig.windows_of(config))
+
+
+def learning_rate_multiplier(config: FrozenConfigDict, step: int) -> float:
+    """The schedule's value at `step`, for the step line."""
+    return float(
+        schedules.lr_multiplier(
+            step, config.steps, config.warmup_steps, config.warmdown_ratio, config.final_lr_fraction
+        )
+    )
+
+
+def main(config: FrozenConfigDict) -> int:
+    """Check, show the plan, train."""
+    runtime.initialize(config)
+    setup = set_up(config)
+    if jax.process_index() == 0:
+        print_plan(setup)
+    check_memory(setup)
+    if config.dry_run:
+        return 0
+    with runtime.Preemption() as preemption, jax.set_mesh(setup.mesh):
+        return train(setup, preemption)
+
+
+if __name__ == "__main__":
+    sys.exit(pyconfig.launch(main))

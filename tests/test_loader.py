@@ -1,0 +1,336 @@
+"""The loader: one batch per step whatever reads it, a state that goes on exactly, and clean ends."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from byte_tokenizer import BOS, ByteTokenizer, FailingTokenizer, JaxReportingTokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from MaxNano import pyconfig
+from MaxNano.data import loader, packing, sources
+
+READERS = 4
+ROWS = 8
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Two files of 4 and 5 row groups to train on, so that epochs end every few batches."""
+    folder = tmp_path_factory.mktemp("shards")
+    random = np.random.default_rng(0)
+    for name, count in (("a", 46), ("b", 53), ("c", 48)):
+        lengths = random.integers(1, 90, count)
+        texts = [f"{name}{n} ".ljust(length, "x")[:length] for n, length in enumerate(lengths)]
+        pq.write_table(pa.table({"text": texts}), folder / f"{name}.parquet", row_group_size=12)
+    return folder
+
+
+def make_config(folder, **values):
+    small = {
+        "dataset_path": folder,
+        "data_readers": READERS,
+        "max_target_length": 32,
+        "packing_buffer_documents": 10,
+        "tokenize_batch_documents": 5,
+    }
+    overrides = [f"{key}={value}" for key, value in (small | values).items()]
+    return pyconfig.initialize(["configs/base.yml", "model=d2", *overrides])
+
+
+def open_loader(config, **options):
+    return loader.make_loader(config, ByteTokenizer(), "train", **{"batch_rows": ROWS} | options)
+
+
+def take(batches, count):
+    """(count, rows, T + 1): inputs with the last target behind them."""
+    taken = [next(batches) for _ in range(count)]
+    return np.stack([np.hstack([b["inputs"], b["targets"][:, -1:]]) for b in taken])
+
+
+@pytest.fixture(scope="module")
+def expected(shards):
+    """Batches of several epochs, in one go in one process."""
+    with open_loader(make_config(shards)) as batches:
+        return take(batches, 65)
+
+
+def test_a_batch_has_shifted_targets_weight_one_and_rows_that_begin_with_bos(shards):
+    with open_loader(make_config(shards)) as batches:
+        batch = next(batches)
+    assert {name: (rows.shape, rows.dtype.name) for name, rows in batch.items()} == {
+        "inputs": ((ROWS, 32), "int32"),
+        "targets": ((ROWS, 32), "int32"),
+        "weights": ((ROWS, 32), "float32"),
+    }
+    np.testing.assert_array_equal(batch["inputs"][:, 1:], batch["targets"][:, :-1])
+    assert (batch["inputs"][:, 0] == BOS).all()
+    assert (batch["weights"] == 1).all()
+
+
+def test_reader_r_fills_the_rth_block_of_rows(shards, expected):
+    source = sources.ParquetSource(make_config(shards), "train")
+    for reader in range(READERS):
+        lists = sources.read_lists(source, reader, READERS, 5, sources.start_of(reader))
+
+        def next_documents(lists=lists):
+            encoded = ByteTokenizer().encode_batch(next(lists)[1], bos=True)
+            return [packing.cut_document(ids, 33) for ids in encoded]
+
+        packer = packing.BestFitPacker(33, 10, next_documents)
+        for batch in expected:
+            for row in batch[2 * reader : 2 * reader + 2]:
+                own = np.empty(33, np.int32)
+                packer.fill(own)
+                np.testing.assert_array_equal(row, own)
+
+
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+def test_the_hosts_together_have_the_same_batches(shards, expected, hosts):
+    """Also with more hosts than readers, where two hosts share one."""
+    parts = []
+    for host in range(hosts):
+        with open_loader(make_config(shards), host_index=host, host_count=hosts) as batches:
+            parts.append(take(batches, 10))
+            # A host opens no more readers than its rows need.
+            assert len(batches.state()["readers"]) == max(1, READERS // hosts)
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected[:10])
+
+
+def test_readers_may_straddle_hosts(shards):
+    config = make_config(shards, data_readers=3)
+    with open_loader(config, batch_rows=6) as batches:
+        whole = take(batches, 10)
+    for host in range(2):
+        with open_loader(config, batch_rows=6, host_index=host, host_count=2) as batches:
+            np.testing.assert_array_equal(take(batches, 10), whole[:, 3 * host : 3 * host + 3])
+
+
+@settings(max_examples=25)
+@given(cuts=st.lists(st.integers(0, 20), min_size=1, max_size=3))
+def test_a_restored_state_goes_on_exactly(shards, expected, cuts):
+    config, state, done = make_config(shards), None, 0
+    for cut in [*cuts, 5]:
+        with open_loader(config, state=state) as batches:
+            if cut:
+                np.testing.assert_array_equal(take(batches, cut), expected[done : done + cut])
+            time.sleep(0.01)  # batches prefetched behind the last one must not count
+            state = json.loads(json.dumps(batches.state()))
+        done += cut
+
+
+def test_a_state_goes_on_under_another_number_of_hosts(shards, expected):
+    config, states = make_config(shards), []
+    for host in range(2):
+        with open_loader(config, host_index=host, host_count=2) as batches:
+            take(batches, 7)
+            states.append(batches.state())
+    merged = json.loads(json.dumps(loader.merge_states(states)))
+    with open_loader(config, state=merged) as batches:
+        np.testing.assert_array_equal(take(batches, 10), expected[7:17])
+    with pytest.raises(ValueError, match="lacks reader 2"):
+        open_loader(config, state=states[0])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_change_nothing(shards, expected, workers):
+    config = make_config(shards, data_workers=workers)
+    with open_loader(config) as batches:
+        np.testing.assert_array_equal(take(batches, 10), expected[:10])
+        state = batches.state()
+    with open_loader(make_config(shards), state=state) as batches:
+        np.testing.assert_array_equal(take(batches, 5), expected[10:15])
+        state = batches.state()
+    with open_loader(config, state=state) as batches:
+        np.testing.assert_array_equal(take(batches, 5), expected[15:20])
+    assert not multiprocessing.active_children()
+
+
+def test_the_position_is_that_of_the_batches_handed_out(shards):
+    with open_loader(make_config(shards, data_readers=1), batch_rows=1) as batches:
+        assert batches.position() == {"epoch": 1, "file": 0, "row_group": 0}
+        reached = []
+        for _ in range(80):
+            take(batches, 1)
+            reached.append(tuple(batches.position().values()))
+    assert reached == sorted(reached)
+    assert reached[0] == (1, 0, 0)
+    assert {(1, 0, 3), (1, 1, 0), (1, 1, 4), (2, 0, 0)} <= set(reached)
+
+
+def test_validation_is_the_last_file(shards):
+    config = make_config(shards)
+    with loader.make_loader(config, ByteTokenizer(), "validation", batch_rows=ROWS) as batches:
+        rows = take(batches, 3)
+    names = {
+        bytes(document[1:2].astype(np.uint8))
+        for row in rows.reshape(-1, 33)
+        for document in np.split(row, np.flatnonzero(row == BOS)[1:])
+        if len(document) > 1
+    }
+    assert names == {b"c"}
+
+
+def test_what_does_not_fit_together_is_told(shards):
+    with pytest.raises(ValueError, match="data_readers=4 does not divide the 6 rows .* 1, 2, 3, 6"):
+        open_loader(make_config(shards), batch_rows=6)
+    with pytest.raises(ValueError, match="3 hosts do not divide the 8 rows"):
+        open_loader(make_config(shards), host_count=3)
+    with pytest.raises(ValueError, match="set data_readers=5 or less"):
+        open_loader(make_config(shards, data_readers=8))
+    with open_loader(make_config(shards)) as batches:
+        state = batches.state()
+    with pytest.raises(ValueError, match="data_readers=4 but the run has 2"):
+        open_loader(make_config(shards, data_readers=2), state=state)
+    with pytest.raises(ValueError, match="row_tokens=33 but the run has 65"):
+        open_loader(make_config(shards, max_target_length=64), state=state)
+    state["readers"]["1"]["file"] = "gone.parquet"
+    with pytest.raises(ValueError, match=r"gone\.parquet, which .* no longer has"):
+        open_loader(make_config(shards), state=state)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_beside_training_is_raised_as_it_was_and_ends_everything(
+    tmp_path, shards, workers
+):
+    for name in "abc":
+        (tmp_path / f"{name}.parquet").write_bytes((shards / f"{name}.parquet").read_bytes())
+    pq.write_table(pa.table({"text": ["x", None] * 24}), tmp_path / "b.parquet", row_group_size=12)
+    threads = threading.active_count()
+    batches = open_loader(make_config(tmp_path, data_workers=workers))
+    with pytest.raises(ValueError, match=r"b\.parquet: row group . has rows without text"):
+        take(batches, 40)
+    assert threading.active_count() == threads
+    assert not multiprocessing.active_children()
+    with pytest.raises(ValueError, match="closed"):
+        next(batches)
+
+
+def test_other_errors_of_a_worker_bring_their_traceback(shards):
+    config = make_config(shards, data_workers=1)
+    batches = loader.make_loader(
+        config, FailingTokenizer(KeyError("odd")), "train", batch_rows=ROWS
+    )
+    with pytest.raises(
+        RuntimeError, match=r"(?s)data worker failed.*encode_batch.*KeyError: 'odd'"
+    ):
+        next(batches)
+
+
+def test_a_killed_worker_is_one_clear_error(shards):
+    with open_loader(make_config(shards, data_workers=1)) as batches:
+        next(batches)
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match=r"a data worker died \(exit code -9\)"):
+            take(batches, 200)
+
+
+def test_close_leaves_no_thread_and_no_process(shards):
+    threads = threading.active_count()
+    for workers in (0, 2):
+        batches = open_loader(make_config(shards, data_workers=workers))
+        next(batches)
+        batches.close()
+        batches.close()
+        assert threading.active_count() == threads
+        assert not multiprocessing.active_children()
+
+
+def test_workers_never_import_jax(shards):
+    config = make_config(shards, data_workers=1)
+    tokenizer = JaxReportingTokenizer()
+    with loader.make_loader(config, tokenizer, "train", batch_rows=ROWS) as batches:
+        assert not next(batches)["inputs"].any()
+
+
+PARENT = """
+import os, sys
+from MaxNano import pyconfig
+from MaxNano.data import sources, workers
+from byte_tokenizer import ByteTokenizer
+
+if __name__ == "__main__":
+    config = pyconfig.initialize(["configs/base.yml", "dataset_type=synthetic"])
+    source = sources.SyntheticSource(config, "train")
+    encoding = workers.Encoding(source, ByteTokenizer(), 1, 8, 33)
+    reading = workers.start(encoding, {0: sources.start_of(0)}, 1)
+    reading.next(0)
+    print(*(child.pid for child in workers.multiprocessing.active_children()), flush=True)
+    if sys.argv[1] == "wait":
+        sys.stdin.read()
+"""
+
+
+def start_parent(tmp_path, what):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen(
+        [sys.executable, script, what],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return process, int(process.stdout.readline())
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for_end(pid):
+    for _ in range(200):
+        if not is_running(pid):
+            return
+        time.sleep(0.05)
+    pytest.fail("the worker outlived its parent")
+
+
+def test_workers_end_when_the_trainer_is_killed(tmp_path):
+    process, worker = start_parent(tmp_path, "wait")
+    with process:
+        assert is_running(worker)
+        # Signals to the whole group are the trainer's to handle.
+        os.kill(worker, signal.SIGTERM)
+        os.kill(worker, signal.SIGINT)
+        time.sleep(0.2)
+        assert is_running(worker)
+        process.kill()
+    wait_for_end(worker)
+
+
+def test_a_trainer_that_forgets_to_close_still_ends(tmp_path):
+    process, worker = start_parent(tmp_path, "leave")
+    with process:
+        assert process.wait(timeout=30) == 0
+    wait_for_end(worker)
+
+
+def test_device_prefetch_hands_out_global_arrays_with_their_own_state(shards, expected):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    batches = loader.DevicePrefetch(open_loader(make_config(shards)), sharding, 2)
+    for step in range(3):
+        batch = next(batches)
+        assert isinstance(batch["inputs"], jax.Array)
+        np.testing.assert_array_equal(batch["inputs"], expected[step, :, :-1])
+    state = batches.state()
+    batches.close()
+    with open_loader(make_config(shards), state=state) as again:
+        np.testing.assert_array_equal(take(again, 5), expected[3:8])

@@ -1,0 +1,289 @@
+"""Document sources: the same documents whatever the number of readers, and one line for bad files."""
+
+import json
+import pickle
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from MaxNano import pyconfig
+from MaxNano.data import sources
+
+
+def make_config(kind, path, **values):
+    overrides = [f"{key}={value}" for key, value in values.items()]
+    return pyconfig.initialize(
+        ["configs/base.yml", f"dataset_type={kind}", f"dataset_path={path}", *overrides]
+    )
+
+
+def write_parquet(path, texts, group=4, column="text"):
+    pq.write_table(pa.table({column: texts}), path, row_group_size=group, write_page_checksum=True)
+
+
+def documents_of(source):
+    """Every document with its file and row group."""
+    found = []
+    for file in range(len(source.files)):
+        groups = source.open(file)
+        for group in range(len(groups)):
+            found += [(file, group, text) for text in groups.documents(group)]
+    return found
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Three parquet files: 10 and 7 documents to train on in groups of 4, 5 held out."""
+    for index, count in enumerate((10, 7, 5)):
+        texts = [f"file {index} document {n}" for n in range(count)]
+        write_parquet(tmp_path / f"shard_{index}.parquet", texts)
+    (tmp_path / "shard_9.parquet.tmp").write_bytes(b"half a download")
+    return tmp_path
+
+
+def test_the_last_file_in_sorted_order_is_held_out(shards):
+    config = make_config("parquet", shards)
+    train = list(sources.iterate_texts(config, "train"))
+    assert len(train) == 17
+    assert train[0] == "file 0 document 0"
+    assert train[-1] == "file 1 document 6"
+    held_out = list(sources.iterate_texts(config, "validation"))
+    assert held_out == [f"file 2 document {n}" for n in range(5)]
+
+
+def test_reader_takes_every_rth_row_group_of_each_file(shards):
+    source = sources.ParquetSource(make_config("parquet", shards), "train")
+    lists = sources.read_lists(source, 1, 2, 3, sources.start_of(1))
+    read = [next(lists) for _ in range(4)]
+    # Reader 1 of 2 has group 1 of file 0 and group 1 of file 1; lists do not cross groups.
+    assert [position for position, _ in read] == [
+        (1, 0, 1, 3),
+        (1, 0, 1, 4),
+        (1, 1, 1, 3),
+        (2, 0, 1, 3),
+    ]
+    assert read[1][1] == ["file 0 document 7"]
+    assert read[3][1] == read[0][1]
+
+
+@settings(max_examples=30)
+@given(readers=st.integers(1, 4), size=st.integers(1, 5), cut=st.integers(0, 20))
+def test_reading_goes_on_exactly_behind_any_position(readers, size, cut):
+    class Numbered:
+        where, files = "test", ["a", "b", "c"]
+
+        def open(self, file):
+            return Groups(file)
+
+    class Groups:
+        def __init__(self, file):
+            self.file = file
+
+        def __len__(self):
+            return 4 + self.file
+
+        def documents(self, group):
+            # Some groups are empty, and lengths differ.
+            return (f"{self.file} {group} {row}" for row in range((self.file + group) % 4))
+
+    for reader in range(readers):
+        lists = sources.read_lists(Numbered(), reader, readers, size, sources.start_of(reader))
+        read = [next(lists) for _ in range(cut + 10)]
+        position = read[cut - 1][0] if cut else sources.start_of(reader)
+        again = sources.read_lists(Numbered(), reader, readers, size, position)
+        assert [next(again) for _ in range(10)] == read[cut:]
+
+
+def test_too_many_readers_are_told_how_many_work(shards):
+    source = sources.ParquetSource(make_config("parquet", shards), "train")
+    sources.check_readers(source, 3)
+    with pytest.raises(ValueError, match="set data_readers=3 or less"):
+        sources.check_readers(source, 4)
+
+
+def test_an_epoch_without_documents_is_an_error_not_an_endless_loop(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("\n\n")
+    source = sources.JsonlSource(make_config("jsonl", tmp_path), "train")
+    with pytest.raises(ValueError, match="no document for reader 0"):
+        next(sources.read_lists(source, 0, 1, 8, sources.start_of(0)))
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: write_parquet(path, ["x", None, "y"]), "rows without text"),
+        (lambda path: write_parquet(path, ["x"], column="body"), "set text_column to one of body"),
+        (lambda path: write_parquet(path, [1, 2]), "holds int64, not text"),
+        (lambda path: path.write_bytes(b"PAR1 and then nothing"), "cannot be read"),
+        (flip_a_byte, "CRC checksum verification failed"),
+    ],
+)
+def test_a_bad_parquet_file_is_named_in_one_line(tmp_path, damage, message):
+    for name in "ab":
+        write_parquet(tmp_path / f"{name}.parquet", [f"{n} " * 200 for n in range(100)], group=100)
+    damage(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=message) as caught:
+        list(sources.iterate_texts(make_config("parquet", tmp_path), "train"))
+    assert "a.parquet" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_folder_and_missing_validation_file_are_told(tmp_path):
+    with pytest.raises(ValueError, match="dataset_path=.*nowhere"):
+        sources.ParquetSource(make_config("parquet", tmp_path / "nowhere"), "train")
+    write_parquet(tmp_path / "only.parquet", ["x"])
+    with pytest.raises(ValueError, match=r"holds 1 \.parquet files; at least 2"):
+        sources.ParquetSource(make_config("parquet", tmp_path), "train")
+
+
+# Lines of all lengths around the block's, with characters of several bytes.
+LINES = st.lists(st.text("aé\U0001f600 ", max_size=12), min_size=1, max_size=30)
+
+
+@settings(max_examples=100)
+@given(lines=LINES, block=st.integers(1, 40))
+def test_blocks_of_lines_have_every_document_once_and_in_order(tmp_path_factory, lines, block):
+    folder = tmp_path_factory.mktemp("jsonl")
+    rows = [json.dumps({"text": line}, ensure_ascii=False) for line in lines]
+    (folder / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    (folder / "b.jsonl").write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "BLOCK_BYTES", block)
+        found = documents_of(sources.JsonlSource(make_config("jsonl", folder), "train"))
+    assert [text for _, _, text in found] == lines
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "cut off', "line at byte 15: cannot be read"),
+        ('{"body": "x"}', "no text in field 'text'"),
+        ('{"text": 5}', "no text in field 'text'"),
+        ('["text"]', "no text in field 'text'"),
+    ],
+)
+def test_a_bad_jsonl_line_is_named(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text('{"text": "ok"}\n' + line)
+    (tmp_path / "b.jsonl").write_text("")
+    with pytest.raises(ValueError, match=message) as caught:
+        list(sources.iterate_texts(make_config("jsonl", tmp_path), "train"))
+    assert "a.jsonl" in str(caught.value)
+
+
+@settings(max_examples=50)
+@given(
+    lines=st.lists(st.sampled_from(["", "word", "some words", "x" * 50]), max_size=60),
+    block=st.integers(1, 200),
+)
+def test_text_files_lose_nothing_and_yield_no_empty_document(tmp_path_factory, lines, block):
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "a.txt").write_text("\n".join(lines))
+    (folder / "b.txt").write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "BLOCK_BYTES", block)
+        patch.setattr(sources, "TEXT_DOCUMENT_CHARACTERS", 40)
+        patch.setattr(sources, "TEXT_DOCUMENT_MAX_CHARACTERS", 100)
+        texts = [
+            text
+            for _, _, text in documents_of(sources.TextSource(make_config("text", folder), "train"))
+        ]
+    assert all(texts)
+    assert " ".join(texts).split() == " ".join(lines).split()
+
+
+def test_text_is_cut_at_blank_lines_and_serves_many_readers(tmp_path):
+    paragraph = "one sentence of many words. " * 40
+    text = "\n\n".join(f"{n} {paragraph}" for n in range(1000))
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(text)
+    source = sources.TextSource(make_config("text", tmp_path), "train")
+    sources.check_readers(source, 8)
+    found = documents_of(source)
+    whole = [text for _, _, text in found if len(text) >= sources.TEXT_DOCUMENT_CHARACTERS]
+    assert len(whole) > 0.9 * len(found)
+    assert all(text[0].isdigit() and text.endswith("words.") for text in whole)
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "b.txt").write_text("")
+    with pytest.raises(ValueError, match="a.txt: cannot be read .*utf-8"):
+        list(sources.iterate_texts(make_config("text", tmp_path), "train"))
+
+
+def test_synthetic_documents_follow_seed_and_split():
+    def first(split, seed):
+        source = sources.SyntheticSource(make_config("synthetic", "unused", seed=seed), split)
+        return next(sources.read_lists(source, 3, 8, 16, sources.start_of(3)))[1]
+
+    assert first("train", 1) == first("train", 1)
+    assert first("train", 1) != first("train", 2)
+    assert first("train", 1) != first("validation", 1)
+    assert all(text and text.isascii() for text in first("train", 1))
+
+
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory):
+    """A data set of 2,500 documents in array_record files, as tfds writes them."""
+    import numpy as np
+    import tensorflow_datasets as tfds
+
+    class TinyText(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {"text": tfds.features.Text(), "number": np.int32}
+            features = tfds.features.FeaturesDict(features)
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(2500), "test": self._generate_examples(3)}
+
+        def _generate_examples(self, count):
+            for n in range(count):
+                yield n, {"text": f"dôcument {n}", "number": n}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    TinyText(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def tfds_config(folder, **values):
+    splits = {"dataset_name": "tiny_text", "dataset_splits": "[train, test]"}
+    return make_config("tfds", folder, **splits | values)
+
+
+def test_tfds_is_read_in_blocks_without_tensorflow(tfds_folder):
+    config = tfds_config(tfds_folder)
+    texts = list(sources.iterate_texts(config, "train"))
+    assert sorted(texts) == sorted(f"dôcument {n}" for n in range(2500))
+    assert len(list(sources.iterate_texts(config, "validation"))) == 3
+    source = sources.TfdsSource(config, "train")
+    sources.check_readers(source, 3)
+    travelled = pickle.loads(pickle.dumps(source))
+    assert documents_of(travelled) == documents_of(source)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dataset_name": "unheard_of"}, "unheard_of in"),
+        ({"dataset_splits": "[other, test]"}, "cannot open split 'other'"),
+        ({"dataset_name": "null"}, "needs dataset_name"),
+        ({"text_column": "body"}, "set text_column to one of"),
+        ({"text_column": "number"}, "'number' is not text"),
+    ],
+)
+def test_tfds_mistakes_are_one_line(tfds_folder, values, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        list(sources.iterate_texts(tfds_config(tfds_folder, **values), "train"))
+    assert "\n" not in str(caught.value)

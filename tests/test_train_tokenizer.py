@@ -1,0 +1,127 @@
+"""Tokenizer training: what is read, the table, and the command itself."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from MaxNano import tokenizer, train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = ["The cat sat on the mat, and the dog sat on the log."] * 3
+WORDS = [f"number {i * i * 7919} makes word{i} and stem{i % 37}ing" for i in range(400)]
+
+
+def test_reading_stops_behind_the_wanted_characters():
+    texts = ["a" * 10, "b" * 3, "c" * 9, "d" * 9]
+    assert list(train_tokenizer.capped(texts, 7, 4)) == ["a" * 4, "b" * 3, "c" * 4]
+    assert list(train_tokenizer.capped(texts, 8, 4)) == ["a" * 4, "b" * 3, "c" * 4]
+    assert list(train_tokenizer.capped(texts, 6, 4)) == ["a" * 4, "b" * 3]
+
+
+def test_progress_gives_the_texts_and_the_count(capsys):
+    texts = ["ab", "c" * 1_000_000]
+    assert list(train_tokenizer.with_progress(iter(texts), 2_000_000)) == texts
+    assert "read 2 documents, 1.0 M of at most 2.0 M characters" in capsys.readouterr().out
+
+
+def test_the_table_counts_bytes_per_token():
+    ours = tokenizer.BpeTokenizer(
+        tokenizer.NANOCHAT_PATTERN, {**{bytes([i]): i for i in range(256)}, b"ab": 256}
+    )
+    lines = train_tokenizer.compression_table(
+        ours, {"itself": ours._encoding}, {"one": ["abab"], "two": ["é", "ab"]}
+    )
+    assert [line.split() for line in lines] == [
+        ["bytes", "per", "token", "bytes", "ours", "itself"],
+        ["one", "4", "2.00", "2.00"],
+        ["two", "4", "1.33", "1.33"],
+    ]
+
+
+def test_references_that_fail_are_left_out(monkeypatch):
+    def get(name):
+        if name == "broken":
+            raise OSError("no network")
+        return name
+
+    monkeypatch.setattr(train_tokenizer.tiktoken, "get_encoding", get)
+    assert train_tokenizer.reference_encodings(["broken", "whole"], 60) == {"whole": "whole"}
+
+
+def test_references_that_hang_are_left_out(monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(train_tokenizer.tiktoken, "get_encoding", lambda name: release.wait())
+    assert train_tokenizer.reference_encodings(["gpt2", "cl100k_base"], 0.01) == {}
+    release.set()
+
+
+# ---- The command ------------------------------------------------------------------------------
+
+
+def run(*words, script=True):
+    program = ["MaxNano/train_tokenizer.py"] if script else ["-m", "MaxNano.train_tokenizer"]
+    closed = "http://127.0.0.1:9"  # no test downloads anything
+    env = os.environ | {
+        "HTTPS_PROXY": closed,
+        "https_proxy": closed,
+        "NO_PROXY": "",
+        "no_proxy": "",
+    }
+    env.pop("TIKTOKEN_CACHE_DIR", None)
+    return subprocess.run(
+        [sys.executable, *program, "configs/base.yml", "dataset_type=jsonl", *words],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for shard in range(2):
+        lines = [json.dumps({"text": text}) for text in WORDS[shard::2]]
+        (folder / f"{shard}.jsonl").write_text("\n".join(lines) + "\n")
+    return f"dataset_path={folder}"
+
+
+def test_from_documents_to_a_tokenizer(data, tmp_path):
+    words = (data, f"tokenizer_path={tmp_path}", "vocab_size=320")
+    first = run(*words)
+    assert (first.returncode, first.stderr) == (0, "")
+    trained = tokenizer.load_from("bpe", tmp_path)
+    assert trained.vocab_size == 320
+    assert trained.fingerprint()[:16] in first.stdout
+    rows = re.findall(r"^(\w+) +([\d,]+) +(\d+\.\d\d)", first.stdout, re.MULTILINE)
+    assert [row[0] for row in rows] == [*train_tokenizer.SAMPLES, "train", "validation"]
+    assert sum(len(text) for text in WORDS[1::2]) == int(rows[-1][1].replace(",", ""))
+    # Only the training shard is learned from, and the same documents give the same tokenizer.
+    assert trained.fingerprint() == tokenizer.train_bpe(WORDS[0::2], 320).fingerprint()
+    assert run(*words, script=False).returncode == 0
+    assert tokenizer.load_from("bpe", tmp_path).fingerprint() == trained.fingerprint()
+    assert os.listdir(tmp_path) == ["tokenizer.json"]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["vocab_size=32768"], "train on more text or give vocab_size="),
+        (["vocab_size=100"], "need vocab_size=265 at least"),
+        (["tokenizer_type=tiktoken"], "tokenizer_type=bpe"),
+        (["dataset_path=none"], "dataset_path=none"),
+        (["text_column=body"], "body"),
+        (["vocab_sise=400"], "vocab_size"),
+    ],
+)
+def test_errors_are_one_line_and_leave_the_old_tokenizer(data, tmp_path, words, message):
+    tokenizer.train_bpe(TEXTS, 280).save(tmp_path)
+    before = (tmp_path / "tokenizer.json").read_bytes()
+    done = run(data, f"tokenizer_path={tmp_path}", *words)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert (tmp_path / "tokenizer.json").read_bytes() == before
+    assert os.listdir(tmp_path) == ["tokenizer.json"]

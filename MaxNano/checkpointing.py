@@ -13,6 +13,7 @@ hashing would read everything back over the network. There the lock on the folde
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -159,7 +160,8 @@ class Checkpointer:
         self._remove_temporary()
         if self._failures >= MAX_FAILED_SAVES:
             raise CheckpointError(
-                f"{self._failures} checkpoints in a row could not be written to {self._run}: {reason}"
+                f"{self._failures} checkpoints in a row could not be written to {self._run}: "
+                f"{reason}"
             )
         _warn(
             f"the checkpoint of step {self._last_step} could not be written ({reason}); "
@@ -200,7 +202,8 @@ class Checkpointer:
         if free < missing:
             raise CheckpointError(
                 f"{self._run} has {free / 1e9:.1f} GB free but checkpoints need "
-                f"{missing / 1e9:.1f} GB; free space, lower checkpoint_keep or set base_output_directory to another disk"
+                f"{missing / 1e9:.1f} GB; free space, lower checkpoint_keep or set "
+                "base_output_directory to another disk"
             )
 
     # ---- Read ----
@@ -456,6 +459,7 @@ def _find_file_damage(directory: epath.Path, name: str, entry: dict) -> str | No
     return None
 
 
+@functools.cache
 def _versions() -> dict[str, str | None]:
     """Versions that bit-identical numbers depend on; None for what is not installed."""
     found: dict[str, str | None] = {"python": sys.version.split()[0]}

@@ -34,7 +34,11 @@ def initialize(config: FrozenConfigDict) -> None:
     A warning on stderr where the cache cannot be used; the run goes on without it.
     """
     if _is_multi_process() and not jax.distributed.is_initialized():
-        jax.distributed.initialize()
+        # JAX finds these itself on SLURM and on TPU pods; elsewhere it reads only the address.
+        jax.distributed.initialize(
+            num_processes=_int_from_environment("JAX_NUM_PROCESSES"),
+            process_id=_int_from_environment("JAX_PROCESS_ID"),
+        )
     _make_cpu_devices(config)
     _start_compilation_cache(config.jax_cache_dir)
 
@@ -76,9 +80,18 @@ def _is_multi_process() -> bool:
     env = os.environ
     return (
         "JAX_COORDINATOR_ADDRESS" in env
-        or int(env.get("SLURM_NTASKS", "1")) > 1
+        or (_int_from_environment("SLURM_NTASKS") or 1) > 1
         or "," in env.get("TPU_WORKER_HOSTNAMES", "")  # a Cloud TPU pod slice
     )
+
+
+def _int_from_environment(name: str) -> int | None:
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    if not text.isdigit():
+        raise ValueError(f"the environment variable {name} must be a number, not {text!r}")
+    return int(text)
 
 
 def _make_cpu_devices(config: FrozenConfigDict) -> None:
@@ -225,7 +238,7 @@ def _read(path: Path) -> str:
 # ---- Preemption ----------------------------------------------------------------------------------
 
 
-class Preempted(Exception):  # noqa: N818 (a request, not an error)
+class Preempted(Exception):
     """The run is asked to save and leave with EXIT_PREEMPTED."""
 
 

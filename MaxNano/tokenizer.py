@@ -350,8 +350,7 @@ class BpeTokenizer(Tokenizer):
         return self._encode_array(text).tolist()
 
     def _encode_array(self, text: str) -> np.ndarray:
-        # An array takes the ids out of tiktoken without a Python object for each. Its regex, like
-        # encode_ordinary's, looks for no special token here.
+        # The ids of encode_ordinary, as no special is allowed, without a Python object for each.
         if len(text) > _LONGEST_SPACE:
             pieces = [self._encode_piece(piece) for piece in cut_long_space(text)]
             return np.concatenate(pieces)
@@ -371,7 +370,7 @@ class BpeTokenizer(Tokenizer):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write tokenizer.json into a folder, which is made; whole or not at all."""
-        folder = epath.Path(folder)
+        folder = epath.Path(folder).expanduser()
         content = {
             "format": _FORMAT,
             "version": _VERSION,

@@ -1,10 +1,10 @@
 """Speed of the input pipeline in tokens/s: packing alone, and the whole loader with its encoding.
 
-    python benchmarks/input_pipeline.py configs/base.yml dataset_path=data/text max_target_length=512
+    python benchmarks/input_pipeline.py configs/base.yml max_target_length=512
 
-With NANOCHAT=/path/to/its/checkout and NANOCHAT_PYTHON=/path/to/a/python with its packages, nanochat's
-own loader reads the same parquet files with the same tokenizer in the same run, turn by turn, and
-its first rows are compared token by token.
+With NANOCHAT=/path/to/its/checkout and NANOCHAT_PYTHON=/path/to/a/python with its packages,
+nanochat's own loader reads the same parquet files with the same tokenizer in the same run, turn by
+turn, and its first rows are compared token by token.
 """
 
 import contextlib
@@ -90,15 +90,15 @@ def encoded_pool(config: FrozenConfigDict, encoder: tokenizer.Tokenizer) -> list
 
 
 @contextlib.contextmanager
-def start_nanochat(
-    config: FrozenConfigDict, rows: int
-) -> Iterator[Callable[[str], Result] | None]:
+def start_nanochat(config: FrozenConfigDict, rows: int) -> Iterator[Callable[[str], Result] | None]:
     """A function that runs nanochat's "packing" or "loader"; None where it is not asked for."""
     if not os.environ.get("NANOCHAT"):
         yield None
         return
     if (config.dataset_type, config.tokenizer_type) != ("parquet", "bpe"):
-        raise ValueError("NANOCHAT can be compared on dataset_type=parquet, tokenizer_type=bpe only")
+        raise ValueError(
+            "NANOCHAT can be compared on dataset_type=parquet, tokenizer_type=bpe only"
+        )
     source = sources.ParquetSource(config, "train")
     task = {
         "files": [str(Path(config.dataset_path).expanduser() / name) for name in source.files],

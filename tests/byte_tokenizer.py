@@ -1,4 +1,4 @@
-"""Tokenizers for tests of the data pipeline; a module of its own, so that spawned workers find it."""
+"""Tokenizers for tests of the data pipeline, in a module that spawned workers can import."""
 
 import sys
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import tiktoken
 
-from MaxNano import convert, pyconfig, tokenizer
+from MaxNano import convert, optim, pyconfig, sharding, tokenizer
 from MaxNano.checkpointing import Checkpointer
 from MaxNano.model import Numerics
-from MaxNano.train_state import architecture
+from MaxNano.train_state import abstract_state, architecture
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = str(pyconfig.BASE)
@@ -270,7 +270,14 @@ def test_command_imports_and_exports(tmp_path, nanochat):
     with Checkpointer(config, tmp_path / "runs/a", writer=False) as checkpointer:
         assert checkpointer.latest_step() == 7
         params, _ = checkpointer.restore_params_only()
+        # Training can go on from it: the whole state has the form that train.py asks for.
+        model = architecture(config, Numerics("float32", "bfloat16", "reference"))
+        optimizer = optim.make_optimizer(config, dtype="float32")
+        mesh = sharding.make_mesh(config, jax.devices()[:1])
+        state, extra = checkpointer.restore(abstract_state(config, model, optimizer, mesh))
     assert_same(params, convert.nanochat_to_params(arrays, config))
+    assert_same(jax.tree.map(np.asarray, state.params), params)
+    assert int(state.step) == 7 and extra["data"] is None
 
     target = tmp_path / "out/model_000007.npz"
     run_command(tmp_path, f"to_nanochat={target}", "run_name=a")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from MaxNano import convert, pyconfig
+from MaxNano import convert, pyconfig, scaling
 from MaxNano.losses import token_losses
 from MaxNano.model import LayerKind, Numerics, repetition
 from MaxNano.train_state import architecture
@@ -92,3 +92,99 @@ def test_logits_loss_and_gradients_are_nanochats(golden, variant):
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(got[name], value, atol=1e-5 * np.abs(value).max(), err_msg=name)
+
+
+def small(*overrides):
+    return make_config(
+        "vocab_size=50", "max_target_length=64", "emb_dim=32", "head_dim=16", "num_query_heads=2",
+        "short_window_multiple=16", *overrides,
+    )
+
+
+def random_params(model, seed=0):
+    """Parameters of which none has a zero or neutral value."""
+    leaves, tree = jax.tree.flatten(model.shapes)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    values = [
+        0.3 * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, values)
+
+
+LAYOUTS = {
+    "groups of 4": ["num_decoder_layers=8"],
+    "a tail of 2": ["num_decoder_layers=10"],
+    "an odd depth": ["num_decoder_layers=9"],
+    "the middle in the tail": ["num_decoder_layers=5", "window_pattern=L"],
+    "all long": ["num_decoder_layers=6", "window_pattern=L"],
+    "all short but the last": ["num_decoder_layers=7", "window_pattern=S"],
+    "grouped heads": ["num_decoder_layers=8", "num_query_heads=4", "head_dim=8", "num_kv_heads=2"],
+    "nothing extra": [
+        "num_decoder_layers=8", "smear_gate_channels=0", "use_backout=false", "value_embed_gate_channels=0",
+        "logits_soft_cap=0",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scanned_equals_unrolled(layout):
+    """One parameter layout for both, and the same loss and gradients."""
+    tokens = np.arange(2 * 64).reshape(2, 64) % 47
+    targets = (tokens + 1) % 50
+    results = []
+    for scan in ("true", "false"):
+        config = small(*LAYOUTS[layout], f"scan_layers={scan}")
+        params = random_params(architecture(config, FLOAT32))
+
+        def total(params, config=config):
+            return loss_of(config, FLOAT32, params, tokens, targets).mean()
+
+        results.append(jax.jit(jax.value_and_grad(total))(params))
+    (loss, grads), (unrolled_loss, unrolled_grads) = results
+    np.testing.assert_allclose(loss, unrolled_loss, rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), grads, unrolled_grads
+    )
+    assert all(np.any(g) for g in jax.tree.leaves(grads)), "every parameter takes part"
+
+
+@pytest.mark.parametrize(
+    "windows, expected",
+    [("SSSLSSSL", (4, 2)), ("SSSLSL", (4, 1)), ("LLLL", (1, 4)), ("SSSSSSL", (1, 6)), ("SSLSSLSSL", (3, 3))],
+)
+def test_repetition_leaves_the_fewest_layers_to_compile(windows, expected):
+    kinds = tuple(LayerKind(ord(letter), False) for letter in windows)
+    period, groups = repetition(kinds)
+    assert kinds[: period * groups] == kinds[:period] * groups
+    assert (period, groups) == expected
+
+
+def test_nothing_sees_the_future():
+    config = small("num_decoder_layers=4")
+    model = architecture(config, FLOAT32)
+    params = random_params(model)
+    tokens = np.arange(64)[None] % 50
+    changed = tokens.copy()
+    changed[:, 40:] = 7
+    before, after = (model.bind(params)(t) for t in (tokens, changed))
+    np.testing.assert_array_equal(before[:, :40], after[:, :40])
+    assert not np.allclose(before[:, 40:], after[:, 40:])
+
+
+def test_bfloat16_tables_and_activations():
+    config = small("num_decoder_layers=4")
+    numerics = Numerics(dtype="bfloat16", embedding_dtype="bfloat16", attention="reference")
+    model = architecture(config, numerics)
+    stored = {path: leaf.dtype for path, leaf in model.shapes.items() if hasattr(leaf, "dtype")}
+    assert stored["token_embed"] == stored["value_embeds"] == jnp.bfloat16
+    assert stored["lm_head"] == jnp.float32
+    hidden = model.bind(random_params(model))(np.zeros((1, 64), np.int32))
+    assert hidden.dtype == jnp.bfloat16
+
+
+def test_parameter_counts_are_those_of_the_scaling_laws():
+    for name in ("d4", "d6", "d12"):
+        config = make_config(f"model={name}")
+        shapes = jax.tree.leaves(architecture(config, FLOAT32).shapes)
+        total = sum(int(np.prod(leaf.shape)) for leaf in shapes)
+        assert total == scaling.parameter_counts(scaling.shape_of(config)).total

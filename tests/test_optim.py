@@ -70,7 +70,9 @@ def test_first_step_is_nanochats(golden):
         assert change > 0, name
         # Beside the error of the update itself, one rounding of the sum to float32.
         rounding = np.spacing(np.max(np.abs(want)))
-        np.testing.assert_allclose(got[name], want, rtol=0, atol=1e-5 * change + rounding, err_msg=name)
+        np.testing.assert_allclose(
+            got[name], want, rtol=0, atol=1e-5 * change + rounding, err_msg=name
+        )
 
 
 # ---- Muon against an independent reading of its definition, in float64 ----------------------------------------------
@@ -190,9 +192,7 @@ def test_equilibrated_rows_have_one_norm(shape):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_renormalized_like_a_semi_orthogonal_matrix(shape):
     x = optim.renormalize(jnp.float32(normal(shape, scale=7.0)))
-    np.testing.assert_allclose(
-        np.linalg.norm(x, axis=(1, 2)), np.sqrt(min(shape[1:])), rtol=1e-6
-    )
+    np.testing.assert_allclose(np.linalg.norm(x, axis=(1, 2)), np.sqrt(min(shape[1:])), rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -211,7 +211,9 @@ def test_neuron_variance_keeps_the_norm_and_evens_out_neurons(shape):
         np.linalg.norm(x, axis=axes), np.linalg.norm(weights, axis=axes), rtol=1e-5
     )
     neurons = np.linalg.norm(x, axis=3 - longer)
-    np.testing.assert_allclose(neurons, neurons.mean(axis=1, keepdims=True) + 0 * neurons, rtol=1e-4)
+    np.testing.assert_allclose(
+        neurons, neurons.mean(axis=1, keepdims=True) + 0 * neurons, rtol=1e-4
+    )
 
 
 def test_cautious_decay_spares_weights_that_grow():
@@ -267,14 +269,18 @@ def test_adamw_over_several_steps():
     beta1, beta2 = config.lm_head_betas
     for step in range(4):
         gradient = normal((16, 8), seed=step + 1)
-        updates, state = optimizer.update({"lm_head": jnp.float32(gradient)}, state, params, step=step)
+        updates, state = optimizer.update(
+            {"lm_head": jnp.float32(gradient)}, state, params, step=step
+        )
         params = optax.apply_updates(params, updates)
         mean = beta1 * mean + (1 - beta1) * gradient
         square = beta2 * square + (1 - beta2) * gradient**2
         corrected = mean / (1 - beta1 ** (step + 1))
         root = np.sqrt(square / (1 - beta2 ** (step + 1)))
         want = want * (1 - 0.1 * 0.4) - 0.1 * corrected / (root + config.adam_epsilon)
-    np.testing.assert_allclose(params["lm_head"], want, rtol=0, atol=1e-5 * np.abs(want - weights).max())
+    np.testing.assert_allclose(
+        params["lm_head"], want, rtol=0, atol=1e-5 * np.abs(want - weights).max()
+    )
 
 
 def test_bfloat16_tables_are_computed_in_float32_and_rounded_once():

@@ -1,4 +1,4 @@
-"""Best-fit packing: nanochat's rows, the rows of a plain search, and a state that goes on exactly."""
+"""Best-fit packing: nanochat's rows, those of a plain search, and an exact state."""
 
 import itertools
 
@@ -7,6 +7,7 @@ import pytest
 from byte_tokenizer import CountingTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+
 from MaxNano.data import packing, sources
 
 

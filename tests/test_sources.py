@@ -1,4 +1,4 @@
-"""Document sources: the same documents whatever the number of readers, and one line for bad files."""
+"""Document sources: who reads what in which order, and one line for bad files."""
 
 import json
 import pickle
@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from MaxNano import pyconfig
 from MaxNano.data import sources
 
@@ -51,6 +52,11 @@ def test_the_last_file_in_sorted_order_is_held_out(shards):
     assert train[-1] == "file 1 document 6"
     held_out = list(sources.iterate_texts(config, "validation"))
     assert held_out == [f"file 2 document {n}" for n in range(5)]
+
+
+def test_a_path_may_be_a_uri(shards):
+    config = make_config("parquet", f"file://{shards}")
+    assert len(list(sources.iterate_texts(config, "train"))) == 17
 
 
 def test_reader_takes_every_rth_row_group_of_each_file(shards):

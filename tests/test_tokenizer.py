@@ -260,6 +260,8 @@ def test_no_text_becomes_a_special_token(tokenizers, text):
         assert not set(ids) & set(t.special), kind
         if kind in LOSSLESS:
             assert t.decode(ids) == text
+        if isinstance(t, BpeTokenizer):
+            assert ids == t._encoding.encode_ordinary(text)
 
 
 @few

@@ -41,7 +41,10 @@ class _Snapshot:
 
 
 class _PackedRows(grain.IterDataset):
-    """Endless (rows, row_tokens) int32: the rows `first_row` to `last_row` of each global batch."""
+    """Endless (rows, row_tokens) int32: this host's `rows` of each global batch.
+
+    `snapshot` names the readers that these need, which is where it begins.
+    """
 
     def __init__(
         self,
@@ -139,8 +142,9 @@ class Loader:
         self._source = dataset.encoding.source
         self._readers = dataset.encoding.readers
         self._row_tokens = dataset.encoding.row_tokens
-        self._closed = False
-        self._rows = iter(
+        # Belongs to the last batch handed out, not to those that are ready behind it.
+        self.snapshot = dataset.snapshot
+        self._rows: Any = iter(
             grain.experimental.ThreadPrefetchIterDataset(
                 dataset, prefetch_buffer_size=prefetch_batches
             )
@@ -151,19 +155,15 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        if self._closed:
+        if self._rows is None:
             raise ValueError("this loader is closed")
         try:
             rows = next(self._rows)
         except BaseException:
             self.close()
             raise
+        self.snapshot = self._rows.get_state()["snapshot"]
         return to_batch(rows)
-
-    @property
-    def snapshot(self) -> _Snapshot:
-        """The state behind the last batch handed out, for `state` and `position`."""
-        return self._rows.get_state()["snapshot"]
 
     def state(self, snapshot: _Snapshot | None = None) -> dict[str, Any]:
         """What `make_loader` needs to go on behind the last batch handed out; JSON-able.
@@ -195,9 +195,9 @@ class Loader:
         return {"epoch": furthest.epoch, "file": furthest.file, "row_group": furthest.group}
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
+        if self._rows is not None:
             self._rows.close()
+            self._rows = None
 
     def __enter__(self) -> "Loader":
         return self

@@ -216,7 +216,7 @@ class _LineBlocks:
             self._size = self._file.seek(0, os.SEEK_END)
 
     def __len__(self) -> int:
-        return -(-self._size // BLOCK_BYTES)
+        return (self._size + BLOCK_BYTES - 1) // BLOCK_BYTES
 
     def lines(self, group: int) -> Iterator[tuple[int, str]]:
         """(offset in bytes, line) of every line that begins in the block."""
@@ -334,7 +334,7 @@ class _TfdsBlocks:
         self._records, self._feature, self._where = records, feature, where
 
     def __len__(self) -> int:
-        return -(-len(self._records) // BLOCK_DOCUMENTS)
+        return (len(self._records) + BLOCK_DOCUMENTS - 1) // BLOCK_DOCUMENTS
 
     def documents(self, group: int) -> Iterator[str]:
         begin = group * BLOCK_DOCUMENTS

@@ -1,0 +1,84 @@
+"""Time of one Muon + AdamW update of a model, its forward and backward pass left out.
+
+    python benchmarks/optimizer.py configs/base.yml model=d4 vocab_size=4096 max_target_length=512
+
+Prints the groups, the quickest and the median of several updates, and the rate of the Polar Express products.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import statistics
+import time
+
+import jax
+import optax
+from ml_collections import FrozenConfigDict
+
+from MaxNano import attention, optim, pyconfig, runtime, sharding, train_state
+from MaxNano.model import Numerics
+
+UPDATES = 10
+
+
+def polar_express_flops(params: dict, iterations: int) -> int:
+    """Floating-point operations of the matrix products: three an iteration, on the shorter side's Gram matrix."""
+    labels = jax.tree.leaves(optim.label_params(params))
+    total = 0
+    for label, leaf in zip(labels, jax.tree.leaves(params), strict=True):
+        if label == "muon":
+            stack, short, long = leaf.shape[0], min(leaf.shape[1:]), max(leaf.shape[1:])
+            total += stack * iterations * (4 * short**2 * long + 2 * short**3)
+    return total
+
+
+def main(config: FrozenConfigDict) -> None:
+    runtime.initialize(config)
+    dtype = runtime.compute_dtype(config)
+    kernel = attention.resolve(config.attention, jax.default_backend())
+    numerics = Numerics(dtype, runtime.embedding_dtype(config), kernel)
+    optimizer = optim.make_optimizer(config, dtype=dtype)
+    mesh = sharding.make_mesh(config)
+    abstract = train_state.abstract_state(
+        config, train_state.architecture(config, numerics), optimizer, mesh
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+    for row in optim.group_summary(abstract.params, config):
+        print(
+            f"{row.group:14} {row.parameters:>13,} parameters, rate {row.settings.learning_rate:.5g}"
+        )
+
+    def draw(key: jax.Array) -> dict:
+        return jax.tree.map(lambda p: jax.random.normal(key, p.shape, p.dtype), abstract.params)
+
+    def update(params, opt_state, grads, step):
+        updates, opt_state = optimizer.update(grads, opt_state, params, step=step)
+        return optax.apply_updates(params, updates), opt_state
+
+    grads = jax.jit(draw, out_shardings=shardings.params)(jax.random.key(config.seed))
+    update = jax.jit(
+        update, donate_argnums=(0, 1), out_shardings=(shardings.params, shardings.opt_state)
+    )
+    state = train_state.initialize(config, numerics, optimizer, abstract)
+    arrays = state.params, state.opt_state
+    seconds = []
+    for step in range(UPDATES + 1):
+        start = time.perf_counter()
+        arrays = jax.block_until_ready(update(*arrays, grads, step))
+        seconds.append(time.perf_counter() - start)
+
+    timed = seconds[1:]  # the first update compiles
+    flops = polar_express_flops(abstract.params, config.muon_iterations)
+    print(
+        f"{mesh.size} x {jax.devices()[0].device_kind}: update {min(timed) * 1e3:.1f} ms "
+        f"(median {statistics.median(timed) * 1e3:.1f}), "
+        f"Polar Express {flops / 1e9:.4g} GFLOP, {flops / min(timed) / 1e9:.4g} GFLOP/s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(pyconfig.launch(main))

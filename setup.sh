@@ -1,0 +1,223 @@
+#!/usr/bin/env bash
+# Makes .venv here and installs MaxNano into it, editable, with the versions of constraints.txt.
+#
+#   bash setup.sh                      with what this machine needs
+#   DEVICE=tpu bash setup.sh           auto (the default), cpu, tpu or gpu
+#   EXTRAS=track,serve bash setup.sh   and with further extras of pyproject.toml
+#
+# Run again it does nothing, unless something has changed or more is asked for. Every file that is
+# installed is checked against its hash in constraints.txt, by uv and by pip.
+set -euo pipefail
+unset CDPATH
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+VENV=.venv
+STAMP=$VENV/maxnano-setup   # what was installed, written last
+LOG=$VENV/maxnano-setup.log # what uv and pip say
+
+fail() {
+  echo "setup.sh: $*" >&2
+  exit 1
+}
+
+# Whether $1 is an interpreter that will do. It has to run: a version manager's shim may not.
+is_right_python() {
+  "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+}
+
+# Prints the first interpreter on PATH that will do and can make an environment with pip in it.
+find_python() {
+  local name path
+  for name in python3.11 python3.12 python3.13 python3 python; do
+    # All of that name: a shim may hide the real one.
+    while IFS= read -r path; do
+      if is_right_python "$path" && "$path" -c 'import ensurepip, venv' >/dev/null 2>&1; then
+        echo "$path"
+        return
+      fi
+    done < <(type -aP "$name")
+  done
+  return 1
+}
+
+has_tpu() {
+  local device
+  if compgen -G '/dev/accel[0-9]*' >/dev/null || [ -n "${TPU_ACCELERATOR_TYPE:-}" ]; then
+    return 0
+  fi
+  # Newer machines show the chips by vfio only: Google's PCI devices of TPU v3, v4, v5p, v5e, v6e
+  # and 7x. Source: jax/_src/hardware_utils.py.
+  for device in /sys/bus/pci/devices/*; do
+    case "$(cat "$device/vendor" "$device/device" 2>/dev/null | tr '\n' ' ')" in
+      "0x1ae0 0x0027 " | "0x1ae0 0x005e " | "0x1ae0 0x0062 " | "0x1ae0 0x0063 " | \
+        "0x1ae0 0x006f " | "0x1ae0 0x0076 ") return 0 ;;
+    esac
+  done
+  return 1
+}
+
+detect_device() {
+  if has_tpu; then
+    echo tpu
+  elif nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+    echo gpu
+  else
+    echo cpu
+  fi
+}
+
+make_venv() {
+  local python
+  if python=$(find_python); then
+    "$python" -m venv --clear $VENV 2>/dev/null ||
+      fail "$python cannot make an environment in $PWD/$VENV: is the disk full, or the folder write-protected?"
+  elif command -v uv >/dev/null; then
+    uv venv --quiet --clear --seed --python '>=3.11,<3.14' $VENV ||
+      fail "no Python 3.11, 3.12 or 3.13 here, and uv could not get one"
+  else
+    fail "no Python 3.11, 3.12 or 3.13 that runs and has venv: install one (Debian and Ubuntu: apt-get install python3 python3-venv)"
+  fi
+}
+
+# The lines of constraints.txt about package $1, for installing a tool at its hash.
+pinned() {
+  awk -v name="$1" 'index($0, name "==") == 1 { on = 1 } on { print } !/\\$/ { on = 0 }' constraints.txt
+}
+
+run_pip() {
+  $VENV/bin/python -m pip --disable-pip-version-check --no-input "$@" >>$LOG 2>&1
+}
+
+install_tool() {
+  pinned "$1" >$VENV/maxnano-tool.txt
+  run_pip install --no-deps --require-hashes -r $VENV/maxnano-tool.txt
+}
+
+# Prints the uv to use, if it can be had.
+find_uv() {
+  if command -v uv; then
+    return
+  fi
+  if [ -x $VENV/bin/uv ] || install_tool uv; then
+    echo $VENV/bin/uv
+  else
+    return 1
+  fi
+}
+
+install_by_uv() {
+  # uv does not read pip's settings: where pip was told of an index of its own, tell uv.
+  local index
+  index=$($VENV/bin/python -m pip config get global.index-url 2>/dev/null || true)
+  index=${PIP_INDEX_URL:-$index}
+  if [ -n "$index" ]; then
+    export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index}
+  fi
+  "$1" pip install --python $VENV/bin/python --constraints constraints.txt \
+    --build-constraints constraints.txt --editable ".[$2]" >>$LOG 2>&1
+}
+
+# pip checks hashes of all or of nothing, and a folder has none: first all that MaxNano depends on,
+# then MaxNano alone. Only a new pip takes hashes from a file of constraints.
+install_by_pip() {
+  install_tool pip && install_tool setuptools || return
+  $VENV/bin/python - "$1" >$VENV/maxnano-requirements.txt <<'PY' || return
+import sys, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+extras = project["optional-dependencies"]
+print(*project["dependencies"], *(r for name in sys.argv[1].split(",") if name for r in extras[name]), sep="\n")
+PY
+  run_pip install --require-hashes --constraint constraints.txt -r $VENV/maxnano-requirements.txt &&
+    run_pip install --no-deps --no-build-isolation --editable .
+}
+
+# One line that says why the installation failed.
+explain() {
+  local pattern reason
+  while IFS='|' read -r pattern reason; do
+    if grep -qiE "$pattern" $LOG; then
+      echo "$reason"
+      return
+    fi
+  done <<'REASONS'
+no space left|the disk is full
+hash mismatch|a package is not the one that constraints.txt pins (its hash differs)
+do not match the hashes|a package is not the one that constraints.txt pins (its hash differs)
+no matching distribution|the package index cannot be reached or lacks a package
+connection|the package index cannot be reached
+timed out|the package index cannot be reached
+dns error|the package index cannot be reached
+failed to fetch|the package index cannot be reached
+REASONS
+  tail -n 1 $LOG
+}
+
+# ---- What is wanted, and whether it is there
+
+device=${DEVICE:-auto}
+extras=${EXTRAS:-}
+device_before=
+if [ -f $STAMP ]; then
+  read -r device_before extras_before <$STAMP
+  extras=$extras,${extras_before#extras=}
+  # DEVICE=cpu on a machine with a GPU stays so until another is asked for.
+  device=${DEVICE:-$device_before}
+fi
+if [ "$device" = auto ]; then
+  device=$(detect_device)
+fi
+case $device in
+  cpu | tpu | gpu) ;;
+  *) fail "DEVICE is '$device', but must be auto, cpu, tpu or gpu" ;;
+esac
+extras=$(tr ',' '\n' <<<"$extras,$device" | grep -vxE "|cpu|$device_before" | sort -u | paste -sd, - || true)
+for extra in $(tr ',' ' ' <<<"$extras"); do
+  grep -q "^$extra = \[" pyproject.toml || fail "EXTRAS names '$extra', which is no extra of pyproject.toml"
+done
+
+stamp="$device extras=$extras
+$PWD
+$(cat setup.sh pyproject.toml constraints.txt | cksum)"
+next="Next:
+  bash end_to_end/cpu/quickstart.sh   trains a small model on real text, in about 12 minutes
+  bash tests/run.sh                   runs the tests"
+
+if [ "$(cat $STAMP 2>/dev/null)" = "$stamp" ] && is_right_python $VENV/bin/python; then
+  echo "$VENV is ready (for $device${extras:+, with $extras})."
+  if [ -z "${MAXNANO_QUIET:-}" ]; then
+    echo "$next"
+  fi
+  exit
+fi
+
+# ---- Install
+
+case $device in
+  cpu) needed_mb=2000 ;;
+  tpu) needed_mb=3000 ;;
+  gpu) needed_mb=9000 ;;
+esac
+free_mb=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024) }')
+if [ ! -d $VENV ] && [ "$free_mb" -lt $needed_mb ]; then
+  fail "the disk of $PWD has $free_mb MB free, and $needed_mb MB are needed"
+fi
+
+SECONDS=0
+# An environment for another device would keep that device's packages: better a new one.
+if [ "$device" != "${device_before:-$device}" ] || ! is_right_python $VENV/bin/python ||
+  ! $VENV/bin/python -m pip --version >/dev/null 2>&1; then
+  make_venv
+fi
+rm -f $STAMP
+: >$LOG
+echo "Installing into $PWD/$VENV for $device${extras:+, with $extras}; $LOG tells how far it is."
+if uv=$(find_uv); then
+  install_by_uv "$uv" "$extras" || install_by_pip "$extras" || fail "$(explain); see $LOG"
+else
+  install_by_pip "$extras" || fail "$(explain); see $LOG"
+fi
+versions=$($VENV/bin/python -c 'import platform, jax, MaxNano; print(f"Python {platform.python_version()}, jax {jax.__version__}")' 2>>$LOG) ||
+  fail "what was installed does not import: $(tail -n 1 $LOG)"
+echo "$stamp" >$STAMP
+echo "$VENV is ready ($versions for $device${extras:+, with $extras}; $SECONDS s)."
+echo "$next"

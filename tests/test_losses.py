@@ -1,0 +1,69 @@
+"""The loss is soft-capped cross-entropy, however many vocabulary rows are scored at a time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from MaxNano.losses import soft_cap, token_losses, vocab_chunk
+
+VOCAB, PADDED = 50, 64
+
+
+def problem():
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = 3 * jax.random.normal(keys[0], (2, 7, 16))
+    head = 3 * jax.random.normal(keys[1], (PADDED, 16))
+    targets = jax.random.randint(keys[2], (2, 7), 0, VOCAB).at[0, :3].set(-1)
+    return hidden, head, targets
+
+
+def plain(hidden, head, targets, cap):
+    """The definition, differentiated by JAX."""
+    logits = soft_cap(hidden @ head[:VOCAB].T, cap)
+    log_probabilities = jax.nn.log_softmax(logits)
+    picked = jnp.take_along_axis(log_probabilities, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+    return jnp.where(targets >= 0, -picked, 0)
+
+
+@pytest.mark.parametrize("cap", [15.0, 2.0, 0.0])
+@pytest.mark.parametrize("chunk", [0, 50, 16, 7, 1000])
+def test_equals_the_definition(cap, chunk):
+    hidden, head, targets = problem()
+    weights = jax.random.normal(jax.random.key(3), targets.shape)
+
+    def total(function):
+        def weighted(hidden, head):
+            losses = function(hidden, head)
+            return jnp.sum(losses * weights), losses
+
+        return jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)(hidden, head)
+
+    (_, losses), grads = total(lambda h, w: token_losses(h, w, targets, VOCAB, cap, chunk))
+    (_, expected), expected_grads = total(lambda h, w: plain(h, w, targets, cap))
+    np.testing.assert_allclose(losses, expected, atol=2e-5)
+    for got, want in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+    assert not np.any(grads[1][VOCAB:]), "padded rows learn nothing"
+    assert not np.any(losses[0, :3]) and not np.any(grads[0][0, :3]), "ignored targets are ignored"
+
+
+def test_large_logits_without_a_cap_stay_finite():
+    hidden, head, targets = problem()
+    losses = token_losses(1e3 * hidden, head, targets, VOCAB, 0.0, 16)
+    np.testing.assert_allclose(losses, plain(1e3 * hidden, head, targets, 0.0), rtol=1e-5)
+
+
+def test_chunks_leave_no_array_of_the_whole_vocabulary():
+    hidden, head, targets = problem()
+
+    def total(hidden, head):
+        return jnp.sum(token_losses(hidden, head, targets, VOCAB, 15.0, 10))
+
+    text = jax.jit(jax.grad(total, argnums=(0, 1))).lower(hidden, head).as_text()
+    assert "2x7x10x" in text and "2x7x50x" not in text and "14x50x" not in text
+
+
+@pytest.mark.parametrize("vocab, chunk, expected", [(4096, None, 0), (32768, None, 8192), (100, 0, 0), (100, 64, 64)])
+def test_null_keeps_a_small_vocabulary_whole(vocab, chunk, expected):
+    assert vocab_chunk(vocab, chunk) == expected

@@ -170,7 +170,14 @@ case $device in
   cpu | tpu | gpu) ;;
   *) fail "DEVICE is '$device', but must be auto, cpu, tpu or gpu" ;;
 esac
-extras=$(tr ',' '\n' <<<"$extras,$device" | grep -vxE "|cpu|$device_before" | sort -u | paste -sd, - || true)
+case ",${EXTRAS:-}," in
+  *,tpu,* | *,gpu,*) fail "EXTRAS is '$EXTRAS', but tpu and gpu are asked for by DEVICE" ;;
+esac
+# The extra of the device that was there before goes with it.
+extras=$(tr ',' '\n' <<<"$extras" | sed -E '/^(tpu|gpu|)$/d' | sort -u | paste -sd, -)
+if [ "$device" != cpu ]; then
+  extras=${extras:+$extras,}$device
+fi
 for extra in $(tr ',' ' ' <<<"$extras"); do
   grep -q "^$extra = \[" pyproject.toml || fail "EXTRAS names '$extra', which is no extra of pyproject.toml"
 done
@@ -198,7 +205,7 @@ case $device in
   gpu) needed_mb=9000 ;;
 esac
 free_mb=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024) }')
-if [ ! -d $VENV ] && [ "$free_mb" -lt $needed_mb ]; then
+if [ ! -d $VENV ] && [ "$free_mb" -lt "$needed_mb" ]; then
   fail "the disk of $PWD has $free_mb MB free, and $needed_mb MB are needed"
 fi
 

@@ -559,23 +559,28 @@ def _check_layout(values: _Values) -> None:
         axis = re.fullmatch(r"ici_(\w+)_parallelism", name)
         if axis and axis[1] not in axes and (values.value[name] or 1) > 1:
             raise values.error(name, f"needs {axis[1]} in mesh_axes")
+    for key in ("logical_axis_rules", "optimizer_axis_rules"):
+        _check_rules(values, key, axes)
+
+
+def _check_rules(values: _Values, key: str, axes: Sequence[str]) -> None:
     seen = set()
-    for rule in values.value["logical_axis_rules"]:
+    for rule in values.value[key]:
         name, *mesh_axes = rule or ("",)
         if not name or name in seen:
             problem = "has a rule without a name" if not name else f"has two rules for {name}"
-            raise values.error("logical_axis_rules", problem)
+            raise values.error(key, problem)
         seen.add(name)
         for axis in mesh_axes:
             if axis in axes:
                 continue
-            if values.origin["logical_axis_rules"] == "base":
-                problem = f"lacks {axis}, by which logical_axis_rules cut {name}; change both"
+            if values.origin[key] == "base":
+                problem = f"lacks {axis}, by which {key} cut {name}; change both"
                 raise values.error("mesh_axes", problem)
             problem = f"cuts {name} by {_short(axis)}, which is not in mesh_axes"
-            raise values.error("logical_axis_rules", problem + _nearest(axis, axes))
+            raise values.error(key, problem + _nearest(axis, axes))
         if len(set(mesh_axes)) != len(mesh_axes):
-            raise values.error("logical_axis_rules", f"cuts {name} twice by one axis")
+            raise values.error(key, f"cuts {name} twice by one axis")
 
 
 def _check_rest(values: _Values) -> None:

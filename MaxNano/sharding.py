@@ -51,12 +51,16 @@ def partition_spec(axes: Axes, rules: Rules, mesh_axes: Sequence[str]) -> Partit
 
 
 def named_sharding(mesh: Mesh, shape: Sequence[int], axes: Axes, rules: Rules) -> NamedSharding:
-    """Sharding of an array of `shape`; an axis that its mesh axes do not divide stays whole."""
+    """Sharding of an array of `shape`; of a rule's mesh axes, an axis takes the first ones that divide it."""
+
+    def dividing(size, part):
+        names = (part,) if isinstance(part, str) else part or ()
+        while names and size % _ways(mesh, names):
+            names = names[:-1]
+        return names if len(names) > 1 else (names[0] if names else None)
+
     spec = partition_spec(axes, rules, mesh.axis_names)
-    parts = [
-        part if size % _ways(mesh, part) == 0 else None
-        for size, part in zip(shape, spec, strict=True)
-    ]
+    parts = (dividing(size, part) for size, part in zip(shape, spec, strict=True))
     return NamedSharding(mesh, PartitionSpec(*parts))
 
 

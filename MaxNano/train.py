@@ -395,9 +395,9 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
                 "data": merge_states(runtime.gather_json(batches.state())),
                 "metrics": logger.state(),
                 "evaluated_step": evaluated_step,
-                "config": pyconfig.to_yaml(config),
             }
             checkpointer.save(step, state, extra)
+            logger.flush()  # starts the clock anew: the next step's time does not have the saving in it
 
         # ---- Steps start ... config.steps, of which the last only evaluates and saves
         evaluated_step = extra["evaluated_step"]
@@ -408,6 +408,7 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
                 preemption.check(step)
                 if step != evaluated_step:
                     if config.eval_interval and (last or due(step, config.eval_interval)):
+                        logger.flush()  # so that no step's time has the evaluation in it
                         if held_out is None:
                             held_out = read_held_out(setup, vocabulary)
                         results = bpb.evaluate_bpb(

@@ -19,7 +19,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __package__ in (None, ""):  # run as a script: the repository is where modules are looked for
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 from ml_collections import FrozenConfigDict

@@ -321,7 +321,10 @@ def test_workers_end_when_the_trainer_is_killed(tmp_path):
 def test_a_trainer_that_forgets_to_close_still_ends(tmp_path):
     process, worker = start_parent(tmp_path, "leave")
     with process:
-        assert process.wait(timeout=30) == 0
+        try:
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
     wait_for_end(worker)
 
 

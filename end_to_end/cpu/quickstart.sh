@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# From a fresh clone to a small language model: every stage, on real text, on a CPU, in about 12 minutes.
+#
+#   bash end_to_end/cpu/quickstart.sh            speeches and encyclopedia articles (17 MB)
+#   bash end_to_end/cpu/quickstart.sh FOLDER     the .txt and .md files of your own in FOLDER
+#
+# A stage whose output is already there is skipped; stopped anywhere, the same command goes on.
+set -euo pipefail
+unset CDPATH
+own=
+if [ $# -gt 0 ]; then
+  own=$(cd "$1" && pwd) || exit 2
+fi
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+python=.venv/bin/python
+
+stage() {
+  printf '\n==== %s (%d:%02d)\n' "$*" $((SECONDS / 60)) $((SECONDS % 60))
+}
+
+text=data/text
+tokenizer=data/tokenizer_4096
+run_name=d4_quickstart
+if [ -n "$own" ]; then
+  text=data/own_text
+  tokenizer=data/own_tokenizer
+  run_name=d4_own_text
+fi
+config=(
+  configs/base.yml model=d4_quickstart "run_name=$run_name" "dataset_path=$text" "tokenizer_path=$tokenizer"
+)
+
+stage "1/4 set-up"
+MAXNANO_QUIET=1 bash setup.sh
+
+stage "2/4 text"
+$python end_to_end/cpu/prepare_text.py "$text" ${own:+"$own"}
+
+stage "3/4 tokenizer"
+if $python - "${config[@]}" 2>/dev/null <<'PY'; then
+import sys
+from MaxNano import pyconfig, tokenizer
+tokenizer.load(pyconfig.initialize(sys.argv[1:]))  # raises where it is missing, damaged or of another size
+PY
+  echo "$tokenizer is already there"
+else
+  $python MaxNano/train_tokenizer.py "${config[@]}"
+fi
+
+stage "4/4 training"
+$python MaxNano/train.py "${config[@]}"
+
+stage "done"
+$python - "runs/$run_name" "$text" "$tokenizer" "configs/base.yml model=d4_quickstart dataset_path=$text tokenizer_path=$tokenizer" <<'PY'
+import json, sys
+run, text, tokenizer, config = sys.argv[1:]
+rows = [json.loads(line) for line in open(f"{run}/metrics.jsonl")]
+bpb = [row["bpb"] for row in rows if row.get("event") == "validation"]
+last = [row for row in rows if "event" not in row][-1]
+print(f"""validation bits per byte: {bpb[0]:.4f} before training, {bpb[-1]:.4f} after {last["step"] + 1} steps
+
+text         {text}
+tokenizer    {tokenizer}
+checkpoints  {run}/checkpoints
+metrics      {run}/metrics.jsonl, and curves in {run}/tensorboard
+
+Next:
+  train another one for twice as long:
+    .venv/bin/python MaxNano/train.py {config} run_name={run.removeprefix("runs/")}_long steps={2 * (last["step"] + 1)}
+  every key that can be changed like that:
+    .venv/bin/python MaxNano/train.py --help
+  what a larger model would need, without training it:
+    .venv/bin/python MaxNano/train.py configs/base.yml model=d12 dry_run=true""")
+PY

@@ -1,0 +1,205 @@
+"""The train step: nanochat's numbers over several updates, accumulation, layouts, and updates that must not happen."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from MaxNano import convert, pyconfig, train, train_state
+from test_model import random_params
+
+ROOT = Path(__file__).parents[1]
+
+
+def make_config(*overrides):
+    return pyconfig.initialize([str(ROOT / "configs/base.yml"), "num_cpu_devices=1", *overrides])
+
+
+TINY = (
+    "vocab_size=50", "max_target_length=32", "emb_dim=32", "head_dim=16", "num_query_heads=2", "steps=20",
+    "short_window_multiple=8", "num_decoder_layers=4", "global_batch_tokens=256", "warmup_steps=2",
+)  # fmt: skip
+
+
+def batch_of(config, step=0):
+    rng = np.random.default_rng(step)
+    rows = config.global_batch_tokens // config.max_target_length
+    tokens = rng.integers(0, config.vocab_size, (rows, config.max_target_length + 1), dtype=np.int32)
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": np.ones(tokens[:, 1:].shape, np.float32),
+    }
+
+
+def start(config, devices=None):
+    devices = devices or jax.devices()[:1]
+    setup = train.set_up(config, devices)
+    state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
+    programs = train.build_programs(setup, np.ones(config.vocab_size, np.int32))
+    return setup, state, programs
+
+
+def relative(got, expected):
+    return np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-12)
+
+
+def test_eight_updates_are_nanochats():
+    """Losses within 1e-5; parameters after 1 and after 8 updates within 1e-3 relative: tests/golden."""
+    with np.load(ROOT / "tests/golden/nanochat_small.npz") as file:
+        golden = dict(file)
+    fields, rates = (json.loads(str(golden[name])) for name in ("config", "lr"))
+    config = make_config(
+        f"max_target_length={fields['sequence_len']}",
+        f"vocab_size={fields['vocab_size']}",
+        f"num_decoder_layers={fields['n_layer']}",
+        f"emb_dim={fields['n_embd']}",
+        f"num_query_heads={fields['n_head']}",
+        f"head_dim={fields['n_embd'] // fields['n_head']}",
+        f"global_batch_tokens={2 * fields['sequence_len']}",
+        f"unembedding_lr={rates['unembedding_lr']}",
+        f"embedding_lr={rates['embedding_lr']}",
+        f"matrix_lr={rates['matrix_lr']}",
+        f"scalar_lr={rates['scalar_lr']}",
+        f"weight_decay={rates['weight_decay']}",
+        # What the recording scaled by hand, and its schedules over 60 steps.
+        "learning_rate_scale=1", "weight_decay_scale=1", "steps=60", "warmup_steps=5",
+        "muon_momentum_warmup_steps=12",
+    )  # fmt: skip
+    setup, state, programs = start(config)
+
+    def named(prefix):
+        return {k.removeprefix(prefix): v for k, v in golden.items() if k.startswith(prefix)}
+
+    params = convert.nanochat_to_params(named("init/"), config)
+    state = train_state.TrainState(state.step, jax.tree.map(jax.numpy.asarray, params), state.opt_state)
+
+    def check(prefix):
+        got = convert.params_to_nanochat(jax.device_get(state.params), config)
+        for name, value in named(prefix).items():
+            assert relative(got[name], value) < 1e-3, name
+
+    for step, (inputs, targets) in enumerate(zip(golden["idx"], golden["targets"], strict=True)):
+        batch = {"inputs": inputs, "targets": targets, "weights": np.ones(targets.shape, np.float32)}
+        state, metrics = programs.train(state, batch)
+        np.testing.assert_allclose(metrics["loss"], golden["losses"][step], atol=1e-5)
+        if step == 0:
+            check("step1/")
+    check("final/")
+
+
+def test_micro_batches_add_up_to_the_batch():
+    """Also where they have different numbers of targets: the mean is over the targets of all."""
+    states = []
+    for rows in (8, 4, 1):
+        config = make_config(*TINY, f"per_device_batch_size={rows}")
+        setup, state, programs = start(config)
+        assert setup.plan.micro_steps == 8 // rows
+        batch = batch_of(config)
+        batch["targets"][0, :20] = -1
+        state = train_state.TrainState(state.step, random_params(setup.model), state.opt_state)
+        state, metrics = programs.train(state, batch)
+        states.append((metrics["loss"], state))
+    for loss, state in states[1:]:
+        np.testing.assert_allclose(loss, states[0][0], rtol=1e-5)
+        assert max(jax.tree.leaves(jax.tree.map(relative, state, states[0][1]))) < 1e-4
+
+
+def test_weights_scale_the_loss_and_ignored_targets_count_nowhere():
+    config = make_config(*TINY)
+    _, state, programs = start(config)
+    batch = batch_of(config)
+    half = {**batch, "weights": batch["weights"] / 2}
+    ignored = {**batch, "targets": batch["targets"].copy()}
+    ignored["targets"][:, ::2] = -1
+    losses = []
+    for b in (batch, half, ignored):
+        _, metrics = programs.train(jax.tree.map(lambda x: x.copy(), state), b)
+        losses.append(float(metrics["loss"]))
+    assert losses[1] == pytest.approx(losses[0] / 2, rel=1e-6)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-2), "a mean over the targets that are left"
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_an_update_that_is_not_finite_changes_nothing(poison):
+    config = make_config(*TINY)
+    _, state, programs = start(config)
+    batch = batch_of(config)
+    state, _ = programs.train(state, batch)
+    before = jax.device_get(state)
+    bad = {**batch, "weights": batch["weights"].copy()}
+    bad["weights"][3, 5] = poison
+    state, metrics = programs.train(state, bad)
+    assert metrics["skipped"] == 1 and state.step == 2
+    jax.tree.map(np.testing.assert_array_equal, before.params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, before.opt_state, state.opt_state)
+    state, metrics = programs.train(state, batch)
+    assert metrics["skipped"] == 0 and np.isfinite(metrics["loss"])
+
+
+def test_a_batch_that_devices_cannot_share_is_refused():
+    config = make_config(*TINY)
+    with pytest.raises(ValueError, match="global_batch_tokens"):
+        train.plan_batch(config, 3)
+    with pytest.raises(ValueError, match="per_device_batch_size=3"):
+        train.plan_batch(make_config(*TINY, "per_device_batch_size=3"), 2)
+
+
+def test_a_model_that_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch):
+    """d24 on a CPU host of 24 GB; d4 fits there."""
+    monkeypatch.setattr(train.runtime, "memory_limit_bytes", lambda: 24 * 10**9)
+    before = len(jax.live_arrays())
+    with pytest.raises(ValueError, match=r"d24 needs at least .* GB .* and 24.0 GB are there"):
+        train.check_memory(train.set_up(make_config("model=d24"), jax.devices()[:1]))
+    train.check_memory(train.set_up(make_config("model=d4"), jax.devices()[:1]))
+    assert len(jax.live_arrays()) == before
+
+
+LAYOUTS = {
+    "data 8": [],
+    "fsdp 8": ["ici_fsdp_parallelism=8"],
+    "fsdp 2 x tensor 4": ["ici_fsdp_parallelism=2", "ici_tensor_parallelism=4"],
+    "data 2 x fsdp 2 x tensor 2": ["ici_fsdp_parallelism=2", "ici_tensor_parallelism=2"],
+}
+
+TEN_LOSSES = """
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import test_train_step as t
+from MaxNano import sharding
+from MaxNano.data.loader import put_global
+
+def losses(devices, *overrides):
+    config = t.make_config(*t.TINY, "num_query_heads=4", "head_dim=8", *overrides)
+    setup, state, programs = t.start(config, devices)
+    place = sharding.batch_sharding(setup.mesh, config.logical_axis_rules)
+    result = []
+    with jax.set_mesh(setup.mesh):
+        for step in range(10):
+            state, metrics = programs.train(state, put_global(t.batch_of(config, step), place))
+            result.append(float(metrics["loss"]))
+    return result
+
+expected = losses(jax.devices()[:1])
+for name, overrides in t.LAYOUTS.items():
+    got = losses(jax.devices(), *overrides)
+    worst = max(abs(a / b - 1) for a, b in zip(got, expected))
+    print(name, worst)
+    assert worst < 1e-5, (name, got, expected)
+print("equal")
+"""
+
+
+def test_every_layout_gives_the_losses_of_one_device():
+    """Ten steps on eight virtual devices within 1e-5."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-c", TEN_LOSSES, str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.endswith("equal\n"), done.stdout + done.stderr

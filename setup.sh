@@ -185,15 +185,20 @@ done
 stamp="$device extras=$extras
 $PWD
 $(cat setup.sh pyproject.toml constraints.txt | cksum)"
-next="Next:
+
+say_next() {
+  if [ -z "${MAXNANO_QUIET:-}" ]; then # set by the scripts that call this one
+    cat <<'NEXT'
+Next:
   bash end_to_end/cpu/quickstart.sh   trains a small model on real text, in about 12 minutes
-  bash tests/run.sh                   runs the tests"
+  bash tests/run.sh                   runs the tests
+NEXT
+  fi
+}
 
 if [ "$(cat $STAMP 2>/dev/null)" = "$stamp" ] && is_right_python $VENV/bin/python; then
   echo "$VENV is ready (for $device${extras:+, with $extras})."
-  if [ -z "${MAXNANO_QUIET:-}" ]; then
-    echo "$next"
-  fi
+  say_next
   exit
 fi
 
@@ -227,4 +232,4 @@ versions=$($VENV/bin/python -c 'import platform, jax, MaxNano; print(f"Python {p
   fail "what was installed does not import: $(tail -n 1 $LOG)"
 echo "$stamp" >$STAMP
 echo "$VENV is ready ($versions for $device${extras:+, with $extras}; $SECONDS s)."
-echo "$next"
+say_next

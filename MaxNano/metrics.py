@@ -10,7 +10,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -79,7 +79,7 @@ class MetricLogger:
         self._seconds_before = state["elapsed_seconds"]
         self._step_seconds = _Average()
         self._started = self._clock = time.monotonic()
-        self._pending: tuple[int, Mapping[str, Any], Mapping[str, int]] | None = None
+        self._pending: _Pending | None = None
         self._arrived: dict[str, float] | None = None
         self._display = _Display(total_steps, start_step) if is_main else None
         self._rows_before = state["rows"]
@@ -98,8 +98,10 @@ class MetricLogger:
         in the data the step is, for the step line. Returns the numbers of the latest step that has
         arrived and was not returned before, None if there is none.
         """
+        # Some backends return only when the step is done: then it ended now, not when it is read.
+        done = time.monotonic() if all(map(_is_ready, device_metrics.values())) else None
         self._read_pending()
-        self._pending = (step, dict(device_metrics), dict(position))
+        self._pending = _Pending(step, dict(device_metrics), dict(position), done)
         arrived, self._arrived = self._arrived, None
         return arrived
 
@@ -115,7 +117,9 @@ class MetricLogger:
     def event(self, step: int, name: str, values: Mapping[str, float | str]) -> None:
         """Print and write the results of `name` (an evaluation, samples) after `step` steps."""
         self.flush()
-        values = {key: value if isinstance(value, str) else float(value) for key, value in values.items()}
+        values = {
+            key: value if isinstance(value, str) else float(value) for key, value in values.items()
+        }
         if name == "validation" and "bpb" in values:
             known = [self._lowest_bpb] if self._lowest_bpb is not None else []
             self._lowest_bpb = min([values["bpb"], *known])
@@ -159,11 +163,12 @@ class MetricLogger:
     def _read_pending(self) -> None:
         if self._pending is None:
             return
-        step, metrics, position = self._pending
+        step, metrics, position, done = self._pending
         self._pending = None
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        now = time.monotonic()
-        seconds, self._clock = now - self._clock, now
+        if done is None:
+            done = time.monotonic()
+        seconds, self._clock = max(done - self._clock, 1e-9), done
         self._arrived = metrics
         row = self._row(step, metrics, position, seconds)
         self._write(row)
@@ -251,6 +256,19 @@ class MetricLogger:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             logging.warning("%s is off for the rest of this run (%s)", name, reason)
             return None
+
+
+class _Pending(NamedTuple):
+    """A step whose numbers have not been read."""
+
+    step: int
+    metrics: dict[str, Any]
+    position: dict[str, int]
+    done: float | None  # when it ended, None where it had not yet when it was handed over
+
+
+def _is_ready(value: Any) -> bool:
+    return not isinstance(value, jax.Array) or value.is_ready()
 
 
 class _Average:
@@ -411,7 +429,9 @@ class _Display:
             return
         line = _step_line(row, self._total_steps)
         if self._progress:
-            self._progress.update(self._task, completed=row["step"] + 1, description=line, refresh=True)
+            self._progress.update(
+                self._task, completed=row["step"] + 1, description=line, refresh=True
+            )
         else:
             print(line, flush=True)
 
@@ -442,7 +462,11 @@ def _step_line(row: Mapping[str, Any], total_steps: int) -> str:
         parts.append(f"MFU {100 * row['mfu']:.1f}%")
     if row["skipped_in_all"]:
         parts.append(f"skipped {row['skipped_in_all']}")
-    place = [f"{key.replace('_', ' ')} {row[key]}" for key in ("epoch", "file", "row_group") if key in row]
+    place = [
+        f"{key.replace('_', ' ')} {row[key]}"
+        for key in ("epoch", "file", "row_group")
+        if key in row
+    ]
     if place:
         parts.append(" ".join(place))
     times = _duration(row["elapsed_seconds"])
@@ -453,7 +477,11 @@ def _step_line(row: Mapping[str, Any], total_steps: int) -> str:
 
 def _event_lines(step: int, name: str, values: Mapping[str, float | str]) -> list[str]:
     """The numbers of an event on one line, each of its texts on a line of its own."""
-    numbers = [f"{key.replace('_', ' ')} {value:.6g}" for key, value in values.items() if not isinstance(value, str)]
+    numbers = [
+        f"{key.replace('_', ' ')} {value:.6g}"
+        for key, value in values.items()
+        if not isinstance(value, str)
+    ]
     lines = [f"{name} after step {step}: {', '.join(numbers)}".rstrip(": ")]
     for key, value in values.items():
         if isinstance(value, str):
@@ -472,7 +500,9 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=PLAIN_WIDTH)
-    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(
+        title=Text(title), title_justify="left", box=None, pad_edge=False, header_style="bold"
+    )
     for name in header:
         table.add_column(Text(name), overflow="fold")
     for row in rows:

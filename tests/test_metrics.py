@@ -24,14 +24,14 @@ def config():
 
 def start(config, directory, start_step=0, state=None, **overrides):
     arguments = NUMBERS | overrides
-    return metrics.MetricLogger(
-        config, directory, start_step=start_step, state=state, **arguments
-    )
+    return metrics.MetricLogger(config, directory, start_step=start_step, state=state, **arguments)
 
 
 def run(logger, steps, loss=2.0, **more):
     for step in steps:
-        logger.step(step, {"loss": jnp.float32(loss), "skipped": 0, **more}, {"epoch": 0, "file": 3})
+        logger.step(
+            step, {"loss": jnp.float32(loss), "skipped": 0, **more}, {"epoch": 0, "file": 3}
+        )
 
 
 def rows_of(directory):
@@ -76,13 +76,25 @@ def test_numbers_that_an_event_fetched_still_reach_the_loop(config, tmp_path):
     ]  # fmt: skip
 
 
-def test_what_is_no_training_counts_in_no_step(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_is_no_training_counts_in_no_step(config, tmp_path, monkeypatch, waits):
+    """A step takes 2 s here, whether the program waits for it (`waits`) or returns at once."""
     now = [100.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(metrics, "_is_ready", lambda value: waits)
+    done = {}
+
+    def wait(values):
+        now[0] = max(now[0], done[int(values["number"])])
+        return values
+
+    monkeypatch.setattr(metrics.jax, "device_get", wait)
     logger = start(config, tmp_path)
     for step in range(14):
-        run(logger, [step])
-        now[0] += 2.0
+        done[step] = max([now[0], *done.values()]) + 2.0
+        if waits:
+            now[0] = done[step]
+        logger.step(step, {"loss": 1.0, "number": step}, {})
         if step == 12:
             logger.flush()
             now[0] += 1000.0  # evaluation

@@ -1,0 +1,78 @@
+"""The house holds: imports point down, host code starts without JAX, entry points start from anywhere."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from importlinter import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "MaxNano"
+ENTRY_POINTS = sorted(
+    path.stem for path in PACKAGE.glob("*.py") if '__name__ == "__main__"' in path.read_text()
+)
+
+
+def run_python(*arguments, cwd=ROOT):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_import_contracts(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    status = cli.lint_imports(config_filename="pyproject.toml", no_cache=True)
+    assert status == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        ["pyconfig", "scaling"],
+        ["tokenizer", "train_tokenizer", "data.packing", "data.sources", "data.workers"],
+    ],
+    ids=["configuration", "host"],
+)
+def test_starts_without_jax(modules):
+    """What the libraries bring in counts too, which the contracts do not see."""
+    names = ", ".join(f"MaxNano.{module}" for module in modules)
+    code = f"import sys, {names}; print(sorted({{'jax', 'flax', 'optax', 'grain'}} & set(sys.modules)))"
+    result = run_python("-c", code)
+    assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
+def test_no_module_hides_a_library():
+    """A script's folder is searched first, before ours replaces it."""
+    ours = {path.stem for path in PACKAGE.iterdir() if path.suffix in ("", ".py")}
+    others = set(importlib.metadata.packages_distributions()) - {"MaxNano"}
+    assert not (ours - {"__init__", "__pycache__"}) & (others | sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_runs_as_a_script_from_another_folder(name, tmp_path):
+    result = run_python(PACKAGE / f"{name}.py", "--help", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("usage: python ") and "num_decoder_layers" in result.stdout
+
+
+@pytest.mark.parametrize("cwd", ["root", "elsewhere"])
+def test_runs_as_a_module(cwd, tmp_path):
+    """From elsewhere by the editable install."""
+    result = run_python(
+        "-m", "MaxNano.train_tokenizer", "--help", cwd=ROOT if cwd == "root" else tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_there_are_entry_points():
+    assert {"train", "train_tokenizer", "convert"} <= set(ENTRY_POINTS)

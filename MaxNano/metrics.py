@@ -18,7 +18,7 @@ from etils import epath
 from ml_collections import FrozenConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from MaxNano import pyconfig
@@ -416,8 +416,8 @@ class _Display:
         self._progress = None
         if self._console.is_terminal:
             self._progress = Progress(
-                BarColumn(bar_width=24),
-                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=16, table_column=Column(min_width=16)),
+                TextColumn("{task.description}", markup=False, table_column=Column()),  # may wrap
                 console=self._console,
                 auto_refresh=False,  # redrawn when there is news, by no thread that takes a core's time
             )

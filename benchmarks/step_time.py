@@ -21,7 +21,7 @@ from ml_collections import FrozenConfigDict
 from MaxNano import pyconfig, runtime, sharding, train, train_state
 from MaxNano.data.loader import put_global
 
-STEPS = 12
+STEPS = 8
 
 
 def main(config: FrozenConfigDict) -> None:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from importlinter import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "MaxNano"
@@ -29,10 +28,11 @@ def run_python(*arguments, cwd=ROOT):
     )
 
 
-def test_import_contracts(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    status = cli.lint_imports(config_filename="pyproject.toml", no_cache=True)
-    assert status == 0, capsys.readouterr().out
+def test_import_contracts():
+    result = run_python(
+        "-c", "from importlinter import cli; cli.lint_imports_command()", "--no-cache"
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(

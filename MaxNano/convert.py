@@ -20,8 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a script: not MaxNano/ but its parent is where modules are
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    if not __package__:  # run as a script: not MaxNano/ but its parent is where modules are
+        sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from MaxNano import pyconfig
+
+    pyconfig.check_command_line()  # a typo is told now, not when JAX has been imported
 
 import jax
 import jax.numpy as jnp
@@ -284,8 +288,7 @@ def _torch() -> Any:
         import torch
     except ImportError:
         raise _MissingTorch(
-            "a .pt file needs torch: install the extra with pip install -e '.[export]', "
-            "or use .safetensors"
+            "a .pt file needs torch: pip install torch, or give the checkpoint as .safetensors or .npz"
         ) from None
     return torch
 

@@ -8,7 +8,6 @@ Legend: B batch, L length, D embed, N heads, K kv_heads, H head_dim, V vocab.
 Source: nanochat/gpt.py@92d63d4.
 """
 
-import math
 from functools import partial
 from typing import NamedTuple
 

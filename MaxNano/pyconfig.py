@@ -684,9 +684,8 @@ def to_yaml(config: FrozenConfigDict) -> str:
     )
 
 
-def save(config: FrozenConfigDict, path: str | os.PathLike[str]) -> None:
-    """Write to_yaml(config) to a local file, whole or not at all."""
-    path = Path(path)
+def save(config: FrozenConfigDict, path: Path) -> None:
+    """Write to_yaml(config) to a file, whole or not at all; `path` may be an epath.Path of remote storage."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(to_yaml(config), encoding="utf-8")
     temporary.replace(path)
@@ -711,6 +710,13 @@ def help_text(base_path: str | os.PathLike[str] = BASE) -> str:
 
 
 # ---- Entry points ------------------------------------------------------------------------------
+
+
+def check_command_line() -> None:
+    """Answer --help and refuse a bad command line at once; to be called before slow modules are imported."""
+    status = launch(lambda config: None)
+    if status or {"-h", "--help"} & set(sys.argv):
+        sys.exit(status)
 
 
 def launch(

@@ -10,8 +10,12 @@ a matter of its data, and this file knows nothing about it.
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script: MaxNano/ itself must not be where modules are looked for
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    if not __package__:  # run as a script: MaxNano/ itself must not be where modules are looked for
+        sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from MaxNano import pyconfig
+
+    pyconfig.check_command_line()  # a typo is told now, not when JAX has been imported
 
 import contextlib
 import itertools
@@ -28,7 +32,17 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
-from MaxNano import attention, losses, optim, pyconfig, runtime, scaling, schedules, sharding, tokenizer
+from MaxNano import (
+    attention,
+    losses,
+    optim,
+    pyconfig,
+    runtime,
+    scaling,
+    schedules,
+    sharding,
+    tokenizer,
+)
 from MaxNano.checkpointing import Checkpointer
 from MaxNano.data.loader import DevicePrefetch, Loader, make_loader, merge_states, put_global
 from MaxNano.evals import bpb, samples
@@ -412,7 +426,9 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
                         if held_out is None:
                             held_out = read_held_out(setup, vocabulary)
                         results = bpb.evaluate_bpb(
-                            lambda batch: programs.evaluate(state.params, put_global(batch, rows_sharding)),
+                            lambda batch, params=state.params: programs.evaluate(
+                                params, put_global(batch, rows_sharding)
+                            ),
                             preemption.checked(held_out),
                         )
                         logger.event(step, "validation", results)

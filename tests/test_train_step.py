@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from test_model import random_params
 
 from MaxNano import convert, pyconfig, train, train_state
-from test_model import random_params
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,6 +1,7 @@
 """train.py through its real command line: train, stop, go on, refuse."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -186,6 +187,17 @@ def test_bad_input_is_one_line_and_status_2(place, case):
     words, hint = BAD[case]
     _, err = run(*words_of(place, "bad", *(w.format(place=place) for w in words)), status=2)
     assert err.startswith("error: ") and err.count("\n") == 1 and hint in err, err
+
+
+@pytest.mark.parametrize("program", ["train.py", "convert.py"])
+def test_a_typo_is_told_before_jax_is_imported(tmp_path, program):
+    (tmp_path / "jax.py").write_text("raise SystemExit('jax was imported')")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "MaxNano" / program), str(ROOT / "configs/base.yml"), "modle=d4"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "model" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_second_run_on_the_same_folder_is_refused(place):

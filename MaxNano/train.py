@@ -147,6 +147,9 @@ def train_step(
         "loss": loss,
         "bpb": nats / (math.log(2) * jnp.maximum(size, 1)),
         "grad_norm": grad_norm,
+        "lr_multiplier": schedules.lr_multiplier(
+            state.step, config.steps, config.warmup_steps, config.warmdown_ratio, config.final_lr_fraction
+        ),
         "skipped": 1 - finite.astype(jnp.int32),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
@@ -380,8 +383,6 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
         start = int(state.step)
         if config.enable_checkpointing:
             checkpointer.check_free_space(setup.abstract)
-        if jax.process_index() == 0:
-            pyconfig.save(config, directory / "config.yml")
 
         # ---- Data, metrics
         batches = DevicePrefetch(
@@ -389,6 +390,8 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
         )
         cleanup.callback(batches.close)
         held_out = None
+        if jax.process_index() == 0:
+            pyconfig.save(config, directory / "config.yml")
         logger = MetricLogger(
             config,
             directory,
@@ -446,7 +449,6 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
 
                 batch = next(batches)
                 state, metrics = programs.train(state, batch)
-                metrics["lr_multiplier"] = learning_rate_multiplier(config, step)
                 if step == start:
                     runtime.freeze_gc()
 
@@ -493,15 +495,6 @@ def read_held_out(setup: Setup, vocabulary: tokenizer.Tokenizer) -> bpb.PackedRo
 def flops_per_token(config: FrozenConfigDict) -> int:
     """Training FLOPs of a token, forward and backward."""
     return scaling.flops_per_token(scaling.shape_of(config), pyconfig.windows_of(config))
-
-
-def learning_rate_multiplier(config: FrozenConfigDict, step: int) -> float:
-    """The schedule's value at `step`, for the step line."""
-    return float(
-        schedules.lr_multiplier(
-            step, config.steps, config.warmup_steps, config.warmdown_ratio, config.final_lr_fraction
-        )
-    )
 
 
 def main(config: FrozenConfigDict) -> int:

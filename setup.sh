@@ -190,7 +190,7 @@ say_next() {
   if [ -z "${MAXNANO_QUIET:-}" ]; then # set by the scripts that call this one
     cat <<'NEXT'
 Next:
-  bash end_to_end/cpu/quickstart.sh   trains a small model on real text, in about 12 minutes
+  bash end_to_end/cpu/quickstart.sh   trains a small model on real text, in about ten minutes
   bash tests/run.sh                   runs the tests
 NEXT
   fi

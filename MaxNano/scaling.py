@@ -1,4 +1,4 @@
-"""From depth to everything else: widths, parameter counts, FLOPs, horizon, batch, rates, memory.
+"""From depth to everything else: widths, parameter counts, FLOPs, horizon, batch, rates.
 
 Pure functions of plain numbers, so that pyconfig can fill a config without starting JAX.
 
@@ -49,19 +49,6 @@ class Counts(NamedTuple):
     def scaling(self) -> int:
         """The parameters that the scaling laws count: those that multiply every token."""
         return self.matrices + self.lm_head
-
-
-class StateBytes(NamedTuple):
-    """Bytes of one whole training state over all devices, activations not included."""
-
-    parameters: int
-    optimizer: int
-    gradients: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return sum(self)
 
 
 def shape_of(values: Mapping[str, Any]) -> Shape:
@@ -186,26 +173,3 @@ def steps_for_ratio(ratio: float, scaling_parameters: int, batch: int) -> int:
 def steps_for_flops(target_flops: float, flops_per_token: int, batch: int) -> int:
     """Steps that spend `target_flops`, to the nearest step."""
     return round(target_flops / (flops_per_token * batch))
-
-
-def state_bytes(shape: Shape, embedding_bytes: int, accumulates: bool) -> StateBytes:
-    """Bytes of parameters, optimizer state and gradients.
-
-    Embedding tables with their two Adam moments and gradients take `embedding_bytes` a number (2
-    for bfloat16); everything else is float32: the head and the scalars with two Adam moments, the
-    matrices with Muon's momentum and a second moment along their longer side. A step that
-    accumulates holds two sets of gradients, the sum and the one being added.
-    """
-    counts = parameter_counts(shape)
-    tables = embedding_bytes * (counts.token_embed + counts.value_embeds)
-    adam = 4 * (counts.lm_head + counts.scalars)
-    muon = 4 * counts.matrices
-    second_moment = 4 * sum(
-        count * max(rows, columns) for count, rows, columns in _matrix_shapes(shape)
-    )
-    parameters = tables + adam + muon
-    return StateBytes(
-        parameters=parameters,
-        optimizer=2 * tables + 2 * adam + muon + second_moment,
-        gradients=(1 + accumulates) * parameters,
-    )

@@ -133,7 +133,7 @@ def test_misfits_are_named():
 
 def torch_or_skip(suffix: str) -> None:
     if suffix == ".pt":
-        pytest.importorskip("torch", reason="only .pt files need torch, an extra of its own")
+        pytest.importorskip("torch", reason="only .pt files need torch, which no extra installs")
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt"])

@@ -107,20 +107,3 @@ def test_steps_follow_from_flops_to_the_nearest_step():
     assert scaling.steps_for_flops(1e6, 100, 1000) == 10
     assert scaling.steps_for_flops(1.06e6, 100, 1000) == 11
     assert scaling.steps_for_flops(1.04e6, 100, 1000) == 10
-
-
-def test_state_bytes_add_up_by_hand():
-    counts = scaling.parameter_counts(TINY)
-    tables = counts.token_embed + counts.value_embeds
-    adam = counts.lm_head + counts.scalars
-    # The longer side of each matrix: q, k, v, out, wi, wo of three layers, and two gates of 5 x 2.
-    second = 3 * (8 + 8 + 8 + 8 + 20 + 20) + 2 * 5
-    state = scaling.state_bytes(TINY, embedding_bytes=2, accumulates=False)
-    parameters = 2 * tables + 4 * adam + 4 * counts.matrices
-    assert state.parameters == state.gradients == parameters
-    assert state.optimizer == 4 * tables + 8 * adam + 4 * counts.matrices + 4 * second
-    assert state.total == state.parameters + state.optimizer + state.gradients
-
-    summed = scaling.state_bytes(TINY, embedding_bytes=4, accumulates=True)
-    assert summed.parameters == 4 * counts.total
-    assert summed.gradients == 2 * summed.parameters

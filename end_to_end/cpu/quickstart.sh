@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to a small language model: every stage, on real text, on a CPU, in about 12 minutes.
+# From a fresh clone to a small language model: every stage, on real text, on a CPU, in about ten minutes.
 #
 #   bash end_to_end/cpu/quickstart.sh            speeches and encyclopedia articles (17 MB)
 #   bash end_to_end/cpu/quickstart.sh FOLDER     the .txt and .md files of your own in FOLDER

@@ -3,69 +3,288 @@
 Legend: B batch, L length, N heads, K kv_heads, G query heads a kv head, H head_dim.
 """
 
+import functools
+import math
 from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import AxisType, PartitionSpec
+from ml_collections import FrozenConfigDict
+
+from MaxNano import flash, sharding
+from MaxNano.layers import apply_rotary, rms_norm
+
+SPLASH_RESIDUALS = "attention_out"
+"""Name under which a remat policy can keep splash's output and log-sum-exp, so that its forward runs once."""
+
+_LANES = 128
+_HEAD_AXES = ("activation_batch", "activation_heads", None, None)
+_FLAT_AXES = ("activation_batch", None, "activation_heads")
+
+
+class Settings(NamedTuple):
+    """What the kernels can be tuned by; each uses its own part. Block sizes are (q, kv, kv computed at a time)."""
+
+    chunk: int
+    splash_long_forward: tuple[int, int, int]
+    splash_long_backward: tuple[int, int, int]
+    splash_short_window: int
+    splash_short_forward: tuple[int, int, int]
+    splash_short_backward: tuple[int, int, int]
+    splash_fused_backward: bool
+    flash_block: int
+    interpret: bool
+
+    @classmethod
+    def from_config(cls, config: FrozenConfigDict, backend: str | None = None) -> Self:
+        """The config's keys; Pallas kernels are interpreted wherever the backend (the default one) is no TPU."""
+        return cls(
+            chunk=config.attention_chunk,
+            splash_long_forward=tuple(config.splash_long_forward),
+            splash_long_backward=tuple(config.splash_long_backward),
+            splash_short_window=config.splash_short_window,
+            splash_short_forward=tuple(config.splash_short_forward),
+            splash_short_backward=tuple(config.splash_short_backward),
+            splash_fused_backward=config.splash_fused_backward,
+            flash_block=config.flash_block,
+            interpret=(backend or jax.default_backend()) != "tpu",
+        )
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, window: int, kernel: str, chunk: int
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    window: int,
+    kernel: str,
+    settings: Settings,
+    rules: sharding.Rules,
 ) -> jax.Array:
     """Causal attention in which position t sees keys t - window ... t, window + 1 of them.
 
-    q (B, L, N, H); k, v (B, L, K, H), N a multiple of K -> (B, L, N, H) in q's dtype. Scores are scaled by
-    1 / sqrt(H); softmax is in float32. `chunk` is the number of query rows a block, for the kernels that use blocks.
-    Raises ValueError for a kernel that does not exist.
+    q (B, N, L, H); k, v (B, K, L, H), N a multiple of K -> (B, N, L, H) in q's dtype. Scores are scaled by
+    1 / sqrt(H); softmax is in float32. `rules` say how the heads and rows lie over the ambient mesh, for kernels that
+    the compiler cannot cut up itself. Raises ValueError for a kernel that does not exist.
     """
     if kernel not in KERNELS:
         raise ValueError(f"attention={kernel} is unknown: choose one of {', '.join(KERNELS)}")
-    return KERNELS[kernel](q, k, v, window, chunk)
+    return KERNELS[kernel](q, k, v, window, settings, rules)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    tables: tuple[jax.Array, jax.Array],
+    *,
+    window: int,
+    kernel: str,
+    settings: Settings,
+    head_dim: int,
+    scale: float,
+    epsilon: float,
+    rules: sharding.Rules,
+) -> jax.Array:
+    """The model's attention: rotary embedding, QK norm times `scale`, then `attention`.
+
+    q (B, L, N x H); k, v (B, L, K x H), as projected; tables: cosines and sines (L, H / 2) -> (B, L, N x H).
+    """
+    if kernel == "flash":
+        own = functools.partial(
+            flash.attention,
+            window=window, head_dim=head_dim, scale=scale, epsilon=epsilon,
+            block=settings.flash_block, interpret=settings.interpret,
+        )  # fmt: skip
+        return _on_local_blocks(
+            lambda q, k, v: own(q, k, v, tables), q, k, v, rules, _FLAT_AXES, unit=head_dim
+        )
+
+    def split(x):
+        return x.reshape(*x.shape[:2], -1, head_dim)
+
+    q, k = (
+        scale * rms_norm(apply_rotary(split(x), tables), epsilon).swapaxes(1, 2) for x in (q, k)
+    )
+    y = attention(
+        q, k, split(v).swapaxes(1, 2), window=window, kernel=kernel, settings=settings, rules=rules
+    )
+    y = checkpoint_name(y, "attention_out")
+    return y.swapaxes(1, 2).reshape(*v.shape[:2], -1)
 
 
 def resolve(kernel: str, backend: str) -> str:
-    """The kernel that attention=auto means on a JAX backend (cpu, gpu, tpu)."""
-    if kernel != "auto":
-        return kernel
-    return "chunked" if backend == "cpu" else "reference"
+    """The kernel to use on a JAX backend (cpu, gpu, tpu); attention=auto picks the fastest there.
+
+    Raises ValueError where the asked one cannot run there.
+    """
+    if kernel == "auto":
+        return {"tpu": "flash", "gpu": "cudnn"}.get(backend, "chunked")
+    if kernel not in (*KERNELS, "flash"):
+        raise ValueError(
+            f"attention={kernel} is unknown: choose auto, flash or one of {', '.join(KERNELS)}"
+        )
+    if kernel == "cudnn" and backend != "gpu":
+        raise ValueError(
+            f"attention=cudnn needs an NVIDIA GPU, this is {backend}: choose attention=auto"
+        )
+    if kernel in ("flash", "splash") and backend == "gpu":
+        raise ValueError(f"attention={kernel} is a TPU kernel, this is gpu: choose attention=auto")
+    return kernel
 
 
-def reference(q, k, v, window, chunk):
+def reference(q, k, v, window, settings, rules):
     """All scores at once, masked: the definition, right anywhere, and the one to test others against."""
-    del chunk
+    del settings, rules
     return _block(q, k, v, window, first_query=0, first_key=0)
 
 
-def chunked(q, k, v, window, chunk):
+def chunked(q, k, v, window, settings, rules):
     """Blocks of `chunk` queries, each against only the keys that it can see.
 
     The work falls from L x L to what causality and the window leave, rounded up to blocks.
     """
-    length = q.shape[1]
+    del rules
+    length = q.shape[2]
     blocks = []
-    for start in range(0, length, chunk):
-        stop = min(start + chunk, length)
+    for start in range(0, length, settings.chunk):
+        stop = min(start + settings.chunk, length)
         low = max(0, start - window)
-        block = _block(
-            q[:, start:stop], k[:, low:stop], v[:, low:stop], window, first_query=start, first_key=low
+        keys, values = k[:, :, low:stop], v[:, :, low:stop]
+        blocks.append(
+            _block(q[:, :, start:stop], keys, values, window, first_query=start, first_key=low)
         )
-        blocks.append(block)
-    return jnp.concatenate(blocks, axis=1)
+    return jnp.concatenate(blocks, axis=2)
 
 
-KERNELS: dict[str, Callable[..., jax.Array]] = {"reference": reference, "chunked": chunked}
+def splash(q, k, v, window, settings, rules):
+    """JAX's block-sparse flash kernel for TPU, forward and backward; elsewhere Pallas interprets it, slowly.
+
+    Blocks that a window hides are not visited. Lengths are padded up to whole tiles at the end, where causality
+    hides the padding from every real row. The compiler cannot cut a Pallas kernel up, so it runs on the local rows
+    and heads of each device.
+    Source: jax.experimental.pallas.ops.tpu.splash_attention.
+    """
+    length, head_dim = q.shape[2:]
+    padding = ((0, 0), (0, 0), (0, -length % _LANES), (0, 0))
+    q = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
+    q, k, v = (jnp.pad(x, padding) for x in (q, k, v)) if length % _LANES else (q, k, v)
+    kernel = splash_kernel(q.shape[2], min(window, q.shape[2] - 1), settings)
+    out = _on_local_blocks(jax.vmap(kernel), q, k, v, rules)
+    return out[:, :, :length]
+
+
+def cudnn(q, k, v, window, settings, rules):
+    """cuDNN's fused kernel for NVIDIA GPUs, in 16-bit types."""
+    del settings, rules
+    length = q.shape[2]
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    local = (window, 0) if window < length - 1 else None
+    out = jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, local_window_size=local, implementation="cudnn"
+    )
+    return out.swapaxes(1, 2)
+
+
+KERNELS: dict[str, Callable[..., jax.Array]] = {
+    "reference": reference,
+    "chunked": chunked,
+    "splash": splash,
+    "cudnn": cudnn,
+}
+
+
+def splash_blocks(length: int, window: int, settings: Settings) -> splash_attention.BlockSizes:
+    """The blocks for a window, each cut down to a multiple of 128 that divides what it is a part of."""
+
+    def fit(size, whole):
+        return max(n for n in range(_LANES, min(size, whole) + 1, _LANES) if whole % n == 0)
+
+    short = window <= settings.splash_short_window
+    forward = settings.splash_short_forward if short else settings.splash_long_forward
+    backward = settings.splash_short_backward if short else settings.splash_long_backward
+    (q, kv), (q_dkv, kv_dkv) = (
+        [fit(size, length) for size in part[:2]] for part in (forward, backward)
+    )
+    fused = settings.splash_fused_backward
+    return splash_attention.BlockSizes(
+        block_q=q,
+        block_kv=kv,
+        block_kv_compute=fit(forward[2], kv),
+        block_q_dkv=q_dkv,
+        block_kv_dkv=kv_dkv,
+        block_kv_dkv_compute=fit(backward[2], kv_dkv),
+        block_q_dq=None if fused else q_dkv,
+        block_kv_dq=None if fused else fit(backward[2], kv_dkv),
+        use_fused_bwd_kernel=fused,
+    )
+
+
+@functools.lru_cache
+def splash_kernel(length: int, window: int, settings: Settings):
+    """One sequence's kernel, q (N, L, H), k and v (K, L, H). All heads share one mask; its tables are NumPy arrays,
+    so that the kernel outlives the trace that asked for it first."""
+    shape = (length, length)
+    if window >= length - 1:
+        mask = splash_attention.CausalMask(shape)
+    else:
+        mask = splash_attention.LocalMask(shape, window_size=(window, 0), offset=0)
+    with jax.ensure_compile_time_eval():
+        kernel = splash_attention.make_splash_mha(
+            splash_attention.MultiHeadMask([mask]),
+            block_sizes=splash_blocks(length, window, settings),
+            head_shards=1,
+            q_seq_shards=1,
+            residual_checkpoint_name=SPLASH_RESIDUALS,
+            interpret=settings.interpret,
+        )
+        return jax.tree.map(np.asarray, kernel)
+
+
+def _on_local_blocks(kernel, q, k, v, rules, logical_axes=_HEAD_AXES, unit=1):
+    """Call kernel(q, k, v) on each device's rows and heads, over the axes of the ambient mesh not yet manual.
+
+    The last of the arrays' axes is cut only between spans of `unit`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    ]
+    if not axes:
+        return kernel(q, k, v)
+
+    def dividing(part, size):
+        names = (part,) if isinstance(part, str) else part or ()
+        while size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        return names
+
+    parts = sharding.partition_spec(logical_axes, rules, axes)
+    sizes = (*k.shape[:-1], k.shape[-1] // unit)  # what divides the kv heads divides the query heads
+    spec = PartitionSpec(*map(dividing, parts, sizes))
+    local = jax.shard_map(
+        kernel, in_specs=(spec,) * 3, out_specs=spec, axis_names=set(axes), check_vma=False
+    )
+    return local(q, k, v)
 
 
 def _block(q, k, v, window, *, first_query: int, first_key: int):
     """Queries at first_query ... against keys at first_key ...: one masked softmax."""
-    batch, queries, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("BQKGH,BSKH->BKGQS", grouped, k, preferred_element_type=jnp.float32)
+    batch, heads, queries, head_dim = q.shape
+    kv_heads = k.shape[1]
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, queries, head_dim)
+    scores = jnp.einsum("BKGQH,BKSH->BKGQS", grouped, k, preferred_element_type=jnp.float32)
     position = first_query + jnp.arange(queries)[:, None]
-    key_position = first_key + jnp.arange(k.shape[1])[None, :]
+    key_position = first_key + jnp.arange(k.shape[2])[None, :]
     visible = (key_position <= position) & (key_position >= position - window)
     scores = jnp.where(visible, scores * head_dim**-0.5, -jnp.inf)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKGQS,BSKH->BQKGH", probabilities, v)
+    out = jnp.einsum("BKGQS,BKSH->BKGQH", probabilities, v)
     return out.reshape(q.shape)

@@ -38,10 +38,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import FrozenConfigDict
 
-from MaxNano import pyconfig, scaling
+from MaxNano import pyconfig, runtime, scaling
 
 MANIFEST = "MANIFEST.json"
 MAX_FAILED_SAVES = 3
+SAVE_TIMEOUT_SECONDS = 1200  # for which a process waits for what the others write of a checkpoint
 CLOCK_STEPS = 16  # several hosts compare clocks only this often: each time costs a round trip
 
 
@@ -77,27 +78,30 @@ class Checkpointer:
         self._writer = writer
         self._primary = jax.process_index() == 0
         self._lock: filelock.BaseFileLock | None = None
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(), timeout_secs=SAVE_TIMEOUT_SECONDS
+        )
         self._thread: threading.Thread | None = None  # commits and hashes the last save
-        self._error: Exception | None = None  # of that save, until check() reports it
+        self._error: Exception | None = None  # of that save in this process
+        self._is_judged = True  # whether that save was reported, or found good, in all processes
         self._failures = 0  # failed saves in a row
         self._last_step: int | None = None
         self._last_save = time.monotonic()
-        if writer and self._primary:
+        if writer:
             self._take_over()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, exc_type: type | None, *exc_info: object) -> None:
+        self._close(is_failing=exc_type is not None)
 
     # ---- When ----
 
     def should_save(self, step: int) -> bool:
         """Whether a checkpoint is due at `step`, by steps or by minutes; call at each step.
 
-        Reports a failed earlier save, see check(). Process 0's clock decides for all hosts.
+        Reports a failed earlier save, see check(). Process 0's clock decides for all processes.
         """
         self.check()
         config = self._config
@@ -119,13 +123,15 @@ class Checkpointer:
     def save(self, step: int, state: Any, extra: dict) -> None:
         """Saves the pytree `state` of jax arrays and the JSON-able dict `extra` as step `step`.
 
-        With async_checkpointing it returns once the state may be donated. A failure is reported by
-        check(), and the next interval tries again. A step that is saved already stays as it is.
+        With async_checkpointing it returns once the state may be donated. A failure in any process
+        is reported by check(), and the next interval tries again. A step that is saved already
+        stays as it is.
         """
         self._join()
-        self.check()
-        if step in self._steps():
+        self._report()
+        if step in self._steps_of_primary():
             return
+        self._is_judged = False
         self._last_step = step
         self._last_save = time.monotonic()
         record = {**extra, "run": {"step": step, **self._identity()}}
@@ -144,36 +150,25 @@ class Checkpointer:
             self._thread.start()
         if not self._config.async_checkpointing:
             self._join()
+            self._report()
         self.check()
 
     def check(self) -> None:
         """Reports a failed save in one line on stderr, and removes what it left behind.
 
+        Several processes meet for that at the next save, or in wait().
         Raises CheckpointError after MAX_FAILED_SAVES failures in a row.
         """
         if self._thread is not None and not self._thread.is_alive():
             self._join()
-        if self._error is None:
-            return
-        reason, self._error = _one_line(self._error), None
-        self._failures += 1
-        self._remove_temporary()
-        if self._failures >= MAX_FAILED_SAVES:
-            raise CheckpointError(
-                f"{self._failures} checkpoints in a row could not be written to {self._run}: "
-                f"{reason}"
-            )
-        _warn(
-            f"the checkpoint of step {self._last_step} could not be written ({reason}); "
-            "trying again at the next interval"
-        )
+        if self._thread is None and jax.process_count() == 1:
+            self._report()
 
     def wait(self) -> None:
         """Returns when the last save is on disk with its manifest; CheckpointError if it failed."""
         self._join()
-        if self._error is not None:
-            reason, self._error = _one_line(self._error), None
-            self._remove_temporary()
+        reason = self._judge()
+        if reason is not None:
             raise CheckpointError(
                 f"the checkpoint of step {self._last_step} could not be written to {self._run}: "
                 f"{reason}"
@@ -181,12 +176,7 @@ class Checkpointer:
 
     def close(self) -> None:
         """Finishes the last save and frees the run in any case; raises as wait() does."""
-        try:
-            self.wait()
-        finally:
-            self._orbax.close()
-            if self._lock is not None:
-                self._lock.release()
+        self._close(is_failing=False)
 
     def check_free_space(self, state: Any) -> None:
         """CheckpointError if the disk cannot hold the checkpoints to keep; call before training.
@@ -210,7 +200,7 @@ class Checkpointer:
 
     def latest_step(self) -> int | None:
         """Step of the newest finished checkpoint, None if there is none."""
-        steps = self._steps()
+        steps = self._steps_of_primary()
         return steps[-1] if steps else None
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
@@ -239,6 +229,18 @@ class Checkpointer:
     # ---- Inside ----
 
     def _take_over(self) -> None:
+        """Makes process 0 the owner of the run; CheckpointError in every process if it cannot."""
+        problem = None
+        if self._primary:
+            try:
+                self._lock_and_clear()
+            except CheckpointError as error:
+                problem = str(error)
+        problem = runtime.first_problem(problem)
+        if problem is not None:
+            raise CheckpointError(problem)
+
+    def _lock_and_clear(self) -> None:
         """Locks the run's folder and clears up after a process that died."""
         try:
             self._root.mkdir(parents=True, exist_ok=True)
@@ -270,6 +272,10 @@ class Checkpointer:
         names = (path.name for path in self._root.iterdir())
         return sorted(int(n) for n in names if n.isdigit() and (self._root / n / MANIFEST).exists())
 
+    def _steps_of_primary(self) -> list[int]:
+        """_steps() as process 0 sees them, for every process; all must ask."""
+        return runtime.gather_json(self._steps())[0]
+
     def _remove_temporary(self) -> None:
         if not self._primary:
             return
@@ -287,6 +293,52 @@ class Checkpointer:
             self._thread.join()
             self._thread = None
 
+    def _judge(self) -> str | None:
+        """Why the last save failed, in any process, None if it did not; asked once for each save.
+
+        Every process must ask, as soon as it has joined the save.
+        """
+        if self._is_judged:
+            return None
+        self._is_judged = True
+        error, self._error = self._error, None
+        mine = error and (isinstance(error, TimeoutError), _one_line(error))
+        problems = sorted(filter(None, runtime.gather_json(mine)))
+        if not problems:
+            self._failures = 0
+            return None
+        self._failures += 1
+        self._remove_temporary()
+        return problems[0][1]  # what went wrong, before what merely waited for it
+
+    def _report(self) -> None:
+        """What check() says of the last save."""
+        reason = self._judge()
+        if reason is None:
+            return
+        if self._failures >= MAX_FAILED_SAVES:
+            raise CheckpointError(
+                f"{self._failures} checkpoints in a row could not be written to {self._run}: "
+                f"{reason}"
+            )
+        if self._primary:
+            _warn(
+                f"the checkpoint of step {self._last_step} could not be written ({reason}); "
+                "trying again at the next interval"
+            )
+
+    def _close(self, *, is_failing: bool) -> None:
+        """is_failing: this process leaves by an error of which the others may know nothing."""
+        try:
+            if is_failing and jax.process_count() > 1:
+                self._join()
+            else:
+                self.wait()
+        finally:
+            self._orbax.close()
+            if self._lock is not None:
+                self._lock.release()
+
     def _commit(self, step: int) -> None:
         """In the background: waits for orbax, writes the manifest, deletes what is not kept."""
         try:
@@ -298,7 +350,6 @@ class Checkpointer:
                     (path / MANIFEST).unlink()  # first: a half-deleted checkpoint must not count
                     path.rmtree()
                 self._remove_temporary()
-            self._failures = 0
         except Exception as error:  # noqa: BLE001 (check() reports it)
             self._error = error
 

@@ -1,6 +1,6 @@
 """The small parts of the model: parameters with their axes, norm, rotary embedding, MLP.
 
-Legend: B batch, L length, D embed, N heads, H head_dim, F mlp. Stacked parameters carry the layers on axis 0;
+Legend: B batch, L length, T tokens, D embed, N heads, H head_dim, F mlp. Stacked parameters carry the layers on axis 0;
 a layer sees its own slice, so the shapes in `__call__` are without that axis.
 """
 
@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from MaxNano.sharding import Axes
 
@@ -89,6 +91,19 @@ def _rms_norm_backward(epsilon, residuals, cotangent):
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
+@jax.custom_vjp
+def row_major(x: jax.Array) -> jax.Array:
+    """`x`, and in the backward pass its gradient, with the last axis innermost in memory.
+
+    Left to itself, the TPU compiler stores the residual stream (T, D) token by token across lanes, which suits the
+    norms and makes every matrix product around them several times dearer.
+    """
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
+row_major.defvjp(lambda x: (row_major(x), None), lambda _, grad: (row_major(grad),))
+
+
 def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
     """(length, head_dim / 2) cosines and sines of position x theta^(-2j / head_dim), float32.
 
@@ -100,17 +115,17 @@ def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[np.ndarray,
 
 
 def apply_rotary(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate x (B, L, N, H), halves (not pairs) of H together, by minus the position's angle.
+    """Rotate x (B, L, N, H), halves (not pairs) of H together, by minus the position's angle, in float32.
 
     Source: nanochat/gpt.py@92d63d4, apply_rotary_emb; the sign is kept for its checkpoints.
     """
     cos, sin = (t[None, :, None, :] for t in tables)
-    a, b = jnp.split(x, 2, axis=-1)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1).astype(x.dtype)
 
 
 class Mlp(nnx.Module):
-    """wo(relu(wi x)^2) for a stack of layers; x (B, L, D) -> (B, L, D)."""
+    """wo(relu(wi x)^2) for a stack of layers; x (T, D) -> (T, D)."""
 
     def __init__(self, config, layers: int, *, rngs: nnx.Rngs):
         embed, mlp = config.emb_dim, config.mlp_dim
@@ -121,6 +136,7 @@ class Mlp(nnx.Module):
         self.wo = parameter(rngs, (layers, mlp, embed), ("layers", "mlp", "embed"), constant(0.0))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = jnp.einsum("BLD,DF->BLF", x, self.wi[...].astype(x.dtype))
+        hidden = x @ self.wi[...].astype(x.dtype)
+        hidden = checkpoint_name(hidden, "mlp_hidden")
         hidden = jnp.square(jax.nn.relu(hidden))
-        return jnp.einsum("BLF,FD->BLD", hidden, self.wo[...].astype(x.dtype))
+        return hidden @ self.wo[...].astype(x.dtype)

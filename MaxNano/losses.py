@@ -1,6 +1,6 @@
 """Soft-capped cross-entropy straight from hidden states, chunked over the vocabulary.
 
-Legend: B batch, L length, D embed, V vocab.
+Legend: B batch, L length, T tokens (B x L), D embed, V vocab.
 """
 
 from functools import partial
@@ -23,7 +23,6 @@ def vocab_chunk(vocab_size: int, chunk: int | None) -> int:
     return min(chunk, vocab_size)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def token_losses(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, vocab_size: int, cap: float, chunk: int
 ) -> jax.Array:
@@ -33,6 +32,13 @@ def token_losses(
     `chunk` vocabulary rows are scored at a time and scored again in the backward pass, so that no (B, L, V)
     array lives; 0 scores all at once and keeps the logits instead.
     """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return _token_losses(flat, head, targets.reshape(-1), vocab_size, cap, chunk).reshape(targets.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _token_losses(hidden, head, targets, vocab_size, cap, chunk):
+    """The same for hidden (T, D) and targets (T,)."""
     return _forward(hidden, head, targets, vocab_size, cap, chunk)[0]
 
 
@@ -44,7 +50,7 @@ def _spans(vocab_size: int, chunk: int) -> list[tuple[int, int]]:
 def _logits(hidden, rows, cap):
     """Capped float32 logits of some vocabulary rows (V', D): the product in hidden's dtype, summed in float32."""
     logits = jnp.einsum(
-        "BLD,VD->BLV", hidden, rows.astype(hidden.dtype), preferred_element_type=jnp.float32
+        "TD,VD->TV", hidden, rows.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
     return soft_cap(logits, cap)
 
@@ -82,20 +88,20 @@ def _backward(vocab_size, cap, chunk, residuals, cotangent):
     for start, stop in _spans(vocab_size, chunk):
         rows = head[start:stop].astype(hidden.dtype)
         logits = _logits(hidden, rows, cap) if kept is None else kept
-        hot = targets[..., None] - start == jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+        hot = targets[..., None] - start == jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
         grad = (jnp.exp(logits - log_total[..., None]) - hot) * scale
         if cap:
             grad *= 1 - jnp.square(logits / cap)
         grad = grad.astype(hidden.dtype)
         grad_hidden += jnp.einsum(
-            "BLV,VD->BLD", grad, rows, preferred_element_type=jnp.float32
+            "TV,VD->TD", grad, rows, preferred_element_type=jnp.float32
         )
         grad_rows.append(
-            jnp.einsum("BLV,BLD->VD", grad, hidden, preferred_element_type=jnp.float32)
+            jnp.einsum("TV,TD->VD", grad, hidden, preferred_element_type=jnp.float32)
         )
     padding = jnp.zeros((head.shape[0] - vocab_size, head.shape[1]), jnp.float32)
     grad_head = jnp.concatenate([*grad_rows, padding]).astype(head.dtype)
     return grad_hidden.astype(hidden.dtype), grad_head, None
 
 
-token_losses.defvjp(_forward, _backward)
+_token_losses.defvjp(_forward, _backward)

@@ -4,7 +4,10 @@ Every layer parameter is stacked on a leading `layers` axis, whatever the depth.
 into equal groups (one period of the window pattern and of the value embeddings), loops over the groups and then
 runs the layers that are left; unrolled or looped, the checkpoint and the numbers are the same.
 
-Legend: B batch, L length, D embed, N heads, K kv_heads, H head_dim, V vocab.
+Between attention and attention, tokens stand in one axis: on a TPU that lets the compiler lay out every matrix
+product well.
+
+Legend: B batch, L length, T tokens (B x L), D embed, N heads, K kv_heads, H head_dim, V vocab.
 Source: nanochat/gpt.py@92d63d4.
 """
 
@@ -14,34 +17,36 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from ml_collections import FrozenConfigDict
 
-from MaxNano import pyconfig, scaling
-from MaxNano.attention import attention
+from MaxNano import attention, embedding, pyconfig, scaling
 from MaxNano.layers import (
     Mlp,
-    apply_rotary,
     constant,
     linspace,
     normal,
     parameter,
     rms_norm,
     rotary_tables,
+    row_major,
     uniform,
 )
 from MaxNano.losses import soft_cap
 from MaxNano.sharding import constrain
 
-RESIDUAL_AXES = ("activation_batch", "activation_length", "activation_embed")
-HEAD_AXES = ("activation_batch", "activation_length", "activation_heads", "activation_kv")
+RESIDUAL_AXES = ("activation_batch", "activation_embed")
+HEAD_AXES = ("activation_batch", "activation_heads")
 
 
 class Numerics(NamedTuple):
-    """What the backend decides and the config leaves open: dtypes by name, and the attention kernel."""
+    """What the backend decides and the config leaves open: dtypes by name, kernels, and the backend itself."""
 
     dtype: str
     embedding_dtype: str
     attention: str
+    embedding_gradient: str
+    backend: str
 
 
 class LayerKind(NamedTuple):
@@ -49,6 +54,11 @@ class LayerKind(NamedTuple):
 
     window: int
     has_value_embed: bool
+
+
+def residual(x: jax.Array, config: FrozenConfigDict) -> jax.Array:
+    """The residual stream (T, D) as it lies over devices and in memory."""
+    return row_major(constrain(x, RESIDUAL_AXES, config.logical_axis_rules))
 
 
 class Attention(nnx.Module):
@@ -67,22 +77,27 @@ class Attention(nnx.Module):
             rngs, (layers, queries, embed), ("layers", "heads", "embed"), constant(0.0)
         )
 
-    def __call__(self, x, value_embed, window: int, rotary, kernel: str) -> jax.Array:
-        """x (B, L, D), already normalised; value_embed (B, L, K, H), already gated, or None -> (B, L, D)."""
+    def __call__(self, x, value_embed, rotary, window: int, kernel: str, settings) -> jax.Array:
+        """x (T, D), already normalised; value_embed (T, K x H), already gated, or None -> (T, D).
+
+        rotary: cosines and sines (L, H / 2); T is a number of whole rows of L tokens.
+        """
         config = self.config
-        q, k, v = (
-            _split_heads(x @ weight[...].astype(x.dtype), config)
-            for weight in (self.query, self.key, self.value)
-        )
+        q, k, v = (x @ weight[...].astype(x.dtype) for weight in (self.query, self.key, self.value))
         if value_embed is not None:
             v = v + value_embed
-        q, k = (
-            config.qk_norm_scale * rms_norm(apply_rotary(head, rotary), config.norm_epsilon)
-            for head in (q, k)
+        q, k, v = (
+            constrain(checkpoint_name(part, name), HEAD_AXES, config.logical_axis_rules)
+            for part, name in ((q, "query"), (k, "key"), (v, "value"))
         )
         with jax.named_scope("attend"):
-            y = attention(q, k, v, window=window, kernel=kernel, chunk=config.attention_chunk)
-        return y.reshape(*y.shape[:2], -1) @ self.out[...].astype(x.dtype)
+            rows = (-1, len(rotary[0]))
+            y = attention.attend(
+                *(part.reshape(*rows, part.shape[-1]) for part in (q, k, v)), rotary,
+                window=window, kernel=kernel, settings=settings, head_dim=config.head_dim, scale=config.qk_norm_scale,
+                epsilon=config.norm_epsilon, rules=config.logical_axis_rules,
+            )  # fmt: skip
+        return y.reshape(len(x), -1) @ self.out[...].astype(x.dtype)
 
 
 class Layers(nnx.Module):
@@ -93,17 +108,19 @@ class Layers(nnx.Module):
         self.attention = Attention(config, layers, rngs=rngs)
         self.mlp = Mlp(config, layers, rngs=rngs)
 
-    def __call__(self, x, value_gate, value_rows, window: int, rotary, kernel: str) -> jax.Array:
-        """One block: x (B, L, D) -> (B, L, D). value_rows (B, L, K*H) with value_gate (channels, K), or None."""
+    def __call__(self, x, value_gate, value_rows, rotary, window: int, kernel: str, settings) -> jax.Array:
+        """One block: x (T, D) -> (T, D). value_rows (T, K x H) with value_gate (channels, K), or None."""
         config = self.config
         h = rms_norm(x, config.norm_epsilon)
         value_embed = None
         if value_rows is not None:
-            gate = h[..., : config.value_embed_gate_channels] @ value_gate.astype(h.dtype)
-            gate = config.value_embed_gate_range * jax.nn.sigmoid(gate)
-            value_embed = gate[..., None] * _split_heads(value_rows.astype(h.dtype), config)
-        x = x + self.attention(h, value_embed, window, rotary, kernel)
-        return x + self.mlp(rms_norm(x, config.norm_epsilon))
+            # Repeated over a head's width, so that no array has a short axis of heads.
+            wide = jnp.repeat(value_gate.astype(h.dtype), config.head_dim, axis=1)
+            gate = jax.nn.sigmoid(h[..., : config.value_embed_gate_channels] @ wide)
+            value_embed = config.value_embed_gate_range * gate * value_rows.astype(h.dtype)
+        x = residual(x + self.attention(h, value_embed, rotary, window, kernel, settings), config)
+        x = checkpoint_name(x, "attention_residual")
+        return residual(x + self.mlp(rms_norm(x, config.norm_epsilon)), config)
 
 
 class Transformer(nnx.Module):
@@ -130,17 +147,17 @@ class Transformer(nnx.Module):
             self.value_embeds = parameter(
                 rngs,
                 (valued, vocab, keys),
-                ("layers", "vocab", "kv_heads"),
+                (None, "vocab", "kv_heads"),
                 uniform(-bound, bound),
                 table_dtype,
             )
             self.value_gate = parameter(
-                rngs, (valued, channels, config.num_kv_heads), ("layers", None, "kv_heads"), gate_init
+                rngs, (valued, channels, config.num_kv_heads), (None, None, "kv_heads"), gate_init
             )
         self.resid_lambdas = parameter(
-            rngs, (layers,), ("layers",), linspace(*config.resid_lambda_init)
+            rngs, (layers,), (None,), linspace(*config.resid_lambda_init)
         )
-        self.x0_lambdas = parameter(rngs, (layers,), ("layers",), linspace(*config.x0_lambda_init))
+        self.x0_lambdas = parameter(rngs, (layers,), (None,), linspace(*config.x0_lambda_init))
         if config.smear_gate_channels:
             self.smear_gate = parameter(rngs, (config.smear_gate_channels,), (None,), gate_init)
             self.smear_lambda = parameter(rngs, (), (), constant(0.0))
@@ -153,11 +170,12 @@ class Transformer(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Token ids (B, L) -> normalised final hidden states (B, L, D) in the compute dtype."""
         config = self.config
-        x = self._embed(tokens)
-        x, middle = self._run_layers(x, tokens)
+        order = embedding.order(tokens, self.numerics.embedding_gradient)
+        x = self._embed(order, tokens.shape[1])
+        x, middle = self._run_layers(x, order, tokens.shape[1])
         if config.use_backout:
             x = _mix(x, jnp.float32(1), middle, -self.backout_lambda[...])
-        return rms_norm(x, config.norm_epsilon)
+        return rms_norm(x, config.norm_epsilon).reshape(*tokens.shape, -1)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states (B, L, D) -> soft-capped float32 logits (B, L, vocab_size)."""
@@ -165,41 +183,51 @@ class Transformer(nnx.Module):
         logits = jnp.einsum("BLD,VD->BLV", hidden, head).astype(jnp.float32)
         return soft_cap(logits, self.config.logits_soft_cap)
 
-    def _embed(self, tokens):
+    def _lookup(self, own, tables, index, order):
+        """Rows (T, width) of table `index`; its gradient goes to `own`: see embedding.lookup."""
+        numerics = self.numerics
+        rows = embedding.lookup(
+            own, jax.lax.stop_gradient(tables), index, order, numerics.embedding_gradient, numerics.backend != "tpu"
+        )
+        return constrain(rows, RESIDUAL_AXES, self.config.logical_axis_rules)
+
+    def _embed(self, order, length):
         """Normalised embeddings, each with a gated share of the previous token's (smear)."""
         config = self.config
-        x = self.token_embed[...][tokens].astype(self.numerics.dtype)
+        table = self.token_embed[...]
+        x = self._lookup(table, table[None], 0, order).astype(self.numerics.dtype)
         x = rms_norm(x, config.norm_epsilon)
         if config.smear_gate_channels:
-            channels = x[:, 1:, : config.smear_gate_channels]
-            gate = jax.nn.sigmoid(channels @ self.smear_gate[...].astype(x.dtype))
-            gate = (self.smear_lambda[...] * gate)[..., None].astype(x.dtype)
-            x = jnp.concatenate([x[:, :1], x[:, 1:] + gate * x[:, :-1]], axis=1)
-        return constrain(x, RESIDUAL_AXES, config.logical_axis_rules)
+            gate = jax.nn.sigmoid(x[:, : config.smear_gate_channels] @ self.smear_gate[...].astype(x.dtype))
+            first = jnp.arange(len(x)) % length == 0  # a row's first token has no previous one
+            gate = jnp.where(first, 0, self.smear_lambda[...] * gate)[:, None].astype(x.dtype)
+            x = x + gate * jnp.roll(x, 1, axis=0)
+        return residual(x, config)
 
-    def _run_layers(self, x, tokens):
+    def _run_layers(self, x, order, length):
         """All blocks; returns the last output and the output of block num_decoder_layers // 2 (for backout)."""
         config = self.config
-        # Angles in float32, tables in the compute dtype, as the activations that they multiply.
-        tables = rotary_tables(tokens.shape[1], config.head_dim, config.rope_theta)
-        rotary = tuple(jnp.asarray(table, self.numerics.dtype) for table in tables)
+        rotary = tuple(map(jnp.asarray, rotary_tables(length, config.head_dim, config.rope_theta)))
+        settings = attention.Settings.from_config(config, self.numerics.backend)
         graph, params = nnx.split(self.layers)
         per_layer = (params, self.resid_lambdas[...], self.x0_lambdas[...])
-        per_value = (self.value_embeds[...], self.value_gate[...]) if any(
-            kind.has_value_embed for kind in self.kinds
-        ) else ()
+        valued = any(kind.has_value_embed for kind in self.kinds)
+        tables = self.value_embeds[...] if valued else None
+        per_value = (tables, self.value_gate[...], jnp.arange(len(tables))) if valued else ()
         x0 = x
         middle_layer = config.num_decoder_layers // 2
 
-        @partial(_rematerialize, policy=config.remat_policy)
+        @partial(_rematerialize, config=config)
         def block(x, layer, value, kind):
             layer_params, resid, share = layer
-            x = _mix(x, resid, x0, share)
-            rows, gate = (value[0][tokens], value[1]) if kind.has_value_embed else (None, None)
-            x = nnx.merge(graph, layer_params)(
-                x, gate, rows, kind.window, rotary, self.numerics.attention
+            x = residual(_mix(x, resid, x0, share), config)
+            gate = rows = None
+            if kind.has_value_embed:
+                own, gate, index = value
+                rows = self._lookup(own, tables, index, order)
+            return nnx.merge(graph, layer_params)(
+                x, gate, rows, rotary, kind.window, self.numerics.attention, settings
             )
-            return constrain(x, RESIDUAL_AXES, config.logical_axis_rules)
 
         def run(x, middle, kinds, layers, values, is_middle):
             """The blocks of `kinds` on slices of the stacks; `is_middle(j)`: whether block j is the middle one."""
@@ -275,15 +303,9 @@ def repetition(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
     return best, groups_of(best)
 
 
-def _split_heads(x, config):
-    """(B, L, heads x H) -> (B, L, heads, H)."""
-    heads = x.reshape(*x.shape[:2], -1, config.head_dim)
-    return constrain(heads, HEAD_AXES, config.logical_axis_rules)
-
-
 @jax.custom_vjp
 def _mix(x: jax.Array, scale: jax.Array, other: jax.Array, share: jax.Array) -> jax.Array:
-    """scale x + share other in float32, in x's dtype; x and other (B, L, D), scale and share scalars."""
+    """scale x + share other in float32, in x's dtype; x and other (T, D), scale and share scalars."""
     mixed = scale * x.astype(jnp.float32) + share * other.astype(jnp.float32)
     return mixed.astype(x.dtype)
 
@@ -313,8 +335,14 @@ def _mix_backward(residuals, cotangent):
 _mix.defvjp(_mix_forward, _mix_backward)
 
 
-def _rematerialize(block, policy: str):
-    if policy == "none":
+# The results that a remat policy can keep, in the order in which a block makes them.
+RESIDUALS = ("query", "key", "value", "attention_out", "attention_residual", "mlp_hidden")
+
+
+def _rematerialize(block, config):
+    """`block` with the config's remat policy: what is not kept is computed again in the backward pass."""
+    kept = {"minimal": RESIDUALS, "full": (), "names": config.remat_names}
+    if config.remat_policy == "none":
         return block
-    policies = {"minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
-    return jax.checkpoint(block, policy=policies[policy], static_argnums=(3,))
+    policy = jax.checkpoint_policies.save_only_these_names(*kept[config.remat_policy])
+    return jax.checkpoint(block, policy=policy, static_argnums=(3,))

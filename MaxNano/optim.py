@@ -20,6 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 from ml_collections import FrozenConfigDict
 
 from MaxNano import schedules
+from MaxNano.sharding import Rules, constrain
 
 Schedule = Callable[[ArrayLike], jax.Array]
 Tree = Any
@@ -178,6 +179,7 @@ def make_optimizer(
             row_equilibration=config.muon_row_equilibration,
             renormalization=config.muon_renormalize,
             dtype=config.muon_dtype or dtype,
+            rules=config.logical_axis_rules,
         ),
         scale_by_step(lambda step: -matrices.learning_rate * rate(step)),
     )
@@ -246,13 +248,15 @@ def muon(
     row_equilibration: bool,
     renormalization: bool,
     dtype: DTypeLike,
+    rules: Rules,
 ) -> optax.GradientTransformationExtraArgs:
     """Direction of Muon for matrices (..., in, out), its cautious weight decay included, before the learning rate.
 
-    beta2 0 leaves out NorMuon. From row equilibration to the iterations everything is held in `dtype`.
+    beta2 0 leaves out NorMuon. `rules` say which devices take which matrices, each whole. From row equilibration to the iterations everything is held in `dtype`.
     Source: https://kellerjordan.github.io/posts/muon/ and, for each part, its own function.
     """
-    parts = [nesterov_momentum(momentum), each_matrix(lambda x: x.astype(dtype))]
+    whole = each_matrix(lambda x: constrain(x, ("layers", *(None,) * (x.ndim - 1)), rules))
+    parts = [nesterov_momentum(momentum), each_matrix(lambda x: x.astype(dtype)), whole]
     if row_equilibration:
         parts.append(each_matrix(equilibrate_rows))
     parts.append(each_matrix(lambda x: polar_express(x, iterations, norm_margin)))

@@ -28,6 +28,8 @@ ORIGIN = "origin"  # the one entry of a config that is not a key: key -> where i
 COMMAND_LINE = "command line"
 DERIVED = "derived"
 
+XLA_BACKENDS = ("tpu", "gpu", "cpu")  # for which xla_flag_groups can be
+
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 _NULL_WORDS = {"", "~", "null", "Null", "NULL", "None"}
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -551,19 +553,18 @@ def _check_layout(values: _Values) -> None:
     if len(set(axes)) != len(axes):
         raise values.error("mesh_axes", "names an axis twice")
     for axis in axes:
-        if f"ici_{axis}_parallelism" not in values.keys:
-            raise values.error(
-                "mesh_axes", f"has {_short(axis)}, but no key ici_{axis}_parallelism"
-            )
+        for name in (f"ici_{axis}_parallelism", f"dcn_{axis}_parallelism"):
+            if name not in values.keys:
+                raise values.error("mesh_axes", f"has {_short(axis)}, but no key {name}")
     for name in values.keys:
-        axis = re.fullmatch(r"ici_(\w+)_parallelism", name)
+        axis = re.fullmatch(r"(?:ici|dcn)_(\w+)_parallelism", name)
         if axis and axis[1] not in axes and (values.value[name] or 1) > 1:
             raise values.error(name, f"needs {axis[1]} in mesh_axes")
-    for key in ("logical_axis_rules", "optimizer_axis_rules"):
-        _check_rules(values, key, axes)
+    _check_rules(values, axes)
 
 
-def _check_rules(values: _Values, key: str, axes: Sequence[str]) -> None:
+def _check_rules(values: _Values, axes: Sequence[str]) -> None:
+    key = "logical_axis_rules"
     seen = set()
     for rule in values.value[key]:
         name, *mesh_axes = rule or ("",)
@@ -581,6 +582,48 @@ def _check_rules(values: _Values, key: str, axes: Sequence[str]) -> None:
             raise values.error(key, problem + _nearest(axis, axes))
         if len(set(mesh_axes)) != len(mesh_axes):
             raise values.error(key, f"cuts {name} twice by one axis")
+
+
+def _check_processes(values: _Values) -> None:
+    value = values.value
+    names = ("coordinator_address", "num_processes", "process_id")
+    given = [name for name in names if value[name] is not None]
+    missing = [name for name in names if value[name] is None]
+    if not given:
+        return
+    if missing:
+        problem = f"needs {' and '.join(missing)} beside it; or leave all three to the environment"
+        raise values.error(given[0], problem)
+    if value["process_id"] >= value["num_processes"]:
+        last = value["num_processes"] - 1
+        raise values.error("process_id", f"is none of the num_processes: they are 0 to {last}")
+
+
+def _check_xla_flags(values: _Values) -> None:
+    groups: dict[str, tuple[str, ...]] = {}
+    for name, *flags in (group or ("",) for group in values.value["xla_flag_groups"]):
+        backend, *flags = flags or ("",)
+        if not name or name in groups:
+            problem = f"has two groups {name}" if name else "has a group without a name"
+            raise values.error("xla_flag_groups", problem)
+        if backend not in XLA_BACKENDS or not flags:
+            problem = f"has a group {name} that is not name, {' or '.join(XLA_BACKENDS)}, flags"
+            raise values.error("xla_flag_groups", problem)
+        for flag in flags:
+            if not re.fullmatch(r"xla_\w+=\S+", flag, re.ASCII):
+                problem = f"has {_short(flag)} in {name}, which is not xla_flag=value"
+                raise values.error("xla_flag_groups", problem)
+        groups[name] = (backend, *(flag.partition("=")[0] for flag in flags))
+    set_by: dict[tuple[str, str], str] = {}
+    for name in values.value["xla_flags"]:
+        if name not in groups:
+            problem = f"names {_short(name)}, which is not in xla_flag_groups"
+            raise values.error("xla_flags", problem + _nearest(name, list(groups)))
+        backend, *flags = groups[name]
+        for flag in flags:
+            if (backend, flag) in set_by:
+                raise values.error("xla_flags", f"sets {flag} twice: in {set_by[backend, flag]} and {name}")
+            set_by[backend, flag] = name
 
 
 def _check_rest(values: _Values) -> None:
@@ -619,6 +662,8 @@ def initialize(argv: Sequence[str]) -> FrozenConfigDict:
         raise ConfigError("these sizes, ratio or FLOPs give no finite batch and steps") from None
     _check_lists(values)
     _check_layout(values)
+    _check_processes(values)
+    _check_xla_flags(values)
     _check_rest(values)
     return FrozenConfigDict({**values.value, ORIGIN: values.origin})
 

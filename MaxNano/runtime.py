@@ -3,13 +3,18 @@
 `initialize(config)` comes before anything that starts a JAX backend.
 """
 
+import errno
 import gc
 import json
 import math
 import os
+import re
 import signal
+import socket
 import sys
+import threading
 import types
+import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -22,6 +27,8 @@ from ml_collections import FrozenConfigDict
 
 Item = TypeVar("Item")
 
+START_TIMEOUT_SECONDS = 300  # within which all processes of a run must have been started
+SHUTDOWN_TIMEOUT_SECONDS = 60  # for which a process that fails waits for the others, then ends all
 EXIT_PREEMPTED = 75  # saved and asked to stop: start the same command again (EX_TEMPFAIL)
 
 
@@ -31,26 +38,63 @@ EXIT_PREEMPTED = 75  # saved and asked to stop: start the same command again (EX
 def initialize(config: FrozenConfigDict) -> None:
     """Joins the other processes of a multi-host run, makes virtual CPU devices, turns on the cache.
 
-    A warning on stderr where the cache cannot be used; the run goes on without it.
+    A run over several hosts is the same command on each of them, started within
+    START_TIMEOUT_SECONDS of the first. On Cloud TPU, single slice or several, and under SLURM
+    (`srun`; on GPUs one task a GPU) the processes find each other:
+
+        gcloud compute tpus tpu-vm ssh NAME --worker=all \\
+            --command="cd maxnano && .venv/bin/python MaxNano/train.py configs/base.yml model=d24"
+
+    Elsewhere the environment says who they are, with JAX_PROCESS_ID counting the hosts from 0, or
+    the keys coordinator_address, num_processes and process_id do, which come first:
+
+        JAX_COORDINATOR_ADDRESS=10.0.0.1:8476 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0 python MaxNano/...
+
+    All hosts read the same data and tokenizer, from wherever dataset_path and tokenizer_path lead,
+    and base_output_directory is one folder that all of them see. Several slices, or GPU hosts
+    without a common fast network, want a dcn_*_parallelism key: see sharding.make_mesh.
+
+    Raises ValueError where the environment contradicts itself. Processes that do not find each
+    other end with status 2 and a line on stderr: the call that waits for them cannot be left
+    otherwise. A warning on stderr where the cache cannot be used; the run goes on without it.
     """
-    if _is_multi_process() and not jax.distributed.is_initialized():
-        # JAX finds these itself on SLURM and on TPU pods; elsewhere it reads only the address.
-        jax.distributed.initialize(
-            num_processes=_int_from_environment("JAX_NUM_PROCESSES"),
-            process_id=_int_from_environment("JAX_PROCESS_ID"),
-        )
-    _make_cpu_devices(config)
+    place = _place(config)
+    if place and not jax.distributed.is_initialized():
+        _join_processes(place)
+    _make_cpu_devices(config, processes=place.processes if place else 1)
     _start_compilation_cache(config.jax_cache_dir)
 
 
-def compute_dtype(config: FrozenConfigDict) -> str:
-    """Name of the dtype of activations and matrix products on this backend."""
-    return config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+def compiler_options(config: FrozenConfigDict, backend: str) -> dict[str, bool | int | str]:
+    """The flags of the groups that xla_flags names, for jax.jit(..., compiler_options=...).
+
+    backend: tpu, gpu or cpu; the groups of other backends are left out.
+    """
+    groups = {name: (of, flags) for name, of, *flags in config.xla_flag_groups}
+    options: dict[str, bool | int | str] = {}
+    for name in config.xla_flags:
+        of, flags = groups[name]
+        if of == backend:
+            options |= dict(map(_parse_flag, flags))
+    return options
 
 
-def embedding_dtype(config: FrozenConfigDict) -> str:
-    """Name of the dtype in which the embedding tables and their Adam moments are kept."""
-    return config.embedding_dtype or compute_dtype(config)
+def _parse_flag(flag: str) -> tuple[str, bool | int | str]:
+    """`name=value` -> the name, and the value in the type that XLA wants it in."""
+    name, _, text = flag.partition("=")
+    if text in ("true", "false"):
+        return name, text == "true"
+    return name, int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+def compute_dtype(config: FrozenConfigDict, backend: str) -> str:
+    """Name of the dtype of activations and matrix products on a backend (cpu, gpu, tpu)."""
+    return config.dtype or ("float32" if backend == "cpu" else "bfloat16")
+
+
+def embedding_dtype(config: FrozenConfigDict, backend: str) -> str:
+    """Name of the dtype in which the embedding tables and their Adam moments are kept on a backend."""
+    return config.embedding_dtype or compute_dtype(config, backend)
 
 
 def gather_json(value: Any) -> list[Any]:
@@ -65,6 +109,14 @@ def gather_json(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
+def first_problem(problem: str | None) -> str | None:
+    """The problem of the first process that has one, for each process; None where none has.
+
+    So that what fails in one process is not waited for by the others: all of them call this.
+    """
+    return next((found for found in gather_json(problem) if found is not None), None)
+
+
 def freeze_gc() -> None:
     """Takes all present objects out of garbage collection; call after the first step.
 
@@ -75,14 +127,133 @@ def freeze_gc() -> None:
     gc.freeze()
 
 
-def _is_multi_process() -> bool:
-    """Whether the environment says that this process is one of several."""
+# ---- Several processes ---------------------------------------------------------------------------
+
+
+class _Place(NamedTuple):
+    """A process among those of its run; None where JAX finds it out from the cluster."""
+
+    coordinator_address: str | None
+    num_processes: int | None
+    process_id: int | None
+
+    @property
+    def processes(self) -> int:
+        """Number of processes as far as this module needs it: where virtual CPU devices are made."""
+        return self.num_processes or _int_from_environment("SLURM_NTASKS") or 1
+
+
+def _place(config: FrozenConfigDict) -> _Place | None:
+    """What config, or else the environment, says of this process; None where it is alone."""
+    place = _Place(config.coordinator_address, config.num_processes, config.process_id)
+    if place.coordinator_address is None:
+        place = _Place(
+            os.environ.get("JAX_COORDINATOR_ADDRESS"),
+            _int_from_environment("JAX_NUM_PROCESSES"),
+            _int_from_environment("JAX_PROCESS_ID"),
+        )
+        if place.coordinator_address is None:
+            return _Place(None, None, None) if _is_in_cluster() else None
+        if None in place:
+            if _is_in_cluster():
+                return place
+            raise ValueError(
+                "JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID too"
+            )
+    if not re.fullmatch(r"\S+:\d+", place.coordinator_address):
+        raise ValueError(
+            f"coordinator address {place.coordinator_address!r} must be host:port, such as 10.0.0.1:8476"
+        )
+    if place.process_id >= place.num_processes:
+        raise ValueError(
+            f"JAX_PROCESS_ID={place.process_id} is none of the {place.num_processes} processes: "
+            f"they are 0 to {place.num_processes - 1}"
+        )
+    return place if place.num_processes > 1 else None
+
+
+def _is_in_cluster() -> bool:
+    """Whether a cluster that JAX can ask runs this process as one of several."""
     env = os.environ
-    return (
-        "JAX_COORDINATOR_ADDRESS" in env
-        or (_int_from_environment("SLURM_NTASKS") or 1) > 1
-        or "," in env.get("TPU_WORKER_HOSTNAMES", "")  # a Cloud TPU pod slice
+    if "SLURM_STEP_NODELIST" in env and (_int_from_environment("SLURM_NTASKS") or 1) > 1:
+        return True
+    if "tpu" not in (jax.config.jax_platforms or ""):  # JAX sets it where it finds TPU chips
+        return False
+    # GKE tells its containers; a TPU VM has to ask.
+    hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
+    if hosts is None:
+        hosts = _tpu_metadata("worker-network-endpoints")
+    multislice = "MEGASCALE_COORDINATOR_ADDRESS"
+    return "," in hosts or multislice in env or multislice in _tpu_metadata("tpu-env")
+
+
+def _tpu_metadata(attribute: str) -> str:
+    """What Google's metadata server tells a TPU VM about itself; empty where there is none."""
+    if "TPU_SKIP_MDS_QUERY" in os.environ:
+        return ""
+    host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    request = urllib.request.Request(
+        f"http://{host}/computeMetadata/v1/instance/attributes/{attribute}",
+        headers={"Metadata-Flavor": "Google"},
     )
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(request, timeout=5) as answer:
+            return answer.read().decode()
+    except OSError:
+        return ""
+
+
+def _join_processes(place: _Place) -> None:
+    """Waits until all processes of the run are there."""
+    known = place.process_id is not None
+    who = f"process {place.process_id} of {place.num_processes}" if known else "this process"
+    where = place.coordinator_address or "of this cluster"
+    if place.process_id == 0:
+        _check_port_is_free(place.coordinator_address)
+
+    def give_up():
+        line = (
+            f"error: {who} waited {START_TIMEOUT_SECONDS} s in vain for the others at coordinator "
+            f"{where}: check that all of them were started with that address and number, that it "
+            "is the host of process 0, and that no firewall is between\n"
+        )
+        os.write(2, line.encode())
+        os._exit(2)
+
+    # JAX does not raise when its own time is up: it aborts the process with a stack trace.
+    watchdog = threading.Timer(START_TIMEOUT_SECONDS, give_up)
+    watchdog.daemon = True
+    watchdog.start()
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            **place._asdict(),
+            cluster_detection_method="deactivate" if known else None,
+            initialization_timeout=2 * START_TIMEOUT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"cannot join the other processes of this cluster ({reason}): set coordinator_address, "
+            "num_processes and process_id"
+        ) from error
+    finally:
+        watchdog.cancel()
+
+
+def _check_port_is_free(address: str) -> None:
+    """ValueError if another process listens on the coordinator's port: JAX would crash."""
+    port = int(address.rsplit(":", 1)[1])
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(
+                f"port {port} of coordinator address {address} is taken: choose another, or end "
+                "the run that still holds it"
+            ) from None
 
 
 def _int_from_environment(name: str) -> int | None:
@@ -94,21 +265,25 @@ def _int_from_environment(name: str) -> int | None:
     return int(text)
 
 
-def _make_cpu_devices(config: FrozenConfigDict) -> None:
-    """Sets the number of devices of the CPU backend; other backends do not look at it."""
+# ---- CPU devices and cache -----------------------------------------------------------------------
+
+
+def _make_cpu_devices(config: FrozenConfigDict, processes: int) -> None:
+    """Sets the number of CPU devices of this process; other backends do not look at it."""
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    count = config.num_cpu_devices or cpu_devices(
-        cores=cores,
+    slices = math.prod(config[f"dcn_{axis}_parallelism"] for axis in config.mesh_axes)
+    of_all = cpu_devices(
+        cores=cores * processes,
         rows=config.global_batch_tokens // config.max_target_length,
-        parallelism=[config[f"ici_{axis}_parallelism"] for axis in config.mesh_axes],
+        parallelism=[slices, *(config[f"ici_{axis}_parallelism"] for axis in config.mesh_axes)],
     )
     try:
-        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_num_cpu_devices", config.num_cpu_devices or max(1, of_all // processes))
     except RuntimeError:
         pass  # the backend already runs, with the devices that it got then
 
@@ -156,19 +331,31 @@ class Chip(NamedTuple):
     peak_flops: float  # bfloat16 FLOP/s, dense
     memory_bytes: float
     memory_bandwidth: float  # bytes/s
+    clock_hz: float | None = None
+    program_memory_bytes: int | None = None  # of memory_bytes, what the compiler lets a program use
+    ici_link_bandwidth: float | None = None  # bytes/s of one link between chips of a slice, one direction
+    dcn_bandwidth: float | None = None  # bytes/s of one chip to other slices, one direction
+    spot_price: float | None = None  # USD a chip-hour
+
+
+def _gib(count: float) -> int:
+    return int(count * 2**30)
 
 
 # By jax.Device.device_kind.
 # Sources: TPU https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and the pages of each
-# version there (a v4 or v5p chip is one device, a TPU7x chip two); NVIDIA's data sheets, figures
-# without sparsity: https://www.nvidia.com/en-us/data-center/{a100,h100,h200,dgx-b200}.
+# version there (a v4 or v5p chip is one device, a TPU7x chip two); clock and networks
+# https://jax-ml.github.io/scaling-book/tpus and the peak over the matrix units' FLOPs a cycle; what a
+# program may use: libtpu's message for one that is too large; spot price: us-central1, June 2026.
+# NVIDIA's data sheets, figures without sparsity:
+# https://www.nvidia.com/en-us/data-center/{a100,h100,h200,dgx-b200}.
 CHIPS = {
-    "TPU v4": Chip(275e12, 32 * 2**30, 1.228e12),
-    "TPU v5 lite": Chip(197e12, 16 * 2**30, 0.819e12),
-    "TPU v5": Chip(459e12, 95 * 2**30, 2.765e12),
-    "TPU v5p": Chip(459e12, 95 * 2**30, 2.765e12),
-    "TPU v6 lite": Chip(918e12, 32 * 2**30, 1.64e12),
-    "TPU v6e": Chip(918e12, 32 * 2**30, 1.64e12),
+    "TPU v4": Chip(275e12, 32 * 2**30, 1.228e12, 1.05e9, _gib(30.75), 45e9, 6.25e9),
+    "TPU v5 lite": Chip(197e12, 16 * 2**30, 0.819e12, 1.5e9, _gib(15.75), 45e9, 3.125e9),
+    "TPU v5": Chip(459e12, 95 * 2**30, 2.765e12, 1.75e9, _gib(95.74), 90e9, 6.25e9),
+    "TPU v5p": Chip(459e12, 95 * 2**30, 2.765e12, 1.75e9, _gib(95.74), 90e9, 6.25e9),
+    "TPU v6 lite": Chip(918e12, 32 * 2**30, 1.64e12, 1.75e9, _gib(31.25), 90e9, 12.5e9, 0.540137),
+    "TPU v6e": Chip(918e12, 32 * 2**30, 1.64e12, 1.75e9, _gib(31.25), 90e9, 12.5e9, 0.540137),
     "TPU7x": Chip(2307e12 / 2, 192 * 2**30 / 2, 7.38e12 / 2),
     "NVIDIA A100-SXM4-40GB": Chip(312e12, 40e9, 1.555e12),
     "NVIDIA A100-SXM4-80GB": Chip(312e12, 80e9, 2.039e12),

@@ -21,6 +21,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import (
     attention,
+    embedding,
     losses,
     optim,
     pyconfig,
@@ -69,10 +71,8 @@ class BatchPlan(NamedTuple):
         return self.ways * self.micro_steps * self.micro_rows
 
     def split(self, x: jax.Array) -> jax.Array:
-        """(rows, L) -> (micro_steps, ways x micro_rows, L), every row staying on its device."""
-        length = x.shape[1]
-        x = x.reshape(self.ways, self.micro_steps, self.micro_rows, length).swapaxes(0, 1)
-        return x.reshape(self.micro_steps, self.ways * self.micro_rows, length)
+        """A device's rows (micro_steps x micro_rows, L) -> (micro_steps, micro_rows, L)."""
+        return x.reshape(self.micro_steps, self.micro_rows, x.shape[1])
 
 
 def batch_losses(config: FrozenConfigDict, model: Architecture, params, batch) -> jax.Array:
@@ -96,49 +96,72 @@ def count_bits(token_losses: jax.Array, targets: jax.Array, token_bytes: jax.Arr
     return jnp.sum(jnp.where(size > 0, token_losses, 0)), jnp.sum(size).astype(jnp.float32)
 
 
+def working_copy(setup: "Setup", params):
+    """Inside shard_map: the parameters that a device computes with, gathered from their parts.
+
+    Matrices travel in the compute dtype, once a step.
+    """
+    specs = setup.manual_specs(setup.abstract.params)
+
+    def gather(x, spec):
+        return sharding.gather(x.astype(setup.numerics.dtype) if x.ndim > 1 else x, spec)
+
+    with jax.named_scope("gather"):
+        return jax.tree.map(gather, params, specs)
+
+
 def train_step(
-    state: TrainState,
-    batch: dict[str, jax.Array],
-    token_bytes: jax.Array,
-    *,
-    config: FrozenConfigDict,
-    model: Architecture,
-    optimizer: optax.GradientTransformationExtraArgs,
-    plan: BatchPlan,
+    state: TrainState, batch: dict[str, jax.Array], token_bytes: jax.Array, *, setup: "Setup"
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update from one batch of `plan.rows` rows; returns the next state and the step's metrics.
 
+    Each device adds up the gradients of its own rows, micro-batch by micro-batch, in float32; then they are summed
+    over the devices, once, and each device updates the part of the parameters that it keeps.
     The loss is the weighted sum of token losses over the number of targets in the whole batch, so micro-batches
     with few targets count for little. Where the loss or the gradient is not finite, parameters and optimizer
     state stay as they were, bit for bit, and `skipped` is 1.
     """
-    targets = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1)
+    config, plan = setup.config, setup.plan
+    axes = setup.batch_axes
+    specs = setup.manual_specs(setup.abstract.params)
 
-    def loss_fn(params, micro):
-        nll = batch_losses(config, model, params, micro)
-        loss = jnp.sum(nll * micro["weights"]) / targets
-        return loss, count_bits(nll, micro["targets"], token_bytes)
+    def local_gradients(params, batch, token_bytes):
+        params = working_copy(setup, params)
+        targets = jax.lax.psum(jnp.sum(batch["targets"] >= 0), axes)
 
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    if plan.micro_steps == 1:
-        (loss, (nats, size)), grads = grad_fn(state.params, batch)
-    else:
+        def loss_fn(params, micro):
+            nll = batch_losses(config, setup.model, params, micro)
+            loss = jnp.sum(nll * micro["weights"]) / jnp.maximum(targets, 1)
+            return loss, count_bits(nll, micro["targets"], token_bytes)
 
-        def accumulate(total, micro):
-            (loss, bits), grads = grad_fn(state.params, micro)
-            return jax.tree.map(jnp.add, total, (loss, bits, grads)), None
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        if plan.micro_steps == 1:
+            sums, grads = grad_fn(params, batch)
+        else:
 
-        def zeros(tree):
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
+            def accumulate(total, micro):
+                return jax.tree.map(jnp.add, total, grad_fn(params, micro)), None
 
-        start = (jnp.float32(0), (jnp.float32(0), jnp.float32(0)), zeros(state.params))
-        total, _ = jax.lax.scan(accumulate, start, jax.tree.map(plan.split, batch))
-        loss, (nats, size), grads = total
+            def zeros(tree):
+                return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
+
+            start = ((jnp.float32(0), (jnp.float32(0), jnp.float32(0))), zeros(params))
+            (sums, grads), _ = jax.lax.scan(accumulate, start, jax.tree.map(plan.split, batch))
+        with jax.named_scope("reduce"):
+            grads = jax.tree.map(
+                lambda g, p, spec: sharding.reduce(g.astype(p.dtype), spec, axes),
+                grads, setup.abstract.params, specs,
+            )  # fmt: skip
+            return jax.lax.psum(sums, axes), grads
+
+    (loss, (nats, size)), grads = setup.over_devices(
+        local_gradients, (specs, setup.batch_specs, PartitionSpec()), (PartitionSpec(), specs)
+    )(state.params, batch, token_bytes)
 
     with jax.named_scope("update"):
         grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
+        updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(
             partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
@@ -155,28 +178,44 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def eval_step(params, batch, token_bytes, *, config, model, plan) -> tuple[jax.Array, jax.Array]:
+def eval_step(params, batch, token_bytes, *, setup: "Setup") -> tuple[jax.Array, jax.Array]:
     """(nats, bytes) of a batch of `plan.rows` rows: see count_bits."""
+    config = setup.config
 
-    def micro_bits(micro):
-        nll = batch_losses(config, model, params, micro)
-        return count_bits(nll, micro["targets"], token_bytes)
+    def local_bits(params, batch, token_bytes):
+        params = working_copy(setup, params)
 
-    nats, size = jax.lax.map(micro_bits, jax.tree.map(plan.split, batch))
-    return jnp.sum(nats), jnp.sum(size)
+        def micro_bits(micro):
+            nll = batch_losses(config, setup.model, params, micro)
+            return count_bits(nll, micro["targets"], token_bytes)
+
+        bits = jax.lax.map(micro_bits, jax.tree.map(setup.plan.split, batch))
+        return jax.lax.psum(jax.tree.map(jnp.sum, bits), setup.batch_axes)
+
+    specs = setup.manual_specs(setup.abstract.params)
+    return setup.over_devices(
+        local_bits, (specs, setup.batch_specs, PartitionSpec()), PartitionSpec()
+    )(params, batch, token_bytes)
 
 
-def greedy_step(params, tokens, last, *, model) -> jax.Array:
+def greedy_step(params, tokens, last, *, setup: "Setup") -> jax.Array:
     """The likeliest token after position `last` (P,) of each row of `tokens` (P, L)."""
-    bound = model.bind(params)
-    hidden = jnp.take_along_axis(bound(tokens), last[:, None, None], axis=1)
-    return jnp.argmax(bound.logits(hidden)[:, 0], axis=-1)
+
+    def local_greedy(params, tokens, last):
+        bound = setup.model.bind(working_copy(setup, params))
+        hidden = jnp.take_along_axis(bound(tokens), last[:, None, None], axis=1)
+        return jnp.argmax(bound.logits(hidden)[:, 0], axis=-1)
+
+    rows = PartitionSpec(setup.batch_axes)
+    specs = setup.manual_specs(setup.abstract.params)
+    return setup.over_devices(local_greedy, (specs, rows, rows), rows)(params, tokens, last)
 
 
 # ---- Set-up ---------------------------------------------------------------------------------------------------------
 
 
-class Setup(NamedTuple):
+@dataclass(frozen=True)
+class Setup:
     """What a run is made of, before any array exists."""
 
     config: FrozenConfigDict
@@ -187,15 +226,44 @@ class Setup(NamedTuple):
     abstract: TrainState
     plan: BatchPlan
 
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """The mesh axes over which the rows of a batch are cut: along them every device computes by itself."""
+        return sharding.batch_axes(self.mesh, self.config.logical_axis_rules)
+
+    @property
+    def batch_specs(self) -> PartitionSpec:
+        """How a batch's arrays (rows, L) lie."""
+        return PartitionSpec(self.batch_axes)
+
+    def manual_specs(self, tree):
+        """For abstract arrays: how `batch_axes` cut them."""
+        return jax.tree.map(lambda leaf: sharding.manual_spec(leaf.sharding.spec, self.batch_axes), tree)
+
+    def over_devices(self, function, in_specs, out_specs):
+        """`function` of each device's part of its arguments; what it exchanges over `batch_axes` it says itself."""
+        # An axis of one device needs no management either, which kernels that only know one device are glad of.
+        single = {axis for axis, size in self.mesh.shape.items() if size == 1}
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=single.union(self.batch_axes),
+            check_vma=False,
+        )
+
 
 def set_up(config: FrozenConfigDict, devices=None) -> Setup:
     """Resolve what depends on the devices. Raises ValueError where batch, layout and devices do not fit together."""
     mesh = sharding.make_mesh(config, devices)
     backend = mesh.devices.flat[0].platform
     numerics = Numerics(
-        dtype=runtime.compute_dtype(config),
-        embedding_dtype=runtime.embedding_dtype(config),
+        dtype=runtime.compute_dtype(config, backend),
+        embedding_dtype=runtime.embedding_dtype(config, backend),
         attention=attention.resolve(config.attention, backend),
+        embedding_gradient=embedding.resolve(config.embedding_gradient, mesh),
+        backend=backend,
     )
     model = architecture(config, numerics)
     optimizer = optim.make_optimizer(config, dtype=numerics.dtype)
@@ -316,19 +384,56 @@ class Programs(NamedTuple):
     greedy: Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
 
 
-def build_programs(setup: Setup, token_bytes: np.ndarray) -> Programs:
-    """Jit the three programs; each is compiled when it is first called."""
-    parts = {"config": setup.config, "model": setup.model, "plan": setup.plan}
-    # Numbers that the host reads lie on every device, so that each of several hosts has them.
-    everywhere = NamedSharding(setup.mesh, PartitionSpec())
+def jit_train(setup: Setup):
+    """The jitted train step; it takes the state's memory for the next state."""
     in_place = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
-    train = jax.jit(
-        partial(train_step, optimizer=setup.optimizer, **parts),
+    everywhere = NamedSharding(setup.mesh, PartitionSpec())
+    return jax.jit(
+        partial(train_step, setup=setup),
         donate_argnums=0,
         out_shardings=(in_place, everywhere),
+        compiler_options=runtime.compiler_options(setup.config, setup.numerics.backend),
     )
-    evaluate = jax.jit(partial(eval_step, **parts), out_shardings=everywhere)
-    greedy = jax.jit(partial(greedy_step, model=setup.model), out_shardings=everywhere)
+
+
+def jit_evaluate(setup: Setup):
+    """The jitted evaluation step."""
+    return jax.jit(
+        partial(eval_step, setup=setup),
+        out_shardings=NamedSharding(setup.mesh, PartitionSpec()),
+        compiler_options=runtime.compiler_options(setup.config, setup.numerics.backend),
+    )
+
+
+def abstract_batch(setup: Setup) -> tuple[dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
+    """A batch and the table of token bytes, as shapes with shardings: what the jitted steps are lowered with."""
+    rows = sharding.batch_sharding(setup.mesh, setup.config.logical_axis_rules)
+    shape = (setup.plan.rows, setup.config.max_target_length)
+    dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    batch = {key: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for key, dtype in dtypes.items()}
+    everywhere = NamedSharding(setup.mesh, PartitionSpec())
+    return batch, jax.ShapeDtypeStruct((setup.config.vocab_size,), jnp.int32, sharding=everywhere)
+
+
+def lower_train(setup: Setup) -> jax.stages.Lowered:
+    """The train step, ready to be compiled for the set-up's devices."""
+    with jax.sharding.use_abstract_mesh(setup.mesh.abstract_mesh):
+        return jit_train(setup).lower(setup.abstract, *abstract_batch(setup))
+
+
+def lower_evaluate(setup: Setup) -> jax.stages.Lowered:
+    """The evaluation step, ready to be compiled for the set-up's devices."""
+    with jax.sharding.use_abstract_mesh(setup.mesh.abstract_mesh):
+        return jit_evaluate(setup).lower(setup.abstract.params, *abstract_batch(setup))
+
+
+def build_programs(setup: Setup, token_bytes: np.ndarray) -> Programs:
+    """Jit the three programs; each is compiled when it is first called."""
+    # Numbers that the host reads lie on every device, so that each of several hosts has them.
+    everywhere = NamedSharding(setup.mesh, PartitionSpec())
+    train = jit_train(setup)
+    evaluate = jit_evaluate(setup)
+    greedy = jax.jit(partial(greedy_step, setup=setup), out_shardings=everywhere)
     ways = setup.plan.ways
 
     def greedy_rows(params, tokens, last):

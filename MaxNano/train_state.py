@@ -59,12 +59,8 @@ def abstract_state(
     """TrainState of ShapeDtypeStructs with shardings: the target of initialisation and of restore.
 
     An optimizer leaf lies like the parameter whose path its own path ends with; a factored moment keeps
-    the parameter's axes with size 1 where it was reduced, and an axis of size 1 is never cut. Its state decides
-    where a parameter's update is computed: by `optimizer_axis_rules`, each device computes a part of it.
+    the parameter's axes with size 1 where it was reduced, and an axis of size 1 is never cut.
     """
-    own = {rule[0] for rule in config.optimizer_axis_rules}
-    inherited = (rule for rule in config.logical_axis_rules if rule[0] not in own)
-    rules = {"opt_state": (*config.optimizer_axis_rules, *inherited), "params": config.logical_axis_rules}
     axes = {_names(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(model.axes)}
 
     def place(path, leaf):
@@ -73,7 +69,7 @@ def abstract_state(
         if spec is None or len(spec) != leaf.ndim:
             sharding = NamedSharding(mesh, PartitionSpec())
         else:
-            sharding = named_sharding(mesh, leaf.shape, tuple(spec), rules[path[0].name])
+            sharding = named_sharding(mesh, leaf.shape, tuple(spec), config.logical_axis_rules)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     state = TrainState(

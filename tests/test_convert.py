@@ -35,7 +35,7 @@ def golden_config(*words: str):
 
 def random_params(config, seed=0) -> dict:
     """Random values in the shapes and dtypes that the model itself declares."""
-    shapes = architecture(config, Numerics("float32", "bfloat16", "reference")).shapes
+    shapes = architecture(config, Numerics("float32", "bfloat16", "reference", "scatter", "cpu")).shapes
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(s.dtype), shapes)
 
@@ -271,7 +271,7 @@ def test_command_imports_and_exports(tmp_path, nanochat):
         assert checkpointer.latest_step() == 7
         params, _ = checkpointer.restore_params_only()
         # Training can go on from it: the whole state has the form that train.py asks for.
-        model = architecture(config, Numerics("float32", "bfloat16", "reference"))
+        model = architecture(config, Numerics("float32", "bfloat16", "reference", "scatter", "cpu"))
         optimizer = optim.make_optimizer(config, dtype="float32")
         mesh = sharding.make_mesh(config, jax.devices()[:1])
         state, extra = checkpointer.restore(abstract_state(config, model, optimizer, mesh))

@@ -109,6 +109,50 @@ def test_the_hosts_together_have_the_same_batches(shards, expected, hosts):
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected[:10])
 
 
+class Device:
+    def __init__(self, process):
+        self.process_index = process
+
+
+class Layout:
+    """Rows cut into parts, one of which each device holds; what host_share asks of a sharding."""
+
+    def __init__(self, *parts_of_process):
+        self.parts_of_process = parts_of_process
+
+    def devices_indices_map(self, shape):
+        size = shape[0] // (1 + max(part for parts in self.parts_of_process for part in parts))
+        return {
+            Device(process): (slice(part * size, (part + 1) * size), slice(None))
+            for process, parts in enumerate(self.parts_of_process)
+            for part in parts
+        }
+
+
+@pytest.mark.parametrize(
+    "parts, shares",
+    [
+        ([(0, 1), (2, 3)], [(0, 2), (1, 2)]),
+        ([(0, 3), (1, 2)], [(0, 2), (1, 2)]),  # a ring through the hosts
+        ([(2, 3), (0, 1)], [(1, 2), (0, 2)]),
+        ([(0, 0), (0, 0)], [(0, 1), (0, 1)]),  # nothing cuts the batch
+        ([(0, 0), (0, 0), (1, 1), (1, 1)], [(0, 2), (0, 2), (1, 2), (1, 2)]),  # tensor over two hosts
+    ],
+)
+def test_hosts_with_the_same_rows_share_their_part(monkeypatch, parts, shares):
+    for process, share in enumerate(shares):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        found = loader.host_share(Layout(*parts), 8)
+        assert (found["host_index"], found["host_count"]) == share
+
+
+@pytest.mark.parametrize("parts", [[(0, 1), (1, 2)], [(0, 1, 2), (3,)]])
+def test_hosts_that_cannot_share_the_rows_are_told(monkeypatch, parts):
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    with pytest.raises(ValueError, match="parallelism keys"):
+        loader.host_share(Layout(*parts), 8)
+
+
 def test_readers_may_straddle_hosts(shards):
     config = make_config(shards, data_readers=3)
     with open_loader(config, batch_rows=6) as batches:

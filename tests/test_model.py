@@ -14,7 +14,7 @@ from MaxNano.model import LayerKind, Numerics, repetition
 from MaxNano.train_state import architecture
 
 ROOT = Path(__file__).parents[1]
-FLOAT32 = Numerics(dtype="float32", embedding_dtype="float32", attention="reference")
+FLOAT32 = Numerics("float32", "float32", "reference", "scatter", "cpu")
 
 
 def make_config(*overrides):
@@ -173,7 +173,7 @@ def test_nothing_sees_the_future():
 
 def test_bfloat16_tables_and_activations():
     config = small("num_decoder_layers=4")
-    numerics = Numerics(dtype="bfloat16", embedding_dtype="bfloat16", attention="reference")
+    numerics = Numerics("bfloat16", "bfloat16", "reference", "scatter", "cpu")
     model = architecture(config, numerics)
     stored = {path: leaf.dtype for path, leaf in model.shapes.items() if hasattr(leaf, "dtype")}
     assert stored["token_embed"] == stored["value_embeds"] == jnp.bfloat16

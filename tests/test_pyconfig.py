@@ -88,6 +88,7 @@ def test_every_key_is_there_and_those_of_the_backend_stay_null():
         "vocab_chunk_size",
     }
     open_keys |= {"num_cpu_devices", "ici_data_parallelism"}
+    open_keys |= {"coordinator_address", "num_processes", "process_id"}
     asked = {"stage", "target_flops", "dataset_name", "from_nanochat", "to_nanochat"}
     assert {key for key in pyconfig.keys_of(config) if config[key] is None} == open_keys | asked
 
@@ -99,7 +100,7 @@ def test_config_is_frozen_hashable_and_survives_pickle():
     assert hash(config) == hash(load("model=d6", "trackers=[wandb]"))
     assert pickle.loads(pickle.dumps(config)) == config
     assert config.trackers == ("wandb",)
-    assert config.logical_axis_rules[0] == ("layers", "fsdp")
+    assert config.logical_axis_rules[0] == ("layers", "fsdp", "data")
 
 
 def test_describe_lists_what_differs_from_base_in_its_order():
@@ -234,7 +235,9 @@ resid_lambda_init=[1,2,3] resid_lambda_init=[a,b] x0_lambda_init=[] x0_lambda_in
 x0_lambda_init=null dtype=float16 dtype=bf16 embedding_dtype=float64 muon_dtype=int8 attention=flash
 attention_chunk=0 scan_layers=layers remat_policy=all vocab_chunk_size=-1 num_cpu_devices=0
 mesh_axes=data mesh_axes=[data,data,fsdp,tensor] mesh_axes=[data,fsdp,expert] mesh_axes=[data,fsdp]
-mesh_axes=[ mesh_axes=] mesh_axes={} ici_data_parallelism=0 ici_fsdp_parallelism=null
+mesh_axes=[ mesh_axes=] mesh_axes={} dcn_data_parallelism=0 dcn_fsdp_parallelism=null num_processes=0
+process_id=0 process_id=-1 coordinator_address=a:1 xla_flags=[vmemm] xla_flags=vmem
+ici_data_parallelism=0 ici_fsdp_parallelism=null
 ici_tensor_parallelism=two logical_axis_rules=[[vocab,tensr]] logical_axis_rules=[vocab]
 logical_axis_rules=[[]] logical_axis_rules=[[vocab,tensor],[vocab,fsdp]]
 logical_axis_rules=[[vocab,fsdp,fsdp]] tokenizer_type=gpt2 tokenizer_threads=0
@@ -283,6 +286,43 @@ def test_contradictions_name_both_sides():
     assert "needs fsdp in mesh_axes" in refusal(
         "mesh_axes=[data]", "logical_axis_rules=[]", "ici_fsdp_parallelism=2"
     )
+    assert "needs tensor in mesh_axes" in refusal(
+        "mesh_axes=[data]", "logical_axis_rules=[]", "dcn_tensor_parallelism=2"
+    )
+
+
+def test_the_place_of_a_process_is_whole_or_left_to_the_environment():
+    whole = ("coordinator_address=10.0.0.1:8476", "num_processes=2", "process_id=1")
+    assert load(*whole).process_id == 1
+    assert "num_processes=2 needs coordinator_address and process_id" in refusal(whole[1])
+    assert "coordinator_address=" in (message := refusal(*whole[:2])) and "process_id" in message
+    assert "process_id=2 is none of the num_processes: they are 0 to 1" in refusal(*whole, "process_id=2")
+
+
+GROUPS = "xla_flag_groups=[[fast, tpu, xla_a=1, xla_b=true], [slow, tpu, xla_a=2], [on_gpu, gpu, xla_a=3]]"
+
+
+@pytest.mark.parametrize(
+    "words, problem",
+    [
+        (["xla_flags=[fats]", GROUPS], "names fats, which is not in xla_flag_groups; did you mean fast?"),
+        (["xla_flags=[fast,slow]", GROUPS], "sets xla_a twice: in fast and slow"),
+        (["xla_flags=[fast,fast]", GROUPS], "sets xla_a twice"),
+        (["xla_flag_groups=[[a,tpu,xla_x=1],[a,gpu,xla_y=1]]"], "two groups a"),
+        (["xla_flag_groups=[[]]"], "a group without a name"),
+        (["xla_flag_groups=[[a]]"], "group a that is not name"),
+        (["xla_flag_groups=[[a,tpu]]"], "group a that is not name"),
+        (["xla_flag_groups=[[a,npu,xla_x=1]]"], "group a that is not name"),
+        (["xla_flag_groups=[[a,tpu,--xla_x=1]]"], "--xla_x=1 in a, which is not xla_flag=value"),
+        (["xla_flag_groups=[[a,tpu,xla_x]]"], "xla_x in a, which is not xla_flag=value"),
+    ],
+)
+def test_flag_groups_that_cannot_be_used(words, problem):
+    assert problem in refusal(*words)
+
+
+def test_groups_of_different_backends_may_set_one_flag():
+    assert load("xla_flags=[fast,on_gpu]", GROUPS).xla_flags == ("fast", "on_gpu")
 
 
 def test_errors_name_the_file_they_come_from(tmp_path):

@@ -3,9 +3,12 @@
 import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,7 +62,7 @@ def test_initialize_makes_devices_and_keeps_compiled_programs(tmp_path):
         assert jax.device_count() == 3
         jax.jit(lambda x: x @ x)(jax.numpy.ones((3, 3)))
         runtime.initialize(config)  # a second run in one process
-        assert runtime.compute_dtype(config) == runtime.embedding_dtype(config) == "float32"
+        assert runtime.compute_dtype(config, "cpu") == runtime.embedding_dtype(config, "cpu") == "float32"
         assert runtime.peak_flops(jax.devices()) is None
         assert 0 < runtime.memory_limit_bytes() <= runtime.host_memory_bytes() // 3 * 2
     """
@@ -84,16 +87,206 @@ def test_forced_devices_stay_and_an_unusable_cache_is_one_warning(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_dtypes_follow_the_config(monkeypatch):
-    base = [str(pyconfig.BASE)]
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert runtime.compute_dtype(pyconfig.initialize(base)) == "bfloat16"
-    assert runtime.embedding_dtype(pyconfig.initialize(base)) == "bfloat16"
-    config = pyconfig.initialize([*base, "dtype=float32"])
-    assert runtime.embedding_dtype(config) == "float32"
-    config = pyconfig.initialize([*base, "embedding_dtype=float32"])
-    assert runtime.compute_dtype(config) == "bfloat16"
-    assert runtime.embedding_dtype(config) == "float32"
+def config_of(*words):
+    return pyconfig.initialize([str(pyconfig.BASE), *words])
+
+
+# ---- Several processes ---------------------------------------------------------------------------
+
+BY_KEYS = ("coordinator_address=10.0.0.1:8476", "num_processes=4", "process_id=2")
+BY_ENVIRONMENT = {
+    "JAX_COORDINATOR_ADDRESS": "10.0.0.2:99",
+    "JAX_NUM_PROCESSES": "3",
+    "JAX_PROCESS_ID": "1",
+}
+SLURM = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}
+CLUSTER = (None, None, None)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets variables and leaves no other that tells of a cluster; platforms: as JAX sees them."""
+    before = jax.config.jax_platforms
+
+    def change(variables, platforms=None):
+        for name in list(os.environ):
+            if name.startswith(("JAX_", "SLURM_", "TPU_", "MEGASCALE_", "GCE_")):
+                monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        jax.config.update("jax_platforms", platforms)
+
+    yield change
+    jax.config.update("jax_platforms", before)
+
+
+@pytest.mark.parametrize(
+    "variables,words,platforms,expected",
+    [
+        ({}, (), None, None),
+        ({}, BY_KEYS, None, ("10.0.0.1:8476", 4, 2)),
+        (BY_ENVIRONMENT, (), None, ("10.0.0.2:99", 3, 1)),
+        (BY_ENVIRONMENT, BY_KEYS, None, ("10.0.0.1:8476", 4, 2)),
+        ({**BY_ENVIRONMENT, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, (), None, None),
+        (SLURM, (), None, CLUSTER),
+        ({"SLURM_NTASKS": "2"}, (), None, None),  # the batch script itself, not a step
+        ({**SLURM, "SLURM_NTASKS": "1"}, (), None, None),
+        ({**SLURM, "JAX_COORDINATOR_ADDRESS": "n1:9"}, (), None, ("n1:9", None, None)),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, (), "tpu,cpu", CLUSTER),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, (), "cpu", None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, (), None, None),
+        ({"TPU_WORKER_HOSTNAMES": "a", "TPU_SKIP_MDS_QUERY": "1"}, (), "tpu,cpu", None),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "a", "TPU_SKIP_MDS_QUERY": "1"}, (), "tpu", CLUSTER),
+    ],
+)
+def test_who_a_process_is(environment, variables, words, platforms, expected):
+    environment(variables, platforms)
+    assert runtime._place(config_of(*words)) == expected
+
+
+@pytest.mark.parametrize(
+    "variables,problem",
+    [
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES must be a number"),
+        ({"JAX_PROCESS_ID": "3"}, "JAX_PROCESS_ID=3 is none of the 3 processes: they are 0 to 2"),
+        ({"JAX_COORDINATOR_ADDRESS": "10.0.0.2"}, "must be host:port"),
+    ],
+)
+def test_an_environment_that_contradicts_itself_is_told(environment, variables, problem):
+    environment({**BY_ENVIRONMENT, **variables})
+    with pytest.raises(ValueError, match=problem):
+        runtime._place(config_of())
+
+
+def test_an_address_alone_is_not_enough(environment):
+    environment({"JAX_COORDINATOR_ADDRESS": "10.0.0.2:99"})
+    with pytest.raises(ValueError, match="set JAX_NUM_PROCESSES and JAX_PROCESS_ID too"):
+        runtime._place(config_of())
+
+
+@pytest.mark.parametrize(
+    "attributes,expected",
+    [
+        ({"worker-network-endpoints": "10.0.0.1", "tpu-env": "ACCELERATOR_TYPE: 'v6e-8'"}, None),
+        ({"worker-network-endpoints": "a:1:10.0.0.1,a:2:10.0.0.2", "tpu-env": ""}, CLUSTER),
+        (
+            {"worker-network-endpoints": "10.0.0.1", "tpu-env": "MEGASCALE_COORDINATOR_ADDRESS: 'x'"},
+            CLUSTER,
+        ),
+        ({}, None),
+    ],
+)
+def test_a_tpu_machine_is_asked_for_its_neighbours(environment, attributes, expected):
+    class Metadata(BaseHTTPRequestHandler):
+        def do_GET(self):
+            prefix, _, name = self.path.rpartition("/")
+            right = prefix == "/computeMetadata/v1/instance/attributes"
+            known = name in attributes and self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200 if right and known else 404)
+            self.end_headers()
+            self.wfile.write(attributes.get(name, "").encode())
+
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment({"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"}, "tpu,cpu")
+        assert runtime._place(config_of()) == expected
+        server.shutdown()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_processes_that_do_not_find_each_other_say_what_to_check(index):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    code = f"""
+        from MaxNano import pyconfig, runtime
+        runtime.START_TIMEOUT_SECONDS = 1
+        words = ["coordinator_address=127.0.0.1:{port}", "num_processes=2", "process_id={index}"]
+        runtime.initialize(pyconfig.initialize(["configs/base.yml", *words]))
+    """
+    done = run_python(code)
+    assert done.returncode == 2
+    assert f"error: process {index} of 2 waited 1 s in vain" in done.stderr
+    assert f"coordinator 127.0.0.1:{port}: check that" in done.stderr
+    assert "Traceback" not in done.stderr and "stack trace" not in done.stderr
+
+
+def test_a_taken_port_is_told():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"coordinator address {address} is taken"):
+            runtime._join_processes(runtime._Place(address, 2, 0))
+    assert not jax.distributed.is_initialized()
+
+
+# ---- Compiler flags ------------------------------------------------------------------------------
+
+
+def test_flags_of_the_named_groups_and_the_backend():
+    groups = "[[a,tpu,xla_x=12,xla_y=true],[b,gpu,xla_x=false],[c,tpu,xla_z=ENABLED],[d,tpu,xla_w=-1]]"
+    config = config_of(f"xla_flag_groups={groups}", "xla_flags=[a,b,c]")
+    assert runtime.compiler_options(config, "tpu") == {"xla_x": 12, "xla_y": True, "xla_z": "ENABLED"}
+    assert runtime.compiler_options(config, "gpu") == {"xla_x": False}
+    assert runtime.compiler_options(config, "cpu") == {}
+
+
+COMPILE_FOR_TPU = """
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from MaxNano import pyconfig, runtime
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x4").devices
+    mesh, cut = Mesh(devices, "d"), PartitionSpec("d")
+
+    def local(x, w):
+        w = jax.lax.all_gather(w, "d", tiled=True)
+        return jax.lax.psum_scatter(jax.nn.relu(x @ w).T @ x, "d", tiled=True)
+
+    def compile_with(options):
+        function = jax.shard_map(local, mesh=mesh, in_specs=cut, out_specs=cut)
+        x, w = (
+            jax.ShapeDtypeStruct((rows, 256), jnp.bfloat16, sharding=NamedSharding(mesh, cut))
+            for rows in (2048, 256)
+        )
+        jax.jit(function, compiler_options=options).lower(x, w).compile()
+
+    config = pyconfig.initialize(["configs/base.yml"])
+    names = [name for name, backend, *_ in config.xla_flag_groups if backend == "tpu"]
+    for name in names:
+        one = pyconfig.replace(config, "test", xla_flags=(name,))
+        compile_with(runtime.compiler_options(one, "tpu"))
+    print(*names)
+    try:
+        compile_with({"xla_tpu_no_such_flag": True})
+    except jax.errors.JaxRuntimeError as error:
+        print(error)
+"""
+
+
+@pytest.mark.tpu_compile
+def test_the_tpu_compiler_takes_every_flag_group():
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = run_python(COMPILE_FOR_TPU, **quiet)
+    assert done.returncode == 0, done.stderr
+    names, refusal = done.stdout.splitlines()
+    assert "vmem" in names.split()
+    assert "No such compile option: 'xla_tpu_no_such_flag'" in refusal
+
+
+# ---- Numbers and memory --------------------------------------------------------------------------
+
+
+def test_dtypes_follow_the_config():
+    assert runtime.compute_dtype(config_of(), "tpu") == "bfloat16"
+    assert runtime.embedding_dtype(config_of(), "tpu") == "bfloat16"
+    assert runtime.embedding_dtype(config_of("dtype=float32"), "tpu") == "float32"
+    config = config_of("embedding_dtype=float32")
+    assert runtime.compute_dtype(config, "tpu") == "bfloat16"
+    assert runtime.embedding_dtype(config, "tpu") == "float32"
 
 
 @pytest.mark.parametrize(

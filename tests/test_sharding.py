@@ -1,10 +1,12 @@
 """The rules decide where arrays lie; a layout that the devices do not have is refused."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from MaxNano import sharding
+from MaxNano import pyconfig, sharding
 
 RULES = (("layers", "fsdp"), ("heads", "tensor"), ("embed",), ("activation_batch", "data", "fsdp"))
 
@@ -40,23 +42,79 @@ def test_an_axis_takes_only_mesh_axes_that_divide_it():
     assert spec(7, 4) == PartitionSpec(None, None)
 
 
-class Layout(dict):
-    mesh_axes = ("data", "fsdp", "tensor")
+def device(index, *, process=0, platform="cpu", **more):
+    return SimpleNamespace(id=index, process_index=process, platform=platform, device_kind=platform, **more)
 
 
-def keys_of(data, fsdp, tensor):
-    return Layout(ici_data_parallelism=data, ici_fsdp_parallelism=fsdp, ici_tensor_parallelism=tensor)
+CPUS = [device(i) for i in range(8)]
+PROCESSES = [device(i, process=i // 4) for i in range(8)]
+SLICES = [device(i, process=i // 2, slice_index=i // 4) for i in range(8)]
+TPU_SLICES = [device(i, process=i, platform="tpu", slice_index=i) for i in range(2)]
 
 
-def test_null_takes_the_devices_that_are_left():
-    mesh = sharding.make_mesh(keys_of(None, 1, 1), jax.devices()[:1])
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+def grid_of(devices, *words):
+    """Axis sizes and device numbers of the mesh that these words give."""
+    config = pyconfig.initialize([str(pyconfig.BASE), *words])
+    mesh = sharding.make_mesh(config, devices)
+    return tuple(mesh.shape.values()), [d.id for d in mesh.devices.flat]
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 1), (None, 2, 1), (1, 1, 3)])
-def test_a_layout_that_does_not_fit_the_devices_is_refused(sizes):
-    with pytest.raises(ValueError, match="does not fit 1 devices"):
-        sharding.make_mesh(keys_of(*sizes), jax.devices()[:1])
+IN_ORDER = list(range(8))
+
+
+@pytest.mark.parametrize(
+    "devices, words, shape, order",
+    [
+        (CPUS[:1], [], (1, 1, 1), [0]),
+        (CPUS, [], (8, 1, 1), IN_ORDER),
+        (CPUS, ["ici_fsdp_parallelism=2", "ici_tensor_parallelism=2"], (2, 2, 2), IN_ORDER),
+        (PROCESSES, [], (8, 1, 1), IN_ORDER),
+        (PROCESSES, ["dcn_data_parallelism=2"], (8, 1, 1), IN_ORDER),
+        (PROCESSES, ["dcn_data_parallelism=2", "ici_tensor_parallelism=4"], (2, 1, 4), IN_ORDER),
+        (PROCESSES, ["dcn_fsdp_parallelism=2"], (4, 2, 1), [0, 4, 1, 5, 2, 6, 3, 7]),
+        (PROCESSES[::-1], ["dcn_data_parallelism=2"], (8, 1, 1), [3, 2, 1, 0, 7, 6, 5, 4]),
+        (SLICES, ["dcn_data_parallelism=2"], (8, 1, 1), IN_ORDER),
+        (
+            SLICES,
+            ["dcn_data_parallelism=2", "ici_data_parallelism=2", "ici_fsdp_parallelism=2"],
+            (4, 2, 1),
+            IN_ORDER,
+        ),
+    ],
+)
+def test_a_mesh_has_slices_outside_and_their_devices_inside(monkeypatch, devices, words, shape, order):
+    monkeypatch.setattr(sharding, "Mesh", lambda grid, axes, axis_types: FakeMesh(grid, axes))
+    assert grid_of(devices, *words) == (shape, order)
+
+
+class FakeMesh:
+    """jax's takes no stand-ins for devices."""
+
+    def __init__(self, grid, axes):
+        self.devices, self.shape = grid, dict(zip(axes, grid.shape, strict=True))
+
+
+@pytest.mark.parametrize(
+    "devices, words, problem",
+    [
+        (CPUS[:1], ["ici_data_parallelism=2"], "data 2 x fsdp 1 x tensor 1 does not fit 1 devices"),
+        (CPUS[:1], ["ici_fsdp_parallelism=2"], "does not fit 1 devices"),
+        (CPUS, ["ici_tensor_parallelism=3"], "data 2 x fsdp 1 x tensor 3 does not fit 8 devices"),
+        (CPUS, ["dcn_data_parallelism=2"], "dcn_data 2 x dcn_fsdp 1 x dcn_tensor 1 does not fit 1 processes"),
+        (PROCESSES, ["dcn_data_parallelism=4"], "does not fit 2 processes: change the dcn_"),
+        (SLICES, ["dcn_data_parallelism=4"], "does not fit 2 slices: change the dcn_"),
+        (TPU_SLICES, [], "does not fit 2 slices: change the dcn_"),
+        (
+            PROCESSES,
+            ["dcn_data_parallelism=2", "ici_fsdp_parallelism=8"],
+            "does not fit 4 devices of each of 2 slices: change the ici_",
+        ),
+        (PROCESSES[1:], ["dcn_data_parallelism=2"], "does not fit"),
+    ],
+)
+def test_a_layout_that_does_not_fit_the_devices_is_refused(devices, words, problem):
+    with pytest.raises(ValueError, match=problem):
+        grid_of(devices, *words)
 
 
 def test_a_constraint_outside_a_mesh_does_nothing():

@@ -257,6 +257,27 @@ def make_loader(
     return Loader(dataset, config.prefetch_batches)
 
 
+def host_share(sharding: jax.sharding.Sharding, rows: int) -> dict[str, int]:
+    """host_index and host_count for make_loader, of a batch of `rows` rows that lies as `sharding` says.
+
+    Hosts that hold the same rows, because a mesh axis that does not cut the batch leads from one to
+    the other, count as one and read the same. Raises ValueError where hosts hold some rows in
+    common and others not.
+    """
+    held: dict[int, set[int]] = {}  # process -> first row of each part that its devices hold
+    for device, (part, _) in sharding.devices_indices_map((rows, 1)).items():
+        held.setdefault(device.process_index, set()).add(part.start or 0)
+    shares = sorted({tuple(sorted(starts)) for starts in held.values()})
+    parts = {start for share in shares for start in share}
+    if sum(map(len, shares)) != len(parts) or len({len(share) for share in shares}) > 1:
+        raise ValueError(
+            "the devices of some hosts hold batch rows of several others: choose parallelism keys "
+            "by which an axis that does not cut the batch covers whole hosts, or divides one"
+        )
+    mine = tuple(sorted(held[jax.process_index()]))
+    return {"host_index": shares.index(mine), "host_count": len(shares)}
+
+
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The states of all hosts as one, which any number of hosts can go on from."""
     merged: dict[str, Any] = {**states[0], "readers": {}}

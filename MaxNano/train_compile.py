@@ -1,0 +1,244 @@
+"""Compiles the steps of train.py for a TPU slice that is not there, and says what they will take.
+
+    python MaxNano/train_compile.py configs/base.yml model=d24 compile_topology=v6e-8
+
+The machine needs no accelerator: libtpu compiles on a CPU for a slice that it knows by name.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    if not __package__:  # run as a script: MaxNano/ itself must not be where modules are looked for
+        sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from MaxNano import pyconfig
+
+    pyconfig.check_command_line()  # a typo is told now, not when JAX has been imported
+    os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator of this machine is left alone
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # JAX asks for a TPU's place in a cloud when it is imported
+
+import importlib.metadata
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+from jax.experimental import topologies
+from ml_collections import FrozenConfigDict
+
+from MaxNano import pyconfig, runtime, train
+from MaxNano.compile_report import Report, Work, analyze
+from MaxNano.metrics import print_table
+
+# ---- Slices ----------------------------------------------------------------------------------------------------------
+
+
+# libtpu looks for no TPU in this machine's surroundings, shares the machine with other processes, and is silent.
+LIBTPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v6e-8",  # any that it knows; the slice is given by its topology
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+
+class Generation(NamedTuple):
+    """How Cloud TPU names and builds the slices of a generation."""
+
+    axes: int  # of the network between chips
+    cores: int  # TensorCores a chip, which the names count
+    largest: int  # chips of a slice
+
+
+GENERATIONS = {
+    "v4": Generation(axes=3, cores=2, largest=2048),
+    "v5p": Generation(axes=3, cores=2, largest=4096),
+    "v5e": Generation(axes=2, cores=1, largest=256),
+    "v6e": Generation(axes=2, cores=1, largest=256),
+}
+
+
+def slice_shape(name: str) -> tuple[str, tuple[int, ...]]:
+    """(generation, chips along each axis) of a slice as Cloud TPU names it.
+
+    Raises ValueError for a name that none has.
+    Source: https://cloud.google.com/tpu/docs/v6e and its neighbours for the other generations.
+    """
+    kind, _, size = name.partition("-")
+    generation = GENERATIONS.get(kind)
+    if generation and size.isdecimal():
+        chips, rest = divmod(int(size), generation.cores)
+        doublings = chips.bit_length() - 1
+        smallest = (1, 4) if generation.axes == 2 else (4,)
+        known = chips in smallest or 8 <= chips <= generation.largest
+        if not rest and chips == 2**doublings and known:
+            if generation.axes == 3 and chips == 4:
+                return kind, (2, 2, 1)
+            return kind, tuple(2 ** ((doublings + axis) // generation.axes) for axis in range(generation.axes))
+    raise ValueError(
+        f"compile_topology={name} is no TPU slice: take a generation of {', '.join(GENERATIONS)} and a power of two, "
+        "such as v6e-8, v5e-16, v5p-8 or v4-32 (names of v4 and v5p count two cores a chip, from 8 on)"
+    )
+
+
+def slice_devices(name: str, num_slices: int = 1) -> list[Any]:
+    """The devices of `num_slices` slices, to be put in a mesh and compiled for.
+
+    Sets libtpu's environment, which it reads when the first slice is asked for. JAX itself must have been told to use
+    another backend, by JAX_PLATFORMS=cpu, where this machine has no TPU.
+    Raises ValueError where there is no such slice, or no libtpu on this machine.
+    """
+    kind, shape = slice_shape(name)
+    for variable, value in LIBTPU_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    if kind in ("v5e", "v6e"):
+        host = shape if math.prod(shape) <= 8 else (2, 2)
+    else:
+        host = (2, 2, 1)
+    options = {"chips_per_host_bounds": (*host, *(1 for _ in range(3 - len(host))))}
+    if GENERATIONS[kind].cores > 1:
+        options["chip_config_name"] = "megacore"  # a chip's two cores as one device
+    if num_slices > 1:
+        options["num_slices"] = num_slices
+    topology = f"{kind}:{'x'.join(map(str, shape))}"
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"no topology {topology} on this machine ({reason}): install libtpu with pip install 'jax[tpu]'"
+        ) from error
+
+
+# ---- Programs --------------------------------------------------------------------------------------------------------
+
+LOWER: dict[str, Callable[[train.Setup], jax.stages.Lowered]] = {
+    "train": train.lower_train,
+    "evaluate": train.lower_evaluate,
+}
+
+
+class OutOfMemory(ValueError):
+    """A program does not fit in the memory of a chip."""
+
+
+def compile_program(config: FrozenConfigDict, program: str, devices: Sequence[Any]) -> Report:
+    """Compile one of LOWER for `devices` and read what it costs. Raises OutOfMemory where it does not fit."""
+    setup = train.set_up(config, devices)
+    compiled, seconds = _compile(setup, program)
+    # Forward is a third of a training step.
+    flops = train.flops_per_token(config) * config.global_batch_tokens / (1 if program == "train" else 3)
+    work = Work(flops, config.global_batch_tokens, config.steps if program == "train" else None)
+    return analyze(
+        compiled,
+        runtime.chip(devices[0]),
+        mesh=setup.mesh,
+        vocab_size=config.vocab_size,
+        work=work,
+        compile_seconds=seconds,
+    )
+
+
+def _compile(setup: train.Setup, program: str) -> tuple[jax.stages.Compiled, float]:
+    started = time.monotonic()
+    lowered = LOWER[program](setup)
+    try:
+        return lowered.compile(), time.monotonic() - started
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"RESOURCE_EXHAUSTED.*?\bHBM\b.*", str(error), re.IGNORECASE)
+        if not found:
+            raise
+        need = re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)|Used ([\d.]+\w) of ([\d.]+\w)", found[0])
+        sizes = f" ({' of '.join(filter(None, need.groups()))})" if need else ""
+        raise OutOfMemory(
+            f"the {program} program of {setup.config.model} does not fit in a chip of {setup.config.compile_topology}"
+            f"{sizes} with per_device_batch_size={setup.plan.micro_rows}"
+        ) from error
+
+
+def largest_batch(config: FrozenConfigDict, program: str, devices: Sequence[Any]) -> int | None:
+    """The largest per_device_batch_size below the present one with which a program fits; None where none does.
+
+    Each trial is a compilation; they halve the candidates.
+    """
+    plan = train.set_up(config, devices).plan
+    share = plan.micro_steps * plan.micro_rows
+    candidates = [rows for rows in range(1, plan.micro_rows) if share % rows == 0]
+    best = None
+    while candidates:
+        middle = len(candidates) // 2
+        rows = candidates[middle]
+        try:
+            _compile(train.set_up(pyconfig.replace(config, "trial", per_device_batch_size=rows), devices), program)
+        except OutOfMemory:
+            candidates = candidates[:middle]
+        else:
+            best, candidates = rows, candidates[middle + 1 :]
+    return best
+
+
+# ---- The report ------------------------------------------------------------------------------------------------------
+
+
+def report_path(config: FrozenConfigDict) -> epath.Path:
+    """Where the JSON goes."""
+    if config.compile_report:
+        return epath.Path(config.compile_report).expanduser()
+    return train.run_directory(config) / "compile_report.json"
+
+
+def to_json(config: FrozenConfigDict, reports: dict[str, Report]) -> dict[str, Any]:
+    """What is written: the reports by program, and what they are of."""
+    return {
+        "model": config.model,
+        "topology": config.compile_topology,
+        "num_slices": config.compile_num_slices,
+        "config": {key: value for key, value, _ in pyconfig.describe(config)},
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")},
+        "programs": {program: report.to_json() for program, report in reports.items()},
+    }
+
+
+def write(path: epath.Path, values: dict[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{path.name}.partial"
+    temporary.write_text(json.dumps(values, indent=1, default=str) + "\n")
+    temporary.replace(path)
+
+
+def main(config: FrozenConfigDict) -> int:
+    """Compile, print, write."""
+    jax.config.update("jax_enable_compilation_cache", False)  # a program from the cache says no compile time
+    devices = slice_devices(config.compile_topology, config.compile_num_slices)
+    reports = {}
+    for program in config.compile_programs:
+        try:
+            reports[program] = compile_program(config, program, devices)
+        except OutOfMemory as error:
+            print(f"{error}; looking for a batch that fits", file=sys.stderr, flush=True)
+            rows = largest_batch(config, program, devices)
+            if rows is None:
+                remedy = "and with no smaller one: take remat_policy=full, a larger slice or a smaller model"
+            else:
+                remedy = f"set per_device_batch_size={rows}, the largest that fits"
+            raise ValueError(f"{error}: {remedy}") from error
+        for title, header, rows in reports[program].tables():
+            print_table(f"{program}: {title}", header, rows)
+    print_table("assumptions", ("what the compiler does not cost",), [(line,) for line in reports[program].assumptions])
+    path = report_path(config)
+    write(path, to_json(config, reports))
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(pyconfig.launch(main))

@@ -1,0 +1,262 @@
+"""Several processes of one run: the losses of one process, one checkpoint, one end."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from MaxNano import tokenizer
+
+ROOT = Path(__file__).parents[1]
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix strange and bright potions".split()
+STEPS = 10
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+BY_ENVIRONMENT = ("JAX_", "SLURM_", "TPU_", "MEGASCALE_", "XLA_FLAGS")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with documents, a tokenizer and a compilation cache that all runs share."""
+    folder = tmp_path_factory.mktemp("multihost")
+    (folder / "text").mkdir()
+    for shard in range(3):
+        texts = [" ".join(WORDS[(i * j + shard) % len(WORDS)] for j in range(3 + i % 60)) for i in range(300)]
+        pq.write_table(pa.table({"text": texts}), folder / f"text/shard_{shard}.parquet", row_group_size=50)
+    tokenizer.train_bpe(texts, 300).save(folder / "tokenizer")
+    return folder
+
+
+def words_of(place, run_name, *more):
+    return [
+        str(ROOT / "configs/base.yml"), "num_decoder_layers=2", "window_pattern=L", "muon_iterations=1",
+        "emb_dim=32", "head_dim=16", "num_query_heads=2", "vocab_size=300", "max_target_length=32",
+        "global_batch_tokens=512", f"steps={STEPS}", "data_readers=2", "packing_buffer_documents=20",
+        f"dataset_path={place}/text", f"tokenizer_path={place}/tokenizer", f"jax_cache_dir={place}/cache",
+        f"base_output_directory={place}/runs", "eval_interval=5", "eval_tokens=1024",
+        "sample_interval=10", "sample_tokens=4", "checkpoint_interval_steps=5", "warmup_steps=2", "embedding_lr=30",
+        "tensorboard=false", f"run_name={run_name}", *more,
+    ]  # fmt: skip
+
+
+ONE = ("num_cpu_devices=8",)
+TWO = ("num_cpu_devices=4", "dcn_data_parallelism=2")
+
+
+def clean(**env):
+    """This environment without what could tell JAX of other processes."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(BY_ENVIRONMENT)}
+    return {**kept, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_TO_COMPILE, **env}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def leave_none_behind():
+    """A process that waits for one that failed would wait for minutes."""
+    yield
+    for process in STARTED:
+        process.kill()
+        process.communicate()
+    STARTED.clear()
+
+
+def start_python(*words, **env):
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=clean(**env),
+    )  # fmt: skip
+    STARTED.append(process)
+    return process
+
+
+def start(words, **env):
+    return start_python(str(ROOT / "MaxNano/train.py"), *words, **env)
+
+
+def start_two(words, by="keys"):
+    """The same command twice, told by `by` who they are."""
+    address = f"127.0.0.1:{free_port()}"
+    if by == "keys":
+        keys = [*words, f"coordinator_address={address}", "num_processes=2"]
+        return [start([*keys, f"process_id={index}"]) for index in range(2)]
+    env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [start(words, **env, JAX_PROCESS_ID=str(index)) for index in range(2)]
+
+
+def finish(processes, status=0):
+    """What each wrote; all must end with `status`."""
+    written = [process.communicate() for process in processes]
+    for process, (out, err) in zip(processes, written, strict=True):
+        assert process.returncode == status, out + err
+    return written
+
+
+def rows_of(place, run_name):
+    lines = (place / "runs" / run_name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses_of(place, run_name):
+    """(step, loss, bpb, norm of the gradient) of every step."""
+    rows = [row for row in rows_of(place, run_name) if "event" not in row]
+    return [(row["step"], row["loss"], row["bpb"], row["grad_norm"]) for row in rows]
+
+
+def assert_same_losses(place, run_name):
+    """Those of all steps, of which none is missing or there twice, and of every validation."""
+    found, expected = losses_of(place, run_name), losses_of(place, "one")
+    assert [step for step, *_ in found] == list(range(STEPS))
+    for row, other in zip(found, expected, strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
+
+    def validations(name):
+        return [row["bpb"] for row in rows_of(place, name) if row.get("event") == "validation"]
+
+    assert validations(run_name) == pytest.approx(validations("one"), rel=1e-5)
+
+
+def wait_for_step(place, run_name, step, processes):
+    path = place / "runs" / run_name / "metrics.jsonl"
+    while all(process.poll() is None for process in processes):
+        if path.exists() and f'"step": {step}' in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"never saw step {step}: {[process.communicate() for process in processes]}")
+
+
+def steps_saved(place, run_name):
+    return sorted(int(path.name) for path in (place / "runs" / run_name / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def one(place):
+    """The run that the others are compared with: one process with as many devices."""
+    finish([start(words_of(place, "one", *ONE))])
+
+
+def copy_of_first_checkpoint(place, run_name, copy):
+    """A run that was killed after its first checkpoint."""
+    shutil.copytree(place / "runs" / run_name, place / "runs" / copy)
+    for step in steps_saved(place, copy)[1:]:
+        shutil.rmtree(place / "runs" / copy / "checkpoints" / str(step))
+
+
+def test_two_processes_told_by_keys_give_the_losses_of_one(place, one):
+    (out, _), (other_out, _) = finish(start_two(words_of(place, "two", *TWO)))
+    assert_same_losses(place, "two")
+    assert f"{STEPS}/{STEPS}" in out and "8 x cpu, data 8" in out
+    assert "loss" not in other_out, "only process 0 speaks"
+
+
+def test_two_processes_go_on_where_one_stopped(place, one):
+    copy_of_first_checkpoint(place, "one", "one_then_two")
+    (out, _), _ = finish(start_two(words_of(place, "one_then_two", *TWO), by="environment"))
+    assert "going on from step 5" in out
+    assert_same_losses(place, "one_then_two")
+
+
+def test_asked_to_stop_both_save_one_step_and_one_process_goes_on(place, one):
+    words = words_of(place, "stopped", "checkpoint_interval_steps=0")
+    processes = start_two([*words, *TWO], by="environment")
+    wait_for_step(place, "stopped", 1, processes)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    (out, _), _ = finish(processes, status=75)
+    (step,) = steps_saved(place, "stopped")
+    assert 1 < step < STEPS and f"stopped at step {step}, saved" in out
+    out, _ = finish([start([*words, *ONE])])[0]
+    assert f"going on from step {step}" in out
+    assert_same_losses(place, "stopped")
+
+
+IN_EACH_PROCESS = """
+    import resource, sys
+    import jax, numpy as np
+    from MaxNano import checkpointing, pyconfig, runtime, sharding
+    from MaxNano.data import loader
+
+    port, index, run = sys.argv[1:]
+    place = [f"coordinator_address=127.0.0.1:{port}", "num_processes=2", f"process_id={index}"]
+
+    def config_of(*words):
+        return pyconfig.initialize(["configs/base.yml", "model=d2", "jax_cache_dir=", *place, *words])
+
+    runtime.initialize(config_of("num_cpu_devices=2"))
+    numbers = np.random.default_rng(0).normal(size=(400, 300)).astype(np.float32)
+"""
+
+LOADING = """
+    for word in ("dcn_data_parallelism=2", "dcn_tensor_parallelism=2"):
+        config = config_of(word)
+        rows = sharding.batch_sharding(sharding.make_mesh(config), config.logical_axis_rules)
+        share = loader.host_share(rows, 400)
+        mine = np.split(numbers, share["host_count"])[share["host_index"]]
+        batch = loader.put_global({"numbers": mine}, rows)["numbers"]
+        parts = [np.array_equal(part.data, numbers[part.index]) for part in batch.addressable_shards]
+        print(index, *share.values(), batch.shape == numbers.shape and all(parts))
+"""
+
+SAVING = """
+    checkpointing.SAVE_TIMEOUT_SECONDS = 8
+    config = config_of()
+    layout = sharding.batch_sharding(sharding.make_mesh(config), config.logical_axis_rules)
+    state = {"w": jax.make_array_from_callback(numbers.shape, layout, lambda part: numbers[part])}
+    with checkpointing.Checkpointer(config, run) as checkpointer:
+        checkpointer.save(1, state, {})
+        checkpointer.wait()
+        if index == "1":  # a limit on file sizes stands in for a full disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        checkpointer.save(2, state, {})
+        checkpointer._join()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        checkpointer.save(3, state, {})
+        checkpointer.wait()
+        print("saved", checkpointer.latest_step(), checkpointer._failures)
+    if index == "0":
+        holder = checkpointing.filelock.FileLock(f"{run}/.lock")
+        holder.acquire()
+    try:
+        checkpointing.Checkpointer(config, run)
+    except checkpointing.CheckpointError as error:
+        print("refused:", error)
+"""
+
+
+def run_two(code, folder):
+    """What each of two processes prints."""
+    code, port = textwrap.dedent(IN_EACH_PROCESS) + textwrap.dedent(code), str(free_port())
+    written = finish([start_python("-c", code, port, str(index), str(folder)) for index in range(2)])
+    return [([line for line in out.splitlines() if "[Gloo]" not in line], err) for out, err in written]
+
+
+def test_hosts_read_the_rows_that_their_devices_need(tmp_path):
+    (lines, _), (other_lines, _) = run_two(LOADING, tmp_path)
+    assert lines == ["0 0 2 True", "0 0 1 True"]
+    assert other_lines == ["1 1 2 True", "1 0 1 True"]
+
+
+def test_what_one_process_cannot_write_all_of_them_know(tmp_path):
+    (lines, err), (other_lines, _) = run_two(SAVING, tmp_path)
+    assert lines == other_lines
+    assert lines[0] == "saved 3 0"
+    assert lines[1].startswith("refused: another process is writing to")
+    warnings = [line for line in err.splitlines() if line.startswith("warning: the checkpoint of step 2")]
+    assert len(warnings) == 1 and "File too large" in warnings[0]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "3"]

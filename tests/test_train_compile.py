@@ -1,0 +1,126 @@
+"""train_compile.py through its command line: a machine without a TPU says what a TPU slice would do."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = (
+    "num_decoder_layers=2 emb_dim=128 head_dim=128 num_query_heads=1 vocab_size=1024 max_target_length=256 "
+    "short_window_multiple=128 global_batch_tokens=16384 steps=100"
+).split()
+
+
+def run(tmp_path, *words, status=0):
+    """(stdout, stderr) of train_compile.py, which finds nothing in its environment that concerns TPUs."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("TPU", "JAX", "LIBTPU"))}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "MaxNano/train_compile.py"), str(ROOT / "configs/base.yml"),
+         f"base_output_directory={tmp_path}", f"compile_report={tmp_path}/report.json", *words],
+        capture_output=True, text=True, env=environment, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def report(tmp_path, *words):
+    """(stdout, the JSON written)."""
+    out, _ = run(tmp_path, *words)
+    return out, json.loads((tmp_path / "report.json").read_text())
+
+
+# ---- Names of slices -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name,shape",
+    [
+        ("v6e-1", (1, 1)), ("v6e-4", (2, 2)), ("v6e-8", (2, 4)), ("v6e-16", (4, 4)), ("v6e-32", (4, 8)),
+        ("v6e-64", (8, 8)), ("v5e-128", (8, 16)), ("v6e-256", (16, 16)),
+        ("v5p-8", (2, 2, 1)), ("v5p-16", (2, 2, 2)), ("v4-32", (2, 2, 4)), ("v4-64", (2, 4, 4)), ("v5p-128", (4, 4, 4)),
+        ("v5p-2048", (8, 8, 16)),
+    ],
+)  # fmt: skip
+def test_slices_have_the_shapes_of_cloud_tpu(name, shape):
+    from MaxNano import train_compile
+
+    assert train_compile.slice_shape(name) == (name.partition("-")[0], shape)
+
+
+@pytest.mark.parametrize("name", ["v6e-2", "v6e-12", "v6e-512", "v5p-4", "v4-9", "v7x-8", "v6e", "v6e-", "8"])
+def test_other_names_are_refused_with_what_would_do(name):
+    from MaxNano import train_compile
+
+    with pytest.raises(ValueError, match=rf"compile_topology={name} is no TPU slice: .* v6e-8"):
+        train_compile.slice_shape(name)
+
+
+def test_a_wrong_name_is_one_line_and_status_2(tmp_path):
+    _, err = run(tmp_path, *TINY, "compile_topology=v6e-7", status=2)
+    assert err.startswith("error: compile_topology=v6e-7") and err.count("\n") == 1, err
+
+
+# ---- Compiling -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.tpu_compile
+def test_both_programs_compile_for_a_slice(tmp_path):
+    out, values = report(tmp_path, *TINY, "compile_programs=[train,evaluate]")
+    for words in ("memory a chip", "cycles a step", "collectives", "dearest operations", "estimated MFU", "31.25"):
+        assert words in out, words
+    assert values["topology"] == "v6e-8" and values["versions"]["libtpu"]
+    train, evaluate = values["programs"]["train"], values["programs"]["evaluate"]
+    for program in (train, evaluate):
+        assert program["chips"] == 8
+        assert 0 < program["memory"]["total"] < program["memory"]["limit"] == 31.25 * 2**30
+        assert program["cycles"] == pytest.approx(sum(program["cycles_by_class"].values()))
+        assert program["cycles_by_class"]["matmul"] > 0
+        assert program["dearest"] and all(o["cycles"] < 2**40 for o in program["dearest"])
+        assert program["matmul_flops"] >= program["model_flops"] * 0.5
+        assert program["step_seconds"] == pytest.approx(program["cycles"] / 1.75e9)
+    assert any(".py:" in o["source"] for o in train["dearest"])
+    assert train["model_flops"] == pytest.approx(3 * evaluate["model_flops"])
+    assert train["run_seconds"] == pytest.approx(100 * train["step_seconds"])
+    assert train["run_price"] == pytest.approx(train["run_seconds"] / 3600 * 8 * 0.540137)
+    assert evaluate["run_seconds"] is None
+    kinds = {c["kind"] for c in train["collectives"]}
+    assert kinds & {"all-reduce", "reduce-scatter"}, "gradients of eight chips are summed"
+    assert all(c["axes"] and c["group_size"] > 1 and c["network"] == "ici" for c in train["collectives"])
+    assert train["cycles"] > evaluate["cycles"]
+
+
+@pytest.mark.tpu_compile
+def test_two_slices_talk_over_the_data_centre_network(tmp_path):
+    words = ("compile_topology=v6e-4", "compile_num_slices=2", "dcn_data_parallelism=2")
+    _, values = report(tmp_path, *TINY, *words)
+    train = values["programs"]["train"]
+    assert train["chips"] == 8
+    between = [c for c in train["collectives"] if c["network"] == "dcn"]
+    assert between and all(c["axes"] == ["data"] and c["group_size"] == 2 for c in between)
+
+
+@pytest.mark.tpu_compile
+def test_too_much_for_the_memory_is_one_line_with_a_batch_that_fits(tmp_path):
+    """521 is prime, so a batch of one row is the only smaller one."""
+    words = ["max_target_length=2048", f"global_batch_tokens={8 * 521 * 2048}", "per_device_batch_size=521",
+             "emb_dim=2048", "num_query_heads=16"]  # fmt: skip
+    _, err = run(tmp_path, *TINY, *words, status=2)
+    last = err.splitlines()[-1]
+    assert last.startswith("error: the train program of d4 does not fit in a chip of v6e-8"), err
+    assert last.endswith("set per_device_batch_size=1, the largest that fits"), err
+    assert "Traceback" not in err
+    assert not (tmp_path / "report.json").exists()
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("model", ["d4", "d12", pytest.param("d24", marks=pytest.mark.long)])
+def test_the_real_models_fit_a_v6e_8(tmp_path, model):
+    _, values = report(tmp_path, f"model={model}")
+    memory = values["programs"]["train"]["memory"]
+    assert memory["total"] < memory["limit"]

@@ -1,10 +1,10 @@
 """Attention in one Pallas kernel for TPU: rotary embedding, QK norm, causal window and softmax of whole heads.
 
 The kernel reads queries, keys and values where the projections leave them, (B, L, heads x H), so no head is ever
-transposed in memory, and it keeps a whole head in VMEM, so keys are prepared once and no partial gradients are summed
-outside. Because queries and keys are normalised, scores have a known bound, which stands in for the running maximum.
+transposed in the chip's main memory, and it keeps a whole head in VMEM, so each key is prepared once and no partial
+gradients are summed outside. Queries and keys are normalised, so scores have a known bound and need no running maximum.
 
-Legend: B batch, L length, N heads, K kv_heads, G query heads a kv head, H head_dim.
+Legend: B batch, L length, N heads, K kv_heads, H head_dim.
 Sources: https://arxiv.org/abs/2205.14135 (FlashAttention) for the softmax without an L x L array and its gradient.
 """
 
@@ -18,8 +18,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LARGEST_BOUND = 40.0  # exp(-2 x bound) must be far from the smallest float32
+LARGEST_BOUND = 40.0  # exp(2 x bound) must be far from the largest float32
 VMEM_LIMIT_BYTES = 100 * 2**20
+
+_LANES = 128
+_SUBLANES = 16  # of a register of bfloat16
+_FORWARD_LEAD, _BACKWARD_LEAD = 4, 2  # tiles; more only moves scores out of registers and back
 
 
 class Head(NamedTuple):
@@ -29,7 +33,7 @@ class Head(NamedTuple):
     head_dim: int
     scale: float  # of normalised queries and keys, each
     epsilon: float
-    block: int  # query rows at a time
+    block: int  # queries, and keys, of a tile
     interpret: bool
 
     @property
@@ -37,35 +41,38 @@ class Head(NamedTuple):
         """Factor on normalised queries so that their products with normalised keys are scores as powers of two."""
         return self.scale**2 / math.sqrt(self.head_dim) * math.log2(math.e)
 
-    @property
-    def bound(self) -> float:
-        """The largest score possible, as a power of two."""
-        return self.scale**2 * math.sqrt(self.head_dim) * math.log2(math.e)
+    def tiles(self, length: int) -> list[tuple[int, int]]:
+        """(first query, first key) of each tile of scores that is computed, a block of queries after the other."""
+        return [
+            (start, low)
+            for start in range(0, length, self.block)
+            for low in range(
+                max(0, start - self.window) // self.block * self.block, start + 1, self.block
+            )
+        ]
 
 
 def attention(q, k, v, tables, *, window, head_dim, scale, epsilon, block, interpret=False):
     """Rotary embedding, QK norm and causal attention in which position t sees keys t - window ... t.
 
     q (B, L, N x H); k, v (B, L, K x H), as projected; tables: cosines and sines (L, H / 2) float32 -> (B, L, N x H).
-    `scale` multiplies normalised queries and keys, each; `block` query rows are scored at a time.
-    Raises ValueError for shapes that the kernel cannot take.
+    `scale` multiplies normalised queries and keys, each; scores are computed in tiles of `block` x `block`, best as wide
+    as the matrix unit. Raises ValueError for shapes that the kernel cannot take.
     """
     length = q.shape[1]
-    if head_dim % 128 or length % block or block % 128:
+    if head_dim % _LANES or length % block or block % _LANES:
         raise ValueError(
             f"attention=flash needs head_dim a multiple of 128 and max_target_length a multiple of its block of {block}: "
             f"these are {head_dim} and {length}; choose attention=splash or attention=reference"
         )
-    head = Head(min(window, length - 1), head_dim, scale, epsilon, block, interpret)
-    if head.bound > LARGEST_BOUND * math.log2(math.e):
+    if scale**2 * math.sqrt(head_dim) > LARGEST_BOUND:
         raise ValueError(
             f"attention=flash bounds scores by qk_norm_scale^2 x sqrt(head_dim), which must be at most {LARGEST_BOUND}: "
             "choose attention=splash or attention=reference"
         )
+    head = Head(min(window, length - 1), head_dim, scale, epsilon, block, interpret)
     cos, sin = tables
-    cos = jnp.concatenate([cos, cos], axis=-1)
-    sin = jnp.concatenate([sin, -sin], axis=-1)
-    return _attention(q, k, v, cos, sin, head)
+    return _attention(q, k, v, cos.T, sin.T, head)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -75,25 +82,23 @@ def _attention(q, k, v, cos, sin, head):
 
 def _forward(q, k, v, cos, sin, head):
     batch, length, width = q.shape
-    heads, kv_heads = width // head.head_dim, k.shape[2] // head.head_dim
-    group = heads // kv_heads
-    of_query, of_key, table = _specs(length, head.head_dim, group)
-    norms = pl.BlockSpec((1, 1, 1, length), lambda b, j, g: (b, j * group + g, 0, 0))
+    heads, size = width // head.head_dim, head.head_dim
+    of_query, of_key, table, row = _specs(q, k, head)
     out, lse = pl.pallas_call(
         partial(_forward_kernel, head=head),
-        grid=(batch, kv_heads, group),
+        grid=(batch, heads),
         in_specs=[of_query, of_key, of_key, table, table],
-        out_specs=[of_query, norms],
+        out_specs=[of_query, row],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
         ],
         scratch_shapes=[
-            pltpu.VMEM((length, head.head_dim), q.dtype),
-            pltpu.VMEM((length, 2 * head.head_dim), q.dtype),
+            pltpu.VMEM((length, size), q.dtype),
+            pltpu.VMEM((size, length), q.dtype),
         ],
         compiler_params=_parameters(),
-        cost_estimate=_cost(q, k, head, products=2),
+        cost_estimate=_cost(q, head, products=2, arrays=4),
         interpret=head.interpret,
         name=f"flash_forward_w{head.window}",
     )(q, k, v, cos, sin)
@@ -113,145 +118,222 @@ def _keepable(x):
 def _backward(head, residuals, cotangent):
     q, k, v, cos, sin, out, lse = residuals
     batch, length, width = q.shape
-    heads, kv_heads = width // head.head_dim, k.shape[2] // head.head_dim
-    group = heads // kv_heads
-    of_query, of_key, table = _specs(length, head.head_dim, group)
-    norms = pl.BlockSpec((1, 1, 1, length), lambda b, j, g: (b, j * group + g, 0, 0))
-    grads = pl.pallas_call(
-        partial(_backward_kernel, head=head, group=group),
-        grid=(batch, kv_heads, group),
-        in_specs=[of_query, of_key, of_key, table, table, of_query, of_query, norms],
-        out_specs=[of_query, of_key, of_key],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)],
+    heads, size = width // head.head_dim, head.head_dim
+    of_query, of_key, table, row = _specs(q, k, head)
+    # Each query head writes its own share of the gradients of the keys and values that it has in common with others.
+    shared = q.shape != k.shape
+    dtypes = (q.dtype, jnp.float32, jnp.float32) if shared else (q.dtype, k.dtype, v.dtype)
+    dq, dk, dv = pl.pallas_call(
+        partial(_backward_kernel, head=head),
+        grid=(batch, heads),
+        in_specs=[of_query, of_key, of_key, table, table, of_query, of_query, row],
+        out_specs=[of_query] * 3,
+        out_shape=[jax.ShapeDtypeStruct(q.shape, dtype) for dtype in dtypes],
         scratch_shapes=[
-            pltpu.VMEM((length, head.head_dim), q.dtype),
-            pltpu.VMEM((length, head.head_dim), jnp.float32),
-            pltpu.VMEM((length, head.head_dim), jnp.float32),
+            pltpu.VMEM((length, size), q.dtype),
+            pltpu.VMEM((size, length), q.dtype),
+            pltpu.VMEM((size, length), jnp.float32),
+            pltpu.VMEM((size, length), jnp.float32),
         ],
         compiler_params=_parameters(),
-        cost_estimate=_cost(q, k, head, products=5),
+        cost_estimate=_cost(q, head, products=5, arrays=8),
         interpret=head.interpret,
         name=f"flash_backward_w{head.window}",
     )(q, k, v, cos, sin, out, cotangent, lse)
-    return (*grads, None, None)
+    if shared:
+        split = (batch, length, k.shape[2] // size, -1, size)
+        dk, dv = (x.reshape(split).sum(3).reshape(k.shape).astype(k.dtype) for x in (dk, dv))
+    return dq, dk, dv, None, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-# ---- Inside the kernels ---------------------------------------------------------------------------------------------
+# ---- Inside the kernels -----------------------------------------------------------------------------------------
+#
+# Queries stand in columns: prepared queries are (H, queries) and scores are (keys, queries). A query's norm, sum and
+# log-sum-exp are then rows, which broadcast for nothing; halves of a head swap without moving; and a product with H rows
+# keeps the whole of a 256-wide matrix unit busy, which one with H = 128 columns does not.
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, cos_ref, sin_ref, out_ref, lse_ref, keys, values, *, head):
-    size, dtype = head.head_dim, keys.dtype
+    """One head. Scratch: prepared keys (L, H), values (H, L)."""
+    length, size = keys.shape
+    dtype, block = keys.dtype, head.block
+    ones = jnp.ones((_SUBLANES, block), dtype)
+    queries, totals = {}, {}
 
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        keys[...] = _prepare(k_ref[0], cos_ref[...], sin_ref[...], head.epsilon)[0].astype(dtype)
-        # Columns of ones beside the values: their product with the probabilities is the sum of those.
-        values[:, :size] = v_ref[0]
-        values[:, size:] = jnp.ones(values[:, size:].shape, dtype)
+    def prepare(start):
+        rows = pl.ds(start, block)
+        tables = cos_ref[:, rows], sin_ref[:, rows]
+        keys[rows] = _prepare(k_ref[0, rows].T, tables, head.epsilon)[0].astype(dtype).T
+        values[:, rows] = v_ref[0, rows].T
+        q, _ = _prepare(q_ref[0, rows].T, tables, head.epsilon, head.log2_scale)
+        queries[start], totals[start] = q.astype(dtype), 0
 
-    for start in range(0, q_ref.shape[1], head.block):
-        rows = pl.ds(start, head.block)
-        q = _prepare(q_ref[0, rows], cos_ref[rows], sin_ref[rows], head.epsilon)[0]
-        q = (q * head.log2_scale).astype(dtype)
-        total = jnp.zeros((head.block, 2 * size), jnp.float32)
-        for low, high, edge in _segments(start, head):
-            scores = _dot(q, keys[low:high], ((1,), (1,)))
-            weights = jnp.exp2(scores - head.bound)
-            if edge:
-                weights = jnp.where(_visible(start, low, scores.shape, 0, head), weights, 0)
-            total += _dot(weights.astype(dtype), values[low:high], ((1,), (0,)))
-        sums = total[:, size:]
-        out_ref[0, rows] = (total[:, :size] / sums).astype(out_ref.dtype)
-        lse_ref[0, 0, :, rows] = (jnp.log2(sums) + head.bound).T[:1]
+    def score(start, low):
+        for early in range(start, min(start + 2 * block, length), block):
+            if early not in queries:
+                prepare(early)
+        return _dot(keys[pl.ds(low, block)], queries[start], ((1,), (0,)))
+
+    def weigh(start, low, scores):
+        weights = _weights(scores, start, low, head).astype(dtype)
+        # Rows of ones below the values: their product with the weights is the sum of those.
+        v = jnp.concatenate([values[:, pl.ds(low, block)], ones])
+        totals[start] += _dot(v, weights, ((1,), (0,)))
+        if low == start:
+            rows = pl.ds(start, block)
+            total, sums = totals[start][:size], totals[start][size : size + 1]
+            out_ref[0, rows] = (total * (1 / sums)).astype(out_ref.dtype).T
+            lse_ref[0, 0, :, rows] = jnp.log2(sums)
+
+    _overlap(head.tiles(length), score, weigh, _FORWARD_LEAD)
 
 
 def _backward_kernel(
     q_ref, k_ref, v_ref, cos_ref, sin_ref, out_ref, cotangent_ref, lse_ref,
-    dq_ref, dk_ref, dv_ref, keys, grad_keys, grad_values, *, head, group,
+    dq_ref, dk_ref, dv_ref, keys, keys_t, dk, dv, *, head,
 ):  # fmt: skip
-    dtype = keys.dtype
-    member = pl.program_id(2)
+    """One head. Scratch: prepared keys (L, H) and (H, L); gradients of those and of the values, float32 (H, L)."""
+    length, size = keys.shape
+    dtype, block = keys.dtype, head.block
+    ones = jnp.ones((block, size), dtype)
+    tiles = head.tiles(length)
+    last_seen = {low: start for start, low in tiles}  # by the block of queries
+    queries, raw_queries, raw_keys, dqs = {}, {}, {}, {}
 
-    @pl.when(member == 0)
-    def _():
-        keys[...] = _prepare(k_ref[0], cos_ref[...], sin_ref[...], head.epsilon)[0].astype(dtype)
-        grad_keys[...] = jnp.zeros_like(grad_keys)
-        grad_values[...] = jnp.zeros_like(grad_values)
+    def tables(span):
+        return cos_ref[:, span], sin_ref[:, span]
 
-    for start in range(0, q_ref.shape[1], head.block):
-        rows = pl.ds(start, head.block)
-        cos, sin = cos_ref[rows], sin_ref[rows]
-        normed, rms = _prepare(q_ref[0, rows], cos, sin, head.epsilon)
-        q = (normed * head.log2_scale).astype(dtype)
+    def prepare(start):
+        rows = pl.ds(start, block)
+        raw = k_ref[0, rows].T
+        k, inverse = _prepare(raw, tables(rows), head.epsilon)
+        raw_keys[start] = raw, inverse
+        keys_t[:, rows] = k.astype(dtype)
+        keys[rows] = k.astype(dtype).T
+        raw = q_ref[0, rows].T
+        q, inverse = _prepare(raw, tables(rows), head.epsilon, head.log2_scale)
+        q = q.astype(dtype)
         cotangent = cotangent_ref[0, rows]
-        along = jnp.sum(
-            cotangent.astype(jnp.float32) * out_ref[0, rows].astype(jnp.float32), axis=-1, keepdims=True
-        )
-        # Keys stand in rows and queries in columns, so that a query's numbers are rows that broadcast.
-        along = jnp.broadcast_to(along, normed.shape).T[:1]
-        lse = lse_ref[0, 0, :, rows]
-        dq = jnp.zeros(normed.shape, jnp.float32)
-        for low, high, edge in _segments(start, head):
-            scores = _dot(keys[low:high], q, ((1,), (1,)))
-            weights = jnp.exp2(scores - lse)
-            if edge:
-                weights = jnp.where(_visible(start, low, scores.shape, 1, head), weights, 0)
-            grad_values[low:high] += _dot(weights.astype(dtype), cotangent, ((1,), (0,)))
-            grad = _dot(v_ref[0, low:high], cotangent, ((1,), (1,)))
-            grad = (weights * (grad - along)).astype(dtype)
-            grad_keys[low:high] += _dot(grad, q, ((1,), (0,)))
-            dq += _dot(grad, keys[low:high], ((0,), (0,)))
-        dq *= head.log2_scale * math.log(2)
-        dq_ref[0, rows] = _prepare_gradient(dq, normed, rms, cos, sin).astype(dq_ref.dtype)
+        along = _dot(ones[:_SUBLANES], cotangent * out_ref[0, rows], ((1,), (1,)))[:1]
+        cotangent = cotangent.T
+        raw_queries[start], dqs[start] = (raw, inverse), 0
+        queries[start] = q, cotangent, _less(q, lse_ref[0, 0, :, rows]), _less(cotangent, along)
 
-    @pl.when(member == group - 1)
-    def _():
-        cos, sin = cos_ref[...], sin_ref[...]
-        normed, rms = _prepare(k_ref[0], cos, sin, head.epsilon)
-        dk = grad_keys[...] * math.log(2)
-        dk_ref[0] = _prepare_gradient(dk, normed, rms, cos, sin).astype(dk_ref.dtype)
-        dv_ref[0] = grad_values[...].astype(dv_ref.dtype)
+    def score(start, low):
+        for early in range(start, min(start + 2 * block, length), block):
+            if early not in queries:
+                prepare(early)
+        span = pl.ds(low, block)
+        # The other half of the matrix unit's depth subtracts a number from each column of the product.
+        scores = _dot(jnp.concatenate([keys[span], ones], 1), queries[start][2], ((1,), (0,)))
+        grads = _dot(jnp.concatenate([v_ref[0, span], ones], 1), queries[start][3], ((1,), (0,)))
+        return scores, grads
+
+    def differentiate(start, low, scored):
+        scores, grads = scored
+        q, cotangent, _, _ = queries[start]
+        span = pl.ds(low, block)
+        weights = _weights(scores, start, low, head)
+        grads = (weights * grads).astype(dtype)
+        to_values = _dot(cotangent, weights.astype(dtype), ((1,), (1,)))
+        to_keys = _dot(q, grads, ((1,), (1,)))
+        if start == low:
+            dv[:, span], dk[:, span] = to_values, to_keys
+        else:
+            dv[:, span] += to_values
+            dk[:, span] += to_keys
+        dqs[start] += _dot(keys_t[:, span], grads, ((1,), (0,)))
+        if start == low:
+            dq = _prepare_gradient(
+                dqs[start], *raw_queries[start], tables(span), head.log2_scale * math.log(2)
+            )
+            dq_ref[0, span] = dq.astype(dq_ref.dtype).T
+        if start == last_seen[low]:
+            grad = _prepare_gradient(dk[:, span], *raw_keys[low], tables(span), math.log(2))
+            dk_ref[0, span] = grad.astype(dk_ref.dtype).T
+            dv_ref[0, span] = dv[:, span].astype(dv_ref.dtype).T
+
+    _overlap(tiles, score, differentiate, _BACKWARD_LEAD)
 
 
-def _prepare(x, cos, sin, epsilon):
-    """Rotated and normalised rows (L, H) in float32, and the root mean square (L, 1) of each."""
+def _overlap(tiles, begin, finish, lead):
+    """finish(start, low, begin(start, low)) for each tile, begun `lead` tiles early.
+
+    The matrix units take up their products in the program's order: only what stands between a product and the use of its
+    result keeps them busy while that is worked on.
+    """
+    begun = []
+    for n in range(len(tiles) + lead):
+        if n < len(tiles):
+            begun.append(begin(*tiles[n]))
+        if n >= lead:
+            finish(*tiles[n - lead], begun.pop(0))
+
+
+def _prepare(x, tables, epsilon, factor=1.0):
+    """Columns x (H, L) rotated, normalised and times `factor`, in float32; the inverse root mean square (1, L) of each."""
+    cos, sin = tables
     x = x.astype(jnp.float32)
-    x = x * cos + _swap_halves(x) * sin
-    rms = jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
-    return x / rms, rms
+    inverse = 1 / jnp.sqrt(jnp.mean(x * x, axis=0, keepdims=True) + epsilon)
+    a, b = jnp.split(x, 2)
+    rotated = jnp.concatenate([a * cos + b * sin, b * cos - a * sin])
+    return rotated * (inverse * factor), inverse
 
 
-def _prepare_gradient(grad, normed, rms, cos, sin):
-    """Gradient of `_prepare`'s input from that of its output."""
-    grad = (grad - normed * jnp.mean(grad * normed, axis=-1, keepdims=True)) / rms
-    return grad * cos + _swap_halves(grad * sin)
+def _prepare_gradient(grad, x, inverse, tables, factor):
+    """Gradient of `_prepare`'s x from `factor` times that of its rotated and normalised columns."""
+    cos, sin = tables
+    a, b = jnp.split(grad, 2)
+    grad = jnp.concatenate([a * cos - b * sin, b * cos + a * sin])
+    x = x.astype(jnp.float32)
+    along = jnp.mean(grad * x, axis=0, keepdims=True) * (inverse * inverse)
+    return (grad - x * along) * (inverse * factor)
 
 
-def _swap_halves(x):
-    return pltpu.roll(x, x.shape[-1] // 2, x.ndim - 1)
+def _less(x, row):
+    """x (H, L) over rows that sum to -row (1, L), (2 x H, L): [y, ones] times it is y times x, less `row`.
+
+    Three terms in bfloat16 are as exact as float32.
+    """
+    rest = jnp.broadcast_to(-row, (_SUBLANES, row.shape[1]))
+    place = jax.lax.broadcasted_iota(jnp.int32, rest.shape, 0)
+    terms = jnp.zeros_like(rest)
+    for n in range(3):
+        term = rest.astype(x.dtype).astype(jnp.float32)
+        terms = jnp.where(place == n, term, terms)
+        rest -= term
+    zeros = jnp.zeros((x.shape[0] - _SUBLANES, x.shape[1]), x.dtype)
+    return jnp.concatenate([x, terms.astype(x.dtype), zeros])
 
 
-def _segments(start, head):
-    """Spans of keys that queries start ... start + block - 1 see: (low, high, whether some pairs are masked)."""
-    block = head.block
-    low = max(0, start - head.window) // 128 * 128
-    whole = max(0, start + block - 1 - head.window)  # from this key on, all queries see the key if not for causality
-    whole = -(-whole // 128) * 128
-    spans = []
-    if low < min(whole, start):
-        spans.append((low, min(whole, start), True))
-    if whole < start:
-        spans.append((whole, start, False))
-    return [*spans, (start, start + block, True)]
+def _weights(scores, start, low, head):
+    """2 ^ scores (keys, queries) of the tile at (start, low), zero where a query does not see a key."""
+    spans = range(0, head.block, _LANES)
+
+    def part(key, query):
+        weights = jnp.exp2(scores[key : key + _LANES, query : query + _LANES])
+        return _masked(weights, start + query - low - key, head.window)
+
+    return jnp.concatenate(
+        [jnp.concatenate([part(key, query) for query in spans], 1) for key in spans], 0
+    )
 
 
-def _visible(start, low, shape, query_axis, head):
-    query = start + jax.lax.broadcasted_iota(jnp.int32, shape, query_axis)
-    key = low + jax.lax.broadcasted_iota(jnp.int32, shape, 1 - query_axis)
-    return (key <= query) & (key >= query - head.window)
+def _masked(weights, ahead, window):
+    """Weights whose first query is `ahead` positions, a multiple of their size, ahead of the first key."""
+    size = len(weights)
+    if ahead < 0 or ahead - size >= window:
+        return jnp.zeros_like(weights)
+    key, query = (jax.lax.broadcasted_iota(jnp.int32, weights.shape, axis) for axis in (0, 1))
+    distance = query - key
+    if ahead == 0:
+        weights = jnp.where(distance >= 0, weights, 0)
+    if ahead + size - 1 > window:
+        weights = jnp.where(distance <= window - ahead, weights, 0)
+    return weights
 
 
 def _dot(a, b, contracting):
@@ -261,36 +343,33 @@ def _dot(a, b, contracting):
     )
 
 
-# ---- Around the kernels ---------------------------------------------------------------------------------------------
+# ---- Around the kernels -----------------------------------------------------------------------------------------
 
 
-def _specs(length, head_dim, group):
-    """Blocks of one query head, of one kv head, and of a rotary table, by (batch, kv head, member of its group)."""
+def _specs(q, k, head):
+    """Blocks of a query head, of its kv head, of a rotary table, and of a row of numbers a query, by (batch, head)."""
+    length, size = q.shape[1], head.head_dim
+    group = q.shape[2] // k.shape[2]
     return (
-        pl.BlockSpec((1, length, head_dim), lambda b, j, g: (b, 0, j * group + g)),
-        pl.BlockSpec((1, length, head_dim), lambda b, j, g: (b, 0, j)),
-        pl.BlockSpec((length, head_dim), lambda b, j, g: (0, 0)),
+        pl.BlockSpec((1, length, size), lambda b, n: (b, 0, n)),
+        pl.BlockSpec((1, length, size), lambda b, n: (b, 0, jax.lax.div(n, group))),
+        pl.BlockSpec((size // 2, length), lambda b, n: (0, 0)),
+        pl.BlockSpec((1, 1, 1, length), lambda b, n: (b, n, 0, 0)),
     )
 
 
 def _parameters():
     return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
+        dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT_BYTES
     )
 
 
-def _cost(q, k, head, products):
-    """FLOPs of the score tiles that are computed, masked ones included; bytes in and out; exponentials."""
+def _cost(q, head, products, arrays):
+    """FLOPs and exponentials of all tiles that are computed, masked scores included; bytes of `arrays` like q."""
     batch, length, width = q.shape
-    pairs = sum(
-        head.block * (high - low)
-        for start in range(0, length, head.block)
-        for low, high, _ in _segments(start, head)
-    )
-    heads = width // head.head_dim
-    moved = {2: 2 * q.size + 2 * k.size, 5: 4 * q.size + 4 * k.size}[products]
+    scores = batch * (width // head.head_dim) * len(head.tiles(length)) * head.block**2
     return pl.CostEstimate(
-        flops=2 * products * batch * heads * pairs * head.head_dim,
-        transcendentals=batch * heads * pairs,
-        bytes_accessed=moved * q.dtype.itemsize,
+        flops=2 * products * scores * head.head_dim,
+        transcendentals=scores,
+        bytes_accessed=arrays * q.size * q.dtype.itemsize,
     )

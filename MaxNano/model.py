@@ -339,10 +339,16 @@ _mix.defvjp(_mix_forward, _mix_backward)
 RESIDUALS = ("query", "key", "value", "attention_out", "attention_residual", "mlp_hidden")
 
 
+def kept_residuals(config: FrozenConfigDict) -> tuple[str, ...] | None:
+    """Which of RESIDUALS the backward pass finds again; None: everything that it needs."""
+    kept = {"none": None, "minimal": RESIDUALS, "full": (), "names": tuple(config.remat_names)}
+    return kept[config.remat_policy]
+
+
 def _rematerialize(block, config):
     """`block` with the config's remat policy: what is not kept is computed again in the backward pass."""
-    kept = {"minimal": RESIDUALS, "full": (), "names": config.remat_names}
-    if config.remat_policy == "none":
+    kept = kept_residuals(config)
+    if kept is None:
         return block
-    policy = jax.checkpoint_policies.save_only_these_names(*kept[config.remat_policy])
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
     return jax.checkpoint(block, policy=policy, static_argnums=(3,))

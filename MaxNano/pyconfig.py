@@ -758,10 +758,16 @@ def help_text(base_path: str | os.PathLike[str] = BASE) -> str:
 
 
 def check_command_line() -> None:
-    """Answer --help and refuse a bad command line at once; to be called before slow modules are imported."""
+    """Answer --help and refuse a bad command line at once; to be called before slow modules are imported.
+
+    On a machine without an accelerator JAX is told so: where libtpu is installed, to compile for a TPU, JAX would
+    look for one and print pages about not finding it.
+    """
     status = launch(lambda config: None)
     if status or {"-h", "--help"} & set(sys.argv):
         sys.exit(status)
+    if not any(any(Path("/dev").glob(pattern)) for pattern in ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def launch(

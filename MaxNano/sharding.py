@@ -152,7 +152,7 @@ def reduce(x: jax.Array, spec: PartitionSpec, axes: Sequence[str]) -> jax.Array:
     return jax.lax.psum(x, tuple(left)) if left else x
 
 
-def replicated_share(mesh: Mesh, tree) -> float:
+def replicated_share(tree) -> float:
     """Share of the bytes of a tree of abstract arrays that lies whole on every device."""
     whole = total = 0
     for leaf in jax.tree.leaves(tree):

@@ -21,7 +21,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,10 +49,11 @@ from MaxNano.checkpointing import Checkpointer
 from MaxNano.data.loader import DevicePrefetch, Loader, make_loader, merge_states, put_global
 from MaxNano.evals import bpb, samples
 from MaxNano.metrics import MetricLogger, print_table
-from MaxNano.model import Numerics
+from MaxNano.model import Numerics, kept_residuals
 from MaxNano.train_state import Architecture, TrainState, abstract_state, architecture, initialize
 
 LARGEST_MICRO_BATCH = 32  # rows a device takes at once where per_device_batch_size leaves it open
+LARGEST_REPLICATED = 0.02  # share of the parameters' bytes that may lie whole on every device
 
 
 # ---- The step -------------------------------------------------------------------------------------------------------
@@ -268,8 +269,25 @@ def set_up(config: FrozenConfigDict, devices=None) -> Setup:
     model = architecture(config, numerics)
     optimizer = optim.make_optimizer(config, dtype=numerics.dtype)
     abstract = abstract_state(config, model, optimizer, mesh)
-    ways = sharding.batch_ways(mesh, config.logical_axis_rules)
-    return Setup(config, mesh, numerics, model, optimizer, abstract, plan_batch(config, ways))
+    plan = plan_batch(config, sharding.batch_ways(mesh, config.logical_axis_rules))
+    check_sharding(config, mesh, abstract)
+    return Setup(config, mesh, numerics, model, optimizer, abstract, plan)
+
+
+def check_sharding(config: FrozenConfigDict, mesh: Mesh, abstract: TrainState) -> None:
+    """Refuse a layout that leaves more than LARGEST_REPLICATED of the parameters whole on each of several devices.
+
+    Rules that name no mesh axis for any axis of parameters ask for that.
+    """
+    rules = {rule[0]: rule[1:] for rule in config.logical_axis_rules}
+    asked = not any(rules.get(axis) for axis in ("layers", "vocab", "embed", "heads", "kv_heads", "mlp"))
+    share = sharding.replicated_share(abstract.params)
+    if mesh.size > 1 and share > LARGEST_REPLICATED and not asked:
+        raise ValueError(
+            f"{share:.0%} of the parameters would lie whole on each of {mesh.size} devices: choose ici_*_parallelism "
+            f"that divide num_decoder_layers={config.num_decoder_layers} or emb_dim={config.emb_dim}, or take the "
+            "mesh axes out of logical_axis_rules"
+        )
 
 
 def plan_batch(config: FrozenConfigDict, ways: int) -> BatchPlan:
@@ -281,9 +299,7 @@ def plan_batch(config: FrozenConfigDict, ways: int) -> BatchPlan:
             f"which {ways} devices cannot share equally: make it a multiple of {ways * config.max_target_length}"
         )
     share = rows // ways
-    micro_rows = config.per_device_batch_size or max(
-        n for n in range(1, min(share, LARGEST_MICRO_BATCH) + 1) if share % n == 0
-    )
+    micro_rows = config.per_device_batch_size or largest_divisor(share, LARGEST_MICRO_BATCH)
     if share % micro_rows:
         raise ValueError(
             f"per_device_batch_size={micro_rows} does not divide the {share} rows that each of {ways} devices gets: "
@@ -292,30 +308,46 @@ def plan_batch(config: FrozenConfigDict, ways: int) -> BatchPlan:
     return BatchPlan(ways, share // micro_rows, micro_rows)
 
 
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`."""
+    return max(n for n in range(1, min(number, limit) + 1) if number % n == 0)
+
+
 def needed_bytes(setup: Setup) -> dict[str, int]:
     """Estimated bytes on the fullest device by kind; a floor, since what the compiler adds is not in it."""
     config, plan = setup.config, setup.plan
 
-    def on_device(tree, itemsize=None):
+    def on_device(tree):
         return sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * (itemsize or leaf.dtype.itemsize)
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             for leaf in jax.tree.leaves(tree)
         )
+
+    def gathered(itemsize):
+        ways = setup.mesh.size // setup.plan.ways  # what does not cut the batch stays cut
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setup.abstract.params)) // ways * itemsize
 
     tokens = plan.micro_rows * config.max_target_length
     size = jnp.dtype(setup.numerics.dtype).itemsize
     widths = {
-        "none": 8 * config.emb_dim + 2 * config.mlp_dim,
-        "minimal": 6 * config.emb_dim + config.mlp_dim,
-        "full": config.emb_dim,
+        "query": config.num_query_heads * config.head_dim,
+        "key": config.num_kv_heads * config.head_dim,
+        "value": config.num_kv_heads * config.head_dim,
+        "attention_out": config.num_query_heads * config.head_dim,
+        "attention_residual": config.emb_dim,
+        "mlp_hidden": config.mlp_dim,
     }
+    kept = kept_residuals(config)
+    width = config.emb_dim + sum(widths[name] for name in kept or ())
+    if kept is None:  # besides the named ones: what the norms and the activation read
+        width = 3 * config.emb_dim + sum(widths.values()) + config.mlp_dim
     chunk = losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size) or config.vocab_size
     return {
         "parameters": on_device(setup.abstract.params),
         "optimizer state": on_device(setup.abstract.opt_state),
-        "gradients": on_device(setup.abstract.params, itemsize=4),
-        "activations": tokens * config.num_decoder_layers * widths[config.remat_policy] * size
-        + 2 * 4 * tokens * chunk,
+        "working copy": gathered(size),
+        "gradients": gathered(size if plan.micro_steps == 1 else 4),
+        "activations": tokens * config.num_decoder_layers * width * size + 2 * 4 * tokens * chunk,
     }
 
 
@@ -405,6 +437,30 @@ def jit_evaluate(setup: Setup):
     )
 
 
+def compile_train(setup: Setup) -> tuple[Setup, jax.stages.Compiled]:
+    """The compiled train step, and the set-up with the rows that a device takes at once in it.
+
+    Where per_device_batch_size leaves that open and the compiler says that a step does not fit into memory, fewer rows
+    are tried. Raises ValueError where none fit.
+    """
+    while True:
+        try:
+            return setup, lower_train(setup).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            plan = setup.plan
+            if setup.config.per_device_batch_size or plan.micro_rows == 1:
+                raise ValueError(
+                    f"a step with {plan.micro_rows} rows on each device does not fit into its memory: take a smaller "
+                    "per_device_batch_size, remat_policy=full, more devices or a smaller model"
+                ) from error
+            rows = plan.micro_steps * plan.micro_rows
+            fewer = largest_divisor(rows, plan.micro_rows - 1)
+            print(f"{plan.micro_rows} rows a device do not fit into memory, compiling for {fewer}", flush=True)
+            setup = replace(setup, plan=BatchPlan(plan.ways, rows // fewer, fewer))
+
+
 def abstract_batch(setup: Setup) -> tuple[dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
     """A batch and the table of token bytes, as shapes with shardings: what the jitted steps are lowered with."""
     rows = sharding.batch_sharding(setup.mesh, setup.config.logical_axis_rules)
@@ -427,11 +483,11 @@ def lower_evaluate(setup: Setup) -> jax.stages.Lowered:
         return jit_evaluate(setup).lower(setup.abstract.params, *abstract_batch(setup))
 
 
-def build_programs(setup: Setup, token_bytes: np.ndarray) -> Programs:
-    """Jit the three programs; each is compiled when it is first called."""
+def build_programs(setup: Setup, step: Callable, token_bytes: np.ndarray) -> Programs:
+    """The three programs around `step`, the train step; the others are compiled when they are first called."""
     # Numbers that the host reads lie on every device, so that each of several hosts has them.
     everywhere = NamedSharding(setup.mesh, PartitionSpec())
-    train = jit_train(setup)
+    token_bytes = jax.device_put(token_bytes, everywhere)
     evaluate = jit_evaluate(setup)
     greedy = jax.jit(partial(greedy_step, setup=setup), out_shardings=everywhere)
     ways = setup.plan.ways
@@ -442,7 +498,7 @@ def build_programs(setup: Setup, token_bytes: np.ndarray) -> Programs:
         return np.asarray(greedy(params, tokens, np.pad(last, (0, missing))))[: len(last)]
 
     return Programs(
-        train=lambda state, batch: train(state, batch, token_bytes),
+        train=lambda state, batch: step(state, batch, token_bytes),
         evaluate=lambda params, batch: evaluate(params, batch, token_bytes),
         greedy=greedy_rows,
     )
@@ -468,10 +524,12 @@ def open_loader(config: FrozenConfigDict, plan: BatchPlan, vocabulary, split: st
 
 def train(setup: Setup, preemption: runtime.Preemption) -> int:
     """Train from the run's last checkpoint, or from the start, to config.steps; returns the exit status."""
-    config, plan = setup.config, setup.plan
+    config = setup.config
     directory = run_directory(config)
     vocabulary = load_tokenizer(config)
-    programs = build_programs(setup, vocabulary.token_bytes())
+    setup, step = compile_train(setup)
+    plan = setup.plan
+    programs = build_programs(setup, step, vocabulary.token_bytes())
     rows_sharding = sharding.batch_sharding(setup.mesh, config.logical_axis_rules)
 
     with contextlib.ExitStack() as cleanup:

@@ -155,7 +155,7 @@ def measure(
             seconds.append(time.perf_counter() - begin)
         median = statistics.median(seconds)
         rate = flops(config, rows, window, backward=name == "both") / median
-        result |= {f"{name} ms": round(median * 1e3, 3), f"{name} TFLOP/s": round(rate / 1e12, 3)}
+        result |= {f"{name} ms": round(median * 1e3, 3), f"{name} GFLOP/s": round(rate / 1e9, 1)}
     return result
 
 

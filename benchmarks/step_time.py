@@ -37,7 +37,7 @@ def prepare(config: FrozenConfigDict, setup: train.Setup) -> Callable[[], float]
     shape = (setup.plan.rows, config.max_target_length + 1)
     batch = to_batch(rng.integers(0, config.vocab_size, shape, dtype=np.int32))
     batch = put_global(batch, sharding.batch_sharding(setup.mesh, config.logical_axis_rules))
-    programs = train.build_programs(setup, np.ones(config.vocab_size, np.int32))
+    programs = train.build_programs(setup, train.jit_train(setup), np.ones(config.vocab_size, np.int32))
     state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
 
     def step() -> float:

@@ -1,6 +1,9 @@
-"""What all tests share: hypothesis draws the same examples every time and never fails for slowness."""
+"""What all tests share: the CPU backend; hypothesis draws the same examples every time and never fails for slowness."""
+
+import os
 
 import hypothesis
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is there to compile with; programs run here too
 hypothesis.settings.register_profile("maxnano", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("maxnano")

@@ -144,8 +144,8 @@ def test_operations_are_told_apart_by_what_they_make():
         computation("move", "%p = f32[4,8]{1,0} parameter(0)", "%i = s32[] constant(1)", "%j = s32[] add(%i, %i)",
                     "ROOT %t = f32[1,8]{1,0} dynamic-slice(%p, %j, %i), dynamic_slice_sizes={1,8}"),
     ]  # fmt: skip
-    shapes = {"product": "f32[8,8]", "tanh": "f32[4,8]", "batch": "f32[4,24]", "weight": "f32[3,32,64]", "table": "f32[100,64]",
-              "move": "f32[1,8]"}  # fmt: skip
+    shapes = {"product": "f32[8,8]", "tanh": "f32[4,8]", "batch": "f32[4,24]", "weight": "f32[3,32,64]",
+              "table": "f32[100,64]", "move": "f32[1,8]"}  # fmt: skip
     entry = [
         "%p = f32[8,16]{1,0} parameter(0)",
         "%w = f32[3,4,64]{2,1,0} parameter(1), sharding={devices=[1,8,1]<=[8]}",

@@ -111,7 +111,7 @@ def test_logits_losses_and_gradients(problem):
 
 def test_three_updates(problem):
     config, setup, arrays, batch = problem
-    programs = train.build_programs(setup, np.ones(50, np.int32))
+    programs = train.build_programs(setup, train.jit_train(setup), np.ones(50, np.int32))
     fresh = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
     params = jax.tree.map(jnp.asarray, convert.nanochat_to_params(arrays, config))
     state = train_state.TrainState(fresh.step, params, fresh.opt_state)

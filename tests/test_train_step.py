@@ -41,7 +41,7 @@ def start(config, devices=None):
     devices = devices or jax.devices()[:1]
     setup = train.set_up(config, devices)
     state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
-    programs = train.build_programs(setup, np.ones(config.vocab_size, np.int32))
+    programs = train.build_programs(setup, train.jit_train(setup), np.ones(config.vocab_size, np.int32))
     return setup, state, programs
 
 
@@ -158,6 +158,41 @@ def test_a_model_that_cannot_fit_is_refused_before_anything_is_allocated(monkeyp
         train.check_memory(train.set_up(make_config("model=d24"), jax.devices()[:1]))
     train.check_memory(train.set_up(make_config("model=d4"), jax.devices()[:1]))
     assert len(jax.live_arrays()) == before
+
+
+def test_rows_that_do_not_fit_into_memory_are_halved(monkeypatch, capsys):
+    """The compiler's own word decides; a number that was asked for is not changed."""
+    compiled = []
+
+    class Lowered:
+        def __init__(self, setup):
+            self.rows = setup.plan.micro_rows
+
+        def compile(self):
+            compiled.append(self.rows)
+            if self.rows > 2:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM")
+            return "step"
+
+    monkeypatch.setattr(train, "lower_train", Lowered)
+    setup, step = train.compile_train(train.set_up(make_config(*TINY), jax.devices()[:1]))
+    assert step == "step" and compiled == [8, 4, 2] and setup.plan == (1, 4, 2)
+    assert "8 rows a device do not fit into memory, compiling for 4" in capsys.readouterr().out
+    asked = train.set_up(make_config(*TINY, "per_device_batch_size=4"), jax.devices()[:1])
+    with pytest.raises(ValueError, match="a step with 4 rows on each device does not fit"):
+        train.compile_train(asked)
+
+
+def test_parameters_left_whole_on_every_device_are_refused():
+    """Unless the rules ask for it."""
+    mesh = jax.sharding.AbstractMesh((3, 1, 1), ("data", "fsdp", "tensor"))
+    odd = make_config(*TINY)
+    architecture = train_state.architecture(odd, train.Numerics("float32", "float32", "reference", "scatter", "cpu"))
+    optimizer = train.optim.make_optimizer(odd, dtype="float32")
+    abstract = train_state.abstract_state(odd, architecture, optimizer, mesh)
+    with pytest.raises(ValueError, match=r"100% of the parameters would lie whole on each of 3 devices"):
+        train.check_sharding(odd, mesh, abstract)
+    train.check_sharding(make_config(*TINY, "logical_axis_rules=[[activation_batch, data, fsdp]]"), mesh, abstract)
 
 
 LAYOUTS = {

@@ -1,0 +1,177 @@
+"""The flash kernel, interpreted on the CPU, computes the definition: rotary, QK norm and softmax over window + 1 keys."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from MaxNano import flash
+from MaxNano.layers import rotary_tables
+
+HEAD_DIM, SCALE, EPSILON = 128, 1.2, 1e-6
+TOLERANCE = 2e-6  # of the largest number, float32
+NAMES = ("out", "dq", "dk", "dv")
+
+
+class Case(NamedTuple):
+    length: int
+    window: int
+    block: int = 128
+    heads: int = 1
+    kv_heads: int = 1
+
+
+CASES = (
+    Case(384, 383),  # all keys
+    Case(384, 1000),  # a window longer than the row
+    Case(384, 128, heads=2),  # the window ends where tiles do
+    Case(384, 200, heads=2, kv_heads=1),  # it does not, and heads share keys
+    Case(256, 0),  # each position sees itself alone
+    Case(256, 5),  # both edges of the window in one tile
+    Case(512, 300, block=256),  # tiles that are partly hidden
+)
+
+
+def inputs(case: Case, dtype=jnp.float32):
+    """q, k, v and the output's gradient; a few rows are far from the others in size."""
+    rng = np.random.default_rng(0)
+    widths = (case.heads, case.kv_heads, case.kv_heads, case.heads)
+    sizes = 10.0 ** rng.integers(-1, 2, (4, 1, case.length, 1))
+    return [
+        jnp.asarray(size * rng.normal(size=(1, case.length, n * HEAD_DIM)), dtype)
+        for n, size in zip(widths, sizes, strict=True)
+    ]
+
+
+def by_definition(q, k, v, window: int, storage=jnp.float32):
+    """One float32 softmax over all pairs; what a plain implementation would store is rounded to `storage`."""
+    length = q.shape[1]
+
+    def heads(x):
+        return x.reshape(length, -1, HEAD_DIM).swapaxes(0, 1).astype(jnp.float32)
+
+    def stored(x):
+        return x.astype(storage).astype(jnp.float32)
+
+    def prepared(x):
+        cos, sin = rotary_tables(length, HEAD_DIM, 1e5)
+        a, b = jnp.split(heads(x), 2, axis=-1)
+        x = jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)
+        return stored(SCALE * x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPSILON))
+
+    q, k, v = prepared(q), prepared(k), heads(v)
+    k, v = (jnp.repeat(x, len(q) // len(k), axis=0) for x in (k, v))
+    scores = jnp.einsum("nqh,nkh->nqk", q, k) / math.sqrt(HEAD_DIM)
+    distance = jnp.arange(length)[:, None] - jnp.arange(length)
+    scores = jnp.where((distance >= 0) & (distance <= window), scores, -jnp.inf)
+    out = stored(jnp.einsum("nqk,nkh->nqh", stored(jax.nn.softmax(scores)), v))
+    return out.swapaxes(0, 1).reshape(1, length, -1)
+
+
+def by_kernel(q, k, v, case: Case):
+    tables = tuple(map(jnp.asarray, rotary_tables(case.length, HEAD_DIM, 1e5)))
+    return flash.attention(
+        q, k, v, tables,
+        window=case.window, head_dim=HEAD_DIM, scale=SCALE, epsilon=EPSILON,
+        block=case.block, interpret=True,
+    )  # fmt: skip
+
+
+def output_and_gradients(function, arrays):
+    @jax.jit
+    def run(q, k, v, cotangent):
+        out, pull = jax.vjp(function, q, k, v)
+        return out, *pull(cotangent.astype(out.dtype))
+
+    return [np.asarray(x, np.float32) for x in run(*arrays)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_output_and_gradients_are_those_of_the_definition(case):
+    arrays = inputs(case)
+    expected = output_and_gradients(functools.partial(by_definition, window=case.window), arrays)
+    got = output_and_gradients(functools.partial(by_kernel, case=case), arrays)
+    for name, one, other in zip(NAMES, got, expected, strict=True):
+        np.testing.assert_allclose(
+            one, other, rtol=0, atol=TOLERANCE * np.abs(other).max(), err_msg=name
+        )
+
+
+def test_bfloat16_is_as_near_to_float32_as_plain_attention_in_bfloat16():
+    case = Case(384, 200, heads=2, kv_heads=1)
+    arrays = inputs(case, jnp.bfloat16)
+    definition = functools.partial(by_definition, window=case.window)
+    exact = output_and_gradients(definition, [x.astype(jnp.float32) for x in arrays])
+    plain = output_and_gradients(functools.partial(definition, storage=jnp.bfloat16), arrays)
+    got = output_and_gradients(functools.partial(by_kernel, case=case), arrays)
+    for name, one, other, truth in zip(NAMES, got, plain, exact, strict=True):
+        assert np.linalg.norm(one - truth) < 1.25 * np.linalg.norm(other - truth), name
+
+
+def test_the_largest_scores_overflow_nowhere():
+    """Keys that all equal their query: the highest score that the norm leaves, at every position."""
+    case = Case(128, 127)
+    row = jnp.ones((1, 1, HEAD_DIM)).at[..., ::2].multiply(-1)
+    q = jnp.broadcast_to(row, (1, 128, HEAD_DIM))
+    tables = (jnp.ones((128, 64)), jnp.zeros((128, 64)))  # no rotation
+    scale = math.sqrt(flash.LARGEST_BOUND / math.sqrt(HEAD_DIM))
+
+    def attend(q, k, v):
+        return flash.attention(
+            q,
+            k,
+            v,
+            tables,
+            window=case.window,
+            head_dim=HEAD_DIM,
+            scale=scale,
+            epsilon=0.0,
+            block=128,
+            interpret=True,
+        )
+
+    values = jnp.asarray(np.random.default_rng(0).normal(size=q.shape), jnp.float32)
+    out, *grads = output_and_gradients(attend, (q, -q, values, values))
+    np.testing.assert_allclose(
+        out[0], np.cumsum(values[0], 0) / np.arange(1, 129)[:, None], atol=1e-5
+    )
+    out, *more = output_and_gradients(attend, (q, q, values, values))
+    np.testing.assert_allclose(
+        out[0], np.cumsum(values[0], 0) / np.arange(1, 129)[:, None], atol=1e-5
+    )
+    assert all(np.isfinite(x).all() for x in (*grads, *more))
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"head_dim": 64}, "head_dim a multiple of 128"),
+        ({"block": 96}, "multiple of its block of 96"),
+        ({"block": 512}, "multiple of its block of 512"),
+        ({"scale": 2.0}, "at most 40.0"),
+    ],
+)
+def test_what_the_kernel_cannot_take_is_refused_with_advice(changes, advice):
+    x = jnp.zeros((1, 384, 128))
+    tables = tuple(map(jnp.asarray, rotary_tables(384, 128, 1e5)))
+    call = {"window": 128, "head_dim": 128, "scale": 1.2, "epsilon": 1e-6, "block": 128} | changes
+    with pytest.raises(ValueError, match=f"{advice}.*choose attention=splash"):
+        flash.attention(x, x, x, tables, **call)
+
+
+def test_the_cost_counts_all_tiles_that_are_computed():
+    """Eight blocks of 256 rows: short windows take up to three tiles a block, the long one all that causality leaves."""
+
+    def cost(window):
+        head = flash.Head(window, 128, 1.2, 1e-6, 256, interpret=True)
+        q = jax.ShapeDtypeStruct((2, 2048, 3 * 128), jnp.bfloat16)
+        return flash._cost(q, head, products=5, arrays=8)
+
+    assert cost(512).transcendentals == 2 * 3 * (1 + 2 + 6 * 3) * 256 * 256
+    assert cost(2047).transcendentals == 2 * 3 * 36 * 256 * 256
+    assert cost(512).flops == cost(512).transcendentals * 5 * 2 * 128
+    assert cost(512).bytes_accessed == 8 * 2 * 2048 * 3 * 128 * 2

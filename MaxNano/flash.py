@@ -56,19 +56,19 @@ def attention(q, k, v, tables, *, window, head_dim, scale, epsilon, block, inter
     """Rotary embedding, QK norm and causal attention in which position t sees keys t - window ... t.
 
     q (B, L, N x H); k, v (B, L, K x H), as projected; tables: cosines and sines (L, H / 2) float32 -> (B, L, N x H).
-    `scale` multiplies normalised queries and keys, each; scores are computed in tiles of `block` x `block`, best as wide
-    as the matrix unit. Raises ValueError for shapes that the kernel cannot take.
+    `scale` multiplies normalised queries and keys, each. Scores are computed in tiles of `block` x `block`; best is the
+    width of the matrix unit. Raises ValueError for shapes that the kernel cannot take.
     """
     length = q.shape[1]
     if head_dim % _LANES or length % block or block % _LANES:
         raise ValueError(
-            f"attention=flash needs head_dim a multiple of 128 and max_target_length a multiple of its block of {block}: "
-            f"these are {head_dim} and {length}; choose attention=splash or attention=reference"
+            "attention=flash needs head_dim a multiple of 128 and max_target_length a multiple of its block of "
+            f"{block}: these are {head_dim} and {length}; choose attention=splash or attention=reference"
         )
     if scale**2 * math.sqrt(head_dim) > LARGEST_BOUND:
         raise ValueError(
-            f"attention=flash bounds scores by qk_norm_scale^2 x sqrt(head_dim), which must be at most {LARGEST_BOUND}: "
-            "choose attention=splash or attention=reference"
+            "attention=flash bounds scores by qk_norm_scale^2 x sqrt(head_dim), which must be at most "
+            f"{LARGEST_BOUND}: choose attention=splash or attention=reference"
         )
     head = Head(min(window, length - 1), head_dim, scale, epsilon, block, interpret)
     cos, sin = tables
@@ -152,8 +152,8 @@ _attention.defvjp(_forward, _backward)
 # ---- Inside the kernels -----------------------------------------------------------------------------------------
 #
 # Queries stand in columns: prepared queries are (H, queries) and scores are (keys, queries). A query's norm, sum and
-# log-sum-exp are then rows, which broadcast for nothing; halves of a head swap without moving; and a product with H rows
-# keeps the whole of a 256-wide matrix unit busy, which one with H = 128 columns does not.
+# log-sum-exp are then rows, which broadcast for nothing; halves of a head swap without moving; and a product with H
+# rows keeps the whole of a 256-wide matrix unit busy, which one with H = 128 columns does not.
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, cos_ref, sin_ref, out_ref, lse_ref, keys, values, *, head):
@@ -262,8 +262,8 @@ def _backward_kernel(
 def _overlap(tiles, begin, finish, lead):
     """finish(start, low, begin(start, low)) for each tile, begun `lead` tiles early.
 
-    The matrix units take up their products in the program's order: only what stands between a product and the use of its
-    result keeps them busy while that is worked on.
+    The matrix units take up products in the program's order: only those that stand between a product and the use of its
+    result keep them busy meanwhile.
     """
     begun = []
     for n in range(len(tiles) + lead):
@@ -274,7 +274,7 @@ def _overlap(tiles, begin, finish, lead):
 
 
 def _prepare(x, tables, epsilon, factor=1.0):
-    """Columns x (H, L) rotated, normalised and times `factor`, in float32; the inverse root mean square (1, L) of each."""
+    """Columns x (H, L) rotated, normalised and times `factor`, in float32; the inverse of each one's norm (1, L)."""
     cos, sin = tables
     x = x.astype(jnp.float32)
     inverse = 1 / jnp.sqrt(jnp.mean(x * x, axis=0, keepdims=True) + epsilon)

@@ -252,7 +252,8 @@ def muon(
 ) -> optax.GradientTransformationExtraArgs:
     """Direction of Muon for matrices (..., in, out), its cautious weight decay included, before the learning rate.
 
-    beta2 0 leaves out NorMuon. `rules` say which devices take which matrices, each whole. From row equilibration to the iterations everything is held in `dtype`.
+    beta2 0 leaves out NorMuon; `rules` say which devices take which matrices, each of them whole.
+    From row equilibration to the iterations everything is held in `dtype`.
     Source: https://kellerjordan.github.io/posts/muon/ and, for each part, its own function.
     """
     whole = each_matrix(lambda x: constrain(x, ("layers", *(None,) * (x.ndim - 1)), rules))

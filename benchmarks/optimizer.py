@@ -18,8 +18,7 @@ import jax
 import optax
 from ml_collections import FrozenConfigDict
 
-from MaxNano import attention, optim, pyconfig, runtime, sharding, train_state
-from MaxNano.model import Numerics
+from MaxNano import optim, pyconfig, runtime, train, train_state
 
 UPDATES = 10
 
@@ -37,14 +36,9 @@ def polar_express_flops(params: dict, iterations: int) -> int:
 
 def main(config: FrozenConfigDict) -> None:
     runtime.initialize(config)
-    dtype = runtime.compute_dtype(config)
-    kernel = attention.resolve(config.attention, jax.default_backend())
-    numerics = Numerics(dtype, runtime.embedding_dtype(config), kernel)
-    optimizer = optim.make_optimizer(config, dtype=dtype)
-    mesh = sharding.make_mesh(config)
-    abstract = train_state.abstract_state(
-        config, train_state.architecture(config, numerics), optimizer, mesh
-    )
+    setup = train.set_up(config)
+    optimizer, abstract, mesh = setup.optimizer, setup.abstract, setup.mesh
+    jax.set_mesh(mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     for row in optim.group_summary(abstract.params, config):
@@ -63,7 +57,7 @@ def main(config: FrozenConfigDict) -> None:
     update = jax.jit(
         update, donate_argnums=(0, 1), out_shardings=(shardings.params, shardings.opt_state)
     )
-    state = train_state.initialize(config, numerics, optimizer, abstract)
+    state = train_state.initialize(config, setup.numerics, optimizer, abstract)
     arrays = state.params, state.opt_state
     seconds = []
     for step in range(UPDATES + 1):

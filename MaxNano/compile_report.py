@@ -607,11 +607,11 @@ class Report:
         columns = "kind, MB, count, group, axes, network, overlaps, M cycles, exposed, source"
         operation = "M cycles, cycles, count, class, basis, result, source, name"
         return [
-            ("memory a chip", ("kind", "GiB"), memory),
-            ("cycles a step", ("class", "M cycles", "share"), cycles),
+            ("memory", ("kind", "GiB"), memory),
+            ("cycles", ("class", "M cycles", "share"), cycles),
             ("collectives", tuple(columns.split(", ")), collectives),
             ("dearest operations", tuple(operation.split(", ")), dearest),
-            ("dearest source lines", ("source", "M cycles"), sources),
+            ("source lines", ("source", "M cycles"), sources),
             ("step", ("what", "value"), step),
         ]
 

@@ -23,7 +23,7 @@ VMEM_LIMIT_BYTES = 100 * 2**20
 
 _LANES = 128
 _SUBLANES = 16  # of a register of bfloat16
-_FORWARD_LEAD, _BACKWARD_LEAD = 4, 2  # tiles; more only moves scores out of registers and back
+_FORWARD_LEAD, _BACKWARD_LEAD = 4, 2  # tiles; more only moves scores to VMEM and back
 
 
 class Head(NamedTuple):
@@ -153,7 +153,8 @@ _attention.defvjp(_forward, _backward)
 #
 # Queries stand in columns: prepared queries are (H, queries) and scores are (keys, queries). A query's norm, sum and
 # log-sum-exp are then rows, which broadcast for nothing; halves of a head swap without moving; and a product with H
-# rows keeps the whole of a 256-wide matrix unit busy, which one with H = 128 columns does not.
+# rows keeps the whole of a 256-wide matrix unit busy, which one with H = 128 columns does not. Everything is unrolled,
+# so that the compiler can lay the work of several tiles side by side.
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, cos_ref, sin_ref, out_ref, lse_ref, keys, values, *, head):
@@ -172,9 +173,6 @@ def _forward_kernel(q_ref, k_ref, v_ref, cos_ref, sin_ref, out_ref, lse_ref, key
         queries[start], totals[start] = q.astype(dtype), 0
 
     def score(start, low):
-        for early in range(start, min(start + 2 * block, length), block):
-            if early not in queries:
-                prepare(early)
         return _dot(keys[pl.ds(low, block)], queries[start], ((1,), (0,)))
 
     def weigh(start, low, scores):
@@ -188,7 +186,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, cos_ref, sin_ref, out_ref, lse_ref, key
             out_ref[0, rows] = (total * (1 / sums)).astype(out_ref.dtype).T
             lse_ref[0, 0, :, rows] = jnp.log2(sums)
 
-    _overlap(head.tiles(length), score, weigh, _FORWARD_LEAD)
+    _overlap(head, length, prepare, score, weigh, _FORWARD_LEAD)
 
 
 def _backward_kernel(
@@ -199,9 +197,9 @@ def _backward_kernel(
     length, size = keys.shape
     dtype, block = keys.dtype, head.block
     ones = jnp.ones((block, size), dtype)
-    tiles = head.tiles(length)
-    last_seen = {low: start for start, low in tiles}  # by the block of queries
-    queries, raw_queries, raw_keys, dqs = {}, {}, {}, {}
+    last_seen = {low: start for start, low in head.tiles(length)}  # by which block of queries
+    # By the first row of a block. Raw: as projected, with the inverse of each column's norm.
+    queries, columns, raw_queries, raw_keys, dqs = {}, {}, {}, {}, {}
 
     def tables(span):
         return cos_ref[:, span], sin_ref[:, span]
@@ -220,21 +218,20 @@ def _backward_kernel(
         along = _dot(ones[:_SUBLANES], cotangent * out_ref[0, rows], ((1,), (1,)))[:1]
         cotangent = cotangent.T
         raw_queries[start], dqs[start] = (raw, inverse), 0
-        queries[start] = q, cotangent, _less(q, lse_ref[0, 0, :, rows]), _less(cotangent, along)
+        queries[start] = q, cotangent
+        columns[start] = _less(q, lse_ref[0, 0, :, rows]), _less(cotangent, along)
 
     def score(start, low):
-        for early in range(start, min(start + 2 * block, length), block):
-            if early not in queries:
-                prepare(early)
-        span = pl.ds(low, block)
         # The other half of the matrix unit's depth subtracts a number from each column of the product.
-        scores = _dot(jnp.concatenate([keys[span], ones], 1), queries[start][2], ((1,), (0,)))
-        grads = _dot(jnp.concatenate([v_ref[0, span], ones], 1), queries[start][3], ((1,), (0,)))
-        return scores, grads
+        rows = (
+            jnp.concatenate([x, ones], 1)
+            for x in (keys[pl.ds(low, block)], v_ref[0, pl.ds(low, block)])
+        )
+        return [_dot(x, y, ((1,), (0,))) for x, y in zip(rows, columns[start], strict=True)]
 
     def differentiate(start, low, scored):
         scores, grads = scored
-        q, cotangent, _, _ = queries[start]
+        q, cotangent = queries[start]
         span = pl.ds(low, block)
         weights = _weights(scores, start, low, head)
         grads = (weights * grads).astype(dtype)
@@ -256,19 +253,22 @@ def _backward_kernel(
             dk_ref[0, span] = grad.astype(dk_ref.dtype).T
             dv_ref[0, span] = dv[:, span].astype(dv_ref.dtype).T
 
-    _overlap(tiles, score, differentiate, _BACKWARD_LEAD)
+    _overlap(head, length, prepare, score, differentiate, _BACKWARD_LEAD)
 
 
-def _overlap(tiles, begin, finish, lead):
-    """finish(start, low, begin(start, low)) for each tile, begun `lead` tiles early.
+def _overlap(head, length, prepare, begin, finish, lead):
+    """For each tile finish(start, low, begin(start, low)), begun `lead` tiles early; each block prepared a block early.
 
     The matrix units take up products in the program's order: only those that stand between a product and the use of its
     result keep them busy meanwhile.
     """
-    begun = []
+    tiles, blocks, begun = head.tiles(length), list(range(0, length, head.block)), []
     for n in range(len(tiles) + lead):
         if n < len(tiles):
-            begun.append(begin(*tiles[n]))
+            start, low = tiles[n]
+            while blocks and blocks[0] <= start + head.block:
+                prepare(blocks.pop(0))
+            begun.append(begin(start, low))
         if n >= lead:
             finish(*tiles[n - lead], begun.pop(0))
 

@@ -63,6 +63,8 @@ def initialize(config: FrozenConfigDict) -> None:
         _join_processes(place)
     _make_cpu_devices(config, processes=place.processes if place else 1)
     _start_compilation_cache(config.jax_cache_dir)
+    if place and jax.default_backend() == "cpu":
+        _connect_cpu_devices()
 
 
 def compiler_options(config: FrozenConfigDict, backend: str) -> dict[str, bool | int | str]:
@@ -241,6 +243,19 @@ def _join_processes(place: _Place) -> None:
         ) from error
     finally:
         watchdog.cancel()
+
+
+def _connect_cpu_devices() -> None:
+    """Opens the connections that collectives need, now that all processes are here.
+
+    Gloo waits 30 s for that, and later one process may compile that much longer than another.
+    """
+    mesh = jax.make_mesh((jax.device_count(),), ("device",))
+    cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("device"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    ones = jax.make_array_from_callback((mesh.size,), cut, lambda part: np.ones(mesh.size)[part])
+    jax.jit(jax.numpy.sum, out_shardings=whole)(ones).block_until_ready()
+    gather_json(None)  # its connections are between processes
 
 
 def _check_port_is_free(address: str) -> None:

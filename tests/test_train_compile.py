@@ -71,7 +71,7 @@ def test_a_wrong_name_is_one_line_and_status_2(tmp_path):
 @pytest.mark.timeout(900)
 def test_both_programs_compile_for_a_slice(tmp_path):
     out, values = report(tmp_path, *TINY, "compile_programs=[train,evaluate]")
-    for words in ("memory a chip", "cycles a step", "collectives", "dearest operations", "estimated MFU", "31.25"):
+    for words in ("train: memory", "train: cycles", "collectives", "dearest operations", "estimated MFU", "31.250"):
         assert words in out, words
     assert values["topology"] == "v6e-8" and values["versions"]["libtpu"]
     train, evaluate = values["programs"]["train"], values["programs"]["evaluate"]
@@ -97,7 +97,7 @@ def test_both_programs_compile_for_a_slice(tmp_path):
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(900)
 def test_two_slices_talk_over_the_data_centre_network(tmp_path):
-    words = ("compile_topology=v6e-4", "compile_num_slices=2", "dcn_data_parallelism=2")
+    words = ("num_decoder_layers=1", "compile_topology=v6e-4", "compile_num_slices=2", "dcn_data_parallelism=2")
     _, values = report(tmp_path, *TINY, *words)
     train = values["programs"]["train"]
     assert train["chips"] == 8

@@ -1,0 +1,442 @@
+"""The scripts of end_to_end/tpu and end_to_end/gpu, run for real: on the CPU, a tiny model, a stand-in gcloud."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "end_to_end"
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix strange and bright potions".split()
+STEPS = 300  # long enough to be stopped in the middle; the same everywhere, so that the step is compiled once
+EXTRA = (
+    "emb_dim=32 head_dim=16 num_query_heads=2 vocab_size=300 max_target_length=32 short_window_multiple=16"
+    " global_batch_tokens=256 data_readers=2 packing_buffer_documents=20 num_cpu_devices=1 eval_tokens=1024"
+    " eval_interval=0 sample_interval=0 tensorboard=false warmup_steps=2 checkpoint_interval_steps=50 embedding_lr=30"
+    " log_interval=50"
+)
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the scripts are for bash")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with documents, where all runs go."""
+    folder = tmp_path_factory.mktemp("end to end")  # a blank in the path, as users have it
+    (folder / "text").mkdir()
+    for shard in range(3):
+        texts = [" ".join(WORDS[(i * j + shard) % len(WORDS)] for j in range(3 + i % 60)) for i in range(300)]
+        pq.write_table(pa.table({"text": texts}), folder / "text" / f"{shard}.parquet", row_group_size=50)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Compiled programs; its path has no blank, for it is one of EXTRA's words."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def settings(place, cache):
+    """The environment of a script."""
+    kept = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "TMPDIR", "LANG")}
+    return {
+        **kept,
+        "PATH": f"{ROOT}/tests/fake_gcloud:{Path(sys.executable).parent}:{kept['PATH']}",
+        # Compiling fast matters more here than running fast.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "DEVICE": "cpu",
+        "CHIPS": "1",
+        "MODEL": "d2",
+        "NUM_ITERATIONS": str(STEPS),
+        "DATASET_PATH": f"{place}/text",
+        "TOKENIZER_PATH": f"{place}/tokenizer",
+        "OUTPUT": f"{place}/runs",
+        "EXTRA": f"{EXTRA} jax_cache_dir={cache}",
+        "MIN_DISK_GB": "0",
+        "RESTART_SECONDS": "0",
+        "MAXNANO_PYTHON": sys.executable,
+    }
+
+
+def start(script, settings, *arguments, **more):
+    return subprocess.Popen(
+        ["bash", str(SCRIPTS / script), *arguments],
+        env={**settings, **more}, cwd="/", text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        # Tests that run in the background ignore Ctrl-C, and bash cannot change what it inherits.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
+def run(script, settings, *arguments, status=0, **more):
+    """What the script prints on both streams."""
+    process = start(script, settings, *arguments, **more)
+    out, _ = process.communicate(timeout=280)
+    assert process.returncode == status, out
+    return out
+
+
+def steps_of(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if "event" not in row]
+
+
+# ---- The scripts as such
+
+
+def test_shellcheck_finds_nothing():
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert shellcheck, "shellcheck is missing: EXTRAS=dev bash setup.sh installs it"
+    found = [ROOT / "setup.sh", ROOT / "tests/run.sh", ROOT / ".ci/run", *SCRIPTS.glob("**/*.sh")]
+    assert len(found) > 10
+    run = subprocess.run([shellcheck, "-x", *found], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("[tg]pu/*.sh")), ids=lambda path: path.name)
+def test_help_lists_every_knob_that_is_read(script):
+    text = script.read_text()
+    if "parse_arguments" not in text or script.name == "cloud.sh":
+        return  # no knobs of its own
+    listed = subprocess.run(["bash", script, "--help"], cwd="/", capture_output=True, text=True, check=True).stdout
+    for library in re.findall(r"^source (\S+)", text, re.MULTILINE):
+        text += (ROOT / library).read_text()
+    names = set(subprocess.run(["bash", script, "--knobs"], capture_output=True, text=True, check=True).stdout.split())
+    assert {name for name in names if not re.search(rf"^  {name}=", listed, re.MULTILINE)} == set()
+    uses = set(re.findall(r"\$\{?([A-Z][A-Z_]+)", script.read_text()))
+    assert uses - names <= {"BASH_SOURCE", "SECONDS", "HOME", "PATH", "TMPDIR"}
+
+
+def test_a_wrong_argument_is_one_line(settings):
+    out = run("tpu/d24_speedrun.sh", settings, "--dryrun", status=2)
+    assert out.splitlines() == ["d24_speedrun.sh: --dryrun is no argument of this script: see --help"]
+
+
+# ---- Preflight
+
+
+def test_the_preflight_says_what_is_missing_and_trains_nothing(settings, place):
+    out = run("tpu/d24_speedrun.sh", settings, "--dry-run", OUTPUT=f"{place}/dry")
+    assert re.findall(r"^(ok|FAIL) +(\w+)", out, re.MULTILINE) == [
+        ("ok", name) for name in ("disk", "python", "devices", "data", "tokenizer", "output", "run")
+    ]
+    assert re.search(rf"horizon +{STEPS} steps", out), "train.py's plan"
+    assert out.splitlines()[-1] == "ready; nothing was trained"
+    assert not (place / "dry").exists() and not (place / "tokenizer").exists()
+
+    more = {"CHIPS": "8", "DATASET_PATH": f"{place}/nothing", "MIN_DISK_GB": "1000000000"}
+    out = run("tpu/d24_speedrun.sh", settings, "--dry-run", status=2, EXTRA=f"{settings['EXTRA']} dtyp=1", **more)
+    assert re.findall(r"^FAIL +(\w+)", out, re.MULTILINE) == ["disk", "devices", "data", "run"]
+    assert "JAX finds 1 cpu and CHIPS=8 are wanted" in out
+
+
+def test_without_data_one_line_says_what_is_needed(settings, place):
+    out = run("tpu/d24_speedrun.sh", settings, status=2, DATASET_PATH=f"{place}/nothing")
+    assert "put at least two parquet shards" in out.splitlines()[-1]
+    assert f"DATASET_PATH={place}/nothing" in out.splitlines()[-1]
+
+
+def test_another_device_than_asked_for_is_refused(settings):
+    """A machine whose driver is broken must not train on its CPU."""
+    out = run("gpu/d12_speedrun.sh", settings, status=1, DEVICE="gpu", JAX_PLATFORMS="cpu")
+    assert "JAX finds 1 cpu here and no gpu" in out.splitlines()[-1]
+
+
+# ---- Training
+
+
+def children(pid):
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for_step(folder, step, process):
+    path = folder / "metrics.jsonl"
+    for _ in range(10000):
+        if process.poll() is not None:
+            break
+        if path.exists() and f'{{"step": {step},' in path.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"never saw step {step}: {process.communicate()}")
+
+
+@pytest.mark.slow
+def test_speedrun_starts_a_preempted_training_again_by_itself_and_skips_what_is_done(settings, place):
+    folder = place / f"runs/d2_{STEPS}steps"
+    process = start("gpu/d12_speedrun.sh", settings)
+    wait_for_step(folder, 5, process)
+    (trainer,) = children(process.pid)
+    os.kill(trainer, signal.SIGTERM)
+    out, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, out
+    assert "preempted and saved; starting again" in out and "going on from step" in out
+    assert steps_of(folder) == list(range(STEPS))
+    assert re.search(rf"^steps +{STEPS} of {STEPS}", out, re.MULTILINE)
+
+    again = run("gpu/d12_speedrun.sh", settings, PRICE_PER_CHIP_HOUR="0.5")
+    assert "is finished" in again and "wrote" not in again, "neither tokenizer nor training once more"
+    assert re.search(r"^price +1 chips x \d+\.\d\d h x 0.5 USD = ", again, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_smoke_then_resume_after_preemption(settings, place):
+    """The second script compares with the first one's run, which nothing interrupted."""
+    out = run("tpu/d12_smoke.sh", settings, RUN_NAME="whole")
+    assert f"sound: {STEPS} steps" in out
+    out = run("tpu/resume_after_preemption.sh", settings, UNBROKEN="whole", STOP_AT_STEP="6", GRACE_SECONDS="200")
+    assert "stopped with status 75" in out
+    assert "every loss that of whole to the last bit" in out
+
+    # What it would say of a run that began anew, or that lost a step.
+    metrics = place / "runs/d12_preempted/metrics.jsonl"
+    rows = metrics.read_text().splitlines(keepends=True)
+    words = ["configs/base.yml", "model=d2", f"steps={STEPS}", *EXTRA.split(), f"base_output_directory={place}/runs"]
+    command = [sys.executable, "end_to_end/results.py", "resumed", f"--before={metrics.parent}/metrics_before.jsonl"]
+    for lines, reason in ((rows[:3] + rows[4:], "have changed"), (rows[:-2] + rows[-1:], "once")):
+        metrics.write_text("".join(lines))
+        check = [*command, *words, "run_name=d12_preempted"]
+        result = subprocess.run(check, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 1 and reason in result.stderr
+
+
+@pytest.mark.slow
+def test_miniseries_ends_with_a_table(settings, place):
+    more = {"DEPTHS": "1 2", "RATIO": "0.2", "NUM_ITERATIONS": ""}
+    out = run("tpu/miniseries.sh", settings, **more)
+    table = [line.split() for line in out[out.rindex("====") :].splitlines()[1:4]]
+    assert table[0][:2] == ["run", "layers"] and [row[:2] for row in table[1:]] == [["d1", "1"], ["d2", "2"]]
+    lines = (place / "runs/miniseries/table.csv").read_text().splitlines()
+    rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    for row in rows:
+        assert float(row["tokens"]) / float(row["scaling"]) == pytest.approx(0.2, rel=0.05)
+        assert float(row["USD"]) > 0 and float(row["loss"]) < 6
+
+
+# ---- Renting
+
+
+class Cloud:
+    """A stand-in Google Cloud for one test."""
+
+    def __init__(self, folder, settings):
+        self.folder = folder
+        shutil.copytree(settings["DATASET_PATH"], folder / "buckets/ours/text")
+        self.settings = {**settings, "FAKE_GCLOUD": str(folder), "BUCKET": "gs://ours"}
+        self.settings["DATASET_PATH"] = "gs://ours/text"
+        self.settings |= {"POLL_SECONDS": "0.1", "ZONE_WAIT_SECONDS": "1000"}
+        for name in ("OUTPUT", "TOKENIZER_PATH"):  # launch.sh puts them into the bucket
+            del self.settings[name]
+
+    def play(self, zones, location="US-EAST5", **more):
+        (self.folder / "scenario.json").write_text(json.dumps({"buckets": {"ours": location}, "zones": zones, **more}))
+        self.settings["ZONES"] = " ".join(zones)
+
+    def calls(self, command):
+        lines = (self.folder / "calls.jsonl").read_text().splitlines()
+        return [call for call in map(json.loads, lines) if call["command"].endswith(command)]
+
+    def left(self):
+        """Machines and requests that still cost money."""
+        world = self.folder / "world.json"
+        return list(json.loads(world.read_text())["machines"]) if world.exists() else []
+
+    def launch(self, *arguments, status=0, **more):
+        return run("tpu/launch.sh", self.settings, *arguments, status=status, **more)
+
+    def python(self, text):
+        """An interpreter for the machine that does something else than to train."""
+        path = self.folder / "python"
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+        self.settings |= {"MAXNANO_PYTHON": str(path), "STAGES": "setup training"}
+
+
+@pytest.fixture
+def cloud(tmp_path, settings):
+    return Cloud(tmp_path, settings)
+
+
+@pytest.fixture
+def quick(cloud):
+    """A cloud whose machines have next to nothing to do."""
+    cloud.settings["STAGES"] = "setup"
+    return cloud
+
+
+ACTIVE = {"states": ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]}
+ON_ITS_WAY = {"states": ["PROVISIONING", "ACTIVE"]}
+FULL = {"states": ["WAITING_FOR_RESOURCES"]}
+CROWDED = {"refuse": "There is no more capacity in the zone"}
+
+
+@pytest.mark.slow
+def test_launch_trains_on_through_a_preemption_and_leaves_nothing(cloud, tmp_path):
+    """The first zone is full, the second one's machine is preempted, the third one's ends the run."""
+    cloud.play({
+        "us-east5-a": [FULL],
+        "us-east5-b": [{**ON_ITS_WAY, "preempt_at_step": 50}, CROWDED],
+        "us-east5-c": [ON_ITS_WAY],
+    })  # fmt: skip
+    out = cloud.launch(DOWNLOAD=f"{tmp_path}/home", ZONE_WAIT_SECONDS="0", POLL_SECONDS="0.5")
+    run_folder = cloud.folder / f"buckets/ours/maxnano-d24/runs/d2_{STEPS}steps"
+    assert steps_of(run_folder) == list(range(STEPS))
+    assert (run_folder / f"checkpoints/{STEPS}/MANIFEST.json").exists()
+    assert "nothing in 0 s" in out and "the machine is lost" in out
+    assert "going on from step" in out, "the second machine took up the first one's checkpoint"
+    assert f"steps          {STEPS} of {STEPS}" in out, "the machine's own words are seen here"
+    assert re.search(r"machines: 2, 1 chips x 0\.\d\d h x 0\.540137 USD = 0\.\d\d USD", out)
+
+    assert cloud.left() == []
+    create = cloud.calls("create")[0]
+    assert create["given"] == ["maxnano-d24"]
+    flags = create["flags"]
+    assert (flags["zone"], flags["accelerator-type"], flags["node-id"]) == ("us-east5-a", "v6e-8", "maxnano-d24")
+    assert "spot" in flags and "valid-until-duration" in flags, "a request that nobody waits for any more expires"
+    assert (tmp_path / f"home/d2_{STEPS}steps/checkpoints/{STEPS}/MANIFEST.json").exists()
+    every = cloud.calls("")
+    copied = max(i for i, call in enumerate(every) if "storage cp log" in call["flags"].get("command", ""))
+    deleted = max(i for i, call in enumerate(every) if call["command"].endswith("delete"))
+    assert copied < deleted, "what is on the machine is copied out before it is deleted"
+    (log,) = (cloud.folder / "buckets/ours/maxnano-d24/logs").iterdir()
+    assert "==== done" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("location", "asked"),
+    [
+        ("US-EAST5", ["us-east5-b"]),
+        ("US", ["us-east5-b", "us-central1-b"]),
+        ("NAM4", ["us-central1-b"]),
+        ("EUROPE-WEST4", ["europe-west4-a"]),
+        ("EU", ["europe-west4-a"]),
+        ("ASIA-NORTHEAST1", []),
+    ],
+)
+def test_only_zones_near_the_bucket_are_asked(quick, location, asked):
+    quick.play({zone: [ACTIVE] for zone in ("europe-west4-a", "us-east5-b", "us-central1-b")}, location)
+    out = quick.launch("--dry-run", status=0 if asked else 2)
+    if asked:
+        assert f"zones {' '.join(asked)}\n" in out
+        assert "8 chips x 1.00 h x 0.540137 USD = 4.32 USD an hour" in quick.launch("--dry-run", CHIPS="8")
+    else:
+        (line,) = out.splitlines()
+        assert "ASIA-NORTHEAST1" in line and "ALLOW_OTHER_REGION" in line
+    assert quick.calls("create") == []
+
+
+def test_bucket_and_text_are_needed_and_must_be_there(quick):
+    quick.play({"us-east5-a": [ACTIVE]})
+    assert "BUCKET is needed" in quick.launch(status=2, BUCKET="")
+    assert "cannot be looked at" in quick.launch(status=2, BUCKET="theirs").splitlines()[-1]
+    assert "DATASET_PATH is needed" in quick.launch(status=2, DATASET_PATH="").splitlines()[-1]
+    assert "cannot be listed" in quick.launch(status=2, DATASET_PATH="gs://ours/tex").splitlines()[-1]
+    assert quick.calls("create") == []
+
+
+def test_refused_everywhere_it_stops_at_once_and_full_everywhere_it_stops_in_time(quick):
+    denied = {"refuse": "PERMISSION_DENIED: quota is 0"}
+    quick.play({"us-east5-a": [denied], "us-east5-b": [denied]})
+    out = quick.launch(status=2).splitlines()[-1]
+    assert out == f"launch.sh: no zone accepts the request: ERROR: (gcloud) {denied['refuse']}"
+
+    quick.play({"us-east5-a": [CROWDED], "us-east5-b": [FULL]})
+    out = quick.launch(status=2, MAX_HOURS="0.001")
+    assert "MAX_HOURS=0.001 are over" in out
+    assert quick.left() == []
+
+
+def test_a_machine_that_never_comes_about_is_given_up(quick):
+    quick.play({"us-east5-a": [{"states": ["CREATING", "FAILED"]}, ACTIVE]})
+    out = quick.launch()
+    assert "us-east5-a: FAILED" in out and "machines: 1," in out
+    assert quick.left() == []
+
+
+def test_what_cannot_run_is_not_run_twice_and_what_crashes_is(quick):
+    quick.play({"us-east5-a": [ACTIVE]})
+    out = quick.launch(status=2, STAGES="setup trainign")
+    assert "STAGES has 'trainign', which is no stage" in out and "cannot run as it is told" in out
+    assert quick.left() == []
+
+    quick.python("exit 7")
+    out = quick.launch(status=2, MAX_CRASHES="2")
+    assert out.count("ended with status 7; starting it again") == 2
+    assert "ended with status 7, crash 3: giving up" in out
+    assert quick.left() == []
+
+
+def wait_for_machine(cloud, process):
+    for _ in range(20000):
+        if list(cloud.folder.glob("machines/*/*/MaxNano/pid")):
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    raise AssertionError("no machine")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_it_leaves_nothing_running(cloud, number):
+    cloud.play({"us-east5-a": [ACTIVE]})
+    cloud.python("exec sleep 1000")
+    process = start("tpu/launch.sh", cloud.settings)
+    wait_for_machine(cloud, process)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, out
+    assert cloud.left() == []
+    assert "machines: 1," in out
+
+
+def test_kept_a_machine_is_found_again(quick):
+    quick.play({"us-east5-a": [FULL], "us-east5-b": [ON_ITS_WAY]})
+    out = quick.launch(KEEP="1", ZONE_WAIT_SECONDS="0")
+    assert "goes on costing money in us-east5-b" in out
+    assert quick.left() == ["us-east5-b/maxnano-d24"]
+    created = len(quick.calls("create"))
+    out = quick.launch()
+    assert "maxnano-d24 is already in us-east5-b" in out and "==== done" in out
+    assert len(quick.calls("create")) == created
+    assert quick.left() == []
+
+
+def test_what_cannot_be_deleted_is_said_aloud(quick):
+    quick.play({"us-east5-a": [ACTIVE]}, undeletable=["us-east5-a"])
+    out = quick.launch(status=1)
+    assert "STILL BE THERE AND COST MONEY" in out
+    assert "gcloud compute tpus queued-resources delete maxnano-d24 --zone=us-east5-a --force" in out
+
+
+def test_teardown_deletes_all_of_its_name_and_nothing_else(quick):
+    quick.play({"us-east5-a": [ACTIVE], "us-east5-b": [ACTIVE]})
+    for name in ("maxnano-d24", "maxnano-two", "other"):
+        for zone in ("us-east5-a", "us-east5-b"):
+            quick.launch(KEEP="1", TPU_NAME=name, ZONES=zone)
+    ours = sorted(place for place in quick.left() if "maxnano" in place)
+    assert len(ours) == 4
+
+    listed = run("tpu/teardown.sh", quick.settings, "--dry-run")
+    for place in ours:
+        zone, name = place.split("/")
+        assert f"request {name} {zone} ACTIVE" in listed
+    assert "other" not in listed
+    assert "set YES=1" in run("tpu/teardown.sh", quick.settings, status=2)
+    assert len(quick.left()) == 6, "nothing was deleted so far"
+
+    out = run("tpu/teardown.sh", quick.settings, YES="1")
+    assert out.splitlines()[-1].startswith("all deleted")
+    assert sorted(quick.left()) == ["us-east5-a/other", "us-east5-b/other"]
+    assert "nothing of the name maxnano*" in run("tpu/teardown.sh", quick.settings, YES="1")
+
+    quick.play({"us-east5-a": [ACTIVE], "us-east5-b": [ACTIVE]}, undeletable=["us-east5-b"])
+    out = run("tpu/teardown.sh", quick.settings, status=1, YES="1", TPU_NAME="other")
+    assert "STILL THERE" in out and quick.left() == ["us-east5-b/other"]

@@ -93,6 +93,11 @@ def table_gradient(
 def _sorted_sum(rows, ordered, size, interpret):
     """`rows` (T, W) in the order of their tokens `ordered` (T,) -> (size, W) in rows' dtype."""
     total, width = rows.shape
+    if size % _SUBLANES:
+        raise ValueError(
+            f"embedding_gradient=sorted needs tables of a multiple of {_SUBLANES} rows, not {size}: "
+            f"set vocab_multiple to a multiple of {_SUBLANES}, or embedding_gradient=scatter"
+        )
     tile = max(n for n in range(_SUBLANES, _LARGEST_TILE + 1, _SUBLANES) if size % n == 0)
     taken = max(n for n in range(1, _LARGEST_TILE + 1) if total % n == 0)
     bounds = np.arange(0, size + 1, tile, dtype=np.int32)

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LARGEST_BOUND = 40.0  # exp(2 x bound) must be far from the largest float32
+LARGEST_BOUND = 40.0  # exp(2 x bound) must be far below the largest float32
 VMEM_LIMIT_BYTES = 100 * 2**20
 
 _LANES = 128
@@ -102,17 +102,16 @@ def _forward(q, k, v, cos, sin, head):
         interpret=head.interpret,
         name=f"flash_forward_w{head.window}",
     )(q, k, v, cos, sin)
-    out, lse = (_keepable(x) for x in (out, lse))
-    return out, (q, k, v, cos, sin, out, lse)
+    # Kept as integers: JAX rounds floats that a remat policy keeps once more, which for a kernel's result is a copy.
+    kept = _bits(out)
+    kept, lse = (checkpoint_name(x, "attention_out") for x in (kept, _bits(lse)))
+    lse = jax.lax.bitcast_convert_type(lse, jnp.float32)
+    return jax.lax.bitcast_convert_type(kept, out.dtype), (q, k, v, cos, sin, kept, lse)
 
 
-def _keepable(x):
-    """`x`, under a name by which a remat policy can keep it.
-
-    It is kept as integers: JAX rounds kept floats once more, which for the output of a kernel is a copy.
-    """
-    bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
-    return jax.lax.bitcast_convert_type(checkpoint_name(bits, "attention_out"), x.dtype)
+def _bits(x):
+    unsigned = {2: jnp.uint16, 4: jnp.uint32}
+    return jax.lax.bitcast_convert_type(x, unsigned[x.dtype.itemsize])
 
 
 def _backward(head, residuals, cotangent):
@@ -198,7 +197,7 @@ def _backward_kernel(
     dtype, block = keys.dtype, head.block
     ones = jnp.ones((block, size), dtype)
     last_seen = {low: start for start, low in head.tiles(length)}  # by which block of queries
-    # By the first row of a block. Raw: as projected, with the inverse of each column's norm.
+    # By the first row of a block. Raw: as projected, with 1 / root mean square of each.
     queries, columns, raw_queries, raw_keys, dqs = {}, {}, {}, {}, {}
 
     def tables(span):
@@ -215,7 +214,8 @@ def _backward_kernel(
         q, inverse = _prepare(raw, tables(rows), head.epsilon, head.log2_scale)
         q = q.astype(dtype)
         cotangent = cotangent_ref[0, rows]
-        along = _dot(ones[:_SUBLANES], cotangent * out_ref[0, rows], ((1,), (1,)))[:1]
+        out = jax.lax.bitcast_convert_type(out_ref[0, rows], dtype)
+        along = _dot(ones[:_SUBLANES], cotangent * out, ((1,), (1,)))[:1]
         cotangent = cotangent.T
         raw_queries[start], dqs[start] = (raw, inverse), 0
         queries[start] = q, cotangent
@@ -274,7 +274,7 @@ def _overlap(head, length, prepare, begin, finish, lead):
 
 
 def _prepare(x, tables, epsilon, factor=1.0):
-    """Columns x (H, L) rotated, normalised and times `factor`, in float32; the inverse of each one's norm (1, L)."""
+    """Columns x (H, L) rotated, normalised and times `factor`, in float32; and 1 / root mean square of each (1, L)."""
     cos, sin = tables
     x = x.astype(jnp.float32)
     inverse = 1 / jnp.sqrt(jnp.mean(x * x, axis=0, keepdims=True) + epsilon)

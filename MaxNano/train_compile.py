@@ -23,7 +23,8 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ from jax.experimental import topologies
 from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig, runtime, train
-from MaxNano.compile_report import Report, Work, analyze
+from MaxNano.compile_report import ASSUMPTIONS, Report, Work, analyze
 from MaxNano.metrics import print_table
 
 # ---- Slices ----------------------------------------------------------------------------------------------------------
@@ -130,33 +131,41 @@ class OutOfMemory(ValueError):
     """A program does not fit in the memory of a chip."""
 
 
-def compile_program(config: FrozenConfigDict, program: str, devices: Sequence[Any]) -> Report:
-    """Compile one of LOWER for `devices` and read what it costs. Raises OutOfMemory where it does not fit."""
-    setup = train.set_up(config, devices)
-    compiled, seconds = _compile(setup, program)
+def compile_program(setup: train.Setup, program: str) -> tuple[train.Setup, Report]:
+    """Compile one of LOWER and read what it costs; with the set-up that it was compiled for.
+
+    The train step takes the rows that train.py would take: fewer than the set-up says where those do not fit and
+    per_device_batch_size leaves it open. Raises OutOfMemory where the program does not fit.
+    """
+    config = setup.config
+    started = time.monotonic()
+    if program == "train" and config.per_device_batch_size is None:
+        setup, compiled = train.compile_train(setup)
+    else:
+        compiled = _compile(setup, program)
     # Forward is a third of a training step.
     flops = train.flops_per_token(config) * config.global_batch_tokens / (1 if program == "train" else 3)
-    work = Work(flops, config.global_batch_tokens, config.steps if program == "train" else None)
-    return analyze(
+    report = analyze(
         compiled,
-        runtime.chip(devices[0]),
+        runtime.chip(setup.mesh.devices.flat[0]),
         mesh=setup.mesh,
         vocab_size=config.vocab_size,
-        work=work,
-        compile_seconds=seconds,
+        work=Work(flops, config.global_batch_tokens, config.steps if program == "train" else None),
+        compile_seconds=time.monotonic() - started,
     )
+    return setup, report
 
 
-def _compile(setup: train.Setup, program: str) -> tuple[jax.stages.Compiled, float]:
-    started = time.monotonic()
-    lowered = LOWER[program](setup)
+def _compile(setup: train.Setup, program: str) -> jax.stages.Compiled:
     try:
-        return lowered.compile(), time.monotonic() - started
+        return LOWER[program](setup).compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"RESOURCE_EXHAUSTED.*?\bHBM\b.*", str(error), re.IGNORECASE)
-        if not found:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        need = re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)|Used ([\d.]+\w) of ([\d.]+\w)", found[0])
+        reason = str(error).splitlines()[0]
+        if "hbm" not in reason.lower():  # a kernel that needs too much of the memory beside the core
+            raise ValueError(f"the compiler refuses the {program} program: {reason}") from error
+        need = re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)|Used ([\d.]+\w) of ([\d.]+\w)", reason)
         sizes = f" ({' of '.join(filter(None, need.groups()))})" if need else ""
         raise OutOfMemory(
             f"the {program} program of {setup.config.model} does not fit in a chip of {setup.config.compile_topology}"
@@ -164,12 +173,12 @@ def _compile(setup: train.Setup, program: str) -> tuple[jax.stages.Compiled, flo
         ) from error
 
 
-def largest_batch(config: FrozenConfigDict, program: str, devices: Sequence[Any]) -> int | None:
-    """The largest per_device_batch_size below the present one with which a program fits; None where none does.
+def largest_batch(setup: train.Setup, program: str) -> int | None:
+    """The largest per_device_batch_size below the set-up's with which a program fits; None where none does.
 
     Each trial is a compilation; they halve the candidates.
     """
-    plan = train.set_up(config, devices).plan
+    plan = setup.plan
     share = plan.micro_steps * plan.micro_rows
     candidates = [rows for rows in range(1, plan.micro_rows) if share % rows == 0]
     best = None
@@ -177,7 +186,7 @@ def largest_batch(config: FrozenConfigDict, program: str, devices: Sequence[Any]
         middle = len(candidates) // 2
         rows = candidates[middle]
         try:
-            _compile(train.set_up(pyconfig.replace(config, "trial", per_device_batch_size=rows), devices), program)
+            _compile(replace(setup, plan=plan._replace(micro_steps=share // rows, micro_rows=rows)), program)
         except OutOfMemory:
             candidates = candidates[:middle]
         else:
@@ -195,12 +204,16 @@ def report_path(config: FrozenConfigDict) -> epath.Path:
     return train.run_directory(config) / "compile_report.json"
 
 
-def to_json(config: FrozenConfigDict, reports: dict[str, Report]) -> dict[str, Any]:
+def to_json(setup: train.Setup, reports: dict[str, Report]) -> dict[str, Any]:
     """What is written: the reports by program, and what they are of."""
+    config, plan = setup.config, setup.plan
     return {
         "model": config.model,
         "topology": config.compile_topology,
         "num_slices": config.compile_num_slices,
+        "mesh": dict(setup.mesh.shape),
+        "rows_a_device": plan.micro_rows,
+        "micro_steps": plan.micro_steps,
         "config": {key: value for key, value, _ in pyconfig.describe(config)},
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")},
         "programs": {program: report.to_json() for program, report in reports.items()},
@@ -218,14 +231,14 @@ def write(path: epath.Path, values: dict[str, Any]) -> None:
 def main(config: FrozenConfigDict) -> int:
     """Compile, print, write."""
     jax.config.update("jax_enable_compilation_cache", False)  # a program from the cache says no compile time
-    devices = slice_devices(config.compile_topology, config.compile_num_slices)
+    setup = train.set_up(config, slice_devices(config.compile_topology, config.compile_num_slices))
     reports = {}
     for program in config.compile_programs:
         try:
-            reports[program] = compile_program(config, program, devices)
+            setup, reports[program] = compile_program(setup, program)
         except OutOfMemory as error:
             print(f"{error}; looking for a batch that fits", file=sys.stderr, flush=True)
-            rows = largest_batch(config, program, devices)
+            rows = largest_batch(setup, program)
             if rows is None:
                 remedy = "and with no smaller one: take remat_policy=full, a larger slice or a smaller model"
             else:
@@ -233,9 +246,9 @@ def main(config: FrozenConfigDict) -> int:
             raise ValueError(f"{error}: {remedy}") from error
         for title, header, rows in reports[program].tables():
             print_table(f"{program}: {title}", header, rows)
-    print_table("assumptions", ("what the compiler does not cost",), [(line,) for line in reports[program].assumptions])
+    print_table("assumptions", ("what the compiler does not cost",), [(line,) for line in ASSUMPTIONS])
     path = report_path(config)
-    write(path, to_json(config, reports))
+    write(path, to_json(setup, reports))
     print(f"written to {path}")
     return 0
 

@@ -74,6 +74,7 @@ def test_both_programs_compile_for_a_slice(tmp_path):
     for words in ("train: memory", "train: cycles", "collectives", "dearest operations", "estimated MFU", "31.250"):
         assert words in out, words
     assert values["topology"] == "v6e-8" and values["versions"]["libtpu"]
+    assert (values["rows_a_device"], values["micro_steps"]) == (8, 1)
     train, evaluate = values["programs"]["train"], values["programs"]["evaluate"]
     for program in (train, evaluate):
         assert program["chips"] == 8

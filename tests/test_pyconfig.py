@@ -89,7 +89,7 @@ def test_every_key_is_there_and_those_of_the_backend_stay_null():
     }
     open_keys |= {"num_cpu_devices", "ici_data_parallelism"}
     open_keys |= {"coordinator_address", "num_processes", "process_id"}
-    asked = {"stage", "target_flops", "dataset_name", "from_nanochat", "to_nanochat"}
+    asked = {"stage", "target_flops", "dataset_name", "from_nanochat", "to_nanochat", "compile_report"}
     assert {key for key in pyconfig.keys_of(config) if config[key] is None} == open_keys | asked
 
 
@@ -232,7 +232,7 @@ value_embed_gate_channels=-1 value_embed_gate_channels=257 smear_gate_channels=9
 value_embed_gate_range=0 norm_epsilon=0 use_backout=2 logits_soft_cap=-1 embed_init_std=-0.1
 head_init_std=.inf mlp_init_scale=one gate_init_max=-1 resid_lambda_init=1.0 resid_lambda_init=[1.0]
 resid_lambda_init=[1,2,3] resid_lambda_init=[a,b] x0_lambda_init=[] x0_lambda_init=[[1,2]]
-x0_lambda_init=null dtype=float16 dtype=bf16 embedding_dtype=float64 muon_dtype=int8 attention=flash
+x0_lambda_init=null dtype=float16 dtype=bf16 embedding_dtype=float64 muon_dtype=int8 attention=flesh
 attention_chunk=0 scan_layers=layers remat_policy=all vocab_chunk_size=-1 num_cpu_devices=0
 mesh_axes=data mesh_axes=[data,data,fsdp,tensor] mesh_axes=[data,fsdp,expert] mesh_axes=[data,fsdp]
 mesh_axes=[ mesh_axes=] mesh_axes={} dcn_data_parallelism=0 dcn_fsdp_parallelism=null num_processes=0
@@ -474,7 +474,7 @@ def test_any_text_survives_saving(tmp_path_factory, text):
 def test_help_lists_every_key_with_type_range_default_and_text():
     text = pyconfig.help_text()
     assert all(f"  {key}=" in text for key in KEYS)
-    assert "  remat_policy=none  (str one of none minimal full)" in text
+    assert "  remat_policy=none  (str one of none minimal full names)" in text
     assert "  num_decoder_layers=null  (int? 1..256)" in text
     assert "  rope_theta=100000.0  (float > 1)" in text
     assert text.index("Model: shape") < text.index("head_dim=") < text.index("Model: attention")

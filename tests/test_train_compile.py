@@ -121,9 +121,9 @@ def test_too_much_for_the_memory_is_one_line_with_a_batch_that_fits(tmp_path):
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("model", ["d4", "d12", pytest.param("d24", marks=pytest.mark.long)])
+@pytest.mark.parametrize("model", ["d4", "d12", "d24"])
 def test_the_real_models_fit_a_v6e_8(tmp_path, model):
     _, values = report(tmp_path, f"model={model}")
     memory = values["programs"]["train"]["memory"]

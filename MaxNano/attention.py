@@ -25,6 +25,7 @@ SPLASH_RESIDUALS = "attention_out"
 _LANES = 128
 _HEAD_AXES = ("activation_batch", "activation_heads", None, None)
 _FLAT_AXES = ("activation_batch", None, "activation_heads")
+_GATE_AXES = ("activation_batch", "activation_heads", None)
 
 
 class Settings(NamedTuple):
@@ -78,11 +79,10 @@ def attention(
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    qkv: jax.Array,
     tables: tuple[jax.Array, jax.Array],
     *,
+    group: int,
     window: int,
     kernel: str,
     settings: Settings,
@@ -90,32 +90,42 @@ def attend(
     scale: float,
     epsilon: float,
     rules: sharding.Rules,
+    value_embed: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
-    """The model's attention: rotary embedding, QK norm times `scale`, then `attention`.
+    """The model's attention: rotary embedding, QK norm times `scale`, value embeddings, then `attention`.
 
-    q (B, L, N x H); k, v (B, L, K x H), as projected; tables: cosines and sines (L, H / 2) -> (B, L, N x H).
+    qkv (B, L, K x (G + 2) x H), as projected: for each kv head its `group` = G query heads, its keys and its values.
+    tables: cosines and sines (L, H / 2). value_embed: rows (B, L, K x H) and their gates (B, K, L) float32, whose
+    product is added to the values. Returns (B, L, N x H).
     """
+    batch, length, width = qkv.shape
+    kv_heads = width // ((group + 2) * head_dim)
     if kernel == "flash":
-        own = functools.partial(
-            flash.attention,
-            window=window, head_dim=head_dim, scale=scale, epsilon=epsilon,
-            block=settings.flash_block, interpret=settings.interpret,
-        )  # fmt: skip
-        return _on_local_blocks(
-            lambda q, k, v: own(q, k, v, tables), q, k, v, rules, _FLAT_AXES, unit=head_dim
-        )
+        embeds = value_embed or ()
 
-    def split(x):
-        return x.reshape(*x.shape[:2], -1, head_dim)
+        def own(qkv, *embeds):
+            return flash.attention(
+                qkv, tables, group=group, value_embed=embeds or None,
+                window=window, head_dim=head_dim, scale=scale, epsilon=epsilon,
+                block=settings.flash_block, interpret=settings.interpret,
+            )  # fmt: skip
 
+        axes = (_FLAT_AXES, _FLAT_AXES, _GATE_AXES)[: 1 + len(embeds)]
+        return _on_local_blocks(own, (qkv, *embeds), axes, _FLAT_AXES, rules, kv_heads)
+
+    parts = qkv.reshape(batch, length, kv_heads, group + 2, head_dim)
+    q = parts[:, :, :, :group].reshape(batch, length, kv_heads * group, head_dim)
+    k, v = parts[:, :, :, group], parts[:, :, :, group + 1].swapaxes(1, 2)
+    if value_embed is not None:
+        rows, gate = value_embed
+        rows = rows.reshape(batch, length, kv_heads, head_dim).swapaxes(1, 2)
+        v = (v.astype(jnp.float32) + gate[..., None] * rows.astype(jnp.float32)).astype(v.dtype)
     q, k = (
-        scale * rms_norm(apply_rotary(split(x), tables), epsilon).swapaxes(1, 2) for x in (q, k)
+        scale * rms_norm(apply_rotary(x, tables), epsilon).swapaxes(1, 2) for x in (q, k)
     )
-    y = attention(
-        q, k, split(v).swapaxes(1, 2), window=window, kernel=kernel, settings=settings, rules=rules
-    )
+    y = attention(q, k, v, window=window, kernel=kernel, settings=settings, rules=rules)
     y = checkpoint_name(y, "attention_out")
-    return y.swapaxes(1, 2).reshape(*v.shape[:2], -1)
+    return y.swapaxes(1, 2).reshape(batch, length, -1)
 
 
 def resolve(kernel: str, backend: str) -> str:
@@ -175,7 +185,8 @@ def splash(q, k, v, window, settings, rules):
     q = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
     q, k, v = (jnp.pad(x, padding) for x in (q, k, v)) if length % _LANES else (q, k, v)
     kernel = splash_kernel(q.shape[2], min(window, q.shape[2] - 1), settings)
-    out = _on_local_blocks(jax.vmap(kernel), q, k, v, rules)
+    axes = (_HEAD_AXES,) * 3
+    out = _on_local_blocks(jax.vmap(kernel), (q, k, v), axes, _HEAD_AXES, rules, k.shape[1])
     return out[:, :, :length]
 
 
@@ -246,10 +257,10 @@ def splash_kernel(length: int, window: int, settings: Settings):
         return jax.tree.map(np.asarray, kernel)
 
 
-def _on_local_blocks(kernel, q, k, v, rules, logical_axes=_HEAD_AXES, unit=1):
-    """Call kernel(q, k, v) on each device's rows and heads, over the axes of the ambient mesh not yet manual.
+def _on_local_blocks(kernel, arrays, logical_axes, out_axes, rules, kv_heads):
+    """Call kernel(*arrays) on each device's rows and heads, over the axes of the ambient mesh not yet manual.
 
-    The last of the arrays' axes is cut only between spans of `unit`.
+    logical_axes: of each array; out_axes: of the result. Heads are cut where that divides the kv heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = [
@@ -258,7 +269,8 @@ def _on_local_blocks(kernel, q, k, v, rules, logical_axes=_HEAD_AXES, unit=1):
         if kind == AxisType.Auto
     ]
     if not axes:
-        return kernel(q, k, v)
+        return kernel(*arrays)
+    sizes = {"activation_batch": len(arrays[0]), "activation_heads": kv_heads}
 
     def dividing(part, size):
         names = (part,) if isinstance(part, str) else part or ()
@@ -266,13 +278,20 @@ def _on_local_blocks(kernel, q, k, v, rules, logical_axes=_HEAD_AXES, unit=1):
             names = names[:-1]
         return names
 
-    parts = sharding.partition_spec(logical_axes, rules, axes)
-    sizes = (*k.shape[:-1], k.shape[-1] // unit)  # what divides the kv heads divides the query heads
-    spec = PartitionSpec(*map(dividing, parts, sizes))
+    def spec(logical):
+        parts = sharding.partition_spec(logical, rules, axes)
+        return PartitionSpec(
+            *(dividing(part, sizes.get(axis, 1)) for part, axis in zip(parts, logical, strict=True))
+        )
+
     local = jax.shard_map(
-        kernel, in_specs=(spec,) * 3, out_specs=spec, axis_names=set(axes), check_vma=False
+        kernel,
+        in_specs=tuple(map(spec, logical_axes)),
+        out_specs=spec(out_axes),
+        axis_names=set(axes),
+        check_vma=False,
     )
-    return local(q, k, v)
+    return local(*arrays)
 
 
 def _block(q, k, v, window, *, first_query: int, first_key: int):

@@ -1,10 +1,11 @@
 """Attention in one Pallas kernel for TPU: rotary embedding, QK norm, causal window and softmax of whole heads.
 
-The kernel reads queries, keys and values where the projections leave them, (B, L, heads x H), so no head is ever
-transposed in the chip's main memory, and it keeps a whole head in VMEM, so each key is prepared once and no partial
-gradients are summed outside. Queries and keys are normalised, so scores have a known bound and need no running maximum.
+The kernel reads queries, keys and values where one projection leaves them, and writes their gradients where its
+gradient reads them: in one array (B, L, K x (G + 2) x H), for each kv head its query heads, its keys and its values.
+No head is ever transposed in the chip's main memory. A whole head stays in VMEM, so no partial gradients are summed
+outside. Queries and keys are normalised, so scores have a known bound and need no running maximum.
 
-Legend: B batch, L length, N heads, K kv_heads, H head_dim.
+Legend: B batch, L length, K kv_heads, G query heads a kv head, H head_dim.
 Sources: https://arxiv.org/abs/2205.14135 (FlashAttention) for the softmax without an L x L array and its gradient.
 """
 
@@ -29,12 +30,19 @@ _FORWARD_LEAD, _BACKWARD_LEAD = 4, 2  # tiles; more only moves scores to VMEM an
 class Head(NamedTuple):
     """What is static about a call."""
 
+    group: int  # query heads that share keys and values
     window: int
     head_dim: int
     scale: float  # of normalised queries and keys, each
     epsilon: float
     block: int  # queries, and keys, of a tile
     interpret: bool
+
+    def shape_of(self, qkv) -> tuple[int, int, int, tuple[int, int, int]]:
+        """(B, L, H, (B, K, G)): the last is the grid of a kernel, a query head at a time."""
+        batch, length, width = qkv.shape
+        kv_heads = width // (self.head_dim * (self.group + 2))
+        return batch, length, self.head_dim, (batch, kv_heads, self.group)
 
     @property
     def log2_scale(self) -> float:
@@ -52,14 +60,16 @@ class Head(NamedTuple):
         ]
 
 
-def attention(q, k, v, tables, *, window, head_dim, scale, epsilon, block, interpret=False):
+def attention(qkv, tables, *, group, window, head_dim, scale, epsilon, block, value_embed=None, interpret=False):
     """Rotary embedding, QK norm and causal attention in which position t sees keys t - window ... t.
 
-    q (B, L, N x H); k, v (B, L, K x H), as projected; tables: cosines and sines (L, H / 2) float32 -> (B, L, N x H).
+    qkv (B, L, K x (G + 2) x H): for each kv head its `group` = G query heads, then keys, then values, as projected.
+    tables: cosines and sines (L, H / 2) float32. value_embed: rows (B, L, K x H) and their gates (B, K, L) float32,
+    whose product is added to the values; or None. Returns (B, L, K x G x H).
     `scale` multiplies normalised queries and keys, each. Scores are computed in tiles of `block` x `block`; best is the
     width of the matrix unit. Raises ValueError for shapes that the kernel cannot take.
     """
-    length = q.shape[1]
+    length = qkv.shape[1]
     if head_dim % _LANES or length % block or block % _LANES:
         raise ValueError(
             "attention=flash needs head_dim a multiple of 128 and max_target_length a multiple of its block of "
@@ -70,43 +80,45 @@ def attention(q, k, v, tables, *, window, head_dim, scale, epsilon, block, inter
             "attention=flash bounds scores by qk_norm_scale^2 x sqrt(head_dim), which must be at most "
             f"{LARGEST_BOUND}: choose attention=splash or attention=reference"
         )
-    head = Head(min(window, length - 1), head_dim, scale, epsilon, block, interpret)
-    cos, sin = tables
-    return _attention(q, k, v, cos.T, sin.T, head)
+    head = Head(group, min(window, length - 1), head_dim, scale, epsilon, block, interpret)
+    embeds = ()
+    if value_embed is not None:
+        rows, gate = value_embed
+        embeds = rows, gate[:, :, None]  # a gate a query lies along lanes, in a row of its own
+    return _attention(qkv, embeds, *(t.T for t in tables), head)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(q, k, v, cos, sin, head):
-    return _forward(q, k, v, cos, sin, head)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(qkv, embeds, cos, sin, head):
+    return _forward(qkv, embeds, cos, sin, head)[0]
 
 
-def _forward(q, k, v, cos, sin, head):
-    batch, length, width = q.shape
-    heads, size = width // head.head_dim, head.head_dim
-    of_query, of_key, table, row = _specs(q, k, head)
+def _forward(qkv, embeds, cos, sin, head):
+    batch, length, size, grid = head.shape_of(qkv)
+    of = _specs(length, head)
     out, lse = pl.pallas_call(
         partial(_forward_kernel, head=head),
-        grid=(batch, heads),
-        in_specs=[of_query, of_key, of_key, table, table],
-        out_specs=[of_query, row],
+        grid=grid,
+        in_specs=[of.query, of.key, of.value, of.table, of.table, *(of.rows, of.gate)[: len(embeds)]],
+        out_specs=[of.out, of.sums],
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
+            jax.ShapeDtypeStruct((batch, length, grid[1] * head.group * size), qkv.dtype),
+            jax.ShapeDtypeStruct((batch, grid[1] * head.group, 1, length), jnp.float32),
         ],
         scratch_shapes=[
-            pltpu.VMEM((length, size), q.dtype),
-            pltpu.VMEM((size, length), q.dtype),
+            pltpu.VMEM((length, size), qkv.dtype),
+            pltpu.VMEM((size, length), qkv.dtype),
         ],
         compiler_params=_parameters(),
-        cost_estimate=_cost(q, head, products=2, arrays=4),
+        cost_estimate=_cost(qkv, head, products=2, arrays=4),
         interpret=head.interpret,
         name=f"flash_forward_w{head.window}",
-    )(q, k, v, cos, sin)
+    )(qkv, qkv, qkv, cos, sin, *embeds)
     # Kept as integers: JAX rounds floats that a remat policy keeps once more, which for a kernel's result is a copy.
     kept = _bits(out)
     kept, lse = (checkpoint_name(x, "attention_out") for x in (kept, _bits(lse)))
     lse = jax.lax.bitcast_convert_type(lse, jnp.float32)
-    return jax.lax.bitcast_convert_type(kept, out.dtype), (q, k, v, cos, sin, kept, lse)
+    return jax.lax.bitcast_convert_type(kept, out.dtype), (qkv, embeds, cos, sin, kept, lse)
 
 
 def _bits(x):
@@ -115,34 +127,31 @@ def _bits(x):
 
 
 def _backward(head, residuals, cotangent):
-    q, k, v, cos, sin, out, lse = residuals
-    batch, length, width = q.shape
-    heads, size = width // head.head_dim, head.head_dim
-    of_query, of_key, table, row = _specs(q, k, head)
-    # Each query head writes its own share of the gradients of the keys and values that it has in common with others.
-    shared = q.shape != k.shape
-    dtypes = (q.dtype, jnp.float32, jnp.float32) if shared else (q.dtype, k.dtype, v.dtype)
-    dq, dk, dv = pl.pallas_call(
+    qkv, embeds, cos, sin, out, lse = residuals
+    _, length, size, grid = head.shape_of(qkv)
+    of = _specs(length, head)
+    gradients = pl.pallas_call(
         partial(_backward_kernel, head=head),
-        grid=(batch, heads),
-        in_specs=[of_query, of_key, of_key, table, table, of_query, of_query, row],
-        out_specs=[of_query] * 3,
-        out_shape=[jax.ShapeDtypeStruct(q.shape, dtype) for dtype in dtypes],
+        grid=grid,
+        in_specs=[
+            of.query, of.key, of.value, of.table, of.table, of.out, of.out, of.sums,
+            *(of.rows, of.gate)[: len(embeds)],
+        ],
+        out_specs=[of.all, *(of.rows, of.gate)[: len(embeds)]],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (qkv, *embeds)],
         scratch_shapes=[
-            pltpu.VMEM((length, size), q.dtype),
-            pltpu.VMEM((size, length), q.dtype),
+            pltpu.VMEM((length, size), qkv.dtype),
+            pltpu.VMEM((size, length), qkv.dtype),
+            pltpu.VMEM((length, size), qkv.dtype),
             pltpu.VMEM((size, length), jnp.float32),
             pltpu.VMEM((size, length), jnp.float32),
         ],
         compiler_params=_parameters(),
-        cost_estimate=_cost(q, head, products=5, arrays=8),
+        cost_estimate=_cost(qkv, head, products=5, arrays=8),
         interpret=head.interpret,
         name=f"flash_backward_w{head.window}",
-    )(q, k, v, cos, sin, out, cotangent, lse)
-    if shared:
-        split = (batch, length, k.shape[2] // size, -1, size)
-        dk, dv = (x.reshape(split).sum(3).reshape(k.shape).astype(k.dtype) for x in (dk, dv))
-    return dq, dk, dv, None, None
+    )(qkv, qkv, qkv, cos, sin, out, cotangent, lse, *embeds)  # fmt: skip
+    return gradients[0], tuple(gradients[1:]), None, None
 
 
 _attention.defvjp(_forward, _backward)
@@ -156,8 +165,9 @@ _attention.defvjp(_forward, _backward)
 # so that the compiler can lay the work of several tiles side by side.
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, cos_ref, sin_ref, out_ref, lse_ref, keys, values, *, head):
-    """One head. Scratch: prepared keys (L, H), values (H, L)."""
+def _forward_kernel(q_ref, k_ref, v_ref, cos_ref, sin_ref, *refs, head):
+    """One query head. Scratch: prepared keys (L, H), values (H, L)."""
+    *embeds, out_ref, lse_ref, keys, values = refs
     length, size = keys.shape
     dtype, block = keys.dtype, head.block
     ones = jnp.ones((_SUBLANES, block), dtype)
@@ -167,7 +177,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, cos_ref, sin_ref, out_ref, lse_ref, key
         rows = pl.ds(start, block)
         tables = cos_ref[:, rows], sin_ref[:, rows]
         keys[rows] = _prepare(k_ref[0, rows].T, tables, head.epsilon)[0].astype(dtype).T
-        values[:, rows] = v_ref[0, rows].T
+        values[:, rows] = _values(v_ref, embeds, rows)
         q, _ = _prepare(q_ref[0, rows].T, tables, head.epsilon, head.log2_scale)
         queries[start], totals[start] = q.astype(dtype), 0
 
@@ -189,12 +199,18 @@ def _forward_kernel(q_ref, k_ref, v_ref, cos_ref, sin_ref, out_ref, lse_ref, key
 
 
 def _backward_kernel(
-    q_ref, k_ref, v_ref, cos_ref, sin_ref, out_ref, cotangent_ref, lse_ref,
-    dq_ref, dk_ref, dv_ref, keys, keys_t, dk, dv, *, head,
-):  # fmt: skip
-    """One head. Scratch: prepared keys (L, H) and (H, L); gradients of those and of the values, float32 (H, L)."""
+    q_ref, k_ref, v_ref, cos_ref, sin_ref, out_ref, cotangent_ref, lse_ref, *refs, head
+):
+    """One query head.
+
+    Scratch: prepared keys (L, H) and (H, L); values with their embeds (L, H); gradients of prepared keys and of values
+    of all query heads so far, float32 (H, L). The gradients of a kv head lie in VMEM until its last query head is done.
+    """
+    *others, keys, keys_t, values, dk, dv = refs
+    embeds, (dqkv_ref, *dembeds) = others[: len(others) // 2], others[len(others) // 2 :]
     length, size = keys.shape
-    dtype, block = keys.dtype, head.block
+    dtype, block, group = keys.dtype, head.block, head.group
+    member = pl.program_id(2)
     ones = jnp.ones((block, size), dtype)
     last_seen = {low: start for start, low in head.tiles(length)}  # by which block of queries
     # By the first row of a block. Raw: as projected, with 1 / root mean square of each.
@@ -210,6 +226,8 @@ def _backward_kernel(
         raw_keys[start] = raw, inverse
         keys_t[:, rows] = k.astype(dtype)
         keys[rows] = k.astype(dtype).T
+        if embeds:
+            values[rows] = _values(v_ref, embeds, rows).T
         raw = q_ref[0, rows].T
         q, inverse = _prepare(raw, tables(rows), head.epsilon, head.log2_scale)
         q = q.astype(dtype)
@@ -223,11 +241,23 @@ def _backward_kernel(
 
     def score(start, low):
         # The other half of the matrix unit's depth subtracts a number from each column of the product.
-        rows = (
-            jnp.concatenate([x, ones], 1)
-            for x in (keys[pl.ds(low, block)], v_ref[0, pl.ds(low, block)])
-        )
+        span = pl.ds(low, block)
+        v = values[span] if embeds else v_ref[0, span]
+        rows = (jnp.concatenate([x, ones], 1) for x in (keys[span], v))
         return [_dot(x, y, ((1,), (0,))) for x, y in zip(rows, columns[start], strict=True)]
+
+    def add(total, span, more, first):
+        """total[:, span] += more, from nothing where this is the kv head's first tile there."""
+        if not first:
+            total[:, span] += more
+        elif group == 1:
+            total[:, span] = more
+        else:
+            total[:, span] = more + jnp.where(member == 0, 0, total[:, span])
+
+    def write(place, span, columns):
+        """Columns (H, block) as rows of the place-th of the kv head's parts of dqkv."""
+        dqkv_ref[0, span, place * size : (place + 1) * size] = columns.astype(dtype).T
 
     def differentiate(start, low, scored):
         scores, grads = scored
@@ -235,23 +265,25 @@ def _backward_kernel(
         span = pl.ds(low, block)
         weights = _weights(scores, start, low, head)
         grads = (weights * grads).astype(dtype)
-        to_values = _dot(cotangent, weights.astype(dtype), ((1,), (1,)))
-        to_keys = _dot(q, grads, ((1,), (1,)))
-        if start == low:
-            dv[:, span], dk[:, span] = to_values, to_keys
-        else:
-            dv[:, span] += to_values
-            dk[:, span] += to_keys
+        add(dv, span, _dot(cotangent, weights.astype(dtype), ((1,), (1,))), start == low)
+        add(dk, span, _dot(q, grads, ((1,), (1,))), start == low)
         dqs[start] += _dot(keys_t[:, span], grads, ((1,), (0,)))
         if start == low:
             dq = _prepare_gradient(
                 dqs[start], *raw_queries[start], tables(span), head.log2_scale * math.log(2)
             )
-            dq_ref[0, span] = dq.astype(dq_ref.dtype).T
+            for place in range(group):
+                pl.when(member == place)(partial(write, place, span, dq)) if group > 1 else write(0, span, dq)
         if start == last_seen[low]:
             grad = _prepare_gradient(dk[:, span], *raw_keys[low], tables(span), math.log(2))
-            dk_ref[0, span] = grad.astype(dk_ref.dtype).T
-            dv_ref[0, span] = dv[:, span].astype(dv_ref.dtype).T
+            write(group, span, grad)
+            grad = dv[:, span]
+            write(group + 1, span, grad)
+            if embeds:
+                (rows_ref, gate_ref), (drows_ref, dgate_ref) = embeds, dembeds
+                drows_ref[0, span] = (gate_ref[0, 0, :, span] * grad).astype(dtype).T
+                rows = rows_ref[0, span].T.astype(jnp.float32)
+                dgate_ref[0, 0, :, span] = jnp.sum(rows * grad, axis=0, keepdims=True)
 
     _overlap(head, length, prepare, score, differentiate, _BACKWARD_LEAD)
 
@@ -271,6 +303,16 @@ def _overlap(head, length, prepare, begin, finish, lead):
             begun.append(begin(start, low))
         if n >= lead:
             finish(*tiles[n - lead], begun.pop(0))
+
+
+def _values(v_ref, embeds, span):
+    """Values (H, rows), with the gated rows of the value embeddings added where there are any."""
+    values = v_ref[0, span].T
+    if embeds:
+        rows_ref, gate_ref = embeds
+        rows = rows_ref[0, span].T.astype(jnp.float32)
+        values = (values.astype(jnp.float32) + gate_ref[0, 0, :, span] * rows).astype(values.dtype)
+    return values
 
 
 def _prepare(x, tables, epsilon, factor=1.0):
@@ -346,30 +388,52 @@ def _dot(a, b, contracting):
 # ---- Around the kernels -----------------------------------------------------------------------------------------
 
 
-def _specs(q, k, head):
-    """Blocks of a query head, of its kv head, of a rotary table, and of a row of numbers a query, by (batch, head)."""
-    length, size = q.shape[1], head.head_dim
-    group = q.shape[2] // k.shape[2]
-    return (
-        pl.BlockSpec((1, length, size), lambda b, n: (b, 0, n)),
-        pl.BlockSpec((1, length, size), lambda b, n: (b, 0, jax.lax.div(n, group))),
-        pl.BlockSpec((size // 2, length), lambda b, n: (0, 0)),
-        pl.BlockSpec((1, 1, 1, length), lambda b, n: (b, n, 0, 0)),
+class _Specs(NamedTuple):
+    """Blocks by (row, kv head, query head of it) of what a kernel reads and writes."""
+
+    query: pl.BlockSpec
+    key: pl.BlockSpec
+    value: pl.BlockSpec
+    all: pl.BlockSpec
+    out: pl.BlockSpec
+    sums: pl.BlockSpec
+    table: pl.BlockSpec
+    rows: pl.BlockSpec
+    gate: pl.BlockSpec
+
+
+def _specs(length, head):
+    size, group = head.head_dim, head.group
+    parts = group + 2
+
+    def one(index):
+        return pl.BlockSpec((1, length, size), index)
+
+    return _Specs(
+        query=one(lambda b, k, g: (b, 0, k * parts + g)),
+        key=one(lambda b, k, g: (b, 0, k * parts + group)),
+        value=one(lambda b, k, g: (b, 0, k * parts + group + 1)),
+        all=pl.BlockSpec((1, length, parts * size), lambda b, k, g: (b, 0, k)),
+        out=one(lambda b, k, g: (b, 0, k * group + g)),
+        sums=pl.BlockSpec((1, 1, 1, length), lambda b, k, g: (b, k * group + g, 0, 0)),
+        table=pl.BlockSpec((size // 2, length), lambda b, k, g: (0, 0)),
+        rows=one(lambda b, k, g: (b, 0, k)),
+        gate=pl.BlockSpec((1, 1, 1, length), lambda b, k, g: (b, k, 0, 0)),
     )
 
 
 def _parameters():
     return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT_BYTES
+        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
     )
 
 
-def _cost(q, head, products, arrays):
-    """FLOPs and exponentials of all tiles that are computed, masked scores included; bytes of `arrays` like q."""
-    batch, length, width = q.shape
-    scores = batch * (width // head.head_dim) * len(head.tiles(length)) * head.block**2
+def _cost(qkv, head, products, arrays):
+    """FLOPs and exponentials of all tiles that are computed, masked scores included; bytes of `arrays` like queries."""
+    batch, length, size, grid = head.shape_of(qkv)
+    scores = math.prod(grid) * len(head.tiles(length)) * head.block**2
     return pl.CostEstimate(
-        flops=2 * products * scores * head.head_dim,
+        flops=2 * products * scores * size,
         transcendentals=scores,
-        bytes_accessed=arrays * q.size * q.dtype.itemsize,
+        bytes_accessed=arrays * math.prod(grid) * length * size * qkv.dtype.itemsize,
     )

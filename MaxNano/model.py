@@ -78,26 +78,37 @@ class Attention(nnx.Module):
         )
 
     def __call__(self, x, value_embed, rotary, window: int, kernel: str, settings) -> jax.Array:
-        """x (T, D), already normalised; value_embed (T, K x H), already gated, or None -> (T, D).
+        """x (T, D), already normalised -> (T, D).
 
-        rotary: cosines and sines (L, H / 2); T is a number of whole rows of L tokens.
+        value_embed: rows (T, K x H) and their gates (K, T) float32, or None. rotary: cosines and sines (L, H / 2);
+        T is a number of whole rows of L tokens.
         """
         config = self.config
-        q, k, v = (x @ weight[...].astype(x.dtype) for weight in (self.query, self.key, self.value))
+        length = len(rotary[0])
+        qkv = checkpoint_name(x @ self.qkv_weight(x.dtype), "qkv")
+        qkv = constrain(qkv, HEAD_AXES, config.logical_axis_rules)
         if value_embed is not None:
-            v = v + value_embed
-        q, k, v = (
-            constrain(checkpoint_name(part, name), HEAD_AXES, config.logical_axis_rules)
-            for part, name in ((q, "query"), (k, "key"), (v, "value"))
-        )
+            rows, gate = value_embed
+            gate = gate.reshape(len(gate), -1, length).swapaxes(0, 1)
+            value_embed = rows.reshape(-1, length, rows.shape[1]), gate
         with jax.named_scope("attend"):
-            rows = (-1, len(rotary[0]))
             y = attention.attend(
-                *(part.reshape(*rows, part.shape[-1]) for part in (q, k, v)), rotary,
+                qkv.reshape(-1, length, qkv.shape[1]), rotary,
+                group=config.num_query_heads // config.num_kv_heads, value_embed=value_embed,
                 window=window, kernel=kernel, settings=settings, head_dim=config.head_dim, scale=config.qk_norm_scale,
                 epsilon=config.norm_epsilon, rules=config.logical_axis_rules,
             )  # fmt: skip
         return y.reshape(len(x), -1) @ self.out[...].astype(x.dtype)
+
+    def qkv_weight(self, dtype) -> jax.Array:
+        """The three projections as one (D, K x (G + 2) x H): for each kv head its query heads, its keys, its values."""
+        heads = self.config.num_kv_heads
+        parts = [
+            weight[...].astype(dtype).reshape(-1, heads, weight.shape[-1] // heads)
+            for weight in (self.query, self.key, self.value)
+        ]
+        # Row-major, or the TPU compiler makes its gradient's layout that of the parts and transposes activations for it.
+        return row_major(jnp.concatenate(parts, axis=-1).reshape(self.config.emb_dim, -1))
 
 
 class Layers(nnx.Module):
@@ -114,10 +125,11 @@ class Layers(nnx.Module):
         h = rms_norm(x, config.norm_epsilon)
         value_embed = None
         if value_rows is not None:
-            # Repeated over a head's width, so that no array has a short axis of heads.
-            wide = jnp.repeat(value_gate.astype(h.dtype), config.head_dim, axis=1)
-            gate = jax.nn.sigmoid(h[..., : config.value_embed_gate_channels] @ wide)
-            value_embed = config.value_embed_gate_range * gate * value_rows.astype(h.dtype)
+            channels = h[:, : config.value_embed_gate_channels]
+            # Tokens last: an array whose last axis is a few heads wastes most of a register.
+            gate = jnp.einsum("TC,CK->KT", channels, value_gate.astype(h.dtype)).astype(jnp.float32)
+            gate = config.value_embed_gate_range * jax.nn.sigmoid(gate)
+            value_embed = value_rows.astype(h.dtype), gate
         x = residual(x + self.attention(h, value_embed, rotary, window, kernel, settings), config)
         x = checkpoint_name(x, "attention_residual")
         return residual(x + self.mlp(rms_norm(x, config.norm_epsilon)), config)
@@ -217,7 +229,6 @@ class Transformer(nnx.Module):
         x0 = x
         middle_layer = config.num_decoder_layers // 2
 
-        @partial(_rematerialize, config=config)
         def block(x, layer, value, kind):
             layer_params, resid, share = layer
             x = residual(_mix(x, resid, x0, share), config)
@@ -229,13 +240,14 @@ class Transformer(nnx.Module):
                 x, gate, rows, rotary, kind.window, self.numerics.attention, settings
             )
 
-        def run(x, middle, kinds, layers, values, is_middle):
+        def run(x, middle, kinds, layers, values, is_middle, looped):
             """The blocks of `kinds` on slices of the stacks; `is_middle(j)`: whether block j is the middle one."""
+            run_block = _rematerialize(block, config, looped)
             value_index = 0
             for j, kind in enumerate(kinds):
                 value = jax.tree.map(lambda a, e=value_index: a[e], values)
                 value_index += kind.has_value_embed
-                x = block(x, jax.tree.map(lambda a, j=j: a[j], layers), value, kind)
+                x = run_block(x, jax.tree.map(lambda a, j=j: a[j], layers), value, kind)
                 keep = is_middle(j)
                 if keep is not False:
                     middle = x if keep is True else jnp.where(keep, x, middle)
@@ -262,6 +274,7 @@ class Transformer(nnx.Module):
                 return run(
                     *carry, kinds, layers, values,
                     lambda j: index == wanted if in_loop and j == offset else False,
+                    looped=True,
                 ), None
 
             scanned = (jnp.arange(groups), grouped(per_layer, period), grouped(per_value, valued))
@@ -274,6 +287,7 @@ class Transformer(nnx.Module):
             jax.tree.map(lambda a: a[looped:], per_layer),
             jax.tree.map(lambda a: a[first_value:], per_value),
             lambda j: looped + j == middle_layer,
+            looped=False,
         )
 
 
@@ -336,7 +350,7 @@ _mix.defvjp(_mix_forward, _mix_backward)
 
 
 # The results that a remat policy can keep, in the order in which a block makes them.
-RESIDUALS = ("query", "key", "value", "attention_out", "attention_residual", "mlp_hidden")
+RESIDUALS = ("qkv", "attention_out", "attention_residual", "mlp_hidden")
 
 
 def kept_residuals(config: FrozenConfigDict) -> tuple[str, ...] | None:
@@ -345,10 +359,14 @@ def kept_residuals(config: FrozenConfigDict) -> tuple[str, ...] | None:
     return kept[config.remat_policy]
 
 
-def _rematerialize(block, config):
-    """`block` with the config's remat policy: what is not kept is computed again in the backward pass."""
+def _rematerialize(block, config, looped: bool):
+    """`block` with the config's remat policy: what is not kept is computed again in the backward pass.
+
+    Outside a loop only a barrier keeps the compiler from finding the two computations equal; inside one it cannot,
+    and a barrier would only cost copies.
+    """
     kept = kept_residuals(config)
     if kept is None:
         return block
     policy = jax.checkpoint_policies.save_only_these_names(*kept)
-    return jax.checkpoint(block, policy=policy, static_argnums=(3,))
+    return jax.checkpoint(block, policy=policy, static_argnums=(3,), prevent_cse=not looped)

@@ -330,9 +330,7 @@ def needed_bytes(setup: Setup) -> dict[str, int]:
     tokens = plan.micro_rows * config.max_target_length
     size = jnp.dtype(setup.numerics.dtype).itemsize
     widths = {
-        "query": config.num_query_heads * config.head_dim,
-        "key": config.num_kv_heads * config.head_dim,
-        "value": config.num_kv_heads * config.head_dim,
+        "qkv": (config.num_query_heads + 2 * config.num_kv_heads) * config.head_dim,
         "attention_out": config.num_query_heads * config.head_dim,
         "attention_residual": config.emb_dim,
         "mlp_hidden": config.mlp_dim,

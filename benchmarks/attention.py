@@ -13,6 +13,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from MaxNano import pyconfig
+
+    pyconfig.check_command_line()
 
 import functools
 import json
@@ -29,6 +32,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from ml_collections import FrozenConfigDict
 
+from benchmarks import common
 from MaxNano import attention, layers, pyconfig, runtime
 
 TOPOLOGY, KIND = "v6e:2x4", "TPU v6e"  # for estimates
@@ -90,10 +94,11 @@ def variants(
 
 
 def functions(config: FrozenConfigDict, kernel: str, window: int, settings: attention.Settings):
-    """Forward alone; and forward with gradients, given the output's."""
+    """Of qkv: forward alone; and forward with the gradient, given the output's."""
     attend = functools.partial(
         attention.attend,
         tables=layers.rotary_tables(config.max_target_length, config.head_dim, config.rope_theta),
+        group=config.num_query_heads // config.num_kv_heads,
         window=window,
         kernel=kernel,
         settings=settings,
@@ -103,8 +108,8 @@ def functions(config: FrozenConfigDict, kernel: str, window: int, settings: atte
         rules=config.logical_axis_rules,
     )
 
-    def both(q, k, v, gradient):
-        out, pull = jax.vjp(attend, q, k, v)
+    def both(qkv, gradient):
+        out, pull = jax.vjp(attend, qkv)
         return out, *pull(gradient)
 
     return attend, both
@@ -113,13 +118,13 @@ def functions(config: FrozenConfigDict, kernel: str, window: int, settings: atte
 def shapes(
     config: FrozenConfigDict, rows: int, dtype: str, sharding=None
 ) -> list[jax.ShapeDtypeStruct]:
-    """Of q, k, v and the output's gradient."""
+    """Of queries, keys and values in one array, and of the output's gradient."""
     heads, kv_heads = config.num_query_heads, config.num_kv_heads
     return [
         jax.ShapeDtypeStruct(
             (rows, config.max_target_length, n * config.head_dim), dtype, sharding=sharding
         )
-        for n in (heads, kv_heads, kv_heads, heads)
+        for n in (heads + 2 * kv_heads, heads)
     ]
 
 
@@ -130,7 +135,7 @@ def measure(
     config: FrozenConfigDict, kernel: str, window: int, settings: attention.Settings, rows: int
 ) -> Row:
     """Median milliseconds of forward and of forward + backward, with the rate of the useful FLOPs."""
-    keys = jax.random.split(jax.random.key(config.seed), 4)
+    keys = jax.random.split(jax.random.key(config.seed))
     arrays = [
         jax.random.normal(key, shape.shape, shape.dtype)
         for key, shape in zip(
@@ -143,7 +148,7 @@ def measure(
     for name, function, inputs in zip(
         ("forward", "both"),
         functions(config, kernel, window, settings),
-        (arrays[:3], arrays),
+        (arrays[:1], arrays),
         strict=True,
     ):
         program = jax.jit(function)
@@ -299,14 +304,6 @@ def estimate(
 # ---- The program -----------------------------------------------------------------------------------
 
 
-def show(rows: list[Row]) -> None:
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    cells = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
 def main(config: FrozenConfigDict) -> None:
     jax.config.update(
         "jax_enable_compilation_cache", False
@@ -326,7 +323,7 @@ def main(config: FrozenConfigDict) -> None:
     print(
         f"MEASURED on {device}: {rows} rows, {heads}, {runtime.compute_dtype(config, jax.default_backend())}"
     )
-    show(measured)
+    common.show(measured)
     report = {"device": device, "measured": measured}
     if backend == "cpu":
         with tempfile.TemporaryDirectory() as name:
@@ -350,7 +347,7 @@ def main(config: FrozenConfigDict) -> None:
         print(
             "scores: computed for one that the mask leaves; of peak: useful FLOPs of forward + backward"
         )
-        show(report["estimated"])
+        common.show(report["estimated"])
     print(json.dumps(report))
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from MaxNano import pyconfig, scaling
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     "num_decoder_layers=2 emb_dim=128 head_dim=128 num_query_heads=1 vocab_size=1024 max_target_length=256 "
-    "short_window_multiple=128 global_batch_tokens=16384 steps=100"
+    "short_window_multiple=128 global_batch_tokens=1048576 steps=100"
 ).split()
 
 
@@ -70,11 +72,12 @@ def test_a_wrong_name_is_one_line_and_status_2(tmp_path):
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(900)
 def test_both_programs_compile_for_a_slice(tmp_path):
-    out, values = report(tmp_path, *TINY, "compile_programs=[train,evaluate]")
+    words = (*TINY, "per_device_batch_size=128")
+    out, values = report(tmp_path, *words, "compile_programs=[train,evaluate]")
     for words in ("train: memory", "train: cycles", "collectives", "dearest operations", "estimated MFU", "31.250"):
         assert words in out, words
     assert values["topology"] == "v6e-8" and values["versions"]["libtpu"]
-    assert (values["rows_a_device"], values["micro_steps"]) == (8, 1)
+    assert (values["rows_a_device"], values["micro_steps"]) == (128, 4)
     train, evaluate = values["programs"]["train"], values["programs"]["evaluate"]
     for program in (train, evaluate):
         assert program["chips"] == 8
@@ -93,6 +96,20 @@ def test_both_programs_compile_for_a_slice(tmp_path):
     assert kinds & {"all-reduce", "reduce-scatter"}, "gradients of eight chips are summed"
     assert all(c["axes"] and c["group_size"] > 1 and c["network"] == "ici" for c in train["collectives"])
     assert train["cycles"] > evaluate["cycles"]
+    assert train["matmul_flops"] <= 1.15 * train["model_flops"], "nothing is computed twice"
+    check_that_weights_travel_once(train["collectives"], words)
+
+
+def check_that_weights_travel_once(collectives, words):
+    """However many micro-steps: one gather of every weight in bfloat16; one sum of the gradients, float32 at most."""
+    config = pyconfig.initialize([str(ROOT / "configs/base.yml"), *words])
+    parameters = scaling.parameter_counts(scaling.shape_of(config)).total
+
+    def moved(*kinds):
+        return sum(c["bytes"] * c["count"] for c in collectives if c["kind"] in kinds)
+
+    assert 1.8 * parameters < moved("all-gather") < 2.2 * parameters
+    assert 1.8 * parameters < moved("reduce-scatter", "all-reduce") < 4.4 * parameters
 
 
 @pytest.mark.tpu_compile

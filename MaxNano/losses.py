@@ -4,6 +4,7 @@ Legend: B batch, L length, T tokens (B x L), D embed, V vocab.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +43,6 @@ def _token_losses(hidden, head, targets, vocab_size, cap, chunk):
     return _forward(hidden, head, targets, vocab_size, cap, chunk)[0]
 
 
-def _spans(vocab_size: int, chunk: int) -> list[tuple[int, int]]:
-    chunk = chunk or vocab_size
-    return [(start, min(start + chunk, vocab_size)) for start in range(0, vocab_size, chunk)]
-
-
 def _logits(hidden, rows, cap):
     """Capped float32 logits of some vocabulary rows (V', D): the product in hidden's dtype, summed in float32."""
     logits = jnp.einsum(
@@ -55,53 +51,82 @@ def _logits(hidden, rows, cap):
     return soft_cap(logits, cap)
 
 
+class _Sums(NamedTuple):
+    """What is known of every token (T,) from the part of the vocabulary scored so far."""
+
+    highest: jax.Array  # logit; with a soft cap not needed
+    total: jax.Array  # of exponentials, less the cap or the highest
+    at_target: jax.Array  # logit
+
+
 def _forward(hidden, head, targets, vocab_size, cap, chunk):
-    spans = _spans(vocab_size, chunk)
-    highest = jnp.full(targets.shape, -jnp.inf)
-    total = jnp.zeros(targets.shape)
-    at_target = jnp.zeros(targets.shape)
-    for start, stop in spans:
-        logits = _logits(hidden, head[start:stop], cap)
+    keeps = not 0 < chunk < vocab_size
+
+    def add(sums, start, rows):
+        logits = _logits(hidden, rows, cap)
+        highest, total = sums.highest, sums.total
         # A soft cap bounds the logits, so its value is a safe shift and no maximum need be found.
         if cap:
             total += jnp.sum(jnp.exp(logits - cap), axis=-1)
         else:
-            raised = jnp.maximum(highest, jnp.max(logits, axis=-1))
-            total *= jnp.exp(highest - raised)
-            total += jnp.sum(jnp.exp(logits - raised[..., None]), axis=-1)
-            highest = raised
-        inside = (targets >= start) & (targets < stop)
+            highest = jnp.maximum(highest, jnp.max(logits, axis=-1))
+            total *= jnp.exp(sums.highest - highest)
+            total += jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1)
+        inside = (targets >= start) & (targets < start + len(rows))
         index = jnp.where(inside, targets - start, 0)
-        picked = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
-        at_target += jnp.where(inside, picked, 0)
-    log_total = jnp.log(total) + (cap if cap else highest)
-    losses = jnp.where(targets >= 0, log_total - at_target, 0)
-    kept = logits if len(spans) == 1 else None
+        picked = jnp.take_along_axis(logits, index[:, None], axis=-1)[:, 0]
+        sums = _Sums(highest, total, sums.at_target + jnp.where(inside, picked, 0))
+        return sums, logits if keeps else None
+
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    sums = _Sums(zeros - jnp.inf, zeros, zeros)
+    for starts, rows in _parts(head, vocab_size, chunk):
+        sums, kept = _each(lambda sums, x: add(sums, *x), sums, (starts, rows))
+    log_total = jnp.log(sums.total) + (cap if cap else sums.highest)
+    losses = jnp.where(targets >= 0, log_total - sums.at_target, 0)
     return losses, (hidden, head, targets, log_total, kept)
 
 
 def _backward(vocab_size, cap, chunk, residuals, cotangent):
     hidden, head, targets, log_total, kept = residuals
-    scale = jnp.where(targets >= 0, cotangent, 0)[..., None]
-    grad_hidden = jnp.zeros(hidden.shape, jnp.float32)
-    grad_rows = []
-    for start, stop in _spans(vocab_size, chunk):
-        rows = head[start:stop].astype(hidden.dtype)
+    scale = jnp.where(targets >= 0, cotangent, 0)[:, None]
+
+    def add(grad_hidden, start, rows):
+        rows = rows.astype(hidden.dtype)
         logits = _logits(hidden, rows, cap) if kept is None else kept
-        hot = targets[..., None] - start == jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-        grad = (jnp.exp(logits - log_total[..., None]) - hot) * scale
+        hot = targets[:, None] - start == jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+        grad = (jnp.exp(logits - log_total[:, None]) - hot) * scale
         if cap:
             grad *= 1 - jnp.square(logits / cap)
         grad = grad.astype(hidden.dtype)
-        grad_hidden += jnp.einsum(
-            "TV,VD->TD", grad, rows, preferred_element_type=jnp.float32
-        )
-        grad_rows.append(
-            jnp.einsum("TV,TD->VD", grad, hidden, preferred_element_type=jnp.float32)
-        )
-    padding = jnp.zeros((head.shape[0] - vocab_size, head.shape[1]), jnp.float32)
-    grad_head = jnp.concatenate([*grad_rows, padding]).astype(head.dtype)
-    return grad_hidden.astype(hidden.dtype), grad_head, None
+        grad_hidden += jnp.einsum("TV,VD->TD", grad, rows, preferred_element_type=jnp.float32)
+        grad_rows = jnp.einsum("TV,TD->VD", grad, hidden, preferred_element_type=jnp.float32)
+        return grad_hidden, grad_rows.astype(head.dtype)
+
+    grad_hidden, grad_head = jnp.zeros(hidden.shape, jnp.float32), []
+    for starts, rows in _parts(head, vocab_size, chunk):
+        grad_hidden, grad_rows = _each(lambda total, x: add(total, *x), grad_hidden, (starts, rows))
+        grad_head.append(grad_rows.reshape(-1, head.shape[1]))
+    padding = jnp.zeros((head.shape[0] - vocab_size, head.shape[1]), head.dtype)
+    return grad_hidden.astype(hidden.dtype), jnp.concatenate([*grad_head, padding]), None
+
+
+def _parts(head, vocab_size, chunk):
+    """(first ids, rows of the head) of equal chunks, n at once (n,), (n, V', D); then of the rest, if there is one."""
+    chunk = min(chunk or vocab_size, vocab_size)
+    number, rest = divmod(vocab_size, chunk)
+    whole = number * chunk
+    parts = [(chunk * jnp.arange(number), head[:whole].reshape(number, chunk, -1))]
+    if rest:
+        parts.append((jnp.asarray([whole]), head[None, whole:vocab_size]))
+    return parts
+
+
+def _each(function, carry, arrays):
+    """lax.scan over the leading axis, which compiles its body once; an axis of one needs no loop."""
+    if len(arrays[0]) > 1:
+        return jax.lax.scan(function, carry, arrays)
+    return function(carry, tuple(x[0] for x in arrays))
 
 
 _token_losses.defvjp(_forward, _backward)

@@ -326,13 +326,17 @@ def polar_express(x: jax.Array, iterations: int, norm_margin: float) -> jax.Arra
 
     left = x.shape[-2] <= x.shape[-1]
     x = (x / (_norm(x) * norm_margin + 1e-6)).astype(dtype)
-    for a, b, c in POLAR_EXPRESS[:iterations]:
+
+    def iterate(x, coefficients):
+        a, b, c = coefficients
         gram = matmul(x, x.mT) if left else matmul(x.mT, x)
         low = gram.astype(dtype)
         polynomial = (b * gram + c * matmul(low, low)).astype(dtype)
         step = matmul(polynomial, x) if left else matmul(x, polynomial)
-        x = (a * x.astype(jnp.float32) + step).astype(dtype)
-    return x
+        return (a * x.astype(jnp.float32) + step).astype(dtype), None
+
+    # A loop, so that the products are compiled once.
+    return jax.lax.scan(iterate, x, jnp.asarray(POLAR_EXPRESS[:iterations], jnp.float32))[0]
 
 
 def renormalize(x: jax.Array) -> jax.Array:

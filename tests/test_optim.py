@@ -93,6 +93,7 @@ class ReferenceMuon:
         self.weight = weight
         self.average = np.zeros_like(weight)
         self.moment = 0.0
+        self.decided = np.ones(weight.shape, bool)
 
     def step(self, gradient, lr, momentum, weight_decay):
         rows, columns = self.weight.shape
@@ -116,6 +117,8 @@ class ReferenceMuon:
         x = scaled * np.linalg.norm(x) / max(np.linalg.norm(scaled), 1e-10)
         # Cautious decay, and the larger rate of matrices with more rows than columns.
         lr = lr * np.sqrt(max(1, rows / columns))
+        # Rounding decides whether next to nothing points the same way as a weight: those weights are not compared.
+        self.decided &= np.abs(x) > 1e-5 * np.abs(x).max()
         aligned = x * self.weight >= 0
         self.weight = self.weight - lr * x - lr * weight_decay * self.weight * aligned
 
@@ -147,7 +150,10 @@ def test_muon_over_several_steps(shape):
             )
     want = np.stack([reference.weight.T for reference in references])
     change = np.abs(want - weights).max()
-    np.testing.assert_allclose(params["layers"]["mlp"]["wi"], want, rtol=0, atol=1e-5 * change)
+    decided = np.stack([reference.decided.T for reference in references])
+    assert np.mean(decided) > 0.999
+    got = np.asarray(params["layers"]["mlp"]["wi"])
+    np.testing.assert_allclose(got[decided], want[decided], rtol=0, atol=1e-5 * change)
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (32, 32)])

@@ -464,7 +464,7 @@ def _step_line(row: Mapping[str, Any], total_steps: int) -> str:
         parts.append(f"skipped {row['skipped_in_all']}")
     place = [
         f"{key.replace('_', ' ')} {row[key]}"
-        for key in ("epoch", "file", "row_group")
+        for key in ("epoch", "file", "row_group", "conversation", "conversations_cut", "conversations_left_out")
         if key in row
     ]
     if place:

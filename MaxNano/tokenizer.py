@@ -223,7 +223,7 @@ class Tokenizer(abc.ABC):
             ids.extend(new_ids)
             mask.extend([trained] * len(new_ids))
 
-        for role, content in _turns(conversation):
+        for role, content in turns(conversation):
             if role == "user":
                 user_ids = self.encode(content)
                 add([self.special.user_start, *user_ids, self.special.user_end], 0)
@@ -277,8 +277,12 @@ def _text(content: Any, what: str) -> str:
     return content
 
 
-def _turns(conversation: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """(role, content) by turns from the user; the assistant's content as (type, text) of each part."""
+def turns(conversation: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """(role, content) by turns from the user; the assistant's content as (type, text) of each part.
+
+    The system message is joined to the user's first. Raises ValueError for any shape other than
+    Tokenizer.render_conversation describes.
+    """
     messages = _messages(conversation)
     system = []
     if _role(messages[0], 0) == "system":
@@ -286,7 +290,7 @@ def _turns(conversation: Mapping[str, Any]) -> list[tuple[str, Any]]:
         messages = messages[1:]
         if not messages:
             raise ValueError("the system message must be followed by a user message")
-    turns = []
+    found: list[tuple[str, Any]] = []
     for turn, message in enumerate(messages):
         index = turn + len(system)
         role, expected = _role(message, index), ("user", "assistant")[turn % 2]
@@ -295,12 +299,12 @@ def _turns(conversation: Mapping[str, Any]) -> list[tuple[str, Any]]:
         what, content = f"the content of message {index}", message["content"]
         if role == "user":
             text = _text(content, what)
-            turns.append((role, "\n\n".join([*system, text]) if turn == 0 else text))
+            found.append((role, "\n\n".join([*system, text]) if turn == 0 else text))
         elif isinstance(content, (list, tuple)):
-            turns.append((role, [_part(part, what) for part in content]))
+            found.append((role, [_part(part, what) for part in content]))
         else:
-            turns.append((role, [("text", _text(content, what))]))
-    return turns
+            found.append((role, [("text", _text(content, what))]))
+    return found
 
 
 def _part(part: Mapping[str, Any], what: str) -> tuple[str, str]:

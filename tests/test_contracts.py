@@ -39,9 +39,10 @@ def test_import_contracts():
     "modules",
     [
         ["pyconfig", "scaling"],
-        ["tokenizer", "train_tokenizer", "data.packing", "data.sources", "data.workers"],
+        ["tokenizer", "train_tokenizer", "data.packing", "data.sources", "data.workers", "data.conversations"],
+        ["data.download", "tasks", "tools", "sandbox", "dialogue"],
     ],
-    ids=["configuration", "host"],
+    ids=["configuration", "host", "tasks and tools"],
 )
 def test_starts_without_jax(modules):
     """What the libraries bring in counts too, which the contracts do not see."""

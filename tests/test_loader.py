@@ -202,6 +202,105 @@ def test_worker_processes_change_nothing(shards, expected, workers):
     assert not multiprocessing.active_children()
 
 
+# So little is buffered that some batches need no more than the first file.
+PROMPT = {"data_readers": 1, "packing_buffer_documents": 2}
+
+
+@pytest.fixture(scope="module")
+def prompt(shards):
+    with open_loader(make_config(shards, **PROMPT)) as batches:
+        return take(batches, 20)
+
+
+@pytest.fixture
+def arriving(shards, tmp_path):
+    """The shards, of which the second is not there yet: (folder, function that brings it)."""
+    for name in "ac":
+        (tmp_path / f"{name}.parquet").write_bytes((shards / f"{name}.parquet").read_bytes())
+    files = {f"{name}.parquet": {"done": name != "b"} for name in "abc"}
+    (tmp_path / sources.MANIFEST).write_text(json.dumps({"files": files}))
+
+    def bring():
+        if not (tmp_path / "b.parquet").exists():
+            (tmp_path / ".b").write_bytes((shards / "b.parquet").read_bytes())
+            (tmp_path / ".b").rename(tmp_path / "b.parquet")
+
+    return tmp_path, bring
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_waits_for_a_shard_and_its_batches_stay_the_same(
+    arriving, prompt, monkeypatch, capfd, workers
+):
+    """Not the first shard again: nothing wraps before the last of the manifest's list."""
+    folder, bring = arriving
+    monkeypatch.setattr(sources, "POLL_SECONDS", 0.01)
+    wait = sources.Patience.wait
+
+    def wait_and_bring(*args):
+        wait(*args)
+        bring()
+
+    monkeypatch.setattr(sources.Patience, "wait", wait_and_bring)
+    with open_loader(make_config(folder, **PROMPT, data_workers=workers)) as batches:
+        np.testing.assert_array_equal(take(batches, 15), prompt[:15])
+        state = batches.state()
+    assert capfd.readouterr().err.count("waiting for ") == 1
+    with open_loader(make_config(folder, **PROMPT), state=state) as batches:
+        np.testing.assert_array_equal(take(batches, 5), prompt[15:20])
+
+
+def test_a_state_goes_on_exactly_when_more_shards_have_arrived(arriving, prompt):
+    folder, bring = arriving
+    with open_loader(make_config(folder, **PROMPT)) as batches:
+        np.testing.assert_array_equal(take(batches, 2), prompt[:2])
+        state = batches.state()
+    bring()
+    with open_loader(make_config(folder, **PROMPT), state=state) as batches:
+        np.testing.assert_array_equal(take(batches, 13), prompt[2:15])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_that_waits_for_a_shard_can_be_closed_and_gives_up(arriving, monkeypatch, workers):
+    folder, _ = arriving
+    waiting = threading.Event()
+    wait = sources.Patience.wait
+
+    def wait_and_tell(*args):
+        waiting.set()
+        wait(*args)
+
+    monkeypatch.setattr(sources.Patience, "wait", wait_and_tell)
+    monkeypatch.setattr(sources, "POLL_SECONDS", 3600.0)
+    values = PROMPT | {"data_workers": workers, "prefetch_batches": 10}
+    batches = open_loader(make_config(folder, **values))
+    next(batches)
+    assert waiting.wait(60)
+    batches.close()  # would take the hour otherwise
+    assert not multiprocessing.active_children()
+    with open_loader(make_config(folder, **values, data_wait_seconds=0)) as batches:
+        with pytest.raises(ValueError, match="b.parquet has not arrived"):
+            take(batches, 40)
+
+
+def test_a_mixture_goes_on_exactly_with_any_number_of_workers(shards, tmp_path):
+    for name in "ab":
+        rows = [json.dumps({"text": f"{name} {n}"}) for n in range(9000)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    mixture = f"[[3, parquet:{shards}], [1, jsonl:{tmp_path}]]"
+    values = {"dataset_type": "mixture", "dataset_mixture": mixture, "data_readers": 1}
+    with open_loader(make_config(shards, **values)) as batches:
+        whole = take(batches, 12)
+        reached = batches.position()
+    assert set(reached) == {"epoch", "file", "row_group"}
+    state = None
+    for begin, end, count in ((0, 5, 1), (5, 6, 0), (6, 12, 2)):
+        with open_loader(make_config(shards, **values, data_workers=count), state=state) as batches:
+            np.testing.assert_array_equal(take(batches, end - begin), whole[begin:end])
+            state = json.loads(json.dumps(batches.state()))
+    assert [part["file"] for part in state["readers"]["0"]["parts"]][1] == "a.jsonl"
+
+
 def test_the_position_is_that_of_the_batches_handed_out(shards):
     with open_loader(make_config(shards, data_readers=1), batch_rows=1) as batches:
         assert batches.position() == {"epoch": 1, "file": 0, "row_group": 0}
@@ -310,7 +409,7 @@ if __name__ != "__main__":
 else:
     config = pyconfig.initialize(["configs/base.yml", "dataset_type=synthetic"])
     source = sources.SyntheticSource(config, "train")
-    encoding = workers.Encoding(source, ByteTokenizer(), 1, 8, 33)
+    encoding = workers.TextEncoding(source, ByteTokenizer(), 1, 8, 33)
     reading = workers.start(encoding, {0: sources.start_of(0)}, 1)
     reading.next(0)
     print(*(child.pid for child in workers.multiprocessing.active_children()), flush=True)

@@ -90,6 +90,8 @@ def test_every_key_is_there_and_those_of_the_backend_stay_null():
     open_keys |= {"num_cpu_devices", "ici_data_parallelism"}
     open_keys |= {"coordinator_address", "num_processes", "process_id"}
     asked = {"stage", "target_flops", "dataset_name", "from_nanochat", "to_nanochat", "compile_report"}
+    asked |= {"download_shards", "chat_data", "chat_word_list", "core_batch_tokens", "step"}
+    asked |= {"decode_max_length", "prefill_rows", "chat_turns", "prompt"}
     assert {key for key in pyconfig.keys_of(config) if config[key] is None} == open_keys | asked
 
 
@@ -552,7 +554,7 @@ sys.exit(status)
     ("words", "status", "error"),
     [
         (["steps=1"], 0, ""),
-        (["stepz=1"], 2, "error: command line: unknown key stepz; did you mean steps"),
+        (["stepss=1"], 2, "error: command line: unknown key stepss; did you mean steps"),
     ],
 )
 def test_a_process_ends_without_jax_and_without_a_traceback(words, status, error):

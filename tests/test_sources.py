@@ -1,7 +1,11 @@
 """Document sources: who reads what in which order, and one line for bad files."""
 
+import itertools
 import json
+import os
 import pickle
+import threading
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -115,6 +119,258 @@ def test_an_epoch_without_documents_is_an_error_not_an_endless_loop(tmp_path):
     source = sources.JsonlSource(make_config("jsonl", tmp_path), "train")
     with pytest.raises(ValueError, match="no document for reader 0"):
         next(sources.read_lists(source, 0, 1, 8, sources.start_of(0)))
+
+
+# ---- Files that still arrive --------------------------------------------------------------------
+
+
+def write_manifest(folder, done):
+    """A manifest of some files: {name: whether it has arrived}."""
+    files = {name: {"size": 1, "sha256": None, "etag": None, "done": here} for name, here in done.items()}
+    (folder / sources.MANIFEST).write_text(json.dumps({"source": "test", "files": files}))
+
+
+@pytest.fixture
+def arriving(shards, tmp_path_factory):
+    """The three shards, of which the middle one is still elsewhere: (folder, function to bring it)."""
+    middle = shards / "shard_1.parquet"
+    elsewhere = middle.rename(tmp_path_factory.mktemp("elsewhere") / middle.name)
+    write_manifest(shards, {"shard_0.parquet": True, middle.name: False, "shard_2.parquet": True})
+    return shards, lambda: elsewhere.rename(middle)
+
+
+def test_a_file_that_has_not_arrived_is_asked_for_again_and_changes_nothing(arriving):
+    folder, bring = arriving
+    source = sources.ParquetSource(make_config("parquet", folder), "train")
+    assert source.files == ["shard_0.parquet", "shard_1.parquet"]
+    assert sources.ParquetSource(make_config("parquet", folder), "validation").files == [
+        "shard_2.parquet"
+    ]
+    lists = sources.read_lists(source, 0, 1, 4, sources.start_of(0))
+    read = [next(lists) for _ in range(3)]
+    for _ in range(2):
+        missing = next(lists)
+        assert isinstance(missing, sources.NotArrived)
+        assert missing.path == f"{folder}/shard_1.parquet"
+    bring()
+    read += [next(lists) for _ in range(3)]
+    again = sources.read_lists(
+        sources.ParquetSource(make_config("parquet", folder), "train"), 0, 1, 4, sources.start_of(0)
+    )
+    assert read == [next(again) for _ in range(6)]
+    assert read[-1][0].epoch == 2
+
+
+def test_the_tokenizer_waits_for_a_file_with_a_message(arriving, monkeypatch, capsys):
+    folder, bring = arriving
+    polls = []
+
+    def wait(self, timeout):
+        polls.append(timeout)
+        if len(polls) == 3:
+            bring()
+
+    monkeypatch.setattr(threading.Event, "wait", wait)
+    assert len(list(sources.iterate_texts(make_config("parquet", folder), "train"))) == 17
+    assert polls == [sources.POLL_SECONDS] * 3
+    message = f"waiting for {folder}/shard_1.parquet, which the download has still to bring\n"
+    assert capsys.readouterr().err == message
+
+
+def test_waiting_ends_when_nothing_arrives_any_more(arriving, monkeypatch):
+    folder, _ = arriving
+    monkeypatch.setattr(sources, "POLL_SECONDS", 0.01)
+    config = make_config("parquet", folder, data_wait_seconds=0.2)
+    begin = time.monotonic()
+    # A download that was last alive an hour ago is still given the time to be started again.
+    os.utime(folder / sources.MANIFEST, (0, time.time() - 3600))
+    with pytest.raises(ValueError, match="shard_1.parquet has not arrived.*start data/download.py"):
+        list(sources.iterate_texts(config, "train"))
+    assert time.monotonic() - begin >= 0.2
+
+
+def test_the_manifest_has_the_last_word_on_the_files(shards):
+    names = {f"shard_{n}.parquet": True for n in range(3)}
+    write_manifest(shards, names | {"shard_1a.parquet": True})
+    source = sources.ParquetSource(make_config("parquet", shards), "train")
+    with pytest.raises(ValueError, match="shard_1a.parquet is gone, though manifest.json lists it"):
+        source.open(2)
+    (shards / "extra.parquet").write_bytes((shards / "shard_0.parquet").read_bytes())
+    with pytest.raises(ValueError, match="extra.parquet is not in manifest.json"):
+        sources.ParquetSource(make_config("parquet", shards), "train")
+    for content in ("{", "[]", '{"files": [1]}', '{"files": {"a.parquet": 5}}'):
+        (shards / sources.MANIFEST).write_text(content)
+        with pytest.raises(ValueError, match="manifest.json") as caught:
+            sources.ParquetSource(make_config("parquet", shards), "train")
+        assert "\n" not in str(caught.value)
+
+
+def test_readers_are_checked_by_the_files_that_have_arrived(arriving):
+    folder, bring = arriving
+    source = sources.ParquetSource(make_config("parquet", folder), "train")
+    sources.check_readers(source, 3)
+    sources.check_readers(source, 4)  # the file that is to come may have them
+    bring()
+    with pytest.raises(ValueError, match="set data_readers=3 or less"):
+        sources.check_readers(source, 4)
+
+
+# ---- The hub ------------------------------------------------------------------------------------
+
+
+def test_a_data_set_of_the_hub_is_read_where_downloads_are_kept(shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("downloads")
+    config = make_config(
+        "hf", "unused", download_path=folder, dataset_name="hf:some-one/texts.v2/data/train-*"
+    )
+    with pytest.raises(ValueError, match=r"hf:some-one/texts.v2/data/train-\* is not in .*download.py"):
+        sources.HubSource(config, "train")
+    # Put there by hand, without a manifest.
+    place = folder / "some-one--texts.v2--data--train"
+    place.mkdir()
+    with pytest.raises(ValueError, match=r"is not in .*download.py"):  # a download that never began
+        sources.HubSource(config, "train")
+    place.rmdir()
+    shards.rename(place)
+    assert len(list(sources.iterate_texts(config, "train"))) == 17
+    name = sources.hub_name(config)
+    assert name == ("some-one/texts.v2", "data/train-*")
+    assert name.includes("data/train-0.parquet")
+    assert not name.includes("data/test-0.parquet")
+    assert not name.includes("data/train-0.json")
+
+
+@pytest.mark.parametrize("name", ["null", "texts", "a/b c", "../etc", "hf:a/..", "a/b/../../c"])
+def test_what_is_no_name_on_the_hub_is_told(name):
+    with pytest.raises(ValueError, match="needs dataset_name=OWNER/NAME"):
+        sources.HubSource(make_config("hf", "unused", dataset_name=name), "train")
+
+
+# ---- Mixtures -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def several(shards):
+    """Parquet, jsonl with another field, and running text."""
+    folder = shards / "more"
+    for name in ("jsonl", "text"):
+        (folder / name).mkdir(parents=True)
+    for name in "ab":
+        rows = [json.dumps({"body": f"jsonl {name} {n} " + "x" * (n % 40)}) for n in range(60)]
+        (folder / f"jsonl/{name}.jsonl").write_text("\n".join(rows))
+        (folder / f"text/{name}.txt").write_text("\n\n".join(f"text {name} {n}" for n in range(50)))
+    return shards
+
+
+def mixture_of(folder, *weights):
+    parts = [f"parquet:{folder}", f"jsonl:{folder}/more/jsonl, body", f"text:{folder}/more/text"]
+    words = [f"[{weight}, {part}]" for weight, part in zip(weights, parts, strict=False)]
+    return make_config("mixture", "unused", dataset_mixture=f"[{', '.join(words)}]")
+
+
+def test_a_mixture_gives_each_part_its_share_in_its_own_order(several):
+    config = mixture_of(several, 0.5, 0.2, 0.3)
+    source = sources.open_source(config, "train")
+    lists = sources.read_lists(source, 0, 1, 2, sources.beginning(source, 0))
+    texts = [text for _, some in itertools.islice(lists, 1000) for text in some]
+    by_part = {kind: [text for text in texts if text.startswith(kind)] for kind in ("file", "jsonl", "text")}
+    total = sum(len(text) + 1 for text in texts)
+    shares = [sum(len(text) + 1 for text in own) / total for own in by_part.values()]
+    # No part is ever further off than one list of its documents.
+    assert shares == pytest.approx([0.5, 0.2, 0.3], abs=0.02)
+    alone = sources.open_source(make_config("parquet", several), "train")
+    lists = sources.read_lists(alone, 0, 1, 2, sources.start_of(0))
+    own = [text for _, some in itertools.islice(lists, 5000) for text in some]
+    assert by_part["file"] == own[: len(by_part["file"])]
+    held_out = {text.split()[1] for text in sources.iterate_texts(config, "validation")}
+    assert held_out == {"2", "b"}
+
+
+@pytest.fixture(scope="module")
+def two_parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixture")
+    for kind in "pq":
+        (folder / kind).mkdir()
+        for index, count in enumerate((9, 14, 4)):
+            texts = [f"{kind}{index} {n} " + "y" * (n % 7) for n in range(count)]
+            write_parquet(folder / kind / f"{index}.parquet", texts)
+    mixture = f"[[1, parquet:{folder}/p], [2.5, parquet:{folder}/q]]"
+    config = make_config("mixture", "unused", dataset_mixture=mixture)
+    return sources.open_source(config, "train")
+
+
+@settings(max_examples=20)
+@given(cut=st.integers(0, 60), readers=st.integers(1, 2))
+def test_a_mixture_goes_on_exactly_behind_any_position(two_parts, cut, readers):
+    source, reader = pickle.loads(pickle.dumps(two_parts)), readers - 1
+    lists = sources.read_lists(source, reader, readers, 3, sources.beginning(source, reader))
+    read = [next(lists) for _ in range(cut + 10)]
+    position = read[cut - 1][0] if cut else sources.beginning(source, reader)
+    saved = json.loads(json.dumps(sources.position_to_json(source, position)))
+    again = sources.position_from_json(source, saved)
+    assert again == position
+    lists = sources.read_lists(source, reader, readers, 3, again)
+    assert [next(lists) for _ in range(10)] == read[cut:]
+
+
+def test_every_document_of_a_mixture_comes_once_for_the_tokenizer(several):
+    config = mixture_of(several, 1, 8)
+    texts = list(sources.iterate_texts(config, "train"))
+    assert len(texts) == len(set(texts)) == 17 + 60
+    assert sum(text.startswith("jsonl") for text in texts[:10]) >= 6  # in their shares as long as both last
+
+
+def test_a_mixture_waits_for_a_part_instead_of_taking_another(arriving, tmp_path_factory):
+    folder, bring = arriving
+    other = tmp_path_factory.mktemp("other")
+    for name in "ab":
+        write_parquet(other / f"{name}.parquet", [f"other {n}" for n in range(8)])
+    mixture = f"[[1, parquet:{folder}], [1, parquet:{other}]]"
+    source = sources.open_source(make_config("mixture", "unused", dataset_mixture=mixture), "train")
+    lists = sources.read_lists(source, 0, 1, 4, sources.beginning(source, 0))
+    read = list(itertools.takewhile(lambda item: not isinstance(item, sources.NotArrived), lists))
+    assert isinstance(next(lists), sources.NotArrived)
+    bring()
+    read += itertools.islice(lists, 5)
+    whole = sources.read_lists(source, 0, 1, 4, sources.beginning(source, 0))
+    assert read == list(itertools.islice(whole, len(read)))
+
+
+def test_a_position_of_another_data_set_is_told(several):
+    mixture = sources.open_source(mixture_of(several, 1, 2), "train")
+    plain = sources.open_source(make_config("parquet", several), "train")
+    saved = sources.position_to_json(mixture, sources.beginning(mixture, 0))
+    with pytest.raises(ValueError, match="another kind of data set"):
+        sources.position_from_json(plain, saved)
+    with pytest.raises(ValueError, match="another kind of data set"):
+        sources.position_from_json(mixture, sources.position_to_json(plain, sources.start_of(0)))
+    for weights in ((1, 3), (1, 2, 3), (1,)):
+        other = sources.open_source(mixture_of(several, *weights), "train")
+        with pytest.raises(ValueError, match="with the weights 1, 2"):
+            sources.position_from_json(other, saved)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ("[]", "needs dataset_mixture, such as"),
+        ("[[1]]", r"a part \[1\] that is not \[weight, type:place\]"),
+        ("[[0, text:a]]", r"a part \[0, text:a\]"),
+        ("[[x, text:a]]", r"a part \[x, text:a\]"),
+        ("[[nan, text:a]]", r"a part \[nan, text:a\]"),
+        ("[[1, words:a]]", "a type of parquet, hf, jsonl, text, tfds, synthetic"),
+        ("[[1, mixture:a]]", r"a part \[1, mixture:a\]"),
+        ("[[1, data/text]]", r"a part \[1, data/text\]"),
+        ("[[1, 'text:']]", r"a part \[1, text:\]"),
+        ("[[1, text:a, b, c]]", r"a part \[1, text:a, b, c\]"),
+        ("[[1, synthetic], [1, text:/nowhere]]", "dataset_path=/nowhere"),
+    ],
+)
+def test_mistakes_in_a_mixture_are_one_line(mixture, message):
+    config = make_config("mixture", "unused", dataset_mixture=mixture)
+    with pytest.raises(ValueError, match=message) as caught:
+        sources.open_source(config, "train")
+    assert "\n" not in str(caught.value)
 
 
 def flip_a_byte(path):
@@ -277,6 +533,17 @@ def test_tfds_is_read_in_blocks_without_tensorflow(tfds_folder):
     sources.check_readers(source, 3)
     travelled = pickle.loads(pickle.dumps(source))
     assert documents_of(travelled) == documents_of(source)
+
+
+def test_tfds_is_a_part_of_a_mixture(tfds_folder):
+    mixture = "[[1, tfds:tiny_text], [1, synthetic]]"
+    values = {"dataset_mixture": mixture, "dataset_splits": "[train, test]"}
+    source = sources.open_source(make_config("mixture", tfds_folder, **values), "train")
+    source = pickle.loads(pickle.dumps(source))
+    lists = sources.read_lists(source, 2, 3, 64, sources.beginning(source, 2))
+    texts = [text for _, some in itertools.islice(lists, 60) for text in some]
+    assert {f"dôcument {n}" for n in range(2500)} & set(texts)
+    assert not all(text.startswith("dôcument") for text in texts)
 
 
 @pytest.mark.parametrize(

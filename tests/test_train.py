@@ -178,7 +178,7 @@ BAD = {
     "too many readers": (["data_readers=8", "global_batch_tokens=512"], "data_readers"),
     "readers and rows": (["data_readers=3"], "data_readers"),
     "devices and rows": (["num_cpu_devices=3"], "global_batch_tokens"),
-    "a typo": (["stepz=3"], "steps"),
+    "a typo": (["stepss=3"], "steps"),
 }
 
 

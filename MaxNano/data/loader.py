@@ -12,6 +12,7 @@ packing takes a few microseconds a row, and kept here it has the state at hand.
 
 import base64
 import collections
+import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,11 +21,11 @@ import grain
 import jax
 import numpy as np
 
-from MaxNano.data import packing, sources, workers
+from MaxNano.data import conversations, packing, sources, workers
 
 Batch = dict[str, np.ndarray]
 # What a reader has read, and the documents of it that wait to be packed, in order of arrival.
-ReaderState = tuple[sources.Position, tuple[packing.Document, ...]]
+ReaderState = tuple[Any, tuple[packing.Document, ...]]
 
 
 class _Snapshot:
@@ -63,6 +64,7 @@ class _PackedRows(grain.IterDataset):
         self.reader_rows = reader_rows
         self.buffer_documents = buffer_documents
         self.data_workers = data_workers
+        self.stopping = threading.Event()  # set, it ends a wait for a file that has not arrived
 
     def __iter__(self) -> "_PackedRowsIterator":
         return _PackedRowsIterator(self)
@@ -73,6 +75,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
         super().__init__()
         self._dataset = dataset
         self._reading: workers.Reading | None = None
+        self._patience = sources.Patience()
         self.set_state({"snapshot": dataset.snapshot})
 
     def get_state(self) -> dict[str, _Snapshot]:
@@ -92,6 +95,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
                 self._dataset.buffer_documents,
                 lambda reader=reader: self._next_documents(reader),
                 documents,
+                self._dataset.encoding.padding,
             )
             for reader, (_, documents) in state["snapshot"].readers.items()
         }
@@ -118,15 +122,22 @@ class _PackedRowsIterator(grain.DatasetIterator):
         self._closed = True
 
     def _next_documents(self, reader: int) -> list[packing.Document]:
-        self._positions[reader], documents = self._reading.next(reader)
+        while isinstance(reply := self._reading.next(reader), sources.NotArrived):
+            self._patience.wait(reply, self._dataset.stopping)
+            if self._dataset.stopping.is_set():
+                raise RuntimeError("the loader was closed")
+        self._positions[reader], documents = reply
         return documents
 
 
 def to_batch(rows: np.ndarray) -> Batch:
-    """Rows of T + 1 tokens as inputs, targets and weights, each (rows, T)."""
+    """Rows of T + 1 tokens as inputs, targets and weights, each (rows, T).
+
+    A token that is not to be predicted stands in a row as its complement, ~id (see conversations.py).
+    """
     return {
-        "inputs": np.ascontiguousarray(rows[:, :-1]),
-        "targets": np.ascontiguousarray(rows[:, 1:]),
+        "inputs": np.where(rows < 0, ~rows, rows)[:, :-1].copy(),
+        "targets": np.maximum(rows[:, 1:], -1),
         "weights": np.ones((rows.shape[0], rows.shape[1] - 1), np.float32),
     }
 
@@ -139,9 +150,8 @@ class Loader:
     """
 
     def __init__(self, dataset: _PackedRows, prefetch_batches: int):
-        self._source = dataset.encoding.source
-        self._readers = dataset.encoding.readers
-        self._row_tokens = dataset.encoding.row_tokens
+        self._encoding = dataset.encoding
+        self._stopping = dataset.stopping
         # Belongs to the last batch handed out, not to those that are ready behind it.
         self.snapshot = dataset.snapshot
         self._rows: Any = iter(
@@ -174,14 +184,11 @@ class Loader:
         """
         snapshot = self.snapshot if snapshot is None else snapshot
         return {
-            "data_readers": self._readers,
-            "row_tokens": self._row_tokens,
+            "data_readers": self._encoding.readers,
+            "row_tokens": self._encoding.row_tokens,
             "readers": {
                 str(reader): {
-                    "epoch": position.epoch,
-                    "file": self._source.files[position.file],
-                    "group": position.group,
-                    "row": position.row,
+                    **self._encoding.position_to_json(position),
                     **_documents_to_text(documents),
                 }
                 for reader, (position, documents) in snapshot.readers.items()
@@ -189,13 +196,13 @@ class Loader:
         }
 
     def position(self, snapshot: _Snapshot | None = None) -> dict[str, int]:
-        """Epoch, file index and row group that the furthest of this host's readers has reached."""
+        """How far this host's readers have come, in numbers for the step line."""
         snapshot = self.snapshot if snapshot is None else snapshot
-        furthest = max(position for position, _ in snapshot.readers.values())
-        return {"epoch": furthest.epoch, "file": furthest.file, "row_group": furthest.group}
+        return self._encoding.progress([position for position, _ in snapshot.readers.values()])
 
     def close(self) -> None:
         if self._rows is not None:
+            self._stopping.set()
             self._rows.close()
             self._rows = None
 
@@ -234,15 +241,7 @@ def make_loader(
             f"{host_count} hosts do not divide the {batch_rows} rows of a {split} batch; "
             f"make global_batch_tokens a multiple of {host_count} x max_target_length"
         )
-    source = sources.SOURCES[config.dataset_type](config, split)
-    sources.check_readers(source, readers)
-    encoding = workers.Encoding(
-        source=source,
-        tokenizer=tokenizer,
-        readers=readers,
-        list_documents=config.tokenize_batch_documents,
-        row_tokens=config.max_target_length + 1,
-    )
+    encoding = _make_encoding(config, tokenizer, split)
     host_rows, reader_rows = batch_rows // host_count, batch_rows // readers
     rows = range(host_index * host_rows, (host_index + 1) * host_rows)
     opened = range(rows[0] // reader_rows, rows[-1] // reader_rows + 1)
@@ -255,6 +254,20 @@ def make_loader(
         data_workers=config.data_workers,
     )
     return Loader(dataset, config.prefetch_batches)
+
+
+def _make_encoding(config: Any, tokenizer: Any, split: str) -> workers.Encoding:
+    if config.dataset_type == "chat":
+        return conversations.ConversationEncoding(config, tokenizer, split)
+    source = sources.open_source(config, split)
+    sources.check_readers(source, config.data_readers)
+    return workers.TextEncoding(
+        source=source,
+        tokenizer=tokenizer,
+        readers=config.data_readers,
+        list_documents=config.tokenize_batch_documents,
+        row_tokens=config.max_target_length + 1,
+    )
 
 
 def host_share(sharding: jax.sharding.Sharding, rows: int) -> dict[str, int]:
@@ -290,14 +303,13 @@ def _restore(
     encoding: workers.Encoding, opened: range, state: Mapping[str, Any] | None
 ) -> _Snapshot:
     if state is None:
-        return _Snapshot({reader: (sources.start_of(reader), ()) for reader in opened})
+        return _Snapshot({reader: (encoding.beginning(reader), ()) for reader in opened})
     for key, now in (("data_readers", encoding.readers), ("row_tokens", encoding.row_tokens)):
         if state[key] != now:
             raise ValueError(
                 f"the saved data position has {key}={state[key]} but the run has {now}; "
                 "go on with the same data_readers and max_target_length"
             )
-    files = {name: index for index, name in enumerate(encoding.source.files)}
     restored = {}
     for reader in opened:
         saved = state["readers"].get(str(reader))
@@ -305,26 +317,24 @@ def _restore(
             raise ValueError(
                 f"the saved data position lacks reader {reader}; merge the states of all hosts"
             )
-        if saved["file"] not in files:
-            raise ValueError(
-                f"the saved data position lies in {saved['file']}, which {encoding.source.where} "
-                "no longer has for this split; put the file back"
-            )
-        position = sources.Position(
-            saved["epoch"], files[saved["file"]], saved["group"], saved["row"]
-        )
+        position = encoding.position_from_json(saved)
         restored[reader] = (position, _documents_from_text(saved))
     return _Snapshot(restored)
 
 
 def _documents_to_text(documents: Sequence[packing.Document]) -> dict[str, str]:
     tokens = np.concatenate([np.empty(0, np.int32), *(document.tokens for document in documents)])
-    small = tokens.max(initial=0) < 1 << 16
+    low, high = tokens.min(initial=0), tokens.max(initial=0)
+    dtype = next(
+        dtype
+        for dtype in ("<u2", "<i2", "<i4")
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max
+    )
     return {
         "lengths": _to_text(np.array([document.length for document in documents]), "<i8"),
         "kept": _to_text(np.array([len(document.tokens) for document in documents]), "<i4"),
-        "token_dtype": "<u2" if small else "<i4",
-        "tokens": _to_text(tokens, "<u2" if small else "<i4"),
+        "token_dtype": dtype,
+        "tokens": _to_text(tokens, dtype),
     }
 
 

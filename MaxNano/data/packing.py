@@ -1,9 +1,11 @@
 """Best-fit packing: encoded documents go in, full rows that begin with a document come out.
 
-Nothing is padded and nothing masked. A row takes the longest buffered document that still fits,
-again and again; when none fits, the shortest one is cut to the space that is left and its rest is
-thrown away. The rows are nanochat's, token for token; the search takes logarithmic time.
-Source: nanochat/dataloader.py@92d63d4, tokenizing_distributed_data_loader_with_state_bos_bestfit.
+A row takes the longest buffered document that still fits, again and again. When none fits, what is
+left of a row of text takes the first tokens of the shortest document, whose rest is thrown away; a
+row of conversations is padded. The rows are nanochat's, token for token; the search takes
+logarithmic time.
+Source: nanochat/dataloader.py@92d63d4, tokenizing_distributed_data_loader_with_state_bos_bestfit;
+nanochat/scripts/chat_sft.py@92d63d4, sft_data_generator_bos_bestfit.
 """
 
 from bisect import bisect_left
@@ -36,7 +38,8 @@ class BestFitPacker:
     """Fills rows from a buffer that `next_documents` keeps at `buffer_documents` or more.
 
     `next_documents` returns the next list of documents, each of at least one token. `documents`
-    are those already buffered, in order of arrival.
+    are those already buffered, in order of arrival. `padding` is the token that fills a row into
+    which no document fits, which asks for documents no longer than a row; None: one is cut.
     """
 
     def __init__(
@@ -45,8 +48,10 @@ class BestFitPacker:
         buffer_documents: int,
         next_documents: Callable[[], Sequence[Document]],
         documents: Sequence[Document] = (),
+        padding: int | None = None,
     ):
         self.row_tokens = row_tokens
+        self._padding = padding
         self._target = buffer_documents
         self._next_documents = next_documents
         self._keys: list[int] = []
@@ -71,6 +76,9 @@ class BestFitPacker:
             if fits:
                 longest = self._keys[fits - 1] & ~_ARRIVAL_MASK
                 tokens = self._take(bisect_left(self._keys, longest, 0, fits))
+            elif self._padding is not None:
+                row[begin:] = self._padding
+                return
             else:
                 tokens = self._take(0)[:space]
             end = begin + len(tokens)

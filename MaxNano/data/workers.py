@@ -13,7 +13,7 @@ import multiprocessing.util
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol
 
@@ -23,27 +23,71 @@ from MaxNano.data import packing, sources
 _LOOKAHEAD = 2
 _EXIT_SECONDS = 5.0
 
-Reply = tuple[sources.Position, list[packing.Document]]
+# A position is the encoding's own kind of tuple; the loader only keeps and hands it on.
+Reply = tuple[Any, list[packing.Document]] | sources.NotArrived
 
 
-class Encoding(NamedTuple):
-    """What turns documents into tokens: everything a worker needs besides its positions."""
+class Encoding(Protocol):
+    """What turns documents into tokens: everything a worker needs besides its positions. Pickles."""
+
+    readers: int  # of the whole stream
+    row_tokens: int
+    padding: int | None  # for packing.BestFitPacker
+
+    def lists(self, reader: int, position: Any) -> Iterator[Reply]:
+        """Endless lists of encoded documents of one reader, each with the position behind it.
+
+        NotArrived in place of one whose file is not there yet: who asks again does the waiting.
+        """
+
+    def beginning(self, reader: int) -> Any:
+        """The position at which a reader begins."""
+
+    def position_to_json(self, position: Any) -> dict[str, Any]:
+        """A position as JSON-able values."""
+
+    def position_from_json(self, saved: Mapping[str, Any]) -> Any:
+        """What position_to_json was given. Raises ValueError where the data have changed since."""
+
+    def progress(self, positions: Sequence[Any]) -> dict[str, int]:
+        """How far these readers have come, in numbers for the step line."""
+
+
+class TextEncoding(NamedTuple):
+    """Documents of text, each behind <|bos|>."""
 
     source: sources.Source
     tokenizer: Any
-    readers: int  # of the whole stream
+    readers: int
     list_documents: int
     row_tokens: int
+    padding: None = None
 
+    def lists(self, reader: int, position: Any) -> Iterator[Reply]:
+        lists = sources.read_lists(
+            self.source, reader, self.readers, self.list_documents, position
+        )
+        for item in lists:
+            if isinstance(item, sources.NotArrived):
+                yield item
+                continue
+            behind, texts = item
+            encoded = self.tokenizer.encode_batch(texts, bos=True)
+            yield behind, [packing.cut_document(ids, self.row_tokens) for ids in encoded]
 
-def encoded_lists(encoding: Encoding, reader: int, position: sources.Position) -> Iterator[Reply]:
-    """Endless lists of encoded documents of one reader, each with the position behind it."""
-    lists = sources.read_lists(
-        encoding.source, reader, encoding.readers, encoding.list_documents, position
-    )
-    for behind, texts in lists:
-        encoded = encoding.tokenizer.encode_batch(texts, bos=True)
-        yield behind, [packing.cut_document(ids, encoding.row_tokens) for ids in encoded]
+    def beginning(self, reader: int) -> Any:
+        return sources.beginning(self.source, reader)
+
+    def position_to_json(self, position: Any) -> dict[str, Any]:
+        return sources.position_to_json(self.source, position)
+
+    def position_from_json(self, saved: Mapping[str, Any]) -> Any:
+        return sources.position_from_json(self.source, saved)
+
+    def progress(self, positions: Sequence[Any]) -> dict[str, int]:
+        """Epoch, file index and row group of the furthest; of a mixture, those in its first part."""
+        furthest = max(positions)
+        return {"epoch": furthest.epoch, "file": furthest.file, "row_group": furthest.group}
 
 
 class Reading(Protocol):
@@ -55,7 +99,7 @@ class Reading(Protocol):
 
 
 def start(
-    encoding: Encoding, positions: Mapping[int, sources.Position], data_workers: int
+    encoding: Encoding, positions: Mapping[int, Any], data_workers: int
 ) -> Reading:
     """Begin to read behind `positions` ({reader: position}), with `data_workers` processes."""
     if data_workers == 0:
@@ -64,8 +108,8 @@ def start(
 
 
 class _LocalReading:
-    def __init__(self, encoding: Encoding, positions: Mapping[int, sources.Position]):
-        self._lists = {r: encoded_lists(encoding, r, at) for r, at in positions.items()}
+    def __init__(self, encoding: Encoding, positions: Mapping[int, Any]):
+        self._lists = {r: encoding.lists(r, at) for r, at in positions.items()}
 
     def next(self, reader: int) -> Reply:
         return next(self._lists[reader])
@@ -76,7 +120,7 @@ class _LocalReading:
 
 class _WorkerReading:
     def __init__(
-        self, encoding: Encoding, positions: Mapping[int, sources.Position], data_workers: int
+        self, encoding: Encoding, positions: Mapping[int, Any], data_workers: int
     ):
         workers = min(data_workers, len(positions))
         shares: list[dict[int, sources.Position]] = [{} for _ in range(workers)]
@@ -102,7 +146,7 @@ class _WorkerReading:
 class _Worker:
     """The parent's side of one worker process."""
 
-    def __init__(self, encoding: Encoding, positions: Mapping[int, sources.Position]):
+    def __init__(self, encoding: Encoding, positions: Mapping[int, Any]):
         context = multiprocessing.get_context("spawn")
         self._connection, child = context.Pipe()
         self._process = context.Process(
@@ -145,13 +189,13 @@ class _Worker:
 
 
 def _serve(
-    connection: Connection, encoding: Encoding, positions: Mapping[int, sources.Position]
+    connection: Connection, encoding: Encoding, positions: Mapping[int, Any]
 ) -> None:
     """A worker's life: answer (reader, reply) for every reader number until the pipe closes."""
     # A Ctrl-C or a group-wide SIGTERM is for the trainer, which saves and then closes the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    lists = {r: encoded_lists(encoding, r, at) for r, at in positions.items()}
+    lists = {r: encoding.lists(r, at) for r, at in positions.items()}
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             reader = connection.recv()

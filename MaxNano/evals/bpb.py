@@ -6,33 +6,35 @@ from itertools import islice
 
 import numpy as np
 
+from MaxNano.data import loader
+
 Batch = dict[str, np.ndarray]
 
 
 class PackedRows:
     """Validation rows, packed once and kept, so that no evaluation reads or tokenises text again.
 
-    A row is kept as length + 1 ids of the smallest unsigned type that holds the vocabulary.
+    A row is kept as length + 1 ids of the smallest signed type that holds the vocabulary; an id that is not to be
+    predicted is kept as its complement, as loader.to_batch takes it.
     """
 
     def __init__(self, batches: Iterable[Batch], count: int, vocab_size: int):
-        dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
-        self._batches = [
-            np.concatenate([batch["inputs"], batch["targets"][:, -1:]], axis=1).astype(dtype)
-            for batch in islice(batches, count)
-        ]
+        dtype = np.int16 if vocab_size <= 2**15 else np.int32
+        self._batches = [_rows_of(batch).astype(dtype) for batch in islice(batches, count)]
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
         for rows in self._batches:
-            rows = rows.astype(np.int32)
-            yield {
-                "inputs": rows[:, :-1],
-                "targets": rows[:, 1:],
-                "weights": np.ones(rows[:, 1:].shape, np.float32),
-            }
+            yield loader.to_batch(rows.astype(np.int32))
+
+
+def _rows_of(batch: Batch) -> np.ndarray:
+    """The rows of length + 1 ids that a batch was made of; an ignored last target is ~0."""
+    inputs, targets = batch["inputs"], batch["targets"]
+    ids = np.concatenate([inputs[:, 1:], np.maximum(targets[:, -1:], 0)], axis=1)
+    return np.concatenate([inputs[:, :1], np.where(targets < 0, ~ids, ids)], axis=1)
 
 
 def evaluate_bpb(count_bits: Callable[[Batch], tuple[float, float]], batches: Iterable[Batch]) -> dict[str, float]:

@@ -1,0 +1,223 @@
+"""What every chat task has in common: the interface, rows of hub data sets, prompts and grading.
+
+A task is a sequence of conversations {"messages": [...], ...} and, unless it is only trained on, a
+way to judge an answer. The same data give the same conversations in the same order, always.
+Source: nanochat/tasks/common.py@92d63d4.
+"""
+
+import abc
+import io
+import json
+import re
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+Conversation = dict[str, Any]
+
+# The seed by which the rows of every hub data set are shuffled: part of which problem is the n-th.
+_SHUFFLE_SEED = 42
+_FINAL_NUMBER = re.compile(r"#### (-?[0-9.,]+)")
+
+
+class Task(abc.ABC):
+    """Conversations by index; the last message of each is the assistant's right answer.
+
+    kind says how a model is asked: "categorical", by its logits over the conversation's "letters";
+    "generative", by what it writes; None where nothing is asked, and the task is only trained on.
+    baseline is the accuracy of guessing. Built as `Task(config, argument)`, where the argument is
+    the split, or whatever else stands behind the task's name.
+    """
+
+    kind: str | None = None
+    baseline: float = 0.0
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def conversation(self, index: int) -> Conversation:
+        """The conversation at 0 <= index < len(self), made anew at each call."""
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether `completion`, a text, answers the conversation as its last message would."""
+        raise NotImplementedError(f"{type(self).__name__} is only trained on")
+
+    def reward(self, conversation: Conversation, completion: str) -> float:
+        """What reinforcement learning gives for `completion`."""
+        return float(self.evaluate(conversation, completion))
+
+
+class MultipleChoice(Task):
+    """A task whose answer is one of the conversation's letters."""
+
+    kind = "categorical"
+    baseline = 0.25
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return completion == conversation["messages"][-1]["content"]
+
+
+def dialogue(question: str, answer: str | list[dict[str, str]], **facts: Any) -> Conversation:
+    """A conversation of one question and its answer; facts stand beside the messages."""
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
+    return {"messages": messages, **facts}
+
+
+def multiple_choice_prompt(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
+    """The question, a line for each choice with its letter behind it, and what is asked for.
+
+    No space before the letter: the token there is then the one that the answer consists of.
+    """
+    lines = [f"- {choice}={letter}" for letter, choice in zip(letters, choices, strict=True)]
+    return "\n".join(
+        [
+            f"Multiple Choice question: {question}",
+            *lines,
+            "",
+            "Respond only with the letter of the correct answer.",
+        ]
+    )
+
+
+def final_number(text: str) -> str | None:
+    """The number behind the first "#### " of a text, without commas; None where there is none.
+
+    A dot that ends the sentence does not belong to it.
+    """
+    match = _FINAL_NUMBER.search(text)
+    return (match[1].replace(",", "").rstrip(".") or None) if match else None
+
+
+def same_final_number(conversation: Conversation, completion: str) -> bool:
+    """Whether a completion ends in the number that the last part of the answer ends in."""
+    right = final_number(conversation["messages"][-1]["content"][-1]["text"])
+    return right is not None and final_number(completion) == right
+
+
+# ---- Hub data sets ------------------------------------------------------------------------------
+
+MANIFEST = "manifest.json"  # lists the parquet files that make a split whole
+# The files of one split by name, each with what opens it.
+_Files = Mapping[str, Callable[[], IO[bytes]]]
+
+
+class Rows:
+    """The rows of a table as dicts, in the order of nanochat's seeded shuffle."""
+
+    def __init__(self, table: pa.Table):
+        self._table = table
+        self._order = np.random.default_rng(_SHUFFLE_SEED).permutation(table.num_rows)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = int(self._order[index])
+        return {name: self._table[name][row].as_py() for name in self._table.column_names}
+
+
+class HubTask(Task):
+    """A task whose rows are a split of a data set on the hub."""
+
+    repository: str  # OWNER/NAME
+    subset: str
+    splits: tuple[str, ...]
+    columns: tuple[str, ...]
+
+    def __init__(self, config: Any, split: str):
+        check_split(split, self.splits, f"{self.repository} {self.subset}")
+        self.rows = load_rows(config, self.repository, self.subset, split, self.columns)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def check_split(split: str, splits: Sequence[str], what: str) -> None:
+    """Raise ValueError where a data set has no such split."""
+    if split not in splits:
+        raise ValueError(
+            f"{what} has no split {split!r}; write /SPLIT behind the task: {', '.join(splits)}"
+        )
+
+
+def load_rows(
+    config: Any, repository: str, subset: str, split: str, columns: Sequence[str]
+) -> Rows:
+    """Some columns of one split of a hub data set: from config.chat_data, or over the network.
+
+    chat_data is a folder or a tar archive with parquet files in OWNER--NAME/SUBSET/SPLIT, the whole
+    perhaps in a folder task_data, as nanochat keeps them. Raises ValueError where files or columns
+    are missing.
+    """
+    place = f"{repository.replace('/', '--')}/{subset}/{split}"
+    if config.chat_data is None:
+        from MaxNano.data import download  # nothing else here needs the network
+
+        folder = download.fetch_split(config, repository, subset, split)
+        return Rows(_read_table(_folder_files(epath.Path(folder)), columns, str(folder)))
+    path = epath.Path(config.chat_data).expanduser()
+    where = f"chat_data={config.chat_data}"
+    if not path.exists():
+        raise ValueError(f"{where} does not exist; name a folder or archive with {place} in it")
+    files = _archive_files(path, place) if path.is_file() else None
+    if files is None:
+        folders = (path / place, path / "task_data" / place)
+        files = next((_folder_files(folder) for folder in folders if folder.exists()), {})
+    if not files:
+        raise ValueError(
+            f"{where} lacks {place}; put the parquet files of {repository} there, or give "
+            "chat_data=null to fetch them over the network"
+        )
+    return Rows(_read_table(files, columns, f"{where}, {place}"))
+
+
+def _folder_files(folder: epath.Path) -> _Files:
+    return {path.name: lambda path=path: path.open("rb") for path in folder.iterdir()}
+
+
+def _archive_files(path: epath.Path, place: str) -> _Files:
+    """The files of the archive's folder `place`, in memory."""
+    files = {}
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:*") as archive:
+            for member in archive:
+                folder, _, name = member.name.rpartition("/")
+                if member.isfile() and f"/{folder}".endswith(f"/{place}"):
+                    content = archive.extractfile(member).read()
+                    files[name] = lambda content=content: io.BytesIO(content)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(
+            f"chat_data={path} is neither a folder nor a tar archive: {error}"
+        ) from None
+    return files
+
+
+def _read_table(files: _Files, columns: Sequence[str], where: str) -> pa.Table:
+    names = sorted(name for name in files if name.endswith(".parquet"))
+    try:
+        if MANIFEST in files:
+            with files[MANIFEST]() as file:
+                names = json.load(file)
+        missing = [name for name in names if name not in files]
+        if missing or not names:
+            raise ValueError(f"{where}: {', '.join(missing) or 'a parquet file'} is missing")
+        tables = []
+        for name in names:
+            with files[name]() as file:
+                parquet = pq.ParquetFile(file)
+                absent = [name for name in columns if name not in parquet.schema_arrow.names]
+                if absent:
+                    raise ValueError(f"{where}: has no column {', '.join(absent)}")
+                tables.append(parquet.read(columns=list(columns)))
+    except (pa.ArrowException, OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{where}: cannot be read ({str(error).splitlines()[0]})") from None
+    return pa.concat_tables(tables)

@@ -1,0 +1,79 @@
+"""Conversations of your own, from a JSON or JSON Lines file.
+
+A .jsonl file has a conversation a line, a .json file a list of them. A conversation is a list of
+messages {"role", "content"}, or an object whose "messages" is such a list; see
+tokenizer.Tokenizer.render_conversation for what messages may be.
+Source: nanochat/tasks/customjson.py@72b9064.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from MaxNano import tokenizer
+from MaxNano.tasks.base import Conversation, Task
+
+
+class CustomJson(Task):
+    """The whole file is read and checked at once; ValueError names the line of what is wrong."""
+
+    def __init__(self, config: Any, path: str):
+        file = epath.Path(path).expanduser()
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise ValueError(f"json:{path} cannot be read: {reason}") from None
+        read = _lines if file.suffix == ".jsonl" else _items
+        self._conversations = [_checked(content, where) for where, content in read(text, path)]
+
+    def __len__(self) -> int:
+        return len(self._conversations)
+
+    def conversation(self, index: int) -> Conversation:
+        return copy.deepcopy(self._conversations[index])
+
+
+def _lines(text: str, path: str) -> Iterator[tuple[str, Any]]:
+    """(where it stands, content) of every line that is not empty."""
+    # Not splitlines(), which also cuts at characters that JSON allows within a string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{path}, line {number}", _parse(line, path, number)
+
+
+def _items(text: str, path: str) -> Iterator[tuple[str, Any]]:
+    """(where it stands, content) of every element of a JSON list."""
+    items = _parse(text, path, 1)
+    if not isinstance(items, list):
+        raise ValueError(f"{path} must hold a list of conversations; or name it .jsonl")
+    for number, item in enumerate(items, start=1):
+        yield f"{path}, conversation {number}", item
+
+
+def _parse(text: str, path: str, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise ValueError(
+            f"{path}, line {line}: not JSON: {error.msg}, column {error.colno}"
+        ) from None
+    except RecursionError:
+        raise ValueError(f"{path}, line {first_line}: nested too deeply") from None
+
+
+def _checked(content: Any, where: str) -> Conversation:
+    conversation = {"messages": content} if isinstance(content, list) else content
+    try:
+        turns = tokenizer.turns(conversation)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if all(role != "assistant" for role, _ in turns):
+        raise ValueError(
+            f"{where}: no message is from 'assistant', so there is nothing to train on"
+        )
+    return conversation

@@ -1,0 +1,63 @@
+"""HumanEval: Python functions to be written from their signature and docstring.
+
+Data: openai/openai_humaneval (MIT). Source: nanochat/tasks/humaneval.py@92d63d4.
+"""
+
+import re
+
+from MaxNano import sandbox
+from MaxNano.tasks.base import Conversation, HubTask, dialogue
+
+# Source: nanochat/execution.py@92d63d4.
+LIMITS = sandbox.Limits(seconds=5.0, memory_mb=256)
+
+_FENCED = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
+
+
+class HumanEval(HubTask):
+    """Right is a program that, run in the sandbox, passes the problem's tests.
+
+    evaluate raises sandbox.SandboxError on a machine where no sandbox works.
+    """
+
+    kind = "generative"
+    repository = "openai/openai_humaneval"
+    subset = "openai_humaneval"
+    splits = ("test",)
+    columns = ("prompt", "canonical_solution", "entry_point", "test")
+
+    def conversation(self, index: int) -> Conversation:
+        row = self.rows[index]
+        solution = f"{row['prompt']}\n{row['canonical_solution']}"
+        return dialogue(row["prompt"], solution, entry_point=row["entry_point"], test=row["test"])
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        prompt = conversation["messages"][0]["content"]
+        return sandbox.check_program(
+            program(prompt, completion),
+            f"{prompt}\n\n{conversation['test']}",  # tests may call what the prompt defines
+            conversation["entry_point"],
+            limits=LIMITS,
+        ).passed
+
+
+def program(prompt: str, completion: str) -> str:
+    """What is judged: the imports that the prompt opens with, then the answer's code."""
+    return f"{leading_imports(prompt)}\n\n{code_of(completion)}"
+
+
+def leading_imports(code: str) -> str:
+    """The import lines before any other code; comments may stand between them."""
+    imports = []
+    for line in map(str.strip, code.split("\n")):
+        if line.startswith(("import ", "from ")):
+            imports.append(line)
+        elif line and not line.startswith("#"):
+            break
+    return "\n".join(imports)
+
+
+def code_of(completion: str) -> str:
+    """The first fenced block of an answer, or all of it where it has none."""
+    fenced = _FENCED.search(completion)
+    return (fenced[1] if fenced else completion).strip()

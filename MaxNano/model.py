@@ -11,7 +11,6 @@ Legend: B batch, L length, T tokens (B x L), D embed, N heads, K kv_heads, H hea
 Source: nanochat/gpt.py@92d63d4.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -107,7 +106,7 @@ class Attention(nnx.Module):
             weight[...].astype(dtype).reshape(-1, heads, weight.shape[-1] // heads)
             for weight in (self.query, self.key, self.value)
         ]
-        # Row-major, or the TPU compiler makes its gradient's layout that of the parts and transposes activations for it.
+        # Row-major, or on a TPU its gradient takes the layout of the parts, and activations are transposed for it.
         return row_major(jnp.concatenate(parts, axis=-1).reshape(self.config.emb_dim, -1))
 
 

@@ -1,30 +1,44 @@
-"""Speed of the input pipeline in tokens/s: packing alone, and the whole loader with its encoding.
+"""Speed of the input pipeline: encoding, packing and transfer alone, the whole loader, and the loader with processes.
 
-    python benchmarks/input_pipeline.py configs/base.yml max_target_length=512
+    python benchmarks/input_pipeline.py configs/base.yml dataset_path=... tokenizer_path=...
 
-With NANOCHAT=/path/to/its/checkout and NANOCHAT_PYTHON=/path/to/a/python with its packages,
-nanochat's own loader reads the same parquet files with the same tokenizer in the same run, turn by
-turn, and its first rows are compared token by token.
+Prints tokens/s and the CPU seconds of a million tokens, which are the cores that a million tokens/s needs and do not
+change when the machine is busy with other things; then how many cores and which data_workers that makes, and a JSON
+line. A v6e-8 that trains d24 in 99 minutes takes a million tokens/s.
+
+With NANOCHAT=/path/to/its/checkout and NANOCHAT_PYTHON=/path/to/a/python with its packages, nanochat's own loader reads
+the same parquet files with the same tokenizer in the same run, turn by turn, and its first rows are compared token by
+token.
 """
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from MaxNano import pyconfig
+
+    pyconfig.check_command_line()
 
 import contextlib
 import hashlib
 import itertools
 import json
+import math
+import multiprocessing
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import NamedTuple
 
-if __package__ in (None, ""):  # run as a script: the repository is where modules are looked for
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
+import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
+from benchmarks import common
 from MaxNano import pyconfig, tokenizer
 from MaxNano.data import loader, packing, sources
 
@@ -33,21 +47,72 @@ MEASURED_TOKENS = 6_000_000
 REPEATS = 3
 POOL_DOCUMENTS = 20_000  # encoded beforehand for packing alone, then used again and again
 
-Result = tuple[float, str]  # tokens/s, hash of the rows before the measured ones
+MILLION = 1e6
+
+
+class Result(NamedTuple):
+    """Tokens/s, a hash of the rows before the measured ones, and CPU seconds of a million tokens if known."""
+
+    speed: float
+    rows: str
+    cpu: float | None = None
+
+
+def cpu_seconds() -> float:
+    """CPU time that this process and its running children have taken."""
+    return time.process_time() + sum(_cpu_seconds_of(child.pid) for child in multiprocessing.active_children())
+
+
+def _cpu_seconds_of(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # no Linux, or just ended
+        return math.nan
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(batches: Iterator[loader.Batch]) -> Result:
-    """Tokens per second of `batches`, and a hash of what came before the measured ones."""
+    """Speed of `batches`; what comes before the measured ones is hashed."""
     rows = hashlib.sha256()
     for name, most in (("warm", WARM_TOKENS), ("measured", MEASURED_TOKENS)):
-        tokens, begin = 0, time.perf_counter()
+        tokens, begin, cpu = 0, time.perf_counter(), cpu_seconds()
         while tokens < most:
             batch = next(batches)
             tokens += batch["inputs"].size
             if name == "warm":
                 for part in ("inputs", "targets"):
                     rows.update(batch[part].tobytes())
-    return tokens / (time.perf_counter() - begin), rows.hexdigest()
+    spent = cpu_seconds() - cpu
+    return Result(tokens / (time.perf_counter() - begin), rows.hexdigest(), spent / tokens * MILLION)
+
+
+def measure_encoding(config: FrozenConfigDict, texts: list[list[str]]) -> Result:
+    """Lists of documents into tokens, with one thread."""
+    encoder = tokenizer.load(pyconfig.replace(config, "benchmark", tokenizer_threads=1))
+    encoder.encode_batch(texts[0], bos=True)
+    tokens, begin, cpu = 0, time.perf_counter(), cpu_seconds()
+    for documents in texts:
+        tokens += sum(map(len, encoder.encode_batch(documents, bos=True)))
+        if tokens >= MEASURED_TOKENS:
+            break
+    spent = cpu_seconds() - cpu
+    return Result(tokens / (time.perf_counter() - begin), "", spent / tokens * MILLION)
+
+
+def measure_transfer(config: FrozenConfigDict, rows: int) -> Result:
+    """One batch again and again from this host's memory to its devices, cut by rows where they divide."""
+    devices = jax.local_devices()
+    ways = math.gcd(rows, len(devices))
+    mesh = jax.make_mesh((ways,), ("data",), devices=devices[:ways])
+    place = NamedSharding(mesh, PartitionSpec("data"))
+    batch = loader.to_batch(np.zeros((rows, config.max_target_length + 1), np.int32))
+    jax.block_until_ready(loader.put_global(batch, place))
+    tokens, begin, cpu = 0, time.perf_counter(), cpu_seconds()
+    while tokens < MEASURED_TOKENS:
+        jax.block_until_ready(loader.put_global(batch, place))
+        tokens += batch["inputs"].size
+    spent = cpu_seconds() - cpu
+    return Result(tokens / (time.perf_counter() - begin), "", spent / tokens * MILLION)
 
 
 def measure_packing(config: FrozenConfigDict, lists: list[list[np.ndarray]], rows: int) -> Result:
@@ -76,8 +141,8 @@ def measure_loader(config: FrozenConfigDict, encoder: tokenizer.Tokenizer, rows:
         return measure(batches)
 
 
-def encoded_pool(config: FrozenConfigDict, encoder: tokenizer.Tokenizer) -> list[list[np.ndarray]]:
-    """Lists of encoded documents as one reader gets them."""
+def text_pool(config: FrozenConfigDict) -> list[list[str]]:
+    """Lists of documents as one reader gets them."""
     source = sources.SOURCES[config.dataset_type](config, "train")
     size = config.tokenize_batch_documents
     lists = sources.read_lists(source, 0, 1, size, sources.start_of(0))
@@ -85,7 +150,7 @@ def encoded_pool(config: FrozenConfigDict, encoder: tokenizer.Tokenizer) -> list
     for position, texts in lists:
         if position.epoch > 1 or documents >= POOL_DOCUMENTS:
             return pool
-        pool.append(encoder.encode_batch(texts, bos=True))
+        pool.append(texts)
         documents += len(texts)
     raise AssertionError("readers never end")
 
@@ -131,27 +196,52 @@ def start_nanochat(config: FrozenConfigDict, rows: int) -> Iterator[Callable[[st
         answer = process.stdout.readline()
         if not answer:
             raise ValueError("nanochat's loader failed; its error stands above")
-        return tuple(json.loads(answer))
+        return Result(*json.loads(answer))
 
     with process:
         yield run
         process.stdin.close()
 
 
-def report(name: str, ours: Callable[[], Result], nanochat: Callable[[], Result] | None) -> None:
-    """Measure by turns and print the medians."""
+def report(name: str, ours: Callable[[], Result], nanochat: Callable[[], Result] | None = None) -> common.Row:
+    """Measure by turns and give the medians."""
     mine, theirs = [], []
     for _ in range(REPEATS):
         mine.append(ours())
         if nanochat:
             theirs.append(nanochat())
-    speed = statistics.median(speed for speed, _ in mine)
-    line = f"{name:34s} {speed:12,.0f} tokens/s"
+    speeds = [result.speed for result in mine]
+    row = {
+        "what": name,
+        "tokens/s": round(statistics.median(speeds)),
+        "slowest": round(min(speeds)),
+        "fastest": round(max(speeds)),
+        "CPU s a million": round(statistics.median(result.cpu for result in mine), 3),
+    }
     if nanochat:
-        other = statistics.median(speed for speed, _ in theirs)
-        same = "the same rows" if {h for _, h in mine} == {h for _, h in theirs} else "OTHER ROWS"
-        line += f", nanochat {other:12,.0f}: {speed / other:.2f} times, {same}"
-    print(line, flush=True)
+        other = statistics.median(result.speed for result in theirs)
+        same = {result.rows for result in mine} == {result.rows for result in theirs}
+        row |= {"nanochat": round(other), "times": row["tokens/s"] / other, "rows": "the same" if same else "OTHERS"}
+    print(f"{name}: {row['tokens/s']:,} tokens/s", file=sys.stderr, flush=True)
+    return row
+
+
+def worker_counts(config: FrozenConfigDict) -> list[int]:
+    """Powers of two up to the cores and the readers."""
+    most = min(os.cpu_count(), config.data_readers)
+    return [2**power for power in range(most.bit_length())]
+
+
+def needed(rows: dict[str, common.Row]) -> str:
+    """What a million tokens/s takes, from the CPU seconds of the parts."""
+    encoding, packing_, transfer = (rows[name]["CPU s a million"] for name in ("encoding", "packing", "transfer"))
+    loading = rows["loader, 1 process"]["CPU s a million"] if "loader, 1 process" in rows else math.nan
+    main = packing_ + transfer
+    return (
+        f"A million tokens/s needs {encoding:.2f} cores to encode, {packing_:.2f} to pack and {transfer:.2f} to hand "
+        f"batches to the devices; with reading, and what processes tell each other, {loading:.2f} cores in all. That "
+        f"makes data_workers={math.ceil(encoding)} or more, and {main:.0%} of a core in the process that trains"
+    )
 
 
 def main(config: FrozenConfigDict) -> None:
@@ -159,30 +249,30 @@ def main(config: FrozenConfigDict) -> None:
     encoder = tokenizer.load(config)
     rows = 2 * config.data_readers
     one_reader = pyconfig.replace(config, "benchmark", data_readers=1)
-    pool = encoded_pool(config, encoder)
+    texts = text_pool(config)
+    pool = [encoder.encode_batch(documents, bos=True) for documents in texts]
     lengths = [len(ids) for ids in itertools.chain.from_iterable(pool)]
     print(
-        f"{len(lengths):,} documents of {statistics.mean(lengths):,.0f} tokens on average, "
-        f"rows of {config.max_target_length}, data_workers={config.data_workers}"
+        f"MEASURED: {len(lengths):,} documents of {statistics.mean(lengths):,.0f} tokens on average, "
+        f"rows of {config.max_target_length}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}"
     )
+    table = [report("encoding", lambda: measure_encoding(config, texts))]
     with start_nanochat(config, rows) as nanochat:
 
         def run_nanochat(what: str) -> Callable[[], Result] | None:
             return (lambda: nanochat(what)) if nanochat else None
 
-        report(
-            "packing alone", lambda: measure_packing(config, pool, rows), run_nanochat("packing")
-        )
-        report(
-            "loader, data_readers=1",
-            lambda: measure_loader(one_reader, encoder, rows),
-            run_nanochat("loader"),
-        )
-    report(
-        f"loader, data_readers={config.data_readers}",
-        lambda: measure_loader(config, encoder, rows),
-        None,
-    )
+        table.append(report("packing", lambda: measure_packing(config, pool, rows), run_nanochat("packing")))
+        table.append(report("transfer", lambda: measure_transfer(config, rows)))
+        name = "loader, data_readers=1"
+        table.append(report(name, lambda: measure_loader(one_reader, encoder, rows), run_nanochat("loader")))
+    for workers in (0, *worker_counts(config)):
+        name = f"loader, {workers} process{'es' if workers > 1 else ''}" if workers else "loader, a thread"
+        own = pyconfig.replace(config, "benchmark", data_workers=workers)
+        table.append(report(name, lambda own=own: measure_loader(own, encoder, rows)))
+    common.show(table, digits=2)
+    print(needed({row["what"]: row for row in table}))
+    print(json.dumps({"cores": os.cpu_count(), "rows": table}))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from MaxNano import pyconfig
+
+    pyconfig.check_command_line()
 
 import statistics
 import time

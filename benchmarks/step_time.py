@@ -1,43 +1,54 @@
 """Time of the train step alone, on random tokens: no data, no logging.
 
+    python benchmarks/step_time.py configs/base.yml model=d24
     python benchmarks/step_time.py configs/base.yml model=d4 max_target_length=512 vocab_size=4096 \
         global_batch_tokens=8192
 
-Prints median and best step as tokens/s and, where the chip is known, MFU. With a nanochat checkout in NANOCHAT and
-a Python that has its packages in NANOCHAT_PYTHON, its compiled model and optimizer take the same steps in the same
-run, turn by turn, and the ratio of the medians is printed.
+Prints median and spread of the steps, tokens/s, memory and, where the chip is known, MFU, and a JSON line. Where a step
+is too much for the CPU and there is nothing else, it prints what train_compile.py says of compile_topology instead:
+an estimate, nothing is run. With a nanochat checkout in NANOCHAT and a Python that has its packages in NANOCHAT_PYTHON,
+its compiled model and optimizer take the same steps in the same run, turn by turn, and the ratio of the medians is
+printed.
 """
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from MaxNano import pyconfig
+
+    pyconfig.check_command_line()
 
 import contextlib
 import json
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import jax
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from MaxNano import pyconfig, runtime, sharding, train, train_state
+from benchmarks import common
+from MaxNano import pyconfig, runtime, sharding, train, train_compile, train_state
 from MaxNano.data.loader import put_global, to_batch
 
 TURNS = 6
 STEPS_A_TURN = 4
+LARGEST_CPU_STEP = 1e14  # FLOPs: minutes a step on a few cores
 
 
-def prepare(config: FrozenConfigDict, setup: train.Setup) -> Callable[[], float]:
+def prepare(setup: train.Setup, program: jax.stages.Compiled) -> Callable[[], float]:
     """A function that takes one step and returns its seconds. To be called inside the mesh."""
+    config = setup.config
     rng = np.random.default_rng(config.seed)
     shape = (setup.plan.rows, config.max_target_length + 1)
     batch = to_batch(rng.integers(0, config.vocab_size, shape, dtype=np.int32))
     batch = put_global(batch, sharding.batch_sharding(setup.mesh, config.logical_axis_rules))
-    programs = train.build_programs(setup, train.jit_train(setup), np.ones(config.vocab_size, np.int32))
+    programs = train.build_programs(setup, program, np.ones(config.vocab_size, np.int32))
     state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
 
     def step() -> float:
@@ -93,29 +104,63 @@ def start_nanochat(config: FrozenConfigDict) -> Iterator[Callable[[int], list[fl
         process.stdin.close()
 
 
-def main(config: FrozenConfigDict) -> None:
+def too_large(config: FrozenConfigDict) -> bool:
+    """Whether there is only a CPU and a step would take it minutes."""
+    flops = train.flops_per_token(config) * config.global_batch_tokens
+    return jax.default_backend() == "cpu" and not os.environ.get("NANOCHAT") and flops > LARGEST_CPU_STEP
+
+
+def in_use() -> float | None:
+    """The most GiB that a device of this process has had in use; None where the backend does not tell."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
+    return max(peaks) / common.GIB if peaks else None
+
+
+def memory(program: jax.stages.Compiled) -> float:
+    """GiB a device that a program needs by the compiler's account."""
+    return program.memory_analysis().peak_memory_in_bytes / common.GIB
+
+
+def statistics_of(seconds: list[float], config: FrozenConfigDict, peak: float | None) -> common.Row:
+    """Median and spread of steps, and the rates of the median."""
+    median = statistics.median(seconds)
+    rate = config.global_batch_tokens / median
+    flops = rate * train.flops_per_token(config)
+    quarter, _, three_quarters = statistics.quantiles(seconds)
+    row = {
+        "median s": median, "best s": min(seconds), "quarter s": quarter, "three quarters s": three_quarters,
+        "worst s": max(seconds), "tokens/s": round(rate), "TFLOP/s": flops / 1e12,
+    }  # fmt: skip
+    return row | ({"MFU": flops / peak} if peak else {})
+
+
+def main(config: FrozenConfigDict) -> int | None:
     """Take TURNS turns of STEPS_A_TURN steps each."""
     runtime.initialize(config)
+    if too_large(config):
+        print(f"ESTIMATED for {config.compile_topology}, not measured: this machine has no accelerator", flush=True)
+        return train_compile.main(config)
     setup = train.set_up(config)
     train.check_memory(setup)
+    setup, program = train.compile_train(setup)
     with start_nanochat(config) as nanochat, jax.set_mesh(setup.mesh):
-        step = prepare(config, setup)
-        print(f"first step, with compilation: {step():.1f} s, on {setup.mesh.size} devices", flush=True)
+        step = prepare(setup, program)
+        first = step()
+        print(f"on {setup.mesh.size} devices, {setup.plan}; first step {first:.3f} s", flush=True)
         ours, theirs = [], []
         for _ in range(TURNS):
             ours += [step() for _ in range(STEPS_A_TURN)]
             theirs += nanochat(STEPS_A_TURN) if nanochat else []
-    median = statistics.median(ours)
-    flops = train.flops_per_token(config)
     peak = runtime.peak_flops(list(setup.mesh.devices.flat))
-    for name, seconds in (("median", median), ("best", min(ours))):
-        rate = config.global_batch_tokens / seconds
-        mfu = f", MFU {rate * flops / peak:.1%}" if peak else ""
-        print(f"{name}: {seconds:.4f} s, {rate:,.0f} tokens/s, {rate * flops / 1e9:,.1f} GFLOP/s{mfu}")
+    rows = [{"step": "MaxNano", **statistics_of(ours, config, peak), "GiB": memory(program), "GiB in use": in_use()}]
     if theirs:
-        other = statistics.median(theirs)
-        rate = config.global_batch_tokens / other
-        print(f"nanochat, median: {other:.4f} s, {rate:,.0f} tokens/s; ours {other / median:.2f} times")
+        rows.append({"step": "nanochat", **statistics_of(theirs, config, peak)})
+        rows[1]["times"] = rows[1]["median s"] / rows[0]["median s"]
+    common.show(rows, digits=4)
+    device = jax.devices()[0].device_kind
+    print(json.dumps({"model": config.model, "device": device, "devices": setup.mesh.size, "rows": rows}))
+    return None
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from MaxNano import pyconfig, sandbox, tasks, tokenizer
+from MaxNano import sandbox, tasks, tokenizer
 from MaxNano.tasks import humaneval, spelling
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tasks_conversations.json").read_text())

@@ -13,7 +13,7 @@ from MaxNano import pyconfig, scaling
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     "num_decoder_layers=2 emb_dim=128 head_dim=128 num_query_heads=1 vocab_size=1024 max_target_length=256 "
-    "short_window_multiple=128 global_batch_tokens=1048576 steps=100"
+    "short_window_multiple=128 global_batch_tokens=65536 steps=100"
 ).split()
 
 
@@ -72,12 +72,12 @@ def test_a_wrong_name_is_one_line_and_status_2(tmp_path):
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(900)
 def test_both_programs_compile_for_a_slice(tmp_path):
-    words = (*TINY, "per_device_batch_size=128")
-    out, values = report(tmp_path, *words, "compile_programs=[train,evaluate]")
+    keys = (*TINY, "per_device_batch_size=8")
+    out, values = report(tmp_path, *keys, "compile_programs=[train,evaluate]")
     for words in ("train: memory", "train: cycles", "collectives", "dearest operations", "estimated MFU", "31.250"):
         assert words in out, words
     assert values["topology"] == "v6e-8" and values["versions"]["libtpu"]
-    assert (values["rows_a_device"], values["micro_steps"]) == (128, 4)
+    assert (values["rows_a_device"], values["micro_steps"]) == (8, 4)
     train, evaluate = values["programs"]["train"], values["programs"]["evaluate"]
     for program in (train, evaluate):
         assert program["chips"] == 8
@@ -96,20 +96,24 @@ def test_both_programs_compile_for_a_slice(tmp_path):
     assert kinds & {"all-reduce", "reduce-scatter"}, "gradients of eight chips are summed"
     assert all(c["axes"] and c["group_size"] > 1 and c["network"] == "ici" for c in train["collectives"])
     assert train["cycles"] > evaluate["cycles"]
-    assert train["matmul_flops"] <= 1.15 * train["model_flops"], "nothing is computed twice"
-    check_that_weights_travel_once(train["collectives"], words)
+    check_that_weights_travel_once(train["collectives"], keys)
 
 
-def check_that_weights_travel_once(collectives, words):
-    """However many micro-steps: one gather of every weight in bfloat16; one sum of the gradients, float32 at most."""
-    config = pyconfig.initialize([str(ROOT / "configs/base.yml"), *words])
-    parameters = scaling.parameter_counts(scaling.shape_of(config)).total
+def check_that_weights_travel_once(collectives, keys):
+    """However many micro-steps: one gather of every weight in bfloat16; one sum of the gradients, float32 at most.
+
+    Where layers do not divide the devices, the update has collectives of its own.
+    """
+    config = pyconfig.initialize([str(ROOT / "configs/base.yml"), *keys])
+    counts = scaling.parameter_counts(scaling.shape_of(config))
+    tables = counts.token_embed + counts.value_embeds + counts.lm_head
 
     def moved(*kinds):
-        return sum(c["bytes"] * c["count"] for c in collectives if c["kind"] in kinds)
+        of_step = (c for c in collectives if c["kind"] in kinds and c["source"].startswith("sharding.py"))
+        return sum(c["bytes"] * c["count"] for c in of_step)
 
-    assert 1.8 * parameters < moved("all-gather") < 2.2 * parameters
-    assert 1.8 * parameters < moved("reduce-scatter", "all-reduce") < 4.4 * parameters
+    assert moved("all-gather") == pytest.approx(2 * (tables + counts.matrices), rel=0.02)
+    assert moved("reduce-scatter", "all-reduce") == pytest.approx(2 * tables + 4 * counts.matrices, rel=0.02)
 
 
 @pytest.mark.tpu_compile
@@ -143,5 +147,8 @@ def test_too_much_for_the_memory_is_one_line_with_a_batch_that_fits(tmp_path):
 @pytest.mark.parametrize("model", ["d4", "d12", "d24"])
 def test_the_real_models_fit_a_v6e_8(tmp_path, model):
     _, values = report(tmp_path, f"model={model}")
-    memory = values["programs"]["train"]["memory"]
-    assert memory["total"] < memory["limit"]
+    train = values["programs"]["train"]
+    assert train["memory"]["total"] < train["memory"]["limit"]
+    check_that_weights_travel_once(train["collectives"], [f"model={model}"])
+    if model != "d24":  # whose remat policy asks for it
+        assert train["matmul_flops"] <= 1.15 * train["model_flops"], "nothing is computed twice"

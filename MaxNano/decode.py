@@ -1,0 +1,571 @@
+"""The model at inference: prefill, and decoding token by token over a key-value cache.
+
+Pure functions of weights, which are the parameters as a server wants them, and of a cache. A layer of window w sees
+w + 1 positions, so its part of the cache is a ring of as many: position p lies at p mod (w + 1). A ring is cut into
+blocks, so that a step reads no more of it than is in use. Rows of the cache are slots; a sequence lives in one slot.
+
+Legend: B slots, R prompts, L length, T tokens, D embed, N heads, K kv_heads, G query heads a kv head, H head_dim,
+V vocab, S positions of a ring.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
+
+from MaxNano import attention, sampling, sharding
+from MaxNano.layers import rms_norm, rotary_tables
+from MaxNano.losses import soft_cap
+from MaxNano.model import LayerKind, Numerics, layer_kinds, repetition
+
+Weights = dict[str, Any]
+Ring = tuple[tuple[jax.Array, jax.Array], ...]
+"""A layer's blocks of keys and values (B, K, S, H), or those (groups, B, K, S, H) of the layers a loop goes over."""
+Cache = dict[str, tuple[Ring, ...]]
+"""`loop`: a ring for each layer of a period; `layers`: one for each layer that is written out."""
+
+SCORED = 256  # tokens of a prompt whose logits are computed at a time
+STOP_IDS = 16  # token ids at which a slot can be told to stop
+
+
+# ---- What is static --------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """What is known about serving a model before any array exists."""
+
+    config: FrozenConfigDict
+    kinds: tuple[LayerKind, ...]
+    period: int  # the first period x groups layers are one loop ...
+    groups: int  # ... and the others are written out
+    max_length: int  # tokens of the longest sequence
+    dtype: str
+    kernel: str
+    settings: attention.Settings
+    block: int  # positions of a ring, about, that are read at a time
+    is_full: bool = False  # loops go as far as they ever can: to be costed, not to be run
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Positions that each layer can see, the token's own included."""
+        return tuple(min(kind.window + 1, self.max_length) for kind in self.kinds)
+
+
+def make_plan(config: FrozenConfigDict, numerics: Numerics, max_length: int, looped: bool | None = None) -> Plan:
+    """The plan for sequences of at most `max_length` tokens, prompt and answer together.
+
+    looped: whether equal groups of layers are one loop; None: with scan_layers on a TPU, whose compiler reads a
+    layer of a stack in place, where others copy it.
+    """
+    kinds = layer_kinds(config)
+    period, groups = repetition(kinds)
+    if looped is None:
+        looped = config.scan_layers and numerics.backend == "tpu"
+    if not looped or groups < 2:
+        period, groups = 0, 0
+    # The flash kernel is bound to the training step.
+    kernel = "splash" if numerics.attention == "flash" else numerics.attention
+    settings = attention.Settings.from_config(config, numerics.backend)
+    block = 128 if numerics.backend == "cpu" else 512
+    return Plan(config, kinds, period, groups, max_length, numerics.dtype, kernel, settings, block)
+
+
+# ---- Weights and cache -----------------------------------------------------------------------------------------------
+
+
+def prepare(plan: Plan, params: dict[str, Any]) -> Weights:
+    """The weights of a parameter tree: in the compute dtype, layers apart, queries, keys and values as one matrix.
+
+    A kv head's queries lie before its key and its value: (D, K, (G + 2) H).
+    """
+    config, dtype = plan.config, jnp.dtype(plan.dtype)
+    kv_heads, embed = config.num_kv_heads, config.emb_dim
+    layers = params["layers"]
+
+    def by_head(matrix):
+        return matrix.reshape(len(matrix), embed, kv_heads, -1)
+
+    own = layers["attention"]
+    stacked = {
+        "qkv": jnp.concatenate([by_head(own[name]) for name in ("query", "key", "value")], axis=-1),
+        "out": own["out"],
+        "wi": layers["mlp"]["wi"],
+        "wo": layers["mlp"]["wo"],
+    }
+    stacked = {name: matrix.astype(dtype) for name, matrix in stacked.items()}
+    stacked |= {"resid": params["resid_lambdas"], "share": params["x0_lambdas"]}
+
+    def layer(i):
+        found = {name: x[i] for name, x in stacked.items()}
+        if plan.kinds[i].has_value_embed:
+            table = sum(kind.has_value_embed for kind in plan.kinds[:i])
+            found |= {"gate": params["value_gate"][table].astype(dtype), "table": jnp.int32(table)}
+        return found
+
+    looped = plan.period * plan.groups
+    weights = {
+        # Tokens are looked up normalised.
+        "embed": rms_norm(params["token_embed"].astype(dtype), config.norm_epsilon),
+        "head": params["lm_head"].astype(dtype),
+        "loop": tuple(
+            jax.tree.map(lambda *x: jnp.stack(x), *map(layer, range(j, looped, plan.period)))
+            for j in range(plan.period)
+        ),
+        "layers": tuple(map(layer, range(looped, len(plan.kinds)))),
+        "rotary": tuple(map(jnp.asarray, rotary_tables(plan.max_length, config.head_dim, config.rope_theta))),
+    }
+    if "value_embeds" in params:
+        weights["tables"] = params["value_embeds"].astype(dtype)
+    scalars = ("smear_gate", "smear_lambda", "backout_lambda")
+    return weights | {name: params[name] for name in scalars if name in params}
+
+
+_WEIGHT_AXES = {
+    "embed": ("vocab", "embed"),
+    "head": ("vocab", "embed"),
+    "tables": (None, "vocab", "kv_heads"),
+    "qkv": ("embed", "kv_heads", None),
+    "out": ("heads", "embed"),
+    "wi": ("embed", "mlp"),
+    "wo": ("mlp", "embed"),
+    "gate": (None, "kv_heads"),
+}
+_RING_AXES = ("activation_batch", "activation_heads", None, None)
+
+
+def weight_shardings(plan: Plan, mesh: Mesh, shapes: Weights) -> Weights:
+    """How weights lie: whole on each device along the axes that cut the slots, cut by the rules along the others."""
+    rules = plan.config.logical_axis_rules
+    left = [axis for axis in mesh.axis_names if axis not in sharding.batch_axes(mesh, rules)]
+
+    def place(path, leaf):
+        axes = _WEIGHT_AXES.get(getattr(path[-1], "key", None), ())
+        axes = (None,) * (leaf.ndim - len(axes)) + axes
+        return sharding.named_sharding(mesh, leaf.shape, axes, rules, left)
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def cache_shapes(plan: Plan, mesh: Mesh, slots: int) -> Cache:
+    """The cache of `slots` slots as abstract arrays with shardings."""
+    config = plan.config
+
+    def ring(size, *groups):
+        def block(length):
+            shape = (*groups, slots, config.num_kv_heads, length, config.head_dim)
+            axes = (None,) * len(groups) + _RING_AXES
+            placed = sharding.named_sharding(mesh, shape, axes, config.logical_axis_rules)
+            return (jax.ShapeDtypeStruct(shape, plan.dtype, sharding=placed),) * 2
+
+        return tuple(block(end - start) for start, end in _spans(plan, size))
+
+    looped = plan.period * plan.groups
+    return {
+        "loop": tuple(ring(size, plan.groups) for size in plan.sizes[: plan.period]),
+        "layers": tuple(ring(size) for size in plan.sizes[looped:]),
+    }
+
+
+def _spans(plan: Plan, size: int) -> list[tuple[int, int]]:
+    """First place of each block of a ring, and the one behind its last."""
+    number = max(1, round(size / plan.block))
+    length = -(-size // number)
+    return [(start, min(start + length, size)) for start in range(0, size, length)]
+
+
+# ---- The model -------------------------------------------------------------------------------------------------------
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, int, Ring, jax.Array | None], tuple[jax.Array, Ring]]
+"""(q (T, K, G, H), k and v (T, K, H), window, ring, group of the ring or None) -> (T, K, G, H), and the ring anew."""
+
+
+def forward(
+    plan: Plan,
+    weights: Weights,
+    cache: Cache,
+    tokens: jax.Array,
+    previous: jax.Array,
+    positions: jax.Array,
+    attend: Attend,
+) -> tuple[jax.Array, Cache]:
+    """Final hidden states (T, D), and the cache as `attend` leaves it.
+
+    tokens, the tokens before them and their positions are (T,); `attend` alone knows which tokens see each other.
+    """
+    config = plan.config
+    x = x0 = _embed(plan, weights, tokens, previous, positions)
+    rotary = tuple(table[positions][:, None, None] for table in weights["rotary"])
+    middle_layer, looped = len(plan.kinds) // 2, plan.period * plan.groups
+
+    def block(x, layer, kind, ring, group=None):
+        x = _mix(x, layer["resid"], x0, layer["share"])
+        h = rms_norm(x, config.norm_epsilon)
+        q, k, v = _project(plan, weights, layer, h, tokens, rotary, kind)
+        y, ring = attend(q, k, v, kind.window, ring, group)
+        x = x + y.reshape(len(x), -1) @ layer["out"]
+        hidden = rms_norm(x, config.norm_epsilon) @ layer["wi"]
+        return x + jnp.square(jax.nn.relu(hidden)) @ layer["wo"], ring
+
+    def step(carry, scanned):
+        x, middle, rings = carry
+        group, layers = scanned
+        rings = list(rings)
+        for j, layer in enumerate(layers):
+            x, rings[j] = block(x, layer, plan.kinds[j], rings[j], group)
+            if middle_layer < looped and j == middle_layer % plan.period:
+                middle = jnp.where(group == middle_layer // plan.period, x, middle)
+        return (x, middle, tuple(rings)), None
+
+    middle, in_loop = x, cache["loop"]
+    if looped:
+        scanned = (jnp.arange(plan.groups), weights["loop"])
+        (x, middle, in_loop), _ = jax.lax.scan(step, (x, x, in_loop), scanned)
+    rings = []
+    for i, (layer, ring) in enumerate(zip(weights["layers"], cache["layers"], strict=True), looped):
+        x, ring = block(x, layer, plan.kinds[i], ring)
+        rings.append(ring)
+        if i == middle_layer:
+            middle = x
+    if config.use_backout:
+        x = _mix(x, jnp.float32(1), middle, -weights["backout_lambda"])
+    return rms_norm(x, config.norm_epsilon), {"loop": in_loop, "layers": tuple(rings)}
+
+
+def logits_of(plan: Plan, weights: Weights, hidden: jax.Array) -> jax.Array:
+    """Hidden states (T, D) -> soft-capped float32 logits (T, padded V), -inf where no token stands."""
+    config = plan.config
+    logits = jnp.einsum("TD,VD->TV", hidden, weights["head"], preferred_element_type=jnp.float32)
+    logits = sharding.constrain(logits, (None, None), config.logical_axis_rules)
+    logits = soft_cap(logits, config.logits_soft_cap)
+    known = jnp.arange(logits.shape[1]) < config.vocab_size
+    return logits if logits.shape[1] == config.vocab_size else jnp.where(known, logits, -jnp.inf)
+
+
+def _mix(x, scale, other, share):
+    """scale x + share other in float32, in x's dtype."""
+    return (scale * x.astype(jnp.float32) + share * other.astype(jnp.float32)).astype(x.dtype)
+
+
+def _embed(plan, weights, tokens, previous, positions):
+    """Normalised embeddings, each with a gated share of the previous token's (smear)."""
+    x = weights["embed"][tokens]
+    channels = plan.config.smear_gate_channels
+    if not channels:
+        return x
+    gate = jax.nn.sigmoid(x[:, :channels] @ weights["smear_gate"].astype(x.dtype))
+    gate = jnp.where(positions == 0, 0, weights["smear_lambda"] * gate)[:, None].astype(x.dtype)
+    return x + gate * weights["embed"][previous]
+
+
+def _project(plan, weights, layer, h, tokens, rotary, kind):
+    """Queries (T, K, G, H) and keys (T, K, H), rotated and normalised, and values (T, K, H)."""
+    config = plan.config
+    heads = jnp.einsum("TD,DKX->TKX", h, layer["qkv"])
+    heads = heads.reshape(*heads.shape[:2], -1, config.head_dim)
+    v = heads[:, :, -1]
+    if kind.has_value_embed:
+        gate = jax.nn.sigmoid(h[:, : config.value_embed_gate_channels] @ layer["gate"])
+        tables = weights["tables"]
+        rows = tables.reshape(-1, tables.shape[2])[layer["table"] * tables.shape[1] + tokens]
+        v = v + (config.value_embed_gate_range * gate)[..., None] * rows.reshape(v.shape)
+    cos, sin = rotary
+    a, b = jnp.split(heads[:, :, :-1].astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1).astype(h.dtype)
+    turned = config.qk_norm_scale * rms_norm(turned, config.norm_epsilon)
+    return turned[:, :, :-1], turned[:, :, -1], v
+
+
+# ---- Prefill ---------------------------------------------------------------------------------------------------------
+
+
+class Copies(NamedTuple):
+    """Which prompts become which slots: rows and slots (B,), of which the first `count` () count."""
+
+    rows: jax.Array
+    slots: jax.Array
+    count: jax.Array
+
+
+def prefill(
+    plan: Plan, weights: Weights, cache: Cache, tokens: jax.Array, lengths: jax.Array, copies: Copies
+) -> tuple[Cache, jax.Array]:
+    """The cache with prompts written to their slots, and the prompts' hidden states (R, L, D).
+
+    tokens (R, L) are prompts, padded behind; lengths (R,). One prompt may become many slots.
+    """
+    rows, length = tokens.shape
+    rules = plan.config.logical_axis_rules
+
+    def attend(q, k, v, window, ring, group):
+        q = q.reshape(rows, length, -1, q.shape[-1]).swapaxes(1, 2)
+        k, v = (x.reshape(rows, length, -1, x.shape[-1]).swapaxes(1, 2) for x in (k, v))
+        y = attention.attention(q, k, v, window=window, kernel=plan.kernel, settings=plan.settings, rules=rules)
+        size = min(window + 1, plan.max_length)
+        left = zip(*(cut(_last(x, lengths, size), size) for x in (k, v)), strict=True)
+        if group is not None:
+            left = jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, group, 0), ring, tuple(left))
+        return y.swapaxes(1, 2), tuple(left)
+
+    def cut(x, size):
+        """(..., L, H) into the blocks of a ring, of which the last may be empty."""
+        return jnp.split(x, [start for start, _ in _spans(plan, size)][1:], axis=-2)
+
+    def empty(size):
+        shape = (plan.groups, rows, plan.config.num_kv_heads, min(length, size), plan.config.head_dim)
+        return tuple((block, block) for block in cut(jnp.zeros(shape, plan.dtype), size))
+
+    previous = jnp.roll(tokens, 1, axis=1)
+    positions = jnp.tile(jnp.arange(length), rows)
+    made = {"loop": tuple(map(empty, plan.sizes[: plan.period])), "layers": cache["layers"]}
+    hidden, made = forward(plan, weights, made, tokens.reshape(-1), previous.reshape(-1), positions, attend)
+
+    def copy(i, cache):
+        def put(ring, new):
+            axis = ring.ndim - 4
+            row = jax.lax.dynamic_slice_in_dim(new, copies.rows[i], 1, axis)
+            starts = [0] * ring.ndim
+            starts[axis] = copies.slots[i]
+            return jax.lax.dynamic_update_slice(ring, row, starts)
+
+        return jax.tree.map(put, cache, made)
+
+    count = len(copies.rows) if plan.is_full else copies.count
+    cache = jax.lax.fori_loop(0, count, copy, cache)
+    return cache, hidden.reshape(rows, length, -1)
+
+
+def _last(x, lengths, size):
+    """x (R, K, L, H) of prompts of `lengths` (R,) -> what they leave in a ring of `size`: (R, K, min(L, size), H)."""
+    length = x.shape[2]
+    if length <= size:
+        return x
+    # Place i holds the last position before the prompt's end that is i mod size.
+    last = lengths[:, None] - 1
+    found = last - (last - jnp.arange(size)) % size
+    return jnp.take_along_axis(x, jnp.maximum(found, 0)[:, None, :, None], axis=2)
+
+
+class TokenScores(NamedTuple):
+    """Log-probabilities: of tokens (...), and those and ids of the likeliest ones (..., LARGEST_LOGPROBS)."""
+
+    logprobs: jax.Array
+    top_logprobs: jax.Array
+    top_tokens: jax.Array
+
+
+def score(plan: Plan, weights: Weights, hidden: jax.Array, targets: jax.Array, with_top: jax.Array) -> TokenScores:
+    """Log-probabilities of targets (R, L) after hidden states (R, L, D); the likeliest ones only if with_top ()."""
+
+    def chunk(part):
+        logits = logits_of(plan, weights, part[0])
+        return TokenScores(sampling.log_probabilities(logits, part[1]), *_top(logits, with_top))
+
+    count = targets.size
+    size = min(SCORED, count)
+    padding = -count % size
+    flat = jnp.pad(hidden.reshape(count, -1), ((0, padding), (0, 0)))
+    wanted = jnp.pad(targets.reshape(-1), (0, padding))
+    scores = jax.lax.map(chunk, (flat.reshape(-1, size, flat.shape[1]), wanted.reshape(-1, size)))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count].reshape(*targets.shape, *x.shape[2:]), scores)
+
+
+def _top(logits, wanted):
+    """sampling.alternatives where they are wanted, else zeros."""
+    shape = (len(logits), sampling.LARGEST_LOGPROBS)
+    return jax.lax.cond(
+        wanted,
+        lambda: sampling.alternatives(logits),
+        lambda: (jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)),
+    )
+
+
+# ---- Decode ----------------------------------------------------------------------------------------------------------
+
+
+def decode_step(
+    plan: Plan, weights: Weights, cache: Cache, tokens: jax.Array, previous: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """Logits (B, V) after one token a slot, and the cache with it; (B,) each.
+
+    A token takes the place of one that it cannot see. A slot in which nothing happens may therefore repeat its last
+    token, or one that is still to come, and stays as it is.
+    """
+
+    def attend(q, k, v, window, ring, group):
+        size = min(window + 1, plan.max_length)
+        ring = _store(plan, ring, group, (k, v), positions % size, size)
+        return _attend_cached(plan, q, ring, group, positions, size), ring
+
+    hidden, cache = forward(plan, weights, cache, tokens, previous, positions, attend)
+    return logits_of(plan, weights, hidden), cache
+
+
+def _store(plan, ring, group, new, place, size):
+    """The ring with a token's key and value (B, K, H) at `place` (B,) of each slot."""
+    slots = jnp.arange(len(place))
+    blocks = []
+    for (start, end), block in zip(_spans(plan, size), ring, strict=True):
+        index = jnp.where(place < start, end, place) - start  # past the block where the place is another's
+        where = (slots, slice(None), index) if group is None else (group, slots, slice(None), index)
+        pairs = zip(block, new, strict=True)
+        blocks.append(tuple(x.at[where].set(row, unique_indices=True, mode="drop") for x, row in pairs))
+    return tuple(blocks)
+
+
+def _attend_cached(plan, q, ring, group, positions, size):
+    """Each slot's query (B, K, G, H) against what its ring holds, block by block.
+
+    A block that holds nothing of a slot leaves the slot's numbers as they are, to the bit, so how far others have
+    come does not show.
+    """
+    seen = jnp.minimum(positions + 1, size)[:, None, None, None]
+
+    def add(carry, block, start):
+        highest, total, out = carry
+        if group is not None:
+            block = (jax.lax.dynamic_index_in_dim(x, group, 0, keepdims=False) for x in block)
+        keys, values = block
+        scores = jnp.einsum("BKGH,BKSH->BKGS", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        scores = jnp.where(start + jnp.arange(keys.shape[2]) < seen, scores, -jnp.inf)
+        higher = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
+        fade, weight = jnp.exp(highest - higher), jnp.exp(scores - higher)
+        more = jnp.einsum("BKGS,BKSH->BKGH", weight.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        return higher, total * fade + jnp.sum(weight, axis=-1, keepdims=True), out * fade + more
+
+    carry = (jnp.full((*q.shape[:-1], 1), -jnp.inf), jnp.zeros((*q.shape[:-1], 1)), jnp.zeros(q.shape))
+    for (start, _), block in zip(_spans(plan, size), ring, strict=True):
+        if start == 0 or plan.is_full:
+            carry = add(carry, block, start)
+        else:
+            is_used = jnp.max(seen) > start
+            carry = jax.lax.cond(is_used, partial(add, start=start), lambda carry, _: carry, carry, block)
+    _, total, out = carry
+    return (out / total).astype(q.dtype)
+
+
+class Control(NamedTuple):
+    """What the host says of each slot before a round of steps; arrays (B,) unless said otherwise."""
+
+    token: jax.Array  # the newest one, not yet in the cache
+    previous: jax.Array  # the one before it
+    position: jax.Array  # of `token`
+    left: jax.Array  # tokens that may still come; 0: nobody is here
+    sample: jax.Array  # which of its request's samples this is
+    seed: jax.Array  # (B, 2) uint32
+    temperature: jax.Array  # 0: the likeliest token
+    top_k: jax.Array  # 0: off
+    top_p: jax.Array  # 1: off
+    min_p: jax.Array  # 0: off
+    penalty: jax.Array  # 1: off
+    logprobs: jax.Array  # 0: none, 1: of the token, 2: and of the likeliest
+    stop: jax.Array  # (B, STOP_IDS), -1 where there are fewer
+    forced: jax.Array  # (B, steps) tokens to take instead of drawn ones, -1: draw
+
+
+class Round(NamedTuple):
+    """What a round of steps brought: tokens (steps, B), -1 where there came none, and their scores."""
+
+    tokens: jax.Array
+    scores: TokenScores
+
+
+def decode_round(
+    plan: Plan, weights: Weights, cache: Cache, control: Control, seen: jax.Array, is_eager: jax.Array
+) -> tuple[Cache, Round]:
+    """Up to `steps` tokens (the width of control.forced) for each slot, in a loop on the device.
+
+    The loop ends early when no slot is left, and, if is_eager (), when the first slot stops. A slot stops at a
+    token of its own in `stop`, which is among its tokens, or when nothing is left to it.
+    seen (B, padded V): the tokens that the repetition penalty is for.
+    The token at position p of a sample is drawn with a random number made from seed, sample and p alone.
+    """
+    slots, steps = control.forced.shape
+    sampled = control.temperature > 0
+    filtered = (control.top_k > 0) | (control.top_p < 1)
+    penalized = control.penalty != 1
+    started = control.left > 0
+
+    # All at once, before the loop: a slot that is active goes on by one position a step.
+    uniforms = jax.lax.cond(
+        jnp.any(sampled), partial(_uniforms, steps), lambda control: jnp.zeros((steps, slots)), control
+    )
+
+    def draw(logits, uniform):
+        scores = sampling.scale(logits, control.temperature)
+        lowest = jax.lax.cond(
+            jnp.any(filtered),
+            lambda: sampling.lowest_kept(scores, control.top_k, control.top_p),
+            lambda: jnp.full((slots,), -jnp.inf),
+        )
+        lowest = jnp.maximum(lowest, jnp.log(control.min_p))[:, None]
+        return sampling.draw(jnp.where(scores >= lowest, scores, -jnp.inf), uniform)
+
+    def goes_on(carry):
+        i, left = carry[0], carry[4]
+        has_stopped = jnp.any(started & (left == 0))
+        return (i < steps) & jnp.any(left > 0) & ~(is_eager & has_stopped)
+
+    def step(carry):
+        i, token, previous, position, left, cache, out = carry
+        is_active = left > 0
+        logits, cache = decode_step(plan, weights, cache, token, previous, position)
+        adjusted = jax.lax.cond(
+            jnp.any(penalized),
+            lambda: sampling.penalize(logits, seen | _among(out.tokens, logits.shape[1]), control.penalty),
+            lambda: logits,
+        )
+        best = sampling.likeliest(adjusted)
+        drawn = jax.lax.cond(jnp.any(sampled), lambda: draw(adjusted, uniforms[i]), lambda: best)
+        drawn = jnp.where(sampled, drawn, best)
+        forced = jax.lax.dynamic_index_in_dim(control.forced, i, axis=1, keepdims=False)
+        new = jnp.where(forced >= 0, forced, drawn)
+        logprobs = jax.lax.cond(
+            jnp.any(control.logprobs > 0),
+            lambda: sampling.log_probabilities(logits, new),
+            lambda: jnp.zeros((slots,), jnp.float32),
+        )
+        scores = TokenScores(logprobs, *_top(logits, jnp.any(control.logprobs > 1)))
+        brought = Round(jnp.where(is_active, new, -1), scores)
+        out = jax.tree.map(lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, i, 0), out, brought)
+        stops = (forced < 0) & jnp.any(control.stop == new[:, None], axis=1)
+        return (
+            i + 1,
+            jnp.where(is_active, new, token),
+            jnp.where(is_active, token, previous),
+            position + is_active,
+            jnp.where(stops, 0, left - is_active),
+            cache,
+            out,
+        )
+
+    def zeros(dtype, *shape):
+        return jnp.zeros((steps, slots, *shape), dtype)
+
+    top = sampling.LARGEST_LOGPROBS
+    out = Round(zeros(jnp.int32) - 1, TokenScores(zeros(jnp.float32), zeros(jnp.float32, top), zeros(jnp.int32, top)))
+    start = (jnp.int32(0), control.token, control.previous, control.position, control.left, cache, out)
+    if plan.is_full:
+        *_, cache, out = jax.lax.fori_loop(0, steps, lambda _, carry: step(carry), start)
+    else:
+        *_, cache, out = jax.lax.while_loop(goes_on, step, start)
+    return cache, out
+
+
+def _uniforms(steps, control):
+    """The random numbers (steps, B) of the tokens behind each slot's newest one."""
+
+    def of_slot(seed, sample, position):
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), sample)
+        positions = position + 1 + jnp.arange(steps)
+        return jax.vmap(lambda p: jax.random.uniform(jax.random.fold_in(key, p)))(positions)
+
+    return jax.vmap(of_slot, out_axes=1)(control.seed, control.sample, control.position)
+
+
+def _among(tokens, size):
+    """Which of `size` tokens (B, size) are among tokens (steps, B); -1 is none."""
+    return jnp.any(tokens[:, :, None] == jnp.arange(size), axis=0)

@@ -1,0 +1,89 @@
+"""Design alternatives of the train step: what each does to cycles and memory of a TPU, by the compiler.
+
+    python benchmarks/alternatives.py configs/base.yml model=d24 emb_dim=1536 num_decoder_layers=4 window_pattern=SL \
+        compile_report=alternatives.jsonl
+
+Each alternative is one of the words that a user would add to this command. Four layers of which every second one is
+long are a loop of two groups, with everything that d24 has; leave these words out for the whole model. Nothing is
+run. Rows are kept in compile_report as JSON lines (null: alternatives.jsonl in the run's folder), and what is there is
+not compiled again. Prints a table and a JSON line.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from MaxNano import pyconfig
+
+    pyconfig.check_command_line()
+
+import json
+
+import jax
+from ml_collections import FrozenConfigDict
+
+from benchmarks import common
+from MaxNano import compile_report, pyconfig, train
+
+BASE = "as configured"
+ALTERNATIVES = {  # the dearest question first, since a table may stay unfinished
+    BASE: "",
+    "table gradients scattered": "embedding_gradient=scatter",
+    "table gradients as a product": "embedding_gradient=one_hot",
+    "splash": "attention=splash",
+    "recompute everything": "remat_policy=full",
+    "recompute nothing": "remat_policy=none",
+    "keep matrix products": "remat_policy=minimal",
+    "keep attention and MLP": "remat_policy=names remat_names=[attention_out,mlp_hidden]",
+    "8 rows at a time": "per_device_batch_size=8",
+    "default VMEM limit": "xla_flags=[]",
+    "collectives on SparseCores": "xla_flags=[vmem,sparse_core]",
+    "layers unrolled": "scan_layers=false",
+    "whole logits": "vocab_chunk_size=0",
+    "head in 16 parts": "vocab_chunk_size=2048",
+    "head in 2 parts": "vocab_chunk_size=16384",
+    "16 rows at a time": "per_device_batch_size=16",
+    "4 rows at a time": "per_device_batch_size=4",
+    "splash, split backward": "attention=splash splash_fused_backward=false",
+    "splash, blocks of 512": "attention=splash splash_long_forward=[512,512,512] splash_long_backward=[512,512,512]",
+    "flash, tiles of 128": "flash_block=128",
+    "flash, tiles of 512": "flash_block=512",
+    "tables kept in float32": "embedding_dtype=float32",
+    "weights kept whole": "logical_axis_rules=[[activation_batch,data,fsdp]]",
+}
+ROWS = 32  # a device takes at once where per_device_batch_size leaves it open: all alternatives start from the same
+COLUMNS = ("alternative", "more", "all", *compile_report.CLASSES, "GiB", "compiled s", "failure")
+
+
+def configs(words: list[str]) -> dict[str, FrozenConfigDict]:
+    """The config of every alternative, checked: the command line's words, then its own."""
+    base = pyconfig.initialize(words)
+    if base.per_device_batch_size is None:
+        share = base.global_batch_tokens // base.max_target_length // common.chips_of(base)
+        words = [*words, f"per_device_batch_size={train.largest_divisor(max(share, 1), ROWS)}"]
+    return {name: pyconfig.initialize([*words, *own.split()]) for name, own in ALTERNATIVES.items()}
+
+
+def main(config: FrozenConfigDict) -> None:
+    """Compile what has no row yet; print all."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    kept = common.Kept(config.compile_report or train.run_directory(config) / "alternatives.jsonl")
+    rows = []
+    for name, own in configs(sys.argv[1:]).items():
+        task = {key: own[key] for key in pyconfig.keys_of(own) if key not in ("compile_report", "run_name")}
+        row = kept.find(task) or kept.add(task, {"alternative": name, **common.compile_step(own)})
+        rows.append({**row, "alternative": name})
+        if "all" in row and "all" in rows[0]:
+            rows[-1]["more"] = row["all"] - rows[0]["all"]
+        print(f"{name}: {row.get('failure') or format(row['all'], ',.1f')}", file=sys.stderr, flush=True)
+    print(
+        f"ESTIMATED for {config.compile_topology}, not measured: {config.num_decoder_layers} layers of "
+        f"{config.emb_dim}, {config.global_batch_tokens:,} tokens a step; M cycles a chip"
+    )
+    common.show(rows, COLUMNS)
+    print(json.dumps({"base": sys.argv[1:], "rows": rows}))
+
+
+if __name__ == "__main__":
+    sys.exit(pyconfig.launch(main))

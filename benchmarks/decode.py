@@ -1,0 +1,238 @@
+"""Speed of the engine: prefill tokens/s, time to the first token, time a token, tokens/s by batch.
+
+    python benchmarks/decode.py configs/base.yml model=d24
+    python benchmarks/decode.py configs/base.yml model=d4 max_target_length=512 vocab_size=4096 num_cpu_devices=1
+
+Weights are random, tokens greedy. Utilisation is of the chip's memory bandwidth and FLOP/s, where the chip is known:
+bytes are the matrices and the cached keys and values that a step has to read, FLOPs those of the model. Where decoding
+is too much for the CPU and there is nothing else, it prints what train_compile.py says of compile_topology instead: an
+estimate, nothing is run. With a nanochat checkout in NANOCHAT and a Python that has its packages in NANOCHAT_PYTHON, its
+engine generates from the same weights and the same prompt in the same run, turn by turn. Ends with a JSON line.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from MaxNano import pyconfig
+
+    pyconfig.check_command_line()
+
+import contextlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from benchmarks import common
+from MaxNano import convert, engine, pyconfig, runtime, sharding, train_compile
+from MaxNano.engine import Engine, Request
+
+BATCHES = (1, 8, 32, 128)
+NANOCHAT_BATCHES = (1, 16)
+TURNS = 5
+LARGEST_CPU_MODEL = 3e8  # parameters: a token a second on a few cores
+_MATRICES = ("qkv", "out", "wi", "wo", "gate", "head")
+
+
+def random_params(target: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
+    """Parameters of a model whose answers are not all the same token."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        values = rng.standard_normal(leaf.shape, np.float32)
+        return values / math.sqrt(leaf.shape[-2]) if leaf.ndim > 2 else 0.3 * values
+
+    return jax.tree.map(draw, target) | {"resid_lambdas": np.ones(target["resid_lambdas"].shape, np.float32)}
+
+
+def step_costs(programs: engine.Programs, context: int) -> tuple[float, float]:
+    """(bytes that a device has to read, FLOPs of all devices) of one step of all slots at a context length."""
+    config, plan = programs.config, programs.plan
+    own = {
+        path: leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(programs.weights)
+        if getattr(path[-1], "key", None) in _MATRICES
+    }
+    matrices = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in own.values())
+    seen = sum(min(context, size) for size in plan.sizes)
+    itemsize = np.dtype(jax.numpy.dtype(plan.dtype)).itemsize
+    keys = programs.slots * seen * 2 * config.num_kv_heads * config.head_dim * itemsize / programs.mesh.size
+    flops = 2 * sum(leaf.size for leaf in own.values()) + 4 * config.num_query_heads * config.head_dim * seen
+    return matrices + keys, flops * programs.slots
+
+
+def time_prefill(programs: engine.Programs, weights, length: int) -> float:
+    """Median seconds of a call of the prefill program with prompts of `length` tokens on every device."""
+    rng = np.random.default_rng(0)
+    rows = programs.rows * programs.ways
+    tokens = rng.integers(0, programs.config.vocab_size, (rows, length + 1), dtype=np.int32)
+    lengths = np.full(rows, length, np.int32)
+    copies = np.zeros((programs.ways, programs.slots // programs.ways + 1, 2), np.int32)
+    copies[:, -1] = 1
+    arrays = [jax.device_put(x, programs.by_slot) for x in (tokens, lengths, copies)]
+    cache, seconds = programs.empty_cache(), []
+    for _ in range(1 + TURNS):
+        begin = time.perf_counter()
+        cache, _ = jax.block_until_ready(programs.prefill(False)(weights, cache, *arrays, np.bool_(False)))
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[1:])
+
+
+def time_generation(served: Engine, request: Request) -> tuple[float, float, float]:
+    """Seconds to the first token, seconds for the tokens behind it, and number of those."""
+    begin = time.perf_counter()
+    served.submit(request)
+    events = served.step()
+    first = time.perf_counter() - begin
+    tokens = -sum(len(event.tokens) for event in events)
+    begin = time.perf_counter()
+    while not served.is_idle:
+        events += served.step()
+    tokens += sum(len(event.tokens) for event in events)
+    return first, time.perf_counter() - begin, tokens
+
+
+def measure(config: FrozenConfigDict, params, mesh: jax.sharding.Mesh, batch: int) -> common.Row:
+    """The engine with `batch` slots, all in use."""
+    served = Engine(config, mesh, params, None, slots=batch)
+    programs = served.programs
+    prompt, new = lengths_of(served.max_length)
+    request = Request(prompt=prompt_of(config, prompt), max_tokens=new, samples=batch, temperature=0)
+    found = [time_generation(served, request) for _ in range(1 + TURNS)][1:]
+    first, later, tokens = (statistics.median(column) for column in zip(*found, strict=True))
+    a_token = later / (tokens / batch)
+    size, flops = step_costs(programs, prompt + new // 2)
+    row = {
+        "batch": batch, "prompt": prompt, "new": new, "first token ms": 1e3 * first, "ms a token": 1e3 * a_token,
+        "tokens/s": tokens / later, "GB/s": size / a_token / 1e9, "GFLOP/s": flops / a_token / 1e9,
+    }  # fmt: skip
+    chip = runtime.chip(mesh.devices.flat[0])
+    if chip:
+        row["bandwidth"] = size / a_token / chip.memory_bandwidth
+        row["MFU"] = flops / a_token / (chip.peak_flops * mesh.size)
+    if batch == BATCHES[0]:
+        longest = programs.buckets[-1]
+        rows = programs.rows * programs.ways
+        row["prefill tokens/s"] = rows * longest / time_prefill(programs, served._weights, longest)
+    return row
+
+
+def lengths_of(max_length: int) -> tuple[int, int]:
+    """Tokens of the prompt and of the answer."""
+    return min(128, max_length // 4), min(128, max_length // 2)
+
+
+def prompt_of(config: FrozenConfigDict, length: int) -> tuple[int, ...]:
+    """The prompt."""
+    return tuple(np.random.default_rng(1).integers(0, config.vocab_size, length).tolist())
+
+
+# ---- nanochat beside it ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def start_nanochat(config: FrozenConfigDict, params) -> Iterator[Callable[..., Any] | None]:
+    """A function that lets nanochat generate and returns (seconds, tokens of the first row); None if not asked for."""
+    checkout = os.environ.get("NANOCHAT")
+    if not checkout:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.npz"
+        np.savez(weights, **convert.params_to_nanochat(params, config))
+        model = {
+            "sequence_len": config.max_target_length,
+            "vocab_size": config.vocab_size,
+            "n_layer": config.num_decoder_layers,
+            "n_head": config.num_query_heads,
+            "n_kv_head": config.num_kv_heads,
+            "n_embd": config.emb_dim,
+            "window_pattern": config.window_pattern,
+        }
+        task = {"weights": str(weights), "model": model}
+        program = Path(__file__).with_name("nanochat_decode.py")
+        with subprocess.Popen(
+            [os.environ.get("NANOCHAT_PYTHON", "python3"), str(program)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": checkout},
+        ) as process:
+
+            def ask(task: dict):
+                process.stdin.write(json.dumps(task) + "\n")
+                process.stdin.flush()
+                answer = process.stdout.readline()
+                while answer and answer[0] not in '["':
+                    answer = process.stdout.readline()  # what nanochat itself prints
+                if not answer:
+                    raise ValueError("nanochat's side failed; its error stands above")
+                return json.loads(answer)
+
+            print("nanochat:", ask(task), flush=True)
+            yield lambda **values: ask(values)
+            process.stdin.close()
+
+
+def compare(config: FrozenConfigDict, params, mesh: jax.sharding.Mesh) -> list[common.Row]:
+    """The whole of an answer, prefill included, here and in nanochat, by turns; nothing without nanochat."""
+    rows = []
+    with start_nanochat(config, params) as nanochat:
+        for batch in NANOCHAT_BATCHES if nanochat else ():
+            served = Engine(config, mesh, params, None, slots=batch)
+            prompt, new = lengths_of(served.max_length)
+            request = Request(prompt=prompt_of(config, prompt), max_tokens=new, samples=batch, temperature=0)
+            ours, theirs = [], []
+            for _ in range(1 + TURNS):
+                begin = time.perf_counter()
+                [completions] = served.generate([request])
+                ours.append(time.perf_counter() - begin)
+                seconds, tokens = nanochat(prompt=request.prompt, samples=batch, max_tokens=new)
+                theirs.append(seconds)
+                if any(completion.tokens != tokens for completion in completions):
+                    raise ValueError("nanochat says other tokens")
+            ours, theirs = (statistics.median(seconds[1:]) for seconds in (ours, theirs))
+            rows.append(
+                {
+                    "batch": batch,
+                    "prompt": prompt,
+                    "new": new,
+                    "MaxNano tokens/s": batch * new / ours,
+                    "nanochat tokens/s": batch * new / theirs,
+                    "times": theirs / ours,
+                }  # fmt: skip
+            )
+    return rows
+
+
+def main(config: FrozenConfigDict) -> int | None:
+    """Measure every batch, then compare."""
+    runtime.initialize(config)
+    mesh = sharding.make_mesh(config)
+    target = engine.abstract_params(config, engine.numerics_of(config, mesh), mesh)
+    if jax.default_backend() == "cpu" and sum(x.size for x in jax.tree.leaves(target)) > LARGEST_CPU_MODEL:
+        print(f"ESTIMATED for {config.compile_topology}, not measured: this machine has no accelerator", flush=True)
+        return train_compile.main(pyconfig.replace(config, "cli", compile_programs=("prefill", "decode")))
+    params = random_params(target, config.seed)
+    rows = [measure(config, params, mesh, batch) for batch in BATCHES]
+    common.show(rows, digits=2)
+    beside = compare(config, params, mesh)
+    common.show(beside, digits=2)
+    device = mesh.devices.flat[0].device_kind
+    print(json.dumps({"model": config.model, "device": device, "devices": mesh.size, "rows": rows, "nanochat": beside}))
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(pyconfig.launch(main))

@@ -1,0 +1,208 @@
+"""The train step past one host: memory, collectives by axis and an estimated step on larger slices, and on two.
+
+    python benchmarks/pods.py configs/base.yml model=d24 compile_report=pods.jsonl
+
+For each of SLICES at the tokens a chip that compile_topology would take, and at the batch that it would take. All is
+ESTIMATED, nothing is run. Compiling each whole step would take hours, so a step is put together of two programs:
+
+- the step of the command line, compiled whole for compile_topology: what its chips compute. Work on tokens is scaled by
+  the tokens of a chip; the update, and all that has the shape of weights or tables, is not;
+- the same model at full depth and width on rows of SHORT tokens, with one Muon iteration and one kind of window,
+  compiled for the larger slice in its layout: the state's memory, and every collective over weights and gradients,
+  whose size does not depend on the rows. Those over activations (axis tensor) are scaled by tokens. None is taken to
+  be hidden behind computation.
+
+Rows are kept in compile_report as JSON lines (null: pods.jsonl in the run's folder), and what is there is not compiled
+again. Prints a table and a JSON line.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from MaxNano import pyconfig
+
+    pyconfig.check_command_line()
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+from ml_collections import FrozenConfigDict
+
+from benchmarks import common
+from MaxNano import compile_report, hlo, pyconfig, runtime, train, train_compile
+
+SLICES = (("v6e-16", 1), ("v6e-64", 1), ("v6e-256", 1), ("v6e-256", 2))
+SHORT = 256  # tokens of a row where only weights and collectives count
+# What makes that program quick to compile and leaves state and collectives as they are.
+QUICK = ("xla_flags=[]", "muon_iterations=1", "window_pattern=L")
+# State is cut among eight neighbours and repeated over all others: Muon then needs no communication whatever the number
+# of chips (24 and 32 layers divide by 8), a step gathers over few links, and no weight travels between slices.
+FSDP = 8
+RULES = (
+    "logical_axis_rules=[[layers,fsdp],[vocab,fsdp,tensor],[heads,tensor],[kv_heads,tensor],[mlp,tensor],"
+    "[activation_batch,data,fsdp],[activation_heads,tensor],[activation_mlp,tensor],[activation_vocab,tensor]]"
+)
+PER_STEP = ("gather", "reduce", "update")  # named scopes of train.train_step that rows have no part in
+
+
+class Layout(NamedTuple):
+    """How the chips of some slices are used."""
+
+    data: int  # of a slice
+    fsdp: int
+    tensor: int
+    slices: int
+
+    @classmethod
+    def choose(cls, chips: int, slices: int, rows: int) -> "Layout":
+        """For `rows` of a step; chips that get no row of their own share one."""
+        tensor = max(1, chips // math.gcd(chips, rows))
+        fsdp = math.gcd(FSDP, chips // slices // tensor)
+        return cls(chips // slices // tensor // fsdp, fsdp, tensor, slices)
+
+    def words(self) -> list[str]:
+        """Of a command line."""
+        return [
+            f"ici_data_parallelism={self.data}", f"ici_fsdp_parallelism={self.fsdp}",
+            f"ici_tensor_parallelism={self.tensor}", f"dcn_data_parallelism={self.slices}",
+            "dcn_fsdp_parallelism=1", "dcn_tensor_parallelism=1", RULES,
+        ]  # fmt: skip
+
+    def __str__(self) -> str:
+        sizes = (f"data {self.data}", f"fsdp {self.fsdp}", f"tensor {self.tensor}", f"dcn data {self.slices}")
+        return " x ".join(size for size in sizes if not size.endswith(" 1"))
+
+
+# ---- The two kinds of programs ---------------------------------------------------------------------------------------
+
+
+def whole_step(config: FrozenConfigDict) -> common.Row:
+    """What a chip of compile_topology computes, in cycles a step and cycles a token; and GiB beside the state."""
+    setup = train.set_up(config, train_compile.slice_devices(config.compile_topology, config.compile_num_slices))
+    started = time.monotonic()
+    setup, compiled = train.compile_train(setup)
+    seconds = time.monotonic() - started
+    chip = runtime.chip(setup.mesh.devices.flat[0])
+    walk = compile_report.walk(hlo.parse(compiled.as_text()), chip, mesh=setup.mesh, vocab_size=config.vocab_size)
+    per_step = sum(operation.total for operation in walk.operations if of_weights(operation))
+    per_tokens = sum(operation.total for operation in walk.operations) - per_step
+    stats = compiled.memory_analysis()
+    return {
+        "step cycles": per_step,
+        "token cycles": per_tokens / (config.global_batch_tokens / setup.mesh.size),
+        "rows": setup.plan.micro_rows,
+        "working GiB": (stats.peak_memory_in_bytes - stats.argument_size_in_bytes) / common.GIB,
+        "compiled s": seconds,
+    }
+
+
+def of_weights(operation: compile_report.Operation) -> bool:
+    """Whether an operation does as much for few tokens as for many."""
+    scopes = operation.op_name.split("/")
+    return operation.kind in ("weight", "table") or any(scope in scopes for scope in PER_STEP)
+
+
+def short_step(words: Sequence[str], topology: str, layout: Layout) -> common.Row:
+    """State in GiB, and seconds of collectives by axes and network, of a step on one short row a chip."""
+    ways = layout.data * layout.fsdp * layout.slices
+    config = pyconfig.initialize(
+        [*words, *QUICK, *layout.words(), f"compile_topology={topology}", f"compile_num_slices={layout.slices}",
+         f"max_target_length={SHORT}", f"global_batch_tokens={SHORT * ways}", "per_device_batch_size=1"]
+    )  # fmt: skip
+    setup = train.set_up(config, train_compile.slice_devices(topology, layout.slices))
+    started = time.monotonic()
+    try:
+        compiled = train.lower_train(setup).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"failure": "does not fit"}
+    seconds = time.monotonic() - started
+    chip = runtime.chip(setup.mesh.devices.flat[0])
+    walk = compile_report.walk(hlo.parse(compiled.as_text()), chip, mesh=setup.mesh, vocab_size=config.vocab_size)
+    times, sizes, count = defaultdict(float), defaultdict(float), 0
+    for collective in walk.collectives:
+        name = f"{'+'.join(collective.axes)} {collective.network}"
+        times[name] += collective.cycles * collective.count / chip.clock_hz
+        sizes[name] += collective.bytes * collective.count / 1e9
+        count += collective.count
+    return {
+        "state GiB": compiled.memory_analysis().argument_size_in_bytes / common.GIB,
+        "seconds": dict(times),
+        "GB": dict(sizes),
+        "collectives": count,
+        "compiled s": seconds,
+    }
+
+
+# ---- The estimate ----------------------------------------------------------------------------------------------------
+
+
+def estimate(config: FrozenConfigDict, whole: common.Row, short: common.Row, layout: Layout, tokens: int) -> common.Row:
+    """A row of the table for steps of `tokens`."""
+    row: common.Row = {"layout": str(layout), "tokens a step": tokens}
+    if "failure" in short:
+        return row | {"failure": short["failure"]}
+    chip = runtime.CHIPS["TPU v6e"]
+    chips = layout.data * layout.fsdp * layout.tensor * layout.slices
+    own = tokens / chips
+    rows_ms = own * whole["token cycles"] / chip.clock_hz * 1e3
+    weights_ms = whole["step cycles"] / chip.clock_hz * 1e3
+    ici = dcn = 0.0
+    for name, seconds in short["seconds"].items():
+        scale = own * layout.tensor / SHORT if "tensor" in name else 1.0
+        if name.endswith("dcn"):
+            dcn += seconds * scale * 1e3
+        else:
+            ici += seconds * scale * 1e3
+    step = rows_ms + weights_ms + ici + dcn
+    flops = train.flops_per_token(config) * tokens
+    return row | {
+        "state GiB": round(short["state GiB"], 2),
+        "at most GiB": round(short["state GiB"] + whole["working GiB"], 1),
+        "tokens ms": rows_ms,
+        "weights ms": weights_ms,
+        "ICI ms": ici,
+        "DCN ms": dcn,
+        "step ms": step,
+        "M tokens/s": tokens / step / 1e3,
+        "MFU": f"{flops / (chips * chip.peak_flops * step / 1e3):.1%}",
+        "GB by axis": ", ".join(f"{name} {size:.2f}" for name, size in short["GB"].items()),
+    }
+
+
+def main(config: FrozenConfigDict) -> None:
+    """Compile what has no row yet; print the table."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    kept = common.Kept(config.compile_report or train.run_directory(config) / "pods.jsonl")
+    words = [word for word in sys.argv[1:] if not word.startswith("compile_report=")]
+    task = ["whole", *words]
+    whole = kept.find(task) or kept.add(task, whole_step(config))
+    rows = []
+    for topology, slices in SLICES:
+        chips = math.prod(train_compile.slice_shape(topology)[1]) * slices
+        batch = config.global_batch_tokens
+        for fixed, tokens in (("tokens a chip", batch // common.chips_of(config) * chips), ("batch", batch)):
+            layout = Layout.choose(chips, slices, tokens // config.max_target_length)
+            task = ["short", topology, list(layout), *words]
+            short = kept.find(task) or kept.add(task, short_step(words, topology, layout))
+            name = f"{slices} x {topology}" if slices > 1 else topology
+            rows.append({"slice": name, "fixed": fixed, **estimate(config, whole, short, layout, tokens)})
+            print(f"{name}, fixed {fixed}: {rows[-1].get('step ms', 'does not fit')}", file=sys.stderr, flush=True)
+    print(
+        f"ESTIMATED for {config.model}, not measured: computation scaled from {config.compile_topology}, collectives "
+        f"compiled with rows of {SHORT} tokens; at most {whole['rows']} rows a chip at a time"
+    )
+    common.show(rows)
+    print(json.dumps({"model": config.model, "whole": whole, "rows": rows}))
+
+
+if __name__ == "__main__":
+    sys.exit(pyconfig.launch(main))

@@ -1,0 +1,178 @@
+"""evaluate.py on a run with a checkpoint: numbers, files, going on after a kill, refusals."""
+
+import csv
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import jax
+import pytest
+import yaml
+
+from MaxNano import evaluate, pyconfig, tokenizer, train, train_state
+from MaxNano.checkpointing import Checkpointer
+from MaxNano.evals import core
+
+ROOT = Path(__file__).parents[1]
+BASE = str(ROOT / "configs/base.yml")
+TASKS = ("copa", "winograd", "lambada_openai")  # one of each kind, without examples
+QUICK = "xla_flag_groups=[[quick, cpu, xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=true]]"
+SHAPE = ["emb_dim=32", "head_dim=16", "num_query_heads=2", "vocab_size=320", "max_target_length=32"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A run with one checkpoint, saved by hand; its text, tokenizer and three tasks."""
+    folder = tmp_path_factory.mktemp("place")
+    with zipfile.ZipFile(ROOT / "tests/golden/core_small.zip") as archive:
+        archive.extractall(folder)
+    bundle = folder / "eval_bundle/core.yaml"
+    listed = yaml.safe_load(bundle.read_text())["icl_tasks"]
+    bundle.write_text(yaml.safe_dump({"icl_tasks": [task for task in listed if task["label"] in TASKS]}))
+    (folder / "text").mkdir()
+    for split in "ab":
+        lines = [f"document {split}{i}: " + "the kite is in the bucket. " * (i % 7) for i in range(80)]
+        (folder / "text" / f"{split}.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in lines))
+    config = pyconfig.initialize([BASE, *words(folder), *SHAPE])
+    setup = train.set_up(config, jax.devices()[:1])
+    state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
+    fingerprint = tokenizer.load(config).fingerprint()
+    with Checkpointer(config, folder / "runs/run", tokenizer_fingerprint=fingerprint) as checkpointer:
+        checkpointer.save(7, state, {})
+    pyconfig.save(config, folder / "runs/run/config.yml")
+    return folder
+
+
+def words(folder):
+    return [
+        "model=d2", "run_name=run", f"base_output_directory={folder}/runs", "num_cpu_devices=1",
+        f"tokenizer_path={folder}", "dataset_type=jsonl", f"dataset_path={folder}/text", "data_readers=1",
+        "packing_buffer_documents=10", "global_batch_tokens=64", "eval_tokens=512", "sample_tokens=2", "steps=1",
+        f"core_bundle={folder}/eval_bundle", "core_max_per_task=4", "xla_flags=[quick]", QUICK, "jax_cache_dir=''",
+    ]  # fmt: skip
+
+
+def command(folder, *more):
+    """The arguments; what they do not say the run knows."""
+    return [BASE, "model=d2", "run_name=run", f"base_output_directory={folder}/runs", *more]
+
+
+def run(folder, *more):
+    """The exit status of the entry point in this process."""
+    argv = command(folder, *more)
+    return pyconfig.launch(lambda config: evaluate.main(config, argv), argv)
+
+
+@pytest.fixture(autouse=True)
+def in_place(monkeypatch):
+    """What the entry point changes of JAX's settings belongs to a process of its own."""
+    monkeypatch.setattr(evaluate.runtime, "initialize", lambda config: None)
+    devices = jax.devices()[:1]
+    make = train.set_up
+    monkeypatch.setattr(evaluate.train, "set_up", lambda config: make(config, devices))
+    # Columns for everything, so that little is compiled.
+    monkeypatch.setattr(evaluate.branches, "SMALLEST_PREFIX", 1024)
+    monkeypatch.setattr(evaluate.branches, "SMALLEST_BRANCH", 64)
+
+
+def results(folder):
+    return json.loads((folder / "runs/run/evals/step_000007.json").read_text())["evals"]
+
+
+def test_a_killed_evaluation_goes_on_with_the_task_that_was_under_way(place, monkeypatch, capsys):
+    """Also: the run's own shape is used, tables and files hold the numbers, a finished one is not done again."""
+    answered = []
+    answer = core.answer
+
+    def dying(task, *arguments):
+        if len(answered) == 2:
+            raise KeyboardInterrupt
+        answered.append(task.label)
+        return answer(task, *arguments)
+
+    monkeypatch.setattr(core, "answer", dying)
+    assert run(place, "evals=core") == 130
+    assert len([name for name in results(place) if name.startswith("core ")]) == 2
+    assert not (place / "runs/run/evals/step_000007.csv").exists()
+    first = set(answered)
+
+    def counting(task, *arguments):
+        answered.append(task.label)
+        return answer(task, *arguments)
+
+    monkeypatch.setattr(core, "answer", counting)
+    assert run(place, "evals=core,samples") == 0
+    assert set(answered[2:]) == set(TASKS) - first
+    printed = capsys.readouterr().out
+    assert "2 of 3 CORE tasks are done already" in printed
+    assert "The capital of France is" in printed
+
+    found = results(place)
+    centered = {label: found[f"core {label}"]["values"]["centered"] for label in TASKS}
+    score = sum(centered.values()) / 3
+    assert found["core"]["values"]["core"] == pytest.approx(score)
+    with open(place / "runs/run/evals/step_000007.csv", newline="") as file:
+        rows = {row["task"]: row for row in csv.DictReader(file)}
+    assert {label: float(rows[label]["centered"]) for label in TASKS} == pytest.approx(centered)
+    assert float(rows["CORE"]["centered"]) == pytest.approx(score)
+    assert all(int(rows[label]["examples"]) == 4 for label in TASKS)
+
+    answered.clear()
+    assert run(place, "evals=core") == 0
+    assert answered == []
+
+
+def test_one_device_and_two_give_the_same_numbers(place):
+    """The command in a process of its own, on two devices, beside this process on one."""
+    path = place / "runs/run/evals/step_000007.json"
+    path.unlink(missing_ok=True)
+    words = command(place, "evals=bpb,core", "num_cpu_devices=2")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "MaxNano/evaluate.py"), *words], capture_output=True, text=True, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "on 2 x cpu" in done.stdout
+    two = results(place)
+    path.unlink()
+    assert run(place, "evals=bpb,core") == 0
+    one = results(place)
+    assert one.keys() == two.keys()
+    for split in ("train", "validation"):
+        here, there = (found[f"bpb {split}"]["values"]["bpb"] for found in (one, two))
+        assert here == pytest.approx(there, rel=1e-6)
+        assert 1 < here < 9  # an untrained model: log2(320) bits a token
+    for label in TASKS:
+        here, there = (found[f"core {label}"]["values"]["accuracy"] for found in (one, two))
+        assert here == there, label
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["evals=bpb,cor"], "evals=bpb,cor names 'cor': choose among bpb,core,samples"),
+        (["core_bundle=nowhere"], "there is no core_bundle=nowhere"),
+        (["step=3"], "has no checkpoint of step 3, only [7]"),
+        (["run_name=other"], "other holds no checkpoint"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told_in_one_line(place, more, message, capsys):
+    assert run(place, *more) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_damaged_file_of_results_is_written_anew(tmp_path, capsys):
+    path = tmp_path / "step_000001.json"
+    path.write_text('{"evals": {')
+    found = evaluate.Results(path)
+    assert found.get("core", {}) is None
+    found.put("core", {"of": [1]}, {"core": 0.5})
+    again = evaluate.Results(path)
+    assert again.get("core", {"of": (1,)}) == {"core": 0.5}
+    assert again.get("core", {"of": [2]}) is None
+    assert "is damaged" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]

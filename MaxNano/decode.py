@@ -312,7 +312,7 @@ def prefill(
 
     def cut(x, size):
         """(..., L, H) into the blocks of a ring, of which the last may be empty."""
-        return jnp.split(x, [start for start, _ in _spans(plan, size)][1:], axis=-2)
+        return jnp.split(x, [min(start, x.shape[-2]) for start, _ in _spans(plan, size)][1:], axis=-2)
 
     def empty(size):
         shape = (plan.groups, rows, plan.config.num_kv_heads, min(length, size), plan.config.head_dim)

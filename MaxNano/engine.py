@@ -444,7 +444,7 @@ class Engine:
         self._target = target
         self._numbers = itertools.count()
         self._waiting: deque[_Job] = deque()
-        self._events: list[Event] = []  # of requests that ended between two steps
+        self._events: list[Event] = []  # not yet handed out
         self._forget()
         self.set_params(params)
 
@@ -457,7 +457,7 @@ class Engine:
         max_length: int | None = None,
         devices: Sequence[jax.Device] | None = None,
     ) -> Self:
-        """The engine for a run's checkpoint: the newest, or that of config.load_step.
+        """The engine for a run's checkpoint: the newest, or that of config.step.
 
         Raises ValueError where there is none, or where it belongs to another model or tokenizer.
         """
@@ -468,7 +468,7 @@ class Engine:
         with Checkpointer(
             config, directory, tokenizer_fingerprint=vocabulary.fingerprint(), writer=False
         ) as checkpointer:
-            params, _ = checkpointer.restore_params_only(target, config.load_step)
+            params, _ = checkpointer.restore_params_only(target, config.step)
         return cls(config, mesh, params, vocabulary, slots=slots, max_length=max_length)
 
     # ---- For its owner ----
@@ -522,11 +522,11 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Admit who waits, as far as slots are free, and let all samples gain up to stream_interval tokens."""
-        events, self._events = self._events, []
-        while self._waiting and self._admit(events):
+        while self._waiting and self._admit():
             pass
         if self._running:
-            self._decode(events)
+            self._decode()
+        events, self._events = self._events, []
         return events
 
     def generate(self, requests: Iterable[Request]) -> list[list[Completion]]:
@@ -606,53 +606,51 @@ class Engine:
 
     # Admission: a call of the prefill program takes prompts of one bucket, `rows` on each device.
 
-    def _admit(self, events: list[Event]) -> bool:
+    def _admit(self) -> bool:
         """Give slots to the first of the queue, and to others whose prompts fit into the same call; False: to none."""
-        programs = self.programs
+        programs, head = self.programs, self._waiting[0].request
+        length, is_scored = programs.bucket(len(head.prompt) - 1), head.prompt_logprobs
         rows: list[list[_Job]] = [[] for _ in range(programs.ways)]
-        new: list[tuple[_Sample | None, int, int]] = []  # sample, device, row
-        head = self._waiting[0]
-        length, is_scored = programs.bucket(len(head.request.prompt) - 1), head.request.prompt_logprobs
+        copies: list[tuple[_Sample, int, int]] = []  # a sample, its device and its prompt's row there
         for job in list(self._waiting):
             request = job.request
-            own = (programs.bucket(len(request.prompt) - 1), request.prompt_logprobs)
-            if own != (length, is_scored):
-                continue
-            while job.admitted < request.samples:
-                ways = [way for way in range(programs.ways) if len(rows[way]) < programs.rows]
-                way = max(ways, key=lambda way: len(self._free[way]), default=None)
-                if way is None or (job.room and not self._free[way]):
-                    break
-                rows[way].append(job)
-                count = min(request.samples - job.admitted, len(self._free[way]) if job.room else request.samples)
-                for _ in range(count):
-                    sample = self._place(job, self._free[way].pop(0)) if job.room else None
-                    new.append((sample, way, len(rows[way]) - 1))
-                    job.admitted += 1
-            if job.admitted < request.samples:
+            own = programs.bucket(len(request.prompt) - 1), request.prompt_logprobs
+            if own == (length, is_scored) and not self._seat(job, rows, copies):
                 break
-            self._waiting.remove(job)
-        if not new:
-            return False
-        taken = {job.number: job for row in rows for job in row}.values()
+        taken = list({job.number: job for jobs in rows for job in jobs}.values())
         if any(len(job.request.prompt) > 1 for job in taken):
-            copies = [(sample.slot, way, row) for sample, way, row in new if sample]
-            scores = self._run_prefill(length, rows, is_scored, copies)
+            scores = self._run_prefill(length, rows, is_scored, [(sample.slot, *where) for sample, *where in copies])
             if is_scored:
                 for way, jobs in enumerate(rows):
                     for row, job in enumerate(jobs, way * programs.rows):
                         count = len(job.request.prompt) - 1
                         own = jax.tree.map(lambda x, row=row, count=count: x[row, :count], scores)
                         job.prompt_logprobs = _read(own, job.request.logprobs or 0)
-        for sample, _, _ in new:
-            if sample:
-                sample.prompt_logprobs = sample.job.prompt_logprobs
+        for sample, _, _ in copies:
+            sample.prompt_logprobs = sample.job.prompt_logprobs
         for job in taken:
-            if not job.room:
-                events += [
-                    Event(job.number, i, (), (), "", (), "length", job.prompt_logprobs)
-                    for i in range(job.request.samples)
-                ]
+            if job.room == 0:  # the prompt was all
+                job.admitted = job.request.samples
+                ended = range(job.request.samples)
+                self._events += [Event(job.number, i, (), (), "", (), "length", job.prompt_logprobs) for i in ended]
+            if job.admitted == job.request.samples:
+                self._waiting.remove(job)
+        return bool(taken)
+
+    def _seat(self, job: _Job, rows: list[list[_Job]], copies: list[tuple[_Sample, int, int]]) -> bool:
+        """Find rows and slots for a request, as far as there are any; whether all its samples have got one."""
+        samples = job.request.samples
+        while job.admitted < samples:
+            ways = [way for way, jobs in enumerate(rows) if len(jobs) < self.programs.rows]
+            way = max(ways, key=lambda way: len(self._free[way]), default=None)
+            if way is None or (job.room and not self._free[way]):
+                return False
+            rows[way].append(job)
+            if job.room == 0:
+                return True
+            for _ in range(min(samples - job.admitted, len(self._free[way]))):
+                copies.append((self._place(job, self._free[way].pop(0)), way, len(rows[way]) - 1))
+                job.admitted += 1
         return True
 
     def _place(self, job: _Job, slot: int) -> _Sample:
@@ -726,7 +724,7 @@ class Engine:
         wanted = self._control.logprobs.any()
         return np.asarray(out.tokens), jax.device_get(out.scores) if wanted else None
 
-    def _decode(self, events: list[Event]) -> None:
+    def _decode(self) -> None:
         control, steps = self._control, self.programs.steps
         for slot, sample in self._running.items():
             control.left[slot] = min(sample.left, steps)
@@ -739,9 +737,9 @@ class Engine:
             own = tokens[:, slot]
             own = own[own >= 0]
             if len(own):
-                self._take(sample, own.tolist(), scores, events)
+                self._take(sample, own.tolist(), scores)
 
-    def _take(self, sample: _Sample, tokens: list[int], scores, events: list[Event]) -> None:
+    def _take(self, sample: _Sample, tokens: list[int], scores: decode.TokenScores | None) -> None:
         """What a sample gained in a round."""
         request, slot, control = sample.job.request, sample.slot, self._control
         finish, text = None, ""
@@ -775,7 +773,7 @@ class Engine:
             own = jax.tree.map(lambda x: x[: len(kept), slot], scores)
             logprobs = _read(own, request.logprobs)
         prompt_logprobs, sample.prompt_logprobs = sample.prompt_logprobs, ()
-        events.append(
+        self._events.append(
             Event(sample.job.number, sample.index, tuple(kept), tuple(forced), text, logprobs, finish, prompt_logprobs)
         )
         if finish:

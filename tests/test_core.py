@@ -83,7 +83,7 @@ def small(tmp_path_factory):
     setup = set_up(
         "max_target_length=256", "vocab_size=320", "num_decoder_layers=4", "emb_dim=32", "num_query_heads=2",
         "head_dim=16", "global_batch_tokens=512", "steps=1", "core_batch_tokens=4096",
-        "attention_chunk=256",
+        "attention_chunk=640",
     )  # fmt: skip
     params = from_formula(setup, {"lm_head.weight": 4, "transformer.wte.weight": 4})
     return setup, vocabulary, params

@@ -249,7 +249,7 @@ def test_after_a_failure_all_end_with_an_error_and_the_engine_is_new(served, mon
     numbers = [served.submit(replace(GREEDY, samples=3)) for _ in range(2)]
     served.step()
     with monkeypatch.context() as patch:
-        patch.setattr(served, "_run_decode", lambda **_: 1 / 0)
+        patch.setattr(served, "_run_decode", lambda is_eager: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             served.step()
     served.reset()
@@ -396,7 +396,7 @@ def test_loads_a_run(config, params, served, tmp_path, monkeypatch):
         if ours.shape == theirs.shape:  # the rotary tables are as long as max_length
             np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(ValueError, match="4"):
-        Engine.load(pyconfig.replace(config, "test", load_step=4), devices=jax.devices()[:1])
+        Engine.load(pyconfig.replace(config, "test", step=4), devices=jax.devices()[:1])
 
 
 def test_serves_other_parameters(served, params):

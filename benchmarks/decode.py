@@ -6,7 +6,7 @@
 Weights are random, tokens greedy. Utilisation is of the chip's memory bandwidth and FLOP/s, where the chip is known:
 bytes are the matrices and the cached keys and values that a step has to read, FLOPs those of the model. Where decoding
 is too much for the CPU and there is nothing else, it prints what train_compile.py says of compile_topology instead: an
-estimate, nothing is run. With a nanochat checkout in NANOCHAT and a Python that has its packages in NANOCHAT_PYTHON, 
+estimate, nothing is run. With a nanochat checkout in NANOCHAT and a Python that has its packages in NANOCHAT_PYTHON,
 its engine generates from the same weights and the same prompt in the same run, turn by turn. Ends with a JSON line.
 """
 

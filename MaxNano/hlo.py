@@ -108,6 +108,7 @@ class Module(NamedTuple):
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _INSTRUCTION = re.compile(r"^  (ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_COMPUTATION_END = re.compile(r'\}(, execution_thread="\w+")?')  # what runs on another core says so behind its end
 _PARENTHESIS = re.compile(r"[()]")
 _FRAME_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
@@ -127,7 +128,7 @@ def parse(text: str) -> Module:
 
     for line in text.splitlines():
         if current is not None:
-            if line == "}":
+            if _COMPUTATION_END.fullmatch(line):
                 close_instruction()
                 current = None
             else:

@@ -154,10 +154,14 @@ def main(config: FrozenConfigDict) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
         device = train_compile.slice_devices(config.compile_topology)[0]
         where, unit = f"ESTIMATED for {device.device_kind}, not measured", "; M cycles"
-        results = [{"loss": name, **estimate(config, program, rows, device)} for name, program in programs.items()]
+        cost = partial(estimate, device=device)
     else:
         where, unit = f"MEASURED on {jax.devices()[0].device_kind}", ""
-        results = [{"loss": name, **measure(config, program, rows)} for name, program in programs.items()]
+        cost = measure
+    results = []
+    for name, program in programs.items():
+        results.append({"loss": name, **cost(config, program, rows)})
+        print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     print(
         f"{where}: {rows * config.max_target_length:,} tokens of {config.emb_dim}, vocabulary {config.vocab_size:,}, "
         f"forward and backward{unit}"

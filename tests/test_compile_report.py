@@ -401,6 +401,21 @@ def test_flops_of_a_convolution(left, right, out, window, expected):
     assert counted == expected
 
 
+def test_a_computation_of_another_core_is_read_to_its_end():
+    """The SparseCores' end with their thread's name; what follows them is not theirs."""
+    lines = ("%p = f32[8]{0} parameter(0)", "%q = f32[8]{0} parameter(1)")
+    dot = "ROOT %d = f32[] dot(%p, %q), lhs_contracting_dims={0}, rhs_contracting_dims={0}"
+    text = program(
+        ["%p = f32[8]{0} parameter(0)", "ROOT %f = f32[] fusion(%p, %p), kind=kLoop, calls=%product"],
+        computation("offloaded", *lines, "ROOT %s = f32[8]{0} add(%p, %q)") + ', execution_thread="sparsecore"',
+        computation("product", *lines, dot),
+    )
+    module = hlo.parse(text)
+    assert set(module.computations) == {"offloaded", "product", "main"}
+    assert list(module.computations["offloaded"].instructions) == ["p", "q", "s"]
+    assert hlo.matmul_flops(module, module.computations["main"]) == 16
+
+
 def test_flops_count_fusions_and_trips():
     product = computation(
         "product",

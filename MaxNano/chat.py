@@ -273,6 +273,8 @@ def set_up_editing() -> None:
 
 def talk(chat: Chat, terminal: Terminal, name: str) -> None:
     """The dialogue at a terminal, until Ctrl-D or /quit."""
+    # Who sits at a terminal means Ctrl-C; a shell may have started us with it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     set_up_editing()
     terminal.note(f"{name}; /help lists the commands, Ctrl-D leaves")
     if not chat.in_turns:

@@ -523,7 +523,7 @@ class Memory(NamedTuple):
     arguments: int
     outputs: int
     aliased: int  # outputs that take the place of arguments
-    temporaries: int
+    temporaries: int  # in the chip's main memory, as laid out there
     code: int
     limit: int | None
 
@@ -539,6 +539,7 @@ class Work(NamedTuple):
     model_flops: float
     tokens: int
     steps: int | None
+    bytes: float | None = None  # that a chip has to read in a step, where memory and not FLOPs may be the limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -561,6 +562,7 @@ class Report:
     dearest: tuple[Operation, ...]
     step_seconds: float
     mfu: float | None
+    bandwidth_utilization: float | None  # of the bytes that a chip has to read
     tokens_per_second: float | None  # of all chips
     run_seconds: float | None
     run_price: float | None  # USD
@@ -593,12 +595,14 @@ class Report:
             for o in self.dearest
         ]
         sources = [(source or "?", f"{value / 1e6:,.2f}") for source, value in self.cycles_by_source.items()]
+        bandwidth = self.bandwidth_utilization
         step = [
             ("chips", str(self.chips)),
             ("model FLOPs a chip", _or_unknown(self.model_flops, ".4g")),
             ("HLO matmul FLOPs a chip", f"{self.matmul_flops:.4g} and {self.pallas_flops:.4g} in Pallas calls"),
             ("estimated step", f"{self.step_seconds:.4g} s"),
             ("estimated MFU", _or_unknown(self.mfu, ".1%")),
+            *([("estimated bandwidth utilisation", f"{bandwidth:.1%}")] if bandwidth is not None else []),
             ("estimated tokens/s", _or_unknown(self.tokens_per_second, ",.0f")),
             ("estimated run", _or_unknown(self.run_seconds and self.run_seconds / 60, ",.1f", " min")),
             ("estimated price", _or_unknown(self.run_price, ",.2f", " USD")),
@@ -639,7 +643,9 @@ def analyze(
         arguments=stats.argument_size_in_bytes,
         outputs=stats.output_size_in_bytes,
         aliased=stats.alias_size_in_bytes,
-        temporaries=stats.temp_size_in_bytes,
+        # temp_size_in_bytes counts other memories and more of loops: 9 GiB above what the compiler lays out for d24.
+        temporaries=stats.peak_memory_in_bytes
+        - (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes),
         code=stats.generated_code_size_in_bytes,
         limit=chip.program_memory_bytes,
     )
@@ -654,6 +660,7 @@ def _report(result, memory, chip, chips, work, compile_seconds, top) -> Report:
     by_basis["bytes"] += result.by_class()["collective"]
     seconds = result.cycles / chip.clock_hz
     run_seconds = seconds * work.steps if work and work.steps is not None else None
+    read = work.bytes if work else None
     priced = run_seconds is not None and chip.spot_price is not None
     return Report(
         chips=chips,
@@ -672,6 +679,7 @@ def _report(result, memory, chip, chips, work, compile_seconds, top) -> Report:
         dearest=tuple(sorted(result.operations, key=lambda o: -o.total)[:top]),
         step_seconds=seconds,
         mfu=work and work.model_flops / (chips * chip.peak_flops * seconds),
+        bandwidth_utilization=None if read is None else read / (chip.memory_bandwidth * seconds),
         tokens_per_second=work and work.tokens / seconds,
         run_seconds=run_seconds,
         run_price=run_seconds / 3600 * chips * chip.spot_price if priced else None,

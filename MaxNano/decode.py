@@ -409,10 +409,12 @@ def _store(plan, ring, group, new, place, size):
     slots = jnp.arange(len(place))
     blocks = []
     for (start, end), block in zip(_spans(plan, size), ring, strict=True):
-        index = jnp.where(place < start, end, place) - start  # past the block where the place is another's
+        index = jnp.clip(place, start, end - 1) - start
         where = (slots, slice(None), index) if group is None else (group, slots, slice(None), index)
-        pairs = zip(block, new, strict=True)
-        blocks.append(tuple(x.at[where].set(row, unique_indices=True, mode="drop") for x, row in pairs))
+        is_here = ((place >= start) & (place < end))[:, None, None]
+        # A place in another block is answered by writing what is there: then nothing is ever copied.
+        pairs = [(x, jnp.where(is_here, row, x[where])) for x, row in zip(block, new, strict=True)]
+        blocks.append(tuple(x.at[where].set(row, unique_indices=True, mode="promise_in_bounds") for x, row in pairs))
     return tuple(blocks)
 
 

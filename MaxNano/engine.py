@@ -11,6 +11,7 @@ needed (decode.py).
 
 import codecs
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from MaxNano.model import Numerics
 from MaxNano.tokenizer import Tokenizer
 from MaxNano.train_state import architecture
 
+_MATRICES = ("qkv", "out", "wi", "wo", "gate", "head")  # weights of which every step reads all
 SMALLEST_BUCKET = 64  # prompts are padded to this many tokens, or to a power of two times as many
 
 
@@ -123,6 +125,19 @@ def abstract_params(config: FrozenConfigDict, numerics: Numerics, mesh: Mesh) ->
     return jax.tree.map(place, model.shapes, model.axes)
 
 
+def load_params(config: FrozenConfigDict, mesh: Mesh) -> tuple[dict[str, Any], Tokenizer]:
+    """Parameters and tokenizer of a run: its newest checkpoint, or that of config.step.
+
+    Raises ValueError where there is none, or where it belongs to another model or tokenizer.
+    """
+    vocabulary = tokenizers.load(config)
+    directory = epath.Path(config.base_output_directory).expanduser() / config.run_name
+    target = abstract_params(config, numerics_of(config, mesh), mesh)
+    with Checkpointer(config, directory, tokenizer_fingerprint=vocabulary.fingerprint(), writer=False) as checkpointer:
+        params, _ = checkpointer.restore_params_only(target, config.step)
+    return params, vocabulary
+
+
 @dataclass(frozen=True)
 class Programs:
     """The compiled programs of an engine, for the devices of a mesh: each holds `slots / ways` slots by itself."""
@@ -184,10 +199,11 @@ class Programs:
         """How what the host reads lies, so that each of several hosts has it."""
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def prepare(self, params: dict[str, Any]) -> decode.Weights:
-        """The weights of parameters, made and placed once."""
+    @cached_property
+    def prepare(self) -> Callable[[dict[str, Any]], decode.Weights]:
+        """Parameters -> weights, made and placed once for all that is generated with them."""
         placed = jax.tree.map(lambda x: x.sharding, self.weights)
-        return jax.jit(partial(decode.prepare, self.plan), out_shardings=placed)(params)
+        return jax.jit(partial(decode.prepare, self.plan), out_shardings=placed)
 
     def empty_cache(self) -> decode.Cache:
         """A cache of zeros."""
@@ -209,6 +225,23 @@ class Programs:
     def buckets(self) -> list[int]:
         """All that bucket() can give, shortest first."""
         return sorted({self.bucket(length) for length in range(1, self.plan.max_length)})
+
+    def decode_costs(self, context: int) -> tuple[float, float]:
+        """What one step of all slots at a context length asks for: (bytes that a device has to read, FLOPs of all).
+
+        Bytes are the matrices and the cached keys and values, FLOPs those of the model.
+        """
+        plan, heads = self.plan, self.config.num_query_heads * self.config.head_dim
+        matrices = [
+            leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(self.weights)
+            if getattr(path[-1], "key", None) in _MATRICES
+        ]
+        seen = sum(min(context, size) for size in plan.sizes)
+        keys = 2 * self.config.num_kv_heads * self.config.head_dim * seen * jax.numpy.dtype(plan.dtype).itemsize
+        size = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in matrices)
+        flops = 2 * sum(leaf.size for leaf in matrices) + 4 * heads * seen
+        return size + keys * self.slots / self.mesh.size, flops * self.slots
 
     @cached_property
     def decode(self) -> Callable:
@@ -293,17 +326,11 @@ class Programs:
         return self.prefill(scored).lower(self.weights, self.cache, *arrays, np.bool_(False))
 
 
-def lower_decode(setup) -> jax.stages.Lowered:
-    """A round of decode steps of a train.Setup, all slots at their longest, for devices that need not be there."""
-    return _full_programs(setup).lower_decode()
+def full_programs(setup) -> Programs:
+    """The programs of a train.Setup's model, to be compiled for devices that need not be there.
 
-
-def lower_prefill(setup) -> jax.stages.Lowered:
-    """The prefill of the longest prompts of a train.Setup, for devices that need not be there."""
-    return _full_programs(setup).lower_prefill()
-
-
-def _full_programs(setup) -> Programs:
+    They are made to be costed: every slot is at its longest, prompts are the longest ones.
+    """
     config = setup.config
     programs = Programs.build(
         config, setup.mesh, setup.numerics, setup.abstract.params,
@@ -457,18 +484,9 @@ class Engine:
         max_length: int | None = None,
         devices: Sequence[jax.Device] | None = None,
     ) -> Self:
-        """The engine for a run's checkpoint: the newest, or that of config.step.
-
-        Raises ValueError where there is none, or where it belongs to another model or tokenizer.
-        """
+        """The engine for a run's checkpoint; see load_params."""
         mesh = sharding.make_mesh(config, devices)
-        vocabulary = tokenizers.load(config)
-        directory = epath.Path(config.base_output_directory).expanduser() / config.run_name
-        target = abstract_params(config, numerics_of(config, mesh), mesh)
-        with Checkpointer(
-            config, directory, tokenizer_fingerprint=vocabulary.fingerprint(), writer=False
-        ) as checkpointer:
-            params, _ = checkpointer.restore_params_only(target, config.step)
+        params, vocabulary = load_params(config, mesh)
         return cls(config, mesh, params, vocabulary, slots=slots, max_length=max_length)
 
     # ---- For its owner ----
@@ -529,8 +547,13 @@ class Engine:
         events, self._events = self._events, []
         return events
 
-    def generate(self, requests: Iterable[Request]) -> list[list[Completion]]:
-        """The samples of each request, all run to their ends. Nothing else may be under way."""
+    def generate(
+        self, requests: Iterable[Request], on_step: Callable[[], Any] = lambda: None
+    ) -> list[list[Completion]]:
+        """The samples of each request, all run to their ends. Nothing else may be under way.
+
+        on_step is called after every step; what it raises leaves the engine as after a step that raised.
+        """
         requests = list(requests)
         for request in requests:
             self._check(request)
@@ -539,6 +562,7 @@ class Engine:
         while not self.is_idle:
             for event in self.step():
                 found[event.request][event.sample].add(event)
+            on_step()
         return list(found.values())
 
     def reset(self) -> None:
@@ -719,8 +743,8 @@ class Engine:
         programs = self.programs
         penalized = bool((self._control.penalty != 1).any())
         seen = jax.device_put(self._seen, programs.by_slot) if penalized else self._none_seen
-        control = jax.device_put(self._control, programs.by_slot)
-        self._cache, out = programs.decode(self._weights, self._cache, control, seen, np.bool_(is_eager))
+        # The call itself puts so many small arrays on the device several times as fast as device_put does.
+        self._cache, out = programs.decode(self._weights, self._cache, self._control, seen, np.bool_(is_eager))
         wanted = self._control.logprobs.any()
         return np.asarray(out.tokens), jax.device_get(out.scores) if wanted else None
 

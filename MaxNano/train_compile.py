@@ -1,6 +1,7 @@
-"""Compiles the steps of train.py for a TPU slice that is not there, and says what they will take.
+"""Compiles the programs of train.py and of the engine for a TPU slice that is not there, and says what they will take.
 
     python MaxNano/train_compile.py configs/base.yml model=d24 compile_topology=v6e-8
+    python MaxNano/train_compile.py configs/base.yml model=d24 compile_programs=[prefill,decode] decode_slots=128
 
 The machine needs no accelerator: libtpu compiles on a CPU for a slice that it knows by name.
 """
@@ -32,7 +33,7 @@ from etils import epath
 from jax.experimental import topologies
 from ml_collections import FrozenConfigDict
 
-from MaxNano import pyconfig, runtime, train
+from MaxNano import engine, pyconfig, runtime, train
 from MaxNano.compile_report import ASSUMPTIONS, Report, Work, analyze
 from MaxNano.metrics import print_table
 
@@ -121,9 +122,41 @@ def slice_devices(name: str, num_slices: int = 1) -> list[Any]:
 
 # ---- Programs --------------------------------------------------------------------------------------------------------
 
-LOWER: dict[str, Callable[[train.Setup], jax.stages.Lowered]] = {
-    "train": train.lower_train,
-    "evaluate": train.lower_evaluate,
+
+class Program(NamedTuple):
+    """A program that can be compiled."""
+
+    lower: Callable[[train.Setup], jax.stages.Lowered]
+    work: Callable[[train.Setup], Work]
+    batch: str  # the key that says how much memory it takes
+
+
+def _train_work(setup: train.Setup, share: float = 1, steps: int | None = None) -> Work:
+    """Of a training step, or of a share of its FLOPs."""
+    tokens = setup.config.global_batch_tokens
+    return Work(train.flops_per_token(setup.config) * tokens * share, tokens, steps)
+
+
+def _prefill_work(setup: train.Setup) -> Work:
+    programs = engine.full_programs(setup)
+    tokens = programs.rows * programs.ways * programs.buckets[-1]
+    return Work(train.flops_per_token(setup.config) / 3 * tokens, tokens, None)
+
+
+def _decode_work(setup: train.Setup) -> Work:
+    programs = engine.full_programs(setup)
+    size, flops = programs.decode_costs(programs.plan.max_length)
+    return Work(flops * programs.steps, programs.slots * programs.steps, None, size * programs.steps)
+
+
+PROGRAMS = {
+    "train": Program(
+        train.lower_train, lambda setup: _train_work(setup, steps=setup.config.steps), "per_device_batch_size"
+    ),
+    # Forward is a third of a training step.
+    "evaluate": Program(train.lower_evaluate, lambda setup: _train_work(setup, 1 / 3), "per_device_batch_size"),
+    "prefill": Program(lambda setup: engine.full_programs(setup).lower_prefill(), _prefill_work, "decode_slots"),
+    "decode": Program(lambda setup: engine.full_programs(setup).lower_decode(), _decode_work, "decode_slots"),
 }
 
 
@@ -132,7 +165,7 @@ class OutOfMemory(ValueError):
 
 
 def compile_program(setup: train.Setup, program: str) -> tuple[train.Setup, Report]:
-    """Compile one of LOWER and read what it costs; with the set-up that it was compiled for.
+    """Compile one of PROGRAMS and read what it costs; with the set-up that it was compiled for.
 
     The train step takes the rows that train.py would take: fewer than the set-up says where those do not fit and
     per_device_batch_size leaves it open. Raises OutOfMemory where the program does not fit.
@@ -143,14 +176,12 @@ def compile_program(setup: train.Setup, program: str) -> tuple[train.Setup, Repo
         setup, compiled = train.compile_train(setup)
     else:
         compiled = _compile(setup, program)
-    # Forward is a third of a training step.
-    flops = train.flops_per_token(config) * config.global_batch_tokens / (1 if program == "train" else 3)
     report = analyze(
         compiled,
         runtime.chip(setup.mesh.devices.flat[0]),
         mesh=setup.mesh,
         vocab_size=config.vocab_size,
-        work=Work(flops, config.global_batch_tokens, config.steps if program == "train" else None),
+        work=PROGRAMS[program].work(setup),
         compile_seconds=time.monotonic() - started,
     )
     return setup, report
@@ -158,7 +189,7 @@ def compile_program(setup: train.Setup, program: str) -> tuple[train.Setup, Repo
 
 def _compile(setup: train.Setup, program: str) -> jax.stages.Compiled:
     try:
-        return LOWER[program](setup).compile()
+        return PROGRAMS[program].lower(setup).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -167,9 +198,11 @@ def _compile(setup: train.Setup, program: str) -> jax.stages.Compiled:
             raise ValueError(f"the compiler refuses the {program} program: {reason}") from error
         need = re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)|Used ([\d.]+\w) of ([\d.]+\w)", reason)
         sizes = f" ({' of '.join(filter(None, need.groups()))})" if need else ""
+        batch = PROGRAMS[program].batch
+        value = setup.plan.micro_rows if batch == "per_device_batch_size" else setup.config[batch]
         raise OutOfMemory(
             f"the {program} program of {setup.config.model} does not fit in a chip of {setup.config.compile_topology}"
-            f"{sizes} with per_device_batch_size={setup.plan.micro_rows}"
+            f"{sizes} with {batch}={value}"
         ) from error
 
 
@@ -237,6 +270,8 @@ def main(config: FrozenConfigDict) -> int:
         try:
             setup, reports[program] = compile_program(setup, program)
         except OutOfMemory as error:
+            if PROGRAMS[program].batch != "per_device_batch_size":
+                raise ValueError(f"{error}: take fewer, a shorter decode_max_length or a larger slice") from error
             print(f"{error}; looking for a batch that fits", file=sys.stderr, flush=True)
             rows = largest_batch(setup, program)
             if rows is None:

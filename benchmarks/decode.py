@@ -3,11 +3,12 @@
     python benchmarks/decode.py configs/base.yml model=d24
     python benchmarks/decode.py configs/base.yml model=d4 max_target_length=512 vocab_size=4096 num_cpu_devices=1
 
-Weights are random, tokens greedy. Utilisation is of the chip's memory bandwidth and FLOP/s, where the chip is known:
-bytes are the matrices and the cached keys and values that a step has to read, FLOPs those of the model. Where decoding
-is too much for the CPU and there is nothing else, it prints what train_compile.py says of compile_topology instead: an
-estimate, nothing is run. With a nanochat checkout in NANOCHAT and a Python that has its packages in NANOCHAT_PYTHON,
-its engine generates from the same weights and the same prompt in the same run, turn by turn. Ends with a JSON line.
+Weights are the run's, where run_name has a checkpoint, else random; tokens are greedy. Utilisation is of the chip's
+memory bandwidth and FLOP/s, where the chip is known: bytes are the matrices and the cached keys and values that a step
+has to read, FLOPs those of the model. Where decoding is too much for the CPU and there is nothing else, it prints what
+train_compile.py says of compile_topology instead: an estimate, nothing is run. With a nanochat checkout in NANOCHAT and
+a Python that has its packages in NANOCHAT_PYTHON, its engine generates from the same weights and the same prompt in the
+same run, turn by turn. Ends with a JSON line.
 """
 
 import sys
@@ -32,6 +33,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
@@ -42,7 +44,6 @@ BATCHES = (1, 8, 32, 128)
 NANOCHAT_BATCHES = (1, 16)
 TURNS = 5
 LARGEST_CPU_MODEL = 3e8  # parameters: a token a second on a few cores
-_MATRICES = ("qkv", "out", "wi", "wo", "gate", "head")
 
 
 def random_params(target: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
@@ -54,22 +55,6 @@ def random_params(target: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         return values / math.sqrt(leaf.shape[-2]) if leaf.ndim > 2 else 0.3 * values
 
     return jax.tree.map(draw, target) | {"resid_lambdas": np.ones(target["resid_lambdas"].shape, np.float32)}
-
-
-def step_costs(programs: engine.Programs, context: int) -> tuple[float, float]:
-    """(bytes that a device has to read, FLOPs of all devices) of one step of all slots at a context length."""
-    config, plan = programs.config, programs.plan
-    own = {
-        path: leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(programs.weights)
-        if getattr(path[-1], "key", None) in _MATRICES
-    }
-    matrices = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in own.values())
-    seen = sum(min(context, size) for size in plan.sizes)
-    itemsize = np.dtype(jax.numpy.dtype(plan.dtype)).itemsize
-    keys = programs.slots * seen * 2 * config.num_kv_heads * config.head_dim * itemsize / programs.mesh.size
-    flops = 2 * sum(leaf.size for leaf in own.values()) + 4 * config.num_query_heads * config.head_dim * seen
-    return matrices + keys, flops * programs.slots
 
 
 def time_prefill(programs: engine.Programs, weights, length: int) -> float:
@@ -112,7 +97,7 @@ def measure(config: FrozenConfigDict, params, mesh: jax.sharding.Mesh, batch: in
     found = [time_generation(served, request) for _ in range(1 + TURNS)][1:]
     first, later, tokens = (statistics.median(column) for column in zip(*found, strict=True))
     a_token = later / (tokens / batch)
-    size, flops = step_costs(programs, prompt + new // 2)
+    size, flops = programs.decode_costs(prompt + new // 2)
     row = {
         "batch": batch, "prompt": prompt, "new": new, "first token ms": 1e3 * first, "ms a token": 1e3 * a_token,
         "tokens/s": tokens / later, "GB/s": size / a_token / 1e9, "GFLOP/s": flops / a_token / 1e9,
@@ -224,7 +209,10 @@ def main(config: FrozenConfigDict) -> int | None:
     if jax.default_backend() == "cpu" and sum(x.size for x in jax.tree.leaves(target)) > LARGEST_CPU_MODEL:
         print(f"ESTIMATED for {config.compile_topology}, not measured: this machine has no accelerator", flush=True)
         return train_compile.main(pyconfig.replace(config, "cli", compile_programs=("prefill", "decode")))
-    params = random_params(target, config.seed)
+    run = epath.Path(config.base_output_directory).expanduser() / config.run_name
+    has_run = (run / "checkpoints").exists()
+    params = engine.load_params(config, mesh)[0] if has_run else random_params(target, config.seed)
+    print(f"weights: {run if has_run else 'random'}", flush=True)
     rows = [measure(config, params, mesh, batch) for batch in BATCHES]
     common.show(rows, digits=2)
     beside = compare(config, params, mesh)

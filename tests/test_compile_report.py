@@ -468,18 +468,19 @@ def test_operations_name_our_innermost_line(frame, line):
 def compiled(text, **sizes):
     names = ("argument", "output", "alias", "temp", "generated_code")
     stats = SimpleNamespace(**{f"{name}_size_in_bytes": sizes.get(name, 0) for name in names})
+    stats.peak_memory_in_bytes = sizes.get("peak", 0)
     return SimpleNamespace(as_text=lambda: text, memory_analysis=lambda: stats)
 
 
 def test_the_report_of_a_compiled_function():
     entry = ["%x = f32[4096]{0} parameter(0)", *(fusion(f"f{i}", "x", 1750 * i) for i in range(30))]
     report = compile_report.analyze(
-        compiled(program(entry, ADD), argument=100, output=70, alias=60, temp=1000, generated_code=5),
+        compiled(program(entry, ADD), argument=100, output=70, alias=60, temp=9000, peak=1110, generated_code=5),
         CHIP,
         work=compile_report.Work(model_flops=1e9, tokens=87, steps=1000),
         compile_seconds=3.0,
     )
-    assert report.memory.total == 1115 and report.memory.limit == 31.25 * 2**30
+    assert report.memory.temporaries == 1000 and report.memory.total == 1115 and report.memory.limit == 31.25 * 2**30
     assert report.cycles == 1750 * 435
     assert report.step_seconds == pytest.approx(435e-6)
     assert report.mfu == pytest.approx(1e9 / 435e-6 / 918e12)

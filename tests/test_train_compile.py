@@ -118,6 +118,24 @@ def check_that_weights_travel_once(collectives, keys):
 
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(900)
+def test_prefill_and_decode_compile_for_a_slice(tmp_path):
+    words = ("compile_programs=[prefill,decode]", "decode_slots=32", "stream_interval=4", "prefill_rows=1")
+    out, values = report(tmp_path, *TINY, *words)
+    prefill, decode = values["programs"]["prefill"], values["programs"]["decode"]
+    assert 0 < decode["bandwidth_utilization"] < 1 and prefill["bandwidth_utilization"] is None
+    assert "estimated bandwidth utilisation" in out
+    assert decode["tokens_per_second"] == pytest.approx(4 * 32 / decode["step_seconds"])
+    assert prefill["tokens_per_second"] == pytest.approx(8 * 256 / prefill["step_seconds"])
+    for program in (prefill, decode):
+        assert program["chips"] == 8
+        assert all(c["bytes"] < 2**16 for c in program["collectives"]), "only what the host reads travels"
+        assert 0 < program["cycles_by_class"]["matmul"] < program["cycles"]
+        assert program["memory"]["aliased"] > 0, "the cache is taken over"
+        assert program["run_seconds"] is None
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.timeout(900)
 def test_two_slices_talk_over_the_data_centre_network(tmp_path):
     words = ("num_decoder_layers=1", "compile_topology=v6e-4", "compile_num_slices=2", "dcn_data_parallelism=2")
     _, values = report(tmp_path, *TINY, *words)

@@ -43,6 +43,14 @@ from MaxNano import pyconfig, runtime, scaling
 MANIFEST = "MANIFEST.json"
 MAX_FAILED_SAVES = 3
 SAVE_TIMEOUT_SECONDS = 1200  # for which a process waits for what the others write of a checkpoint
+# Keys besides the shape without which the same parameters are another model.
+FUNCTION_KEYS = (
+    "rope_theta",
+    "qk_norm_scale",
+    "value_embed_gate_range",
+    "norm_epsilon",
+    "logits_soft_cap",
+)
 CLOCK_STEPS = 16  # several hosts compare clocks only this often: each time costs a round trip
 
 
@@ -438,7 +446,7 @@ class Checkpointer:
         return restored["params"]
 
     def _check_identity(self, saved: dict) -> None:
-        for key in scaling.Shape._fields:
+        for key in (*scaling.Shape._fields, *FUNCTION_KEYS):
             was, now = saved["config"][key], self._config[key]
             if was != now:
                 raise CheckpointError(

@@ -1,6 +1,7 @@
-"""Evaluates a checkpoint of a run: bits per byte, CORE, samples.
+"""Evaluates a checkpoint of a run: bits per byte, CORE, chat tasks, samples.
 
     python MaxNano/evaluate.py configs/base.yml model=d4 run_name=NAME evals=bpb,core,samples core_bundle=PATH
+    python MaxNano/evaluate.py configs/base.yml model=d4 stage=sft evals=chat chat_data=PATH
 
 What the run was trained with counts, save for what the command line says. Results go to `evals/step_<step>.json` and,
 for CORE, `.csv` in the run's folder, after every task: started again, it goes on with the task that was under way, and
@@ -17,18 +18,13 @@ if __name__ == "__main__":
 
     pyconfig.check_command_line()  # a typo is told now, not when JAX has been imported
 
-import csv
-import datetime
-import io
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import jax
-from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -36,48 +32,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from MaxNano import pyconfig, runtime, sharding, train
 from MaxNano.checkpointing import Checkpointer
 from MaxNano.data.loader import put_global
-from MaxNano.evals import bpb, branches, core, samples
+from MaxNano.evals import bpb, branches, chat, core, samples
+from MaxNano.evals.results import Results, evaluate_tasks, run_id
 from MaxNano.metrics import print_table
 from MaxNano.tokenizer import Tokenizer
 
-EVALS = ("bpb", "core", "samples")
-PROBE_QUESTIONS = 8  # of each task, whose tokens say how much work it is
-
-
-# ---- Results --------------------------------------------------------------------------------------------------------
-
-
-class Results:
-    """Finished evaluations of one checkpoint, kept in a file: name -> what it is of, and its values."""
-
-    def __init__(self, path: epath.Path):
-        self._path = path
-        self._writes = jax.process_index() == 0
-        found = None
-        if self._writes and path.exists():
-            try:
-                found = json.loads(path.read_text())["evals"]
-            except (ValueError, KeyError, TypeError):
-                print(f"warning: {path} is damaged and is written anew", file=sys.stderr)
-        self._evals = runtime.gather_json(found)[0] or {}
-
-    def get(self, name: str, of: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The values of an evaluation, if it is finished and was of the same things."""
-        entry = self._evals.get(name)
-        return entry["values"] if entry and entry["of"] == json.loads(json.dumps(of)) else None
-
-    def put(self, name: str, of: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-        """Keep an evaluation, in the file too."""
-        self._evals[name] = {"of": dict(of), "values": dict(values)}
-        self.write(self._path, json.dumps({"evals": self._evals}, indent=1) + "\n")
-
-    def write(self, path: epath.Path, text: str) -> None:
-        """Write a file, whole or not at all; only process 0 does."""
-        if self._writes:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.parent / f".{path.name}.partial"
-            temporary.write_text(text)
-            temporary.replace(path)
+EVALS = ("bpb", "core", "chat", "samples")
 
 
 # ---- Bits per byte --------------------------------------------------------------------------------------------------
@@ -94,7 +54,7 @@ def evaluate_bpb(setup: train.Setup, vocabulary: Tokenizer, params: Any, results
     for split in ("train", "validation"):
         tokens = count * config.global_batch_tokens
         of = {
-            "data": [config.dataset_type, config.dataset_path, config.dataset_name, list(config.dataset_splits)],
+            "data": _data_of(config, split),
             "rows": [count, config.global_batch_tokens, config.max_target_length, config.data_readers],
             "tokenizer": vocabulary.fingerprint(),
             "dtype": setup.numerics.dtype,
@@ -113,77 +73,56 @@ def evaluate_bpb(setup: train.Setup, vocabulary: Tokenizer, params: Any, results
     _show("bits per byte", ("split", "tokens", "bpb", "seconds"), table)
 
 
+def _data_of(config: FrozenConfigDict, split: str) -> list[Any]:
+    """What decides the documents of a split."""
+    if config.dataset_type == "chat":
+        mixture = config.chat_train_mixture if split == "train" else config.chat_validation_mixture
+        return [config.dataset_type, config.chat_data, config.chat_mixture_unit, *mixture]
+    return [config.dataset_type, config.dataset_path, config.dataset_name, list(config.dataset_splits)]
+
+
 # ---- CORE -----------------------------------------------------------------------------------------------------------
 
 
-def evaluate_core(setup: train.Setup, vocabulary: Tokenizer, params: Any, results: Results, path: epath.Path) -> None:
-    """CORE, task by task; `path` is where the table goes."""
+def evaluate_core(setup: train.Setup, vocabulary: Tokenizer, params: Any, results: Results) -> None:
+    """CORE, task by task, in a table."""
     config = setup.config
     tasks = core.load_bundle(config.core_bundle)
-
-    def of(task):
-        return {
-            "task": task.fingerprint(),
-            "max_per_task": config.core_max_per_task,
-            "max_length": config.core_max_length,
-            "tokenizer": vocabulary.fingerprint(),
-            "dtype": setup.numerics.dtype,
-        }
-
-    left = [task for task in tasks if results.get(f"core {task.label}", of(task)) is None]
-    if len(left) < len(tasks):
-        _say(f"{len(tasks) - len(left)} of {len(tasks)} CORE tasks are done already")
     scorer = branches.Scorer(setup, vocabulary.bos_id)
     with _progress() as shown:
-        bar = shown.add_task("CORE", total=_work(left, vocabulary, scorer, config) if left else 0)
-        found = core.evaluate(
-            left, vocabulary, scorer.bind(params),
-            max_per_task=config.core_max_per_task, max_length=config.core_max_length,
-            progress=lambda prompt: shown.advance(bar, scorer.cost(prompt)),
+        bar = shown.add_task("CORE", total=None)
+        score, rows = evaluate_tasks(
+            config, tasks, vocabulary, scorer, params, results,
+            say=_say, progress=lambda done, total: shown.update(bar, completed=done, total=total),
         )  # fmt: skip
-        started = time.monotonic()
-        for task, result in zip(left, found, strict=True):
-            values = {name: value for name, value in result._asdict().items() if name not in ("label", "answers")}
-            results.put(f"core {task.label}", of(task), values)
-            state = shown.tasks[0]
-            rest = (time.monotonic() - started) * (state.total / max(1, state.completed) - 1)
-            _say(
-                f"{result.label}: {result.examples} questions, accuracy {result.accuracy:.4f}, centred "
-                f"{result.centered:.4f}, {result.seconds:.1f} s; about {_duration(rest)} left"
-            )
-    rows = {task.label: results.get(f"core {task.label}", of(task)) for task in tasks}
-    score = core.summarize({label: values["centered"] for label, values in rows.items()})["core"]
-    seconds = sum(values["seconds"] for values in rows.values())
-    results.put("core", {}, {"core": score, "seconds": seconds})
-    results.write(path, _csv(rows, score, seconds))
     lines = [(label, v["shots"], v["examples"], f"{v['accuracy']:.6f}", f"{v['centered']:.6f}", f"{v['seconds']:.1f}")
              for label, v in rows.items()]  # fmt: skip
+    seconds = sum(values["seconds"] for values in rows.values())
     header = ("task", "shots", "questions", "accuracy", "centred", "seconds")
     _show("CORE", header, [*lines, ("CORE", "", "", "", f"{score:.6f}", f"{seconds:.1f}")])
 
 
-def _work(tasks: Sequence[core.Task], vocabulary: Tokenizer, scorer: branches.Scorer, config: FrozenConfigDict) -> int:
-    """Tokens that tasks are about to be, guessed from a few questions of each."""
-    total = 0.0
-    for task in tasks:
-        count = task.content.count(b"\n")
-        count = min(count, config.core_max_per_task or count)
-        few = task.questions(4 * PROBE_QUESTIONS)
-        prompts = core.build_prompts(
-            task, few, vocabulary, max_length=config.core_max_length, limit=PROBE_QUESTIONS
-        )
-        total += count * sum(map(scorer.cost, prompts)) / len(prompts)
-    return max(1, round(total))
+# ---- Chat tasks -----------------------------------------------------------------------------------------------------
 
 
-def _csv(rows: Mapping[str, Mapping[str, Any]], score: float, seconds: float) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    names = ("shots", "examples", "accuracy", "centered", "seconds")
-    writer.writerow(("task", *names))
-    writer.writerows((label, *(values[name] for name in names)) for label, values in rows.items())
-    writer.writerow(("CORE", "", "", "", score, seconds))
-    return text.getvalue()
+def evaluate_chat(setup: train.Setup, vocabulary: Tokenizer, params: Any, results: Results) -> None:
+    """The chat tasks, task by task, in a table."""
+    config = setup.config
+    limits = dict.fromkeys(("categorical", "generative"), config.chat_max_per_task)
+    exams = [chat.make_exam(config, name, vocabulary, limits) for name in config.chat_tasks]
+    with _progress() as shown:
+        bar = shown.add_task("chat tasks", total=None)
+        found = chat.evaluate_exams(
+            config, exams, vocabulary, branches.Scorer(setup, vocabulary.bos_id).bind(params),
+            lambda: chat.make_engine(config, setup.mesh, params, vocabulary), results,
+            dtype=setup.numerics.dtype, say=_say, on_step=lambda: shown.advance(bar),
+        )  # fmt: skip
+    scores = chat.summarize(found)
+    results.put("chat", {}, scores)
+    lines = [(name, v["problems"], f"{v['accuracy']:.6f}", f"{v['centered']:.6f}", f"{v['seconds']:.1f}")
+             for name, v in found.items()]  # fmt: skip
+    lines += [(name, "", "", f"{score:.6f}", "") for name, score in scores.items()]
+    _show("chat tasks", ("task", "problems", "accuracy", "centred", "seconds"), lines)
 
 
 # ---- Samples --------------------------------------------------------------------------------------------------------
@@ -236,8 +175,7 @@ def evaluate(config: FrozenConfigDict) -> None:
         ) as checkpointer:
             params, extra = checkpointer.restore_params_only(setup.abstract.params, config.step)
         step = extra["run"]["step"]
-        path = directory / "evals" / f"step_{step:06}.json"
-        results = Results(path)
+        results = Results(directory, step, run_id(extra))
         _say(f"{directory}, step {step}, on {setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}")
         for name in EVALS:
             if name not in names:
@@ -245,10 +183,12 @@ def evaluate(config: FrozenConfigDict) -> None:
             if name == "bpb":
                 evaluate_bpb(setup, vocabulary, params, results)
             elif name == "core":
-                evaluate_core(setup, vocabulary, params, results, path.with_suffix(".csv"))
+                evaluate_core(setup, vocabulary, params, results)
+            elif name == "chat":
+                evaluate_chat(setup, vocabulary, params, results)
             else:
                 evaluate_samples(setup, vocabulary, params, results)
-    _say(f"written to {path}")
+    _say(f"written to {results.path}")
 
 
 def main(config: FrozenConfigDict, argv: Sequence[str]) -> int:
@@ -265,10 +205,6 @@ def _progress() -> Progress:
     """A bar with the time left, on a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, transient=True, disable=not sys.stdout.isatty() or jax.process_index() != 0)
-
-
-def _duration(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def _say(line: str) -> None:

@@ -37,6 +37,27 @@ def token_losses(
     return _token_losses(flat, head, targets.reshape(-1), vocab_size, cap, chunk).reshape(targets.shape)
 
 
+def clipped_policy_losses(losses: jax.Array, drawn: jax.Array, weights: jax.Array, clip: float) -> jax.Array:
+    """What each token adds to the loss of reinforcement learning when its ratio counts only within 1 +- clip.
+
+    The ratio is that of a token's probability now to the one with which it was drawn, of which `drawn` is minus the
+    log, nan where it is not known: then the ratio is 1. `losses` are minus the log of the probability now, `weights`
+    the advantages. At a ratio of 1 the gradient is that of losses x weights.
+    Source: https://arxiv.org/abs/1707.06347 (PPO).
+    """
+    ratio = jnp.exp(jnp.where(jnp.isnan(drawn), jax.lax.stop_gradient(losses), drawn) - losses)
+    return -jnp.minimum(ratio * weights, jnp.clip(ratio, 1 - clip, 1 + clip) * weights)
+
+
+def divergence(losses: jax.Array, reference: jax.Array) -> jax.Array:
+    """An estimate of the divergence from a reference model at each drawn token, never negative, in nats.
+
+    Both are minus the token's log-probability. Source: http://joschu.net/blog/kl-approx.html (its k3).
+    """
+    log_ratio = losses - reference
+    return jnp.exp(log_ratio) - log_ratio - 1
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _token_losses(hidden, head, targets, vocab_size, cap, chunk):
     """The same for hidden (T, D) and targets (T,)."""

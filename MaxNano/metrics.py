@@ -454,6 +454,8 @@ def _step_line(row: Mapping[str, Any], total_steps: int) -> str:
         parts.append(f"loss {row['smoothed_loss']:.4f}")
     if "bpb" in row:
         parts.append(f"bpb {row['bpb']:.4f}")
+    if "reward" in row:
+        parts.append(f"reward {row['reward']:.3f}")
     if "lr_multiplier" in row:
         parts.append(f"lr x{row['lr_multiplier']:.2f}")
     parts.append(f"{row['milliseconds']:,.0f} ms")

@@ -429,7 +429,7 @@ def _gather(argv: Sequence[str]) -> _Values:
                 raise ConfigError(f"{path.name}: {name} is chosen on the command line, not here")
         values.update(overrides, path.name)
 
-    has_new_stage = not is_base and "stage" in given
+    has_new_stage = not is_base and given.get("stage", fixed.get("stage")) != fixed.get("stage")
     if fixed.keys() != keys.keys():
         choose("model")
         if not has_new_stage:
@@ -452,7 +452,8 @@ def _derive(values: _Values) -> None:
         if values.value[name] is None:
             values.set(name, make(), DERIVED)
 
-    fill("run_name", lambda: value["model"])
+    # A later stage has a folder of its own beside the run that it starts from.
+    fill("run_name", lambda: "_".join(filter(None, (value["model"], value["stage"]))))
     if values.value["num_decoder_layers"] is None:
         depth = _depth_in_name(value["model"])
         if depth is None:
@@ -476,11 +477,22 @@ def _derive(values: _Values) -> None:
     if not scaling.horizon_tokens(ratio, size):
         raise values.error("target_param_data_ratio", "gives not one token to train on")
     reference = scaling.parameter_counts(scaling.reference_shape(shape, aspect_ratio)).scaling
+    if value["dataset_type"] == "rollouts":
+        _set_rollout_batch(values)
     fill("global_batch_tokens", lambda: scaling.batch_tokens(size, reference, ratio))
     batch = value["global_batch_tokens"]
     fill("learning_rate_scale", lambda: scaling.learning_rate_scale(batch))
     fill("weight_decay_scale", lambda: scaling.weight_decay_scale(batch, size, reference, ratio))
     fill("steps", lambda: _steps(values, shape, size))
+
+
+def _set_rollout_batch(values: _Values) -> None:
+    """A batch is as large as the answers of a step."""
+    value = values.value
+    tokens = value["rl_problems"] * value["rl_samples"] * row_length(value)
+    if values.origin["global_batch_tokens"] == COMMAND_LINE and value["global_batch_tokens"] != tokens:
+        raise values.error("global_batch_tokens", "is not rl_problems x rl_samples x rl_row_tokens; leave it null")
+    values.set("global_batch_tokens", tokens, DERIVED)
 
 
 def _steps(values: _Values, shape: scaling.Shape, scaling_parameters: int) -> int:
@@ -510,6 +522,12 @@ def windows_of(config: Mapping[str, Any]) -> tuple[int, ...]:
         config["short_window_fraction"],
         config["short_window_multiple"],
     )
+
+
+def row_length(config: Mapping[str, Any]) -> int:
+    """Tokens of a row of a batch: the context, or what rollouts have in its place."""
+    rows = config["rl_row_tokens"] if config["dataset_type"] == "rollouts" else None
+    return rows or config["max_target_length"]
 
 
 # ---- Contradictions ----------------------------------------------------------------------------
@@ -630,7 +648,9 @@ def _check_rest(values: _Values) -> None:
     value = values.value
     if not _NAME.fullmatch(value["run_name"]):
         raise values.error("run_name", "must be of [A-Za-z0-9._-], at most 64, no dot first")
-    batch, length = value["global_batch_tokens"], value["max_target_length"]
+    batch, length = value["global_batch_tokens"], row_length(value)
+    if (value["rl_row_tokens"] or 0) > value["max_target_length"]:
+        raise values.error("rl_row_tokens", f"is more than max_target_length={value['max_target_length']}")
     if batch % length:
         nearest = max(1, round(batch / length)) * length
         raise values.error(
@@ -639,6 +659,8 @@ def _check_rest(values: _Values) -> None:
         )
     if value["dataset_type"] == "tfds" and not value["dataset_name"]:
         raise values.error("dataset_type", "needs dataset_name, such as wikipedia/20230601.en")
+    if value["dataset_type"] == "hf" and not value["dataset_name"]:
+        raise values.error("dataset_type", "needs dataset_name, such as karpathy/climbmix-400b-shuffle")
     if value["from_nanochat"] and value["to_nanochat"]:
         raise values.error("to_nanochat", "and from_nanochat exclude each other; give one")
 

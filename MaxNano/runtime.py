@@ -3,6 +3,7 @@
 `initialize(config)` comes before anything that starts a JAX backend.
 """
 
+import contextlib
 import errno
 import gc
 import json
@@ -452,13 +453,15 @@ class Preemption:
                 preemption.check(step)
                 ...
                 for batch in preemption.checked(held_out): ...
+                with preemption.at_once():
+                    ...  # what may wait for long, and may be left anywhere
 
     A second Ctrl-C ends the process at once. In a run of several processes JAX's own notice of
     SIGTERM is used, which makes all of them stop at the same step.
     """
 
     def __init__(self) -> None:
-        self._noted = False
+        self._noted = self._at_once = False
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
@@ -490,6 +493,20 @@ class Preemption:
             self.check()
             yield item
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, Preempted is raised where the process stands, and not at the next check.
+
+        In a run of several processes it does nothing: one of them cannot leave alone.
+        """
+        self._at_once = True
+        try:
+            if self._noted:
+                raise Preempted
+            yield
+        finally:
+            self._at_once = False
+
     def _note(self, number: int, frame: types.FrameType | None) -> None:
         if not self._noted:
             # Not print(): the signal may have come in the middle of one.
@@ -498,3 +515,5 @@ class Preemption:
         # The system's own handler, which needs no Python to run: the process may be inside a long
         # compilation.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self._at_once:
+            raise Preempted

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 import contextlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -39,6 +39,7 @@ from MaxNano import (
     losses,
     optim,
     pyconfig,
+    rl,
     runtime,
     scaling,
     schedules,
@@ -46,8 +47,10 @@ from MaxNano import (
     tokenizer,
 )
 from MaxNano.checkpointing import Checkpointer
+from MaxNano.data import conversations
 from MaxNano.data.loader import DevicePrefetch, Loader, make_loader, merge_states, put_global
-from MaxNano.evals import bpb, samples
+from MaxNano.evals import bpb, branches, chat, core, samples
+from MaxNano.evals.results import Results, evaluate_tasks
 from MaxNano.metrics import MetricLogger, print_table
 from MaxNano.model import Numerics, kept_residuals
 from MaxNano.train_state import Architecture, TrainState, abstract_state, architecture, initialize
@@ -74,6 +77,17 @@ class BatchPlan(NamedTuple):
     def split(self, x: jax.Array) -> jax.Array:
         """A device's rows (micro_steps x micro_rows, L) -> (micro_steps, micro_rows, L)."""
         return x.reshape(self.micro_steps, self.micro_rows, x.shape[1])
+
+
+def weighted_losses(config: FrozenConfigDict, nll: jax.Array, batch) -> jax.Array:
+    """What each target adds to the loss, (rows, L), from its negative log-likelihood."""
+    if "drawn_losses" in batch:
+        terms = losses.clipped_policy_losses(nll, batch["drawn_losses"], batch["weights"], config.rl_clip)
+    else:
+        terms = nll * batch["weights"]
+    if "reference_losses" in batch:
+        terms += batch["kl_weights"] * losses.divergence(nll, batch["reference_losses"])
+    return terms
 
 
 def batch_losses(config: FrozenConfigDict, model: Architecture, params, batch) -> jax.Array:
@@ -132,7 +146,7 @@ def train_step(
 
         def loss_fn(params, micro):
             nll = batch_losses(config, setup.model, params, micro)
-            loss = jnp.sum(nll * micro["weights"]) / jnp.maximum(targets, 1)
+            loss = jnp.sum(weighted_losses(config, nll, micro)) / jnp.maximum(targets, 1)
             return loss, count_bits(nll, micro["targets"], token_bytes)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -197,6 +211,19 @@ def eval_step(params, batch, token_bytes, *, setup: "Setup") -> tuple[jax.Array,
     return setup.over_devices(
         local_bits, (specs, setup.batch_specs, PartitionSpec()), PartitionSpec()
     )(params, batch, token_bytes)
+
+
+def score_step(params, batch, *, setup: "Setup") -> jax.Array:
+    """batch_losses of a batch of `plan.rows` rows."""
+
+    def local_losses(params, batch):
+        params = working_copy(setup, params)
+        micro = jax.tree.map(setup.plan.split, batch)
+        rows = jax.lax.map(partial(batch_losses, setup.config, setup.model, params), micro)
+        return rows.reshape(-1, rows.shape[-1])
+
+    specs = setup.manual_specs(setup.abstract.params)
+    return setup.over_devices(local_losses, (specs, setup.batch_specs), setup.batch_specs)(params, batch)
 
 
 def greedy_step(params, tokens, last, *, setup: "Setup") -> jax.Array:
@@ -292,11 +319,12 @@ def check_sharding(config: FrozenConfigDict, mesh: Mesh, abstract: TrainState) -
 
 def plan_batch(config: FrozenConfigDict, ways: int) -> BatchPlan:
     """Rows per device and accumulation steps for `ways` devices that share the rows of a step."""
-    rows = config.global_batch_tokens // config.max_target_length
+    length = pyconfig.row_length(config)
+    rows = config.global_batch_tokens // length
     if rows % ways:
         raise ValueError(
-            f"global_batch_tokens={config.global_batch_tokens} is {rows} rows of {config.max_target_length} tokens, "
-            f"which {ways} devices cannot share equally: make it a multiple of {ways * config.max_target_length}"
+            f"global_batch_tokens={config.global_batch_tokens} is {rows} rows of {length} tokens, "
+            f"which {ways} devices cannot share equally: make it a multiple of {ways * length}"
         )
     share = rows // ways
     micro_rows = config.per_device_batch_size or largest_divisor(share, LARGEST_MICRO_BATCH)
@@ -327,7 +355,7 @@ def needed_bytes(setup: Setup) -> dict[str, int]:
         ways = setup.mesh.size // setup.plan.ways  # what does not cut the batch stays cut
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setup.abstract.params)) // ways * itemsize
 
-    tokens = plan.micro_rows * config.max_target_length
+    tokens = plan.micro_rows * pyconfig.row_length(config)
     size = jnp.dtype(setup.numerics.dtype).itemsize
     widths = {
         "qkv": (config.num_query_heads + 2 * config.num_kv_heads) * config.head_dim,
@@ -388,19 +416,83 @@ def print_plan(setup: Setup) -> None:
         "attention": setup.numerics.attention,
         "FLOPs": f"{flops:,} a token, {flops * tokens:.4g} in all",
         "batch": f"{config.global_batch_tokens:,} tokens = {plan.ways} devices x {plan.micro_steps} micro-steps "
-        f"x {plan.micro_rows} rows x {config.max_target_length}",
+        f"x {plan.micro_rows} rows x {pyconfig.row_length(config)}",
         "horizon": f"{config.steps:,} steps, {tokens:,} tokens, "
         f"{tokens / scaling.parameter_counts(shape).scaling:.2f} a scaling parameter",
         "memory": f"at least {memory} GB a device (estimate)",
-        "data": f"{config.dataset_type} in {config.dataset_path}, {config.data_readers} readers",
+        "data": data_summary(config),
         "run": str(run_directory(config)),
     }
     print_table("run", ("what", "value"), list(facts.items()))
 
 
+def data_summary(config: FrozenConfigDict) -> str:
+    """What is trained on, in words."""
+    if config.dataset_type == "rollouts":
+        return f"{config.rl_samples} answers to each of {config.rl_problems} problems of {config.rl_task}"
+    data = f"{config.dataset_type} in {config.dataset_path}"
+    if config.dataset_type == "chat":
+        data = ", ".join(f"{row[0]} x {row[1]}" for row in config.chat_train_mixture)
+    return f"{data}, {config.data_readers} readers"
+
+
 def run_directory(config: FrozenConfigDict) -> epath.Path:
     """Where the run keeps everything it writes."""
     return epath.Path(config.base_output_directory).expanduser() / config.run_name
+
+
+# ---- A start from another run ---------------------------------------------------------------------------------------
+
+
+def load_start(setup: Setup, tokenizer_fingerprint: str) -> TrainState:
+    """The newest checkpoint of config.load_from as step 0: its parameters and, with load_optimizer, optimizer state.
+
+    Raises ValueError where there is none, or where it is of another model or tokenizer.
+    """
+    config, place = setup.config, start_directory(setup.config)
+    with Checkpointer(config, place, tokenizer_fingerprint=tokenizer_fingerprint, writer=False) as source:
+        if config.load_optimizer:
+            state, extra = source.restore(setup.abstract)
+            params, opt_state = state.params, state.opt_state
+        else:
+            params, extra = source.restore_params_only(setup.abstract.params)
+            in_place = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract.opt_state)
+            opt_state = jax.jit(setup.optimizer.init, out_shardings=in_place)(params)
+    check_windows(config, extra["run"]["config"])
+    if jax.process_index() == 0:
+        print(f"starting from step {extra['run']['step']} of {place}", flush=True)
+    return TrainState(jax.device_put(np.int32(0), setup.abstract.step.sharding), params, opt_state)
+
+
+def start_directory(config: FrozenConfigDict) -> epath.Path:
+    """The folder of the run that load_from names. Raises ValueError where it is this run's own."""
+    place = epath.Path(config.load_from).expanduser()
+    if "/" not in config.load_from:
+        place = run_directory(config).parent / config.load_from
+    if place == run_directory(config):
+        raise ValueError(f"load_from={config.load_from} is the folder of this run itself; choose another run_name")
+    return place
+
+
+def check_windows(config: FrozenConfigDict, saved: Mapping[str, Any]) -> None:
+    """Raise ValueError where a layer would see another window than it was trained with, as far as the context goes."""
+    length, known = config.max_target_length, pyconfig.windows_of(saved)
+    expected = tuple(length if w >= saved["max_target_length"] else min(w, length) for w in known)
+    if pyconfig.windows_of(config) != expected:
+        raise ValueError(
+            f"the layers' windows are {pyconfig.windows_of(config)} tokens but {known} in {config.load_from}: set "
+            f"window_pattern={saved['window_pattern']} short_window_fraction={min(expected) / length:g}"
+        )
+
+
+def check_start(config: FrozenConfigDict, saved: Mapping[str, Any]) -> None:
+    """Raise ValueError where a run that goes on was started from another run than it is told now."""
+    was = saved.get("load_from")
+    if config.load_from not in (None, was):
+        start = f"from {was}" if was else "from random parameters"
+        raise ValueError(
+            f"{run_directory(config)} was started {start}, not from {config.load_from}; choose another run_name"
+        )
 
 
 # ---- The loop -------------------------------------------------------------------------------------------------------
@@ -462,8 +554,11 @@ def compile_train(setup: Setup) -> tuple[Setup, jax.stages.Compiled]:
 def abstract_batch(setup: Setup) -> tuple[dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
     """A batch and the table of token bytes, as shapes with shardings: what the jitted steps are lowered with."""
     rows = sharding.batch_sharding(setup.mesh, setup.config.logical_axis_rules)
-    shape = (setup.plan.rows, setup.config.max_target_length)
+    shape = (setup.plan.rows, pyconfig.row_length(setup.config))
     dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    if setup.config.dataset_type == "rollouts":
+        dtypes |= {"drawn_losses": jnp.float32} if setup.config.rl_clip else {}
+        dtypes |= {"kl_weights": jnp.float32, "reference_losses": jnp.float32} if setup.config.rl_kl else {}
     batch = {key: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for key, dtype in dtypes.items()}
     everywhere = NamedSharding(setup.mesh, PartitionSpec())
     return batch, jax.ShapeDtypeStruct((setup.config.vocab_size,), jnp.int32, sharding=everywhere)
@@ -525,9 +620,8 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
     config = setup.config
     directory = run_directory(config)
     vocabulary = load_tokenizer(config)
-    setup, step = compile_train(setup)
-    plan = setup.plan
-    programs = build_programs(setup, step, vocabulary.token_bytes())
+    core_tasks = core.load_bundle(config.core_bundle) if config.core_interval else []
+    exams = make_exams(config, vocabulary) if config.chat_interval else []
     rows_sharding = sharding.batch_sharding(setup.mesh, config.logical_axis_rules)
 
     with contextlib.ExitStack() as cleanup:
@@ -535,20 +629,32 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
             Checkpointer(config, directory, tokenizer_fingerprint=vocabulary.fingerprint())
         )
 
-        # ---- State: from the last checkpoint, or new
-        extra = {"data": None, "metrics": None, "evaluated_step": None}
+        # ---- State: from the last checkpoint, from that of another run, or new
+        extra = {"data": None, "metrics": None, "evaluated_step": None, "core_step": None, "chat_step": None}
         if config.enable_checkpointing and checkpointer.latest_step() is not None:
             state, extra = checkpointer.restore(setup.abstract)
+            check_start(config, extra["run"]["config"])
+        elif config.load_from is not None:
+            state = load_start(setup, vocabulary.fingerprint())
         else:
             state = initialize(config, setup.numerics, setup.optimizer, setup.abstract)
         start = int(state.step)
         if config.enable_checkpointing:
             checkpointer.check_free_space(setup.abstract)
+        setup, step = compile_train(setup)
+        plan = setup.plan
+        programs = build_programs(setup, step, vocabulary.token_bytes())
 
         # ---- Data, metrics
-        batches = DevicePrefetch(
-            open_loader(config, plan, vocabulary, "train", extra["data"]), rows_sharding, config.prefetch_batches
-        )
+        if config.dataset_type == "rollouts":
+            batches = rl.Rollouts(
+                config, setup.mesh, vocabulary, lambda: state.params, rows_sharding,
+                state=extra["data"], score_reference=reference_scorer(setup, vocabulary), on_step=preemption.check,
+            )  # fmt: skip
+        else:
+            batches = DevicePrefetch(
+                open_loader(config, plan, vocabulary, "train", extra["data"]), rows_sharding, config.prefetch_batches
+            )
         cleanup.callback(batches.close)
         held_out = None
         if jax.process_index() == 0:
@@ -568,17 +674,20 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
         if start:
             logger.message(f"going on from step {start} of {directory}")
 
-        def save(step: int, evaluated_step: int | None) -> None:
+        def save(step: int) -> None:
             extra = {
                 "data": merge_states(runtime.gather_json(batches.state())),
                 "metrics": logger.state(),
                 "evaluated_step": evaluated_step,
+                "core_step": core_step,
+                "chat_step": chat_step,
             }
             checkpointer.save(step, state, extra)
             logger.flush()  # starts the clock anew: the next step's time does not have the saving in it
 
         # ---- Steps start ... config.steps, of which the last only evaluates and saves
-        evaluated_step = extra["evaluated_step"]
+        evaluated_step, core_step, chat_step = (extra.get(f"{what}_step") for what in ("evaluated", "core", "chat"))
+        scorer = branches.Scorer(setup, vocabulary.bos_id)
         skipped_in_a_row = 0
         try:
             for step in itertools.count(start):
@@ -587,14 +696,18 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
                 if step != evaluated_step:
                     if config.eval_interval and (last or due(step, config.eval_interval)):
                         logger.flush()  # so that no step's time has the evaluation in it
-                        if held_out is None:
-                            held_out = read_held_out(setup, vocabulary)
-                        results = bpb.evaluate_bpb(
-                            lambda batch, params=state.params: programs.evaluate(
-                                params, put_global(batch, rows_sharding)
-                            ),
-                            preemption.checked(held_out),
-                        )
+                        if config.dataset_type == "rollouts":
+                            results = batches.evaluate()
+                        else:
+                            if held_out is None:
+                                with preemption.at_once():
+                                    held_out = read_held_out(setup, vocabulary)
+                            results = bpb.evaluate_bpb(
+                                lambda batch, params=state.params: programs.evaluate(
+                                    params, put_global(batch, rows_sharding)
+                                ),
+                                preemption.checked(held_out),
+                            )
                         logger.event(step, "validation", results)
                     if config.sample_interval and (last or (step and due(step, config.sample_interval))):
                         texts = samples.sample(
@@ -602,12 +715,33 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
                         )
                         logger.event(step, "samples", texts)
                     evaluated_step = step
+                if step != core_step and config.core_interval and (last or (step and due(step, config.core_interval))):
+                    score, rows = evaluate_tasks(
+                        config, core_tasks, vocabulary, scorer, state.params,
+                        Results(directory, step, logger.state()["run_id"]),
+                        say=logger.message, progress=lambda done, total: preemption.check(),
+                    )  # fmt: skip
+                    centered = {label: values["centered"] for label, values in rows.items()}
+                    logger.event(step, "core", {"core": score, **centered})
+                    core_step = step
+                if step != chat_step and config.chat_interval and (last or (step and due(step, config.chat_interval))):
+                    found = chat.evaluate_exams(
+                        config, exams, vocabulary, scorer.bind(state.params),
+                        partial(chat.make_engine, config, setup.mesh, state.params, vocabulary),
+                        Results(directory, step, logger.state()["run_id"]),
+                        dtype=setup.numerics.dtype, say=logger.message, on_step=preemption.check,
+                    )  # fmt: skip
+                    accuracies = {name: values["accuracy"] for name, values in found.items()}
+                    logger.event(step, "chat", {**chat.summarize(found), **accuracies})
+                    chat_step = step
 
                 if config.enable_checkpointing and step != start and (last or checkpointer.should_save(step)):
-                    save(step, evaluated_step)
+                    save(step)
                 if last:
                     break
 
+                with preemption.at_once():  # a shard may be long in coming
+                    batches.fill()
                 batch = next(batches)
                 state, metrics = programs.train(state, batch)
                 if step == start:
@@ -626,7 +760,7 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
         except runtime.Preempted:
             # Raised only between steps or between batches of an evaluation, where the state is whole.
             if config.enable_checkpointing:
-                save(step, evaluated_step)
+                save(step)
                 checkpointer.wait()
                 logger.message(f"stopped at step {step}, saved; the same command goes on from here")
             return runtime.EXIT_PREEMPTED
@@ -653,14 +787,48 @@ def read_held_out(setup: Setup, vocabulary: tokenizer.Tokenizer) -> bpb.PackedRo
         return bpb.PackedRows(batches, count, config.vocab_size)
 
 
+def make_exams(config: FrozenConfigDict, vocabulary: tokenizer.Tokenizer) -> list[chat.Exam]:
+    """What chat_tasks ask at intervals."""
+    limits = {"categorical": config.chat_interval_categorical, "generative": config.chat_interval_generative}
+    return [chat.make_exam(config, name, vocabulary, limits) for name in config.chat_tasks]
+
+
+def reference_scorer(setup: Setup, vocabulary: tokenizer.Tokenizer) -> Callable[[dict], jax.Array] | None:
+    """What rl_kl compares with: the losses of a batch by load_from's model; None where it is off."""
+    config = setup.config
+    if not config.rl_kl:
+        return None
+    if config.load_from is None:
+        raise ValueError("rl_kl needs load_from, from whose model it measures; or set rl_kl=0")
+    with Checkpointer(
+        config, start_directory(config), tokenizer_fingerprint=vocabulary.fingerprint(), writer=False
+    ) as source:
+        params, _ = source.restore_params_only(setup.abstract.params)
+    rows = sharding.batch_sharding(setup.mesh, config.logical_axis_rules)
+    return partial(jax.jit(partial(score_step, setup=setup), out_shardings=rows), params)
+
+
 def flops_per_token(config: FrozenConfigDict) -> int:
     """Training FLOPs of a token, forward and backward."""
     return scaling.flops_per_token(scaling.shape_of(config), pyconfig.windows_of(config))
 
 
+def with_horizon(config: FrozenConfigDict) -> FrozenConfigDict:
+    """The config with the steps of chat_epochs, where a later stage says no steps itself."""
+    is_open = config.origin["steps"] == pyconfig.DERIVED and config.target_flops is None
+    if config.dataset_type not in ("chat", "rollouts") or not is_open:
+        return config
+    if config.dataset_type == "rollouts":
+        steps = rl.steps_of_passes(config)
+    else:
+        steps = conversations.steps_of_passes(config, load_tokenizer(config))
+    return pyconfig.replace(config, "chat_epochs", steps=steps)
+
+
 def main(config: FrozenConfigDict) -> int:
     """Check, show the plan, train."""
     runtime.initialize(config)
+    config = with_horizon(config)
     setup = set_up(config)
     if jax.process_index() == 0:
         print_plan(setup)

@@ -198,7 +198,7 @@ def main(config: FrozenConfigDict) -> None:
             f"tokenizer_type={config.tokenizer_type} loads a vocabulary made elsewhere; what is"
             " trained here has tokenizer_type=bpe"
         )
-    print(f"Training a tokenizer of {config.vocab_size:,} tokens on {config.dataset_path}")
+    print(f"Training a tokenizer of {config.vocab_size:,} tokens on {sources.open_source(config, 'train').where}")
     start = time.monotonic()
     trained = train(config)
     trained.save(config.tokenizer_path)

@@ -75,9 +75,14 @@ training_knobs() {
   knob MODEL d12 "configs/models/<MODEL>.yml, or dN"
   knob NUM_ITERATIONS "" "optimizer steps; empty: those of the model"
   knob RUN_NAME "" "the run's folder; empty: after MODEL and NUM_ITERATIONS"
-  knob DATASET_PATH data/climbmix "folder of parquet shards, the last one held out; local or gs://"
+  knob DATASET_PATH "" "folder of parquet shards, the last one held out; local or gs://; empty: DATASET_NAME is downloaded"
+  knob DATASET_NAME karpathy/climbmix-400b-shuffle "data set of the Hugging Face hub"
+  knob DOWNLOAD_SHARDS 40 "shards of it to train on"
+  knob DOWNLOAD_PATH data "local folder below which downloads are kept"
   knob TOKENIZER_PATH data/tokenizer "folder of the tokenizer, trained where it is missing; local or gs://"
   knob OUTPUT runs "folder of all runs; local or gs://"
+  knob EVALS bpb,core,samples "what the stage evaluation evaluates"
+  knob CORE_BUNDLE "" "folder or archive of the CORE tasks; empty: it is downloaded"
   knob EXTRA "" "further key=value words of configs/base.yml, separated by blanks"
   knob PRICE_PER_CHIP_HOUR "" "US dollars; empty: no price is printed"
   knob MIN_DISK_GB 20 "free disk that --dry-run wants"
@@ -94,8 +99,14 @@ set_config() {
   RUN_NAME=${RUN_NAME:-$MODEL${NUM_ITERATIONS:+_${NUM_ITERATIONS}steps}}
   config=(
     configs/base.yml "model=$MODEL" "run_name=$RUN_NAME" "base_output_directory=$OUTPUT"
-    "dataset_path=$DATASET_PATH" "tokenizer_path=$TOKENIZER_PATH"
+    "tokenizer_path=$TOKENIZER_PATH" "download_path=$DOWNLOAD_PATH"
+    "core_bundle=${CORE_BUNDLE:-$DOWNLOAD_PATH/core/eval_bundle.zip}"
   )
+  if [ -n "$DATASET_PATH" ]; then
+    config+=("dataset_path=$DATASET_PATH")
+  else
+    config+=(dataset_type=hf "dataset_name=$DATASET_NAME" "download_shards=$DOWNLOAD_SHARDS")
+  fi
   if [ -n "$NUM_ITERATIONS" ]; then
     config+=("steps=$NUM_ITERATIONS")
   fi
@@ -176,9 +187,11 @@ print(f"{len(devices)} x {devices[0].device_kind} ({found})")
 PY
 }
 
-# The documents. What can fetch them goes in here.
 stage_data() {
   local reason
+  if [ -z "$DATASET_PATH" ]; then
+    program data/download.py
+  fi
   if ! reason=$(results text 2>&1); then
     fail "no text: put at least two parquet shards with a column of text into DATASET_PATH=$DATASET_PATH (${reason#*: })"
   fi
@@ -202,6 +215,14 @@ stage_training() {
       train
       ;;
   esac
+}
+
+# What is evaluated already is not evaluated again.
+stage_evaluation() {
+  if [ -z "$CORE_BUNDLE" ] && [[ ,$EVALS, == *,core,* ]]; then
+    program data/download.py "download=[core]"
+  fi
+  program evaluate.py "evals=$EVALS"
 }
 
 stage_result() {
@@ -326,6 +347,22 @@ print(f"{sys.argv[1]} can be written")
 PY
 }
 
+check_data() {
+  if [ -n "$DATASET_PATH" ]; then
+    results text
+  else
+    echo "$DATASET_NAME, $DOWNLOAD_SHARDS shards and one for validation, is downloaded into $DOWNLOAD_PATH where it is missing"
+  fi
+}
+
+check_core() {
+  if [ -n "$CORE_BUNDLE" ]; then
+    results core
+  else
+    echo "the tasks are downloaded into $DOWNLOAD_PATH where they are missing"
+  fi
+}
+
 check_tokenizer() {
   results tokenizer 2>/dev/null || echo "will be trained into $TOKENIZER_PATH"
 }
@@ -339,8 +376,11 @@ preflight() {
   else
     check python check_python
     check devices check_devices
-    check data results text
+    check data check_data
     check tokenizer check_tokenizer
+    if [[ " $STAGES " == *" evaluation "* ]]; then
+      check core check_core
+    fi
     check output check_output
     check run results state
     echo

@@ -3,6 +3,7 @@
     python end_to_end/results.py COMMAND [--OPTION=VALUE ...] configs/base.yml [key=value ...]
 
     text                          a document of each split can be read
+    core                          the CORE tasks are there
     tokenizer                     the tokenizer is there and whole
     state                         prints new, finished, or the step that the run will go on from
     summary [--chips= --price=]   loss, bits per byte, speed and price of the run
@@ -79,6 +80,13 @@ def last_checkpoint(folder: epath.Path) -> int | None:
     return max(whole, default=None)
 
 
+def evaluated_core(folder: epath.Path, step: int) -> float | None:
+    """CORE after `step`, None where evaluate.py has not computed it."""
+    path = folder / f"evals/step_{step:06}.json"
+    found = json.loads(path.read_text())["evals"].get("core") if path.exists() else None
+    return found["values"]["core"] if found else None
+
+
 def usual(steps: Sequence[dict[str, Any]], key: str) -> float | None:
     """The median of a number over the steps that are not warming up, None where it is not given."""
     values = [row[key] for row in steps[FIRST_TIMED_STEP:] or steps if key in row]
@@ -97,10 +105,17 @@ def price_of(seconds: float, options: dict[str, str]) -> float | None:
 def text(config: FrozenConfigDict, options: dict[str, str]) -> None:
     from MaxNano.data import sources
 
+    where = sources.open_source(config, "train").where
     for split in ("train", "validation"):
         if next(sources.iterate_texts(config, split), None) is None:
-            raise No(f"dataset_path={config.dataset_path} has no document for {split}")
-    print(f"{config.dataset_path}: documents for training and for validation are there")
+            raise No(f"{where} has no document for {split}")
+    print(f"{where}: documents for training and for validation are there")
+
+
+def core_tasks(config: FrozenConfigDict, options: dict[str, str]) -> None:
+    from MaxNano.evals import core
+
+    print(f"{config.core_bundle}: {len(core.load_bundle(config.core_bundle))} tasks are there")
 
 
 def has_tokenizer(config: FrozenConfigDict, options: dict[str, str]) -> None:
@@ -134,6 +149,9 @@ def summary(config: FrozenConfigDict, options: dict[str, str]) -> None:
         + (f", MFU {100 * mfu:.1f} %" if mfu else ""),
         "time": f"{last['training_seconds'] / 60:.1f} minutes of training steps, {seconds / 60:.1f} in all",
     }
+    evaluated = evaluated_core(folder_of(config), config.steps)
+    if evaluated is not None:
+        lines["CORE"] = f"{evaluated:.4f}"
     dollars = price_of(seconds, options)
     if dollars is not None:
         lines["price"] = (
@@ -229,6 +247,7 @@ def table_row(config: FrozenConfigDict, run: str, options: dict[str, str]) -> li
 
 COMMANDS: dict[str, Callable[[FrozenConfigDict, dict[str, str]], None]] = {
     "text": text,
+    "core": core_tasks,
     "tokenizer": has_tokenizer,
     "state": state,
     "summary": summary,

@@ -1,6 +1,6 @@
 """CORE: prompts, draws and choices are nanochat's; the shared prefix changes no number; bundles and their faults.
 
-tests/golden/core_small.json holds nanochat's answers on the invented tasks of core_small.zip: see the README there.
+tests/golden holds its answers, on invented tasks (core_small) and on the real ones (core_real): see the README there.
 """
 
 import collections
@@ -392,18 +392,39 @@ def test_a_line_that_is_no_question_is_named(line, message):
 # ---- The real bundle ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
-@pytest.mark.skipif("CORE_BUNDLE" not in os.environ, reason="CORE_BUNDLE=PATH says where the real bundle is")
-def test_the_real_bundle(small):
-    """All tasks of the real bundle are read, and the shared prefix changes no answer there."""
-    setup, vocabulary, params = small
-    tasks = core.load_bundle(os.environ["CORE_BUNDLE"])
-    assert len(tasks) == 22
+REAL = Path(os.environ.get("CORE_BUNDLE", ROOT.parent / "shared/data/core_eval_bundle.tar.xz"))
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real bundle is not there: CORE_BUNDLE=PATH says where it is")
+@pytest.mark.parametrize("limit", [4, pytest.param(None, marks=pytest.mark.long)])
+def test_every_answer_on_the_real_bundle_is_nanochats(limit, tmp_path, monkeypatch):
+    """All 22 tasks, of each the first questions of a cut to 60: answers, and losses also of texts to go on with."""
+    # The model is small: all prompts at once in few shapes.
+    monkeypatch.setitem(branches.LIMITS, "cpu", branches.Limits(tokens=8192, compilation=400_000))
+    with zipfile.ZipFile(GOLDEN / "core_real.zip") as archive:
+        archive.extract("tokenizer.json", tmp_path)
+        golden = json.loads(archive.read("answers.json"))
+    vocabulary = tokenizer.load_from("bpe", tmp_path)
+    setup = set_up(
+        "max_target_length=512", "vocab_size=4096", "num_decoder_layers=4", "emb_dim=32", "num_query_heads=2",
+        "head_dim=16", "global_batch_tokens=512", "steps=1",
+    )  # fmt: skip
+    params = from_formula(setup, {"lm_head.weight": 4, "transformer.wte.weight": 4})
+    score = branches.Scorer(setup, vocabulary.bos_id).bind(params)
+
+    tasks = core.load_bundle(REAL)
+    assert [task.label for task in tasks] == list(golden["tasks"])
+    asked = []
     for task in tasks:
-        questions = task.questions(12)
-        prompts = core.build_prompts(task, questions, vocabulary, limit=3)
-        own = core.answer(task, questions, prompts, branches.Scorer(setup, vocabulary.bos_id).bind(params))
-        whole = core.answer(task, questions, prompts, whole_rows(setup, params, vocabulary.bos_id))
-        for one, other in zip(own, whole, strict=True):
-            assert one[:2] == other[:2], task.label
-            np.testing.assert_allclose(one.losses, other.losses, atol=1e-4)
+        questions = task.questions(golden["max_per_task"])
+        prompts = core.build_prompts(task, questions, vocabulary, limit=limit)
+        asked += [(task, index, questions[index].get("gold"), prompt) for index, prompt in enumerate(prompts)]
+    prompts = [prompt for *_, prompt in asked]
+    losses = dict(score(prompts, greedy=False))
+    likeliest = dict(score(prompts, greedy=True))
+    for number, (task, index, gold, prompt) in enumerate(asked):
+        expected = golden["tasks"][task.label]
+        answer = core.decide(prompt, likeliest[number] if gold is None else losses[number], gold)
+        assert answer.correct == (expected["correct"][index] == "1"), (task.label, index)
+        means = answer.losses or [np.mean(row) for row in losses[number]]
+        np.testing.assert_allclose(means, expected["losses"][index], atol=1e-4, err_msg=f"{task.label} {index}")

@@ -1,5 +1,8 @@
 """The scripts of end_to_end/tpu and end_to_end/gpu, run for real: on the CPU, a tiny model, a stand-in gcloud."""
 
+import functools
+import hashlib
+import http.server
 import json
 import os
 import re
@@ -7,12 +10,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "end_to_end"
@@ -62,6 +68,7 @@ def settings(place, cache):
         "TOKENIZER_PATH": f"{place}/tokenizer",
         "OUTPUT": f"{place}/runs",
         "EXTRA": f"{EXTRA} jax_cache_dir={cache}",
+        "CORE_BUNDLE": str(ROOT / "tests/golden/core_small.zip"),
         "MIN_DISK_GB": "0",
         "RESTART_SECONDS": "0",
         "MAXNANO_PYTHON": sys.executable,
@@ -128,7 +135,7 @@ def test_a_wrong_argument_is_one_line(settings):
 def test_the_preflight_says_what_is_missing_and_trains_nothing(settings, place):
     out = run("tpu/d24_speedrun.sh", settings, "--dry-run", OUTPUT=f"{place}/dry")
     assert re.findall(r"^(ok|FAIL) +(\w+)", out, re.MULTILINE) == [
-        ("ok", name) for name in ("disk", "python", "devices", "data", "tokenizer", "output", "run")
+        ("ok", name) for name in ("disk", "python", "devices", "data", "tokenizer", "core", "output", "run")
     ]
     assert re.search(rf"horizon +{STEPS} steps", out), "train.py's plan"
     assert out.splitlines()[-1] == "ready; nothing was trained"
@@ -136,7 +143,7 @@ def test_the_preflight_says_what_is_missing_and_trains_nothing(settings, place):
 
     more = {"CHIPS": "8", "DATASET_PATH": f"{place}/nothing", "MIN_DISK_GB": "1000000000"}
     out = run("tpu/d24_speedrun.sh", settings, "--dry-run", status=2, EXTRA=f"{settings['EXTRA']} dtyp=1", **more)
-    assert re.findall(r"^FAIL +(\w+)", out, re.MULTILINE) == ["disk", "devices", "data", "run"]
+    assert re.findall(r"^FAIL +(\w+)", out, re.MULTILINE) == ["disk", "devices", "data", "core", "run"]
     assert "JAX finds 1 cpu and CHIPS=8 are wanted" in out
 
 
@@ -188,6 +195,72 @@ def test_speedrun_starts_a_preempted_training_again_by_itself_and_skips_what_is_
     assert re.search(r"^price +1 chips x \d+\.\d\d h x 0.5 USD = ", again, re.MULTILINE)
 
 
+class Hub(http.server.SimpleHTTPRequestHandler):
+    """A hub whose data set `us/text` is the folder text; and whatever else is there, by its path."""
+
+    def do_GET(self):  # noqa: N802
+        if self.path.startswith("/api/datasets/us/text/tree/main"):
+            files = sorted(Path(self.directory, "text").iterdir())
+            listed = [
+                {"type": "file", "path": path.name, "size": path.stat().st_size,
+                 "lfs": {"oid": hashlib.sha256(path.read_bytes()).hexdigest()}}
+                for path in files
+            ]  # fmt: skip
+            content = json.dumps(listed).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+        else:
+            self.path = self.path.replace("/datasets/us/text/resolve/main/", "/text/")
+            super().do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(place, tmp_path):
+    """The address of a hub with the documents of `place` and a CORE bundle of two tasks."""
+    shutil.copytree(place / "text", tmp_path / "text")
+    full = zipfile.ZipFile(ROOT / "tests/golden/core_small.zip")
+    with full, zipfile.ZipFile(tmp_path / "core.zip", "w") as few:
+        for name in full.namelist():
+            content = full.read(name)
+            if name.endswith("core.yaml"):
+                tasks = [t for t in yaml.safe_load(content)["icl_tasks"] if t["label"] in ("copa", "winograd")]
+                content = yaml.safe_dump({"icl_tasks": tasks})
+            few.writestr(name, content)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.slow
+def test_speedrun_downloads_its_text_and_ends_with_core(settings, place, hub):
+    """The whole of d24_speedrun.sh; started again it asks the hub for nothing."""
+    extra = f"{settings['EXTRA']} hub_url={hub} core_bundle_url={hub}/core.zip core_max_per_task=2 sample_tokens=2"
+    more = {
+        "DATASET_PATH": "", "DATASET_NAME": "us/text", "DOWNLOAD_SHARDS": "2", "DOWNLOAD_PATH": f"{place}/downloads",
+        "CORE_BUNDLE": "", "TOKENIZER_PATH": f"{place}/another tokenizer", "RUN_NAME": "downloaded",
+    }  # fmt: skip
+    out = run("tpu/d24_speedrun.sh", {**settings, **more}, EXTRA=extra)
+    assert re.findall(r"^==== \d/6 (\w+)", out, re.MULTILINE) == [
+        "setup", "data", "tokenizer", "training", "evaluation", "result"
+    ]  # fmt: skip
+    assert "3 of 3 files" in out
+    found = json.loads((place / f"runs/downloaded/evals/step_{STEPS:06}.json").read_text())["evals"]
+    assert {"bpb train", "bpb validation", "core", "core copa", "core winograd", "samples"} == set(found)
+    assert f"CORE           {found['core']['values']['core']:.4f}" in out.splitlines()
+
+    extra = extra.replace(f"hub_url={hub}", "hub_url=http://127.0.0.1:9")
+    more |= {"EXTRA": extra, "STAGES": "data evaluation", "EVALS": "core"}
+    again = run("tpu/d24_speedrun.sh", {**settings, **more})
+    assert "2 of 2 CORE tasks are done already" in again
+
+
 @pytest.mark.slow
 def test_smoke_then_resume_after_preemption(settings, place):
     """The second script compares with the first one's run, which nothing interrupted."""
@@ -234,6 +307,7 @@ class Cloud:
         self.settings = {**settings, "FAKE_GCLOUD": str(folder), "BUCKET": "gs://ours"}
         self.settings["DATASET_PATH"] = "gs://ours/text"
         self.settings |= {"POLL_SECONDS": "0.1", "ZONE_WAIT_SECONDS": "1000"}
+        self.settings["STAGES"] = "setup data tokenizer training result"
         for name in ("OUTPUT", "TOKENIZER_PATH"):  # launch.sh puts them into the bucket
             del self.settings[name]
 

@@ -1,19 +1,24 @@
 """evaluate.py on a run with a checkpoint: numbers, files, going on after a kill, refusals."""
 
+import contextlib
 import csv
 import json
+import math
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import yaml
 
-from MaxNano import evaluate, pyconfig, tokenizer, train, train_state
+from MaxNano import evaluate, pyconfig, runtime, tokenizer, train, train_state
 from MaxNano.checkpointing import Checkpointer
-from MaxNano.evals import core
+from MaxNano.data import loader
+from MaxNano.evals import bpb, core
+from MaxNano.evals.results import Results
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "configs/base.yml")
@@ -151,7 +156,7 @@ def test_one_device_and_two_give_the_same_numbers(place):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["evals=bpb,cor"], "evals=bpb,cor names 'cor': choose among bpb,core,samples"),
+        (["evals=bpb,cor"], "evals=bpb,cor names 'cor': choose among bpb,core"),
         (["core_bundle=nowhere"], "there is no core_bundle=nowhere"),
         (["step=3"], "has no checkpoint of step 3, only [7]"),
         (["run_name=other"], "other holds no checkpoint"),
@@ -166,13 +171,91 @@ def test_what_cannot_be_evaluated_is_told_in_one_line(place, more, message, caps
 
 
 def test_a_damaged_file_of_results_is_written_anew(tmp_path, capsys):
-    path = tmp_path / "step_000001.json"
+    path = tmp_path / "evals/step_000001.json"
+    path.parent.mkdir()
     path.write_text('{"evals": {')
-    found = evaluate.Results(path)
+    found = Results(tmp_path, 1)
     assert found.get("core", {}) is None
     found.put("core", {"of": [1]}, {"core": 0.5})
-    again = evaluate.Results(path)
+    again = Results(tmp_path, 1)
     assert again.get("core", {"of": (1,)}) == {"core": 0.5}
     assert again.get("core", {"of": [2]}) is None
+    assert Results(tmp_path, 1, run="another").get("core", {"of": [1]}) is None
     assert "is damaged" in capsys.readouterr().err
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_validation_rows_are_packed_once_and_kept():
+    rows = np.random.default_rng(0).integers(0, 300, (3, 2, 9))
+    rows[0, 1, 4:] = ~rows[0, 1, 4:]  # not to be predicted
+    packed = [loader.to_batch(row.astype(np.int32)) for row in rows]
+    batches = iter(packed)
+    kept = bpb.PackedRows(batches, 2, vocab_size=300)
+    assert next(batches) is packed[2], "no more than asked for is read"
+    for _ in range(2):
+        for batch, expected in zip(kept, packed, strict=False):
+            for name, values in expected.items():
+                np.testing.assert_array_equal(batch[name], values)
+    assert len(kept) == 2
+
+
+def test_bits_per_byte_are_of_all_batches_together():
+    counts = iter([(np.float32(8), np.float32(4)), (np.float32(1), np.float32(5))])
+    assert bpb.evaluate_bpb(lambda batch: next(counts), range(2)) == {"bpb": pytest.approx(9 / 9 / math.log(2))}
+    assert bpb.evaluate_bpb(lambda batch: (0.0, 0.0), range(1)) == {"bpb": math.inf}
+
+
+# ---- In training ----------------------------------------------------------------------------------------------------
+
+
+class Preemption:
+    """A runtime.Preemption that comes in the middle of CORE as soon as `comes()`."""
+
+    def __init__(self, comes):
+        self.comes = comes
+
+    def check(self, step=None):
+        if step is None and self.comes():
+            raise runtime.Preempted
+
+    def checked(self, items):
+        return items
+
+    def at_once(self):
+        return contextlib.nullcontext()
+
+
+def test_core_while_training(place, monkeypatch, capsys):
+    """After the last step; stopped in the middle it goes on with the task that was under way; evaluate.py knows it."""
+    changed = ("run_name=trained", "core_interval=1", "num_decoder_layers=1", "eval_interval=0", "sample_interval=0")
+    config = pyconfig.initialize([BASE, *words(place), *SHAPE, *changed])
+    answered = []
+    answer = core.answer
+
+    def counting(task, *arguments):
+        result = answer(task, *arguments)
+        answered.append(task.label)
+        return result
+
+    def train_until(comes):
+        setup = train.set_up(config)
+        with jax.set_mesh(setup.mesh):
+            return train.train(setup, Preemption(comes))
+
+    monkeypatch.setattr(core, "answer", counting)
+    assert train_until(lambda: len(answered) == 1) == runtime.EXIT_PREEMPTED
+    assert len(answered) == 1
+    assert train_until(lambda: False) == 0
+    assert set(answered) == set(TASKS), "each once"
+    assert len(answered) == len(TASKS)
+    printed = capsys.readouterr().out
+    assert "1 of 3 CORE tasks are done already" in printed
+    rows = [json.loads(line) for line in (place / "runs/trained/metrics.jsonl").read_text().splitlines()]
+    (event,) = (row for row in rows if row.get("event") == "core")
+    assert event["step"] == 1
+    assert event["core"] == pytest.approx(sum(event[label] for label in TASKS) / 3)
+    assert f"core after step 1: core {event['core']:.6g}, " in printed
+
+    assert run(place, "evals=core", "run_name=trained") == 0
+    assert len(answered) == len(TASKS), "nothing is done again"
+    assert "3 of 3 CORE tasks are done already" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from byte_tokenizer import BOS, ByteTokenizer, FailingTokenizer, JaxReportingTok
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from MaxNano import pyconfig
+from MaxNano import pyconfig, runtime
 from MaxNano.data import loader, packing, sources
 
 READERS = 4
@@ -258,6 +258,33 @@ def test_a_state_goes_on_exactly_when_more_shards_have_arrived(arriving, prompt)
     bring()
     with open_loader(make_config(folder, **PROMPT), state=state) as batches:
         np.testing.assert_array_equal(take(batches, 13), prompt[2:15])
+
+
+def test_sigterm_ends_the_wait_for_a_shard_and_the_state_goes_on_exactly(arriving, prompt, monkeypatch):
+    folder, bring = arriving
+    wait = sources.Patience.wait
+
+    def signal_and_wait(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait(*args)
+
+    monkeypatch.setattr(sources.Patience, "wait", signal_and_wait)
+    monkeypatch.setattr(sources, "POLL_SECONDS", 3600.0)
+    own = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    batches = loader.DevicePrefetch(open_loader(make_config(folder, **PROMPT)), own, 2)
+    taken = []
+    with runtime.Preemption() as preemption, pytest.raises(runtime.Preempted):
+        while True:
+            with preemption.at_once():
+                batches.fill()
+            taken.append(np.asarray(next(batches)["inputs"]))
+    state = batches.state()
+    batches.close()  # would take the hour otherwise
+    assert taken
+    bring()
+    with open_loader(make_config(folder, **PROMPT), state=state) as batches:
+        following = take(batches, 5)
+    np.testing.assert_array_equal([*taken, *following[:, :, :-1]], prompt[: len(taken) + 5, :, :-1])
 
 
 @pytest.mark.parametrize("workers", [0, 1])

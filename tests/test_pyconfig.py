@@ -91,7 +91,7 @@ def test_every_key_is_there_and_those_of_the_backend_stay_null():
     open_keys |= {"coordinator_address", "num_processes", "process_id"}
     asked = {"stage", "target_flops", "dataset_name", "from_nanochat", "to_nanochat", "compile_report"}
     asked |= {"download_shards", "chat_data", "chat_word_list", "core_batch_tokens", "step"}
-    asked |= {"decode_max_length", "prefill_rows", "chat_turns", "prompt"}
+    asked |= {"decode_max_length", "prefill_rows", "chat_turns", "prompt", "load_from", "chat_slots", "rl_row_tokens"}
     assert {key for key in pyconfig.keys_of(config) if config[key] is None} == open_keys | asked
 
 
@@ -283,6 +283,7 @@ def test_contradictions_name_both_sides():
     assert "num_kv_heads=3 is no divisor of num_query_heads=2" in refusal("num_kv_heads=3")
     assert "the nearest is 262000" in refusal("max_target_length=1000")
     assert "dataset_name" in refusal("dataset_type=tfds")
+    assert "needs dataset_name" in refusal("dataset_type=hf")
     assert "exclude each other" in refusal("from_nanochat=a", "to_nanochat=b")
     assert "mesh_axes=[data] lacks fsdp" in refusal("mesh_axes=[data]")
     assert "needs fsdp in mesh_axes" in refusal(
@@ -481,6 +482,34 @@ def test_help_lists_every_key_with_type_range_default_and_text():
     assert "  rope_theta=100000.0  (float > 1)" in text
     assert text.index("Model: shape") < text.index("head_dim=") < text.index("Model: attention")
     assert max(map(len, text.splitlines())) <= 100
+
+
+# ---- Stages ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+@pytest.mark.parametrize("model", ["d2", "d24"])
+def test_a_stage_has_a_folder_and_a_horizon_of_its_own(tmp_path, model, stage):
+    """Whatever the model's file says, or the saved config of the stage before."""
+    path = tmp_path / "run.yml"
+    pyconfig.save(load(f"model={model}", "run_name=mine", "steps=99", "qk_norm_scale=2"), path)
+    for first, *words in ((BASE, f"model={model}", "qk_norm_scale=2"), (str(path),)):
+        config = pyconfig.initialize([first, *words, f"stage={stage}"])
+        assert (config.run_name, config.origin["steps"]) == (f"{model}_{stage}", pyconfig.DERIVED)
+        assert config.qk_norm_scale == 2
+    # Once it is the config of that stage, it stays as it is.
+    pyconfig.save(pyconfig.initialize([str(path), f"stage={stage}", "steps=5", "matrix_lr=1"]), path)
+    again = pyconfig.initialize([str(path), f"stage={stage}"])
+    assert (again.steps, again.matrix_lr) == (5, 1)
+
+
+def test_a_batch_of_rollouts_is_all_answers_of_a_step():
+    config = load("model=d2", "stage=rl", "rl_problems=3", "rl_samples=5", "rl_row_tokens=100")
+    assert (config.global_batch_tokens, pyconfig.row_length(config)) == (1500, 100)
+    assert load("model=d2", "stage=rl", "rl_row_tokens=null", "max_target_length=64").global_batch_tokens == 2**14
+    assert pyconfig.row_length(load("rl_row_tokens=100")) == 2048
+    assert "global_batch_tokens=2048 is not rl_problems x" in refusal("stage=rl", "global_batch_tokens=2048")
+    assert "rl_row_tokens=512 is more than max_target_length=64" in refusal("stage=rl", "max_target_length=64")
 
 
 # ---- The grammar of base.yml -------------------------------------------------------------------

@@ -259,6 +259,8 @@ def make_loader(
 def _make_encoding(config: Any, tokenizer: Any, split: str) -> workers.Encoding:
     if config.dataset_type == "chat":
         return conversations.ConversationEncoding(config, tokenizer, split)
+    if config.dataset_type == "rollouts":
+        raise ValueError("dataset_type=rollouts has no text to measure bits per byte on; give evals=chat")
     source = sources.open_source(config, split)
     sources.check_readers(source, config.data_readers)
     return workers.TextEncoding(
@@ -378,10 +380,14 @@ class DevicePrefetch:
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
         return self
 
-    def __next__(self) -> dict[str, jax.Array]:
+    def fill(self) -> None:
+        """Wait for what the next batch needs. What is left in the middle of that is good for `state` only."""
         while len(self._under_way) <= self._size:
             batch = put_global(next(self._loader), self._sharding)
             self._under_way.append((batch, self._loader.snapshot))
+
+    def __next__(self) -> dict[str, jax.Array]:
+        self.fill()
         batch, self._snapshot = self._under_way.popleft()
         return batch
 

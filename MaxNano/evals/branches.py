@@ -23,16 +23,25 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from MaxNano import losses, runtime, sharding
+from MaxNano import runtime, sharding
 from MaxNano.evals import core
 from MaxNano.evals.core import Prompt
 from MaxNano.layers import apply_rotary, rms_norm
 from MaxNano.model import LayerKind, Transformer, layer_kinds, repetition
 
-SMALLEST_PREFIX, SMALLEST_BRANCH = 32, 8  # columns
-MOST_BLOCKS = 8  # of queries, in a layer: more of them only take longer to compile
+SMALLEST_PREFIX, SMALLEST_BRANCH = 64, 16  # columns
+SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512  # queries that are scored against the same keys
 UNDER_WAY = 2  # batches that the devices have before the host waits for one
-CPU_TOKENS, TOKENS = 2048, 16384  # a device computes at once where core_batch_tokens leaves it open
+
+
+class Limits(NamedTuple):
+    """Tokens of a device."""
+
+    tokens: int  # computed at once where core_batch_tokens leaves it open
+    compilation: int  # computed in the time that a program takes to compile
+
+
+LIMITS = {"cpu": Limits(2048, 4096), "other": Limits(16384, 2**20)}
 
 
 # ---- The forward pass -----------------------------------------------------------------------------------------------
@@ -49,9 +58,8 @@ def branch_hidden(model: Transformer, prefix: jax.Array, branches: jax.Array, le
     offsets = np.concatenate([np.arange(-columns, 0), np.tile(np.arange(size), count)])
     positions = lengths[:, None] + offsets  # negative: padding
     context = _Context(
-        rotary=_rotary(positions, config.head_dim, config.rope_theta), lengths=lengths, count=count, size=size,
-        chunk=max(config.attention_chunk, -(-columns // MOST_BLOCKS)),
-    )  # fmt: skip
+        rotary=_rotary(positions, config.head_dim, config.rope_theta), lengths=lengths, count=count, size=size
+    )
     tokens = jnp.concatenate([prefix, branches.reshape(rows, -1)], axis=1)
 
     x = rms_norm(model.token_embed[...][tokens].astype(dtype), config.norm_epsilon)
@@ -82,7 +90,6 @@ class _Context(NamedTuple):
     lengths: jax.Array
     count: int  # C
     size: int  # S
-    chunk: int  # queries of a block
 
     @property
     def own(self) -> int:
@@ -190,26 +197,10 @@ def _attend(config, q, k, v, window: int, context: _Context) -> jax.Array:
 
     q, k, v = prepare(q), prepare(k)[:, :, 0], split(v)[:, :, 0]
     queries, keys = q.shape[3] - own, k.shape[2] - own
-    real = jnp.arange(-keys, 0) >= -context.lengths[:, None]  # (E, keys)
     scale = size**-0.5
-
     parts = []
-    for start in range(0, queries, context.chunk):
-        stop = min(start + context.chunk, queries)
-        # As offsets before the branches: queries first ... last - 1, and the keys that they see.
-        first, last = start - queries, stop - queries
-        low = max(-keys, first - window)
-        distance = np.arange(first, last)[:, None] - np.arange(low, last)
-        seen = (distance >= 0) & (distance <= window)
-        # Padding sees itself, so that it stays finite.
-        visible = (real[:, None, keys + low : keys + last] | (distance == 0)) & seen
-        scores = jnp.einsum(
-            "EKGQH,EKSH->EKGQS", q[:, :, :, start:stop], k[:, :, keys + low : keys + last],
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        scores = jnp.where(visible[:, None, None], scores * scale, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        parts.append(jnp.einsum("EKGQS,EKSH->EKGQH", weights, v[:, :, keys + low : keys + last]))
+    if queries:
+        parts.append(_attend_prefix(*(x[..., :-own, :] for x in (q, k, v)), window, context.lengths))
 
     # The branches' own queries see the end of the prefix, and of their own branch what lies before them.
     low = max(0, keys - window)
@@ -221,7 +212,8 @@ def _attend(config, q, k, v, window: int, context: _Context) -> jax.Array:
     columns = np.arange(context.size)
     distance = columns[:, None] - np.arange(low - keys, 0)
     before = jnp.einsum("EKGCSH,EKPH->EKGCSP", own_q, k[:, :, low:keys], preferred_element_type=jnp.float32)
-    before = jnp.where((real[:, None, low:] & (distance <= window))[:, None, None, None], before * scale, -jnp.inf)
+    real = np.arange(low - keys, 0) >= -context.lengths[:, None]
+    before = jnp.where((real[:, None] & (distance <= window))[:, None, None, None], before * scale, -jnp.inf)
     distance = columns[:, None] - columns
     within = jnp.einsum("EKGCSH,EKCTH->EKGCST", own_q, own_k, preferred_element_type=jnp.float32)
     within = jnp.where((distance >= 0) & (distance <= window), within * scale, -jnp.inf)
@@ -230,6 +222,39 @@ def _attend(config, q, k, v, window: int, context: _Context) -> jax.Array:
     y = y + jnp.einsum("EKGCST,EKCTH->EKGCSH", weights[..., keys - low :], own_v)
     parts.append(y.reshape(*y.shape[:3], own, size))
     return jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(len(q), queries + own, -1)
+
+
+def _attend_prefix(q, k, v, window: int, lengths) -> jax.Array:
+    """Within the prefix: q (E, K, G, Q, H), k and v (E, K, W, H), of its last Q and W columns -> as q.
+
+    Queries go in blocks, each with the keys that its window can hold; all blocks are one product, so that one is
+    compiled.
+    """
+    queries, keys, size = q.shape[3], k.shape[2], q.shape[4]
+    block = min(max(window, SMALLEST_BLOCK), LARGEST_BLOCK, queries)
+    reach = min(window, keys - 1)  # keys before the block's first query
+    count = -(-queries // block)
+    # Columns before the first are made up, and hidden.
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (count * block - queries, 0), (0, 0)))
+    q = q.reshape(*q.shape[:3], count, block, size)
+    first = count * block + reach  # the earliest key, in columns before the branches
+    starts = range(0, count * block, block)
+
+    def blocks(x):
+        x = jnp.pad(x, ((0, 0), (0, 0), (max(0, first - keys), 0), (0, 0)))[:, :, -first:]
+        return jnp.stack([x[:, :, start : start + reach + block] for start in starts], axis=2)
+
+    offsets = np.arange(reach + block) - first + np.array(starts)[:, None]
+    distance = reach + np.arange(block)[:, None] - np.arange(reach + block)
+    seen = (distance >= 0) & (distance <= window) & (offsets >= -keys)[:, None]
+    real = offsets >= -lengths[:, None, None]
+    # Padding sees itself, so that it stays finite.
+    visible = (real[:, :, None] & seen) | (distance == 0)
+    scores = jnp.einsum("EKGBQH,EKBSH->EKGBQS", q, blocks(k), preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores * size**-0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    y = jnp.einsum("EKGBQS,EKBSH->EKGBQH", weights, blocks(v))
+    return y.reshape(*y.shape[:3], count * block, size)[:, :, :, -queries:]
 
 
 def _rotary(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -243,28 +268,27 @@ def _mix(x, scale, other, share):
     return (scale * x.astype(jnp.float32) + share * other.astype(jnp.float32)).astype(x.dtype)
 
 
-def score_step(params, prefix, branches, lengths, *, model, greedy: bool) -> jax.Array:
-    """For each token of branches (E, C, S) how it predicts the next: loss in nats, or, if `greedy`, whether it does."""
+def score_step(params, prefix, branches, lengths, *, model) -> tuple[jax.Array, jax.Array]:
+    """How each token of branches (E, C, S) predicts the next: loss in nats, and whether that is the likeliest."""
     bound = model.bind(params)
-    config = bound.config
     hidden = branch_hidden(bound, prefix, branches, lengths)
-    targets = jnp.concatenate([branches[..., 1:], jnp.full_like(branches[..., :1], -1)], axis=-1)
-    flat = hidden.reshape(-1, *hidden.shape[2:])
+    targets = jnp.roll(branches, -1, axis=-1)
+
+    def score(row):  # one at a time: the logits of all are many
+        hidden, targets = row
+        logits = bound.logits(hidden)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - picked, jnp.argmax(logits, axis=-1) == targets
+
     with jax.named_scope("loss"):
-        if greedy:
-            return jnp.argmax(bound.logits(flat), axis=-1).reshape(targets.shape) == targets
-        chunk = losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size)
-        nll = losses.token_losses(
-            flat, bound.lm_head[...], targets.reshape(flat.shape[:2]), config.vocab_size, config.logits_soft_cap, chunk
-        )
-        return nll.reshape(targets.shape)
+        return jax.lax.map(score, (hidden, targets))
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------
 
 
 class Shape(NamedTuple):
-    """Columns and branches of a batch."""
+    """Columns and branches of a batch, by which a program is compiled."""
 
     branches: int
     prefix: int
@@ -273,6 +297,9 @@ class Shape(NamedTuple):
     @property
     def tokens(self) -> int:
         return self.prefix + self.branches * self.size
+
+    def holds(self, other: "Shape") -> bool:
+        return all(own >= theirs for own, theirs in zip(self, other, strict=True))
 
 
 class Batch(NamedTuple):
@@ -294,12 +321,34 @@ def round_up(count: int, smallest: int) -> int:
 
 
 def shape_of(prompt: Prompt, field: int) -> Shape:
-    """The shape of a batch for a prompt and others like it, of a model with a receptive field of `field` tokens."""
+    """The least shape for a prompt, of a model with a receptive field of `field` tokens."""
     return Shape(
         round_up(len(prompt.branches), 1),
         min(field, round_up(len(prompt.prefix), SMALLEST_PREFIX)),
         round_up(max(map(len, prompt.branches)), SMALLEST_BRANCH),
     )
+
+
+class Shapes:
+    """The shapes that are compiled: only where padding to a larger one would cost more, over all that was asked."""
+
+    def __init__(self, worth: int):
+        """worth: tokens that are computed in the time that a compilation takes."""
+        self._worth = worth
+        self._known: set[Shape] = set()
+        self._wasted: collections.Counter[Shape] = collections.Counter()
+
+    def choose(self, needed: Sequence[Shape]) -> list[Shape]:
+        """The shape in which each prompt is scored: the needed one or a larger one."""
+        chosen = {}
+        for shape, count in sorted(collections.Counter(needed).items(), reverse=True):
+            best = min((other for other in self._known if other.holds(shape)), key=lambda s: s.tokens, default=shape)
+            self._wasted[shape] += count * (best.tokens - shape.tokens)
+            if best == shape or self._wasted[shape] > self._worth:
+                best = shape
+                self._known.add(shape)
+            chosen[shape] = best
+        return [chosen[shape] for shape in needed]
 
 
 def plan_batches(shapes: Sequence[Shape], tokens: int, ways: int) -> Iterator[Batch]:
@@ -310,15 +359,14 @@ def plan_batches(shapes: Sequence[Shape], tokens: int, ways: int) -> Iterator[Ba
     groups = collections.defaultdict(list)
     for index, shape in enumerate(shapes):
         groups[shape].append(index)
-    order = sorted(groups)
-    for shape, larger in itertools.pairwise([*order, None]):
+    for shape, larger in itertools.pairwise([*sorted(groups), None]):
         rows = ways * max(1, tokens // shape.tokens)
         members = groups[shape]
         full = len(members) // rows * rows
         for start in range(0, full, rows):
             yield Batch(shape, rows, members[start : start + rows])
         rest = members[full:]
-        if larger and larger.branches == shape.branches and larger.prefix >= shape.prefix and larger.size >= shape.size:
+        if larger and larger.holds(shape):
             groups[larger] += rest
         elif rest:
             yield Batch(shape, rows, rest)
@@ -341,34 +389,34 @@ def fill(batch: Batch, prompts: Sequence[Prompt], bos_id: int) -> tuple[np.ndarr
 
 
 class Scorer:
-    """core.Scorer of a model over the devices of a set-up (train.Setup), for the parameters it is bound to."""
+    """core.Scorer of a model over the devices of a set-up (train.Setup), once it is bound to parameters."""
 
     def __init__(self, setup: Any, bos_id: int):
-        default = CPU_TOKENS if setup.numerics.backend == "cpu" else TOKENS
-        self._setup, self._bos_id = setup, bos_id
-        self._tokens = setup.config.core_batch_tokens or default
-        self._ways = setup.plan.ways
+        limits = LIMITS.get(setup.numerics.backend, LIMITS["other"])
+        self.dtype = setup.numerics.dtype  # in which the model computes
+        self._setup, self._bos_id, self._ways = setup, bos_id, setup.plan.ways
+        self._tokens = setup.config.core_batch_tokens or limits.tokens
+        self._shapes = Shapes(limits.compilation * self._ways)
         self._field = receptive_field(layer_kinds(setup.config))
-        others = [axis for axis in setup.mesh.axis_names if axis not in setup.batch_axes]
-        everywhere = NamedSharding(setup.mesh, PartitionSpec())
         self._rows = NamedSharding(setup.mesh, setup.batch_specs)
+        others = [axis for axis in setup.mesh.axis_names if axis not in setup.batch_axes]
         whole = jax.tree.map(
             lambda leaf: NamedSharding(setup.mesh, sharding.manual_spec(leaf.sharding.spec, others)),
             setup.abstract.params,
         )
+        options = runtime.compiler_options(setup.config, setup.numerics.backend)
+        if setup.numerics.backend == "cpu":  # compiles in half the time what runs as fast
+            options = {"xla_backend_optimization_level": 1, **options}
         self._gather = jax.jit(self._working_copy, out_shardings=whole)
-        self._programs = {
-            greedy: jax.jit(
-                setup.over_devices(
-                    partial(score_step, model=setup.model, greedy=greedy),
-                    (PartitionSpec(), *(setup.batch_specs,) * 3),
-                    setup.batch_specs,
-                ),
-                out_shardings=everywhere,
-                compiler_options=runtime.compiler_options(setup.config, setup.numerics.backend),
-            )
-            for greedy in (False, True)
-        }
+        self._program = jax.jit(
+            setup.over_devices(
+                partial(score_step, model=setup.model),
+                (PartitionSpec(), *(setup.batch_specs,) * 3),
+                setup.batch_specs,
+            ),
+            out_shardings=NamedSharding(setup.mesh, PartitionSpec()),
+            compiler_options=options,
+        )
 
     def _working_copy(self, params):
         dtype = self._setup.numerics.dtype
@@ -383,11 +431,11 @@ class Scorer:
         return shape_of(prompt, self._field).tokens
 
     def _score(self, params, prompts: Sequence[Prompt], *, greedy: bool):
-        shapes = [shape_of(prompt, self._field) for prompt in prompts]
+        shapes = self._shapes.choose([shape_of(prompt, self._field) for prompt in prompts])
         under_way: collections.deque = collections.deque()
         for batch in plan_batches(shapes, self._tokens, self._ways):
             arrays = [self._put(array) for array in fill(batch, prompts, self._bos_id)]
-            under_way.append((batch, self._programs[greedy](params, *arrays)))
+            under_way.append((batch, self._program(params, *arrays)[greedy]))
             if len(under_way) > UNDER_WAY:
                 yield from self._read(prompts, *under_way.popleft())
         while under_way:

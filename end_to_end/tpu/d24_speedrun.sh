@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From documents to a GPT-2 grade model on the machine of a TPU v6e-8: tokenizer, training, validation, result.
+# From nothing to a GPT-2 grade model on the machine of a TPU v6e-8: documents, tokenizer, training, evaluation, result.
 #
 #   bash end_to_end/tpu/d24_speedrun.sh                the whole of it
 #   bash end_to_end/tpu/d24_speedrun.sh --dry-run      what can be checked beforehand, for nothing
@@ -16,6 +16,8 @@ source end_to_end/common.sh
 tpu_defaults
 default MODEL d24_speedrun
 default MIN_DISK_GB 60
+default DOWNLOAD_SHARDS 170 # as nanochat takes for this model
+default STAGES "setup data tokenizer training evaluation result"
 training_knobs
 parse_arguments "$@"
 

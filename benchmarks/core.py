@@ -1,0 +1,157 @@
+"""Speed of CORE on a checkpoint: questions a second, with and without what is compiled.
+
+    python benchmarks/core.py configs/base.yml run_name=NAME core_bundle=PATH core_max_per_task=20
+
+With NANOCHAT=/path/to/its/checkout and NANOCHAT_PYTHON=/path/to/a/python with its packages, nanochat's own evaluation
+answers the same questions with the same parameters, task by task in turns, and every answer is compared. Prints wall
+and CPU seconds by task, a projection to all questions of the bundle, and a JSON line.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from MaxNano import pyconfig
+
+    pyconfig.check_command_line()
+
+import contextlib
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from benchmarks import common
+from MaxNano import convert, evaluate, pyconfig, runtime, tokenizer, train
+from MaxNano.checkpointing import Checkpointer
+from MaxNano.evals import branches, core
+
+
+class Result(NamedTuple):
+    """Whether each question is answered rightly, 0 or 1 a character, and seconds."""
+
+    correct: str
+    wall: float
+    cpu: float
+
+
+@contextlib.contextmanager
+def start_nanochat(
+    config: FrozenConfigDict, params: Any, bos_id: int
+) -> Iterator[Callable[[core.Task], Result] | None]:
+    """A function that lets nanochat answer a task; None where it is not asked for."""
+    if not os.environ.get("NANOCHAT"):
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        arrays = convert.params_to_nanochat(jax.tree.map(np.asarray, jax.device_get(params)), config)
+        np.savez(Path(folder) / "model.npz", **arrays)
+        model = {
+            "sequence_len": config.max_target_length,
+            "vocab_size": config.vocab_size,
+            "n_layer": config.num_decoder_layers,
+            "n_head": config.num_query_heads,
+            "n_kv_head": config.num_kv_heads,
+            "n_embd": config.emb_dim,
+            "window_pattern": config.window_pattern,
+        }
+        facts = {
+            "model": model,
+            "parameters": f"{folder}/model.npz",
+            "tokenizer": str(Path(config.tokenizer_path).expanduser() / tokenizer.FILE_NAME),
+            "bos_id": bos_id,
+            "max_per_task": config.core_max_per_task,
+            "shuffle_seed": core.SHUFFLE_SEED,
+        }
+        process = subprocess.Popen(
+            [os.environ.get("NANOCHAT_PYTHON", sys.executable), Path(__file__).with_name("nanochat_core.py")],
+            env=os.environ | {"PYTHONPATH": f"{os.environ['NANOCHAT']}:{os.environ.get('PYTHONPATH', '')}"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+        def ask(question: Any) -> Any:
+            process.stdin.write(json.dumps(question) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+            if not answer:
+                raise ValueError("nanochat's evaluation failed; its error stands above")
+            return json.loads(answer)
+
+        def run(task: core.Task) -> Result:
+            return Result(*ask({
+                "task_type": task.kind, "num_fewshot": task.shots, "continuation_delimiter": task.delimiter,
+                "lines": task.content.decode(),
+            }))  # fmt: skip
+
+        with process:
+            print(f"nanochat: {ask(facts)}", flush=True)
+            yield run
+            process.stdin.close()
+
+
+def measure(task: core.Task, vocabulary: tokenizer.Tokenizer, score: core.Scorer, limit: int) -> Result:
+    """A task in MaxNano, tokenising and all; what is compiled on the way counts."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    (result,) = core.evaluate([task], vocabulary, score, max_per_task=limit)
+    correct = "".join("01"[answer.correct] for answer in result.answers)
+    return Result(correct, time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def main(config: FrozenConfigDict) -> None:
+    """Measure and compare."""
+    config = evaluate.config_of_run(config, sys.argv[1:])
+    runtime.initialize(config)
+    setup, vocabulary = train.set_up(config), train.load_tokenizer(config)
+    tasks = core.load_bundle(config.core_bundle)
+    if os.environ.get("NANOCHAT") and 0 < config.core_max_per_task <= max(task.shots for task in tasks):
+        raise ValueError("nanochat fails on tasks with no more questions than examples: raise core_max_per_task")
+    with jax.set_mesh(setup.mesh):
+        with Checkpointer(config, train.run_directory(config), writer=False) as checkpointer:
+            params, _ = checkpointer.restore_params_only(setup.abstract.params, config.step)
+        score = branches.Scorer(setup, vocabulary.bos_id).bind(params)
+        print(f"MaxNano: jax {jax.__version__}, {setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}")
+        table, share = [], 0.0
+        with start_nanochat(config, params, vocabulary.bos_id) as nanochat:
+            for task in tasks:
+                first = measure(task, vocabulary, score, config.core_max_per_task)
+                # Of two, because a second pass may find that another shape is worth compiling.
+                later = [measure(task, vocabulary, score, config.core_max_per_task) for _ in range(2)]
+                again = min(later, key=lambda result: result.cpu)
+                questions = len(first.correct)
+                row = {
+                    "task": task.label, "questions": questions, "all": task.content.count(b"\n"),
+                    "wall s": first.wall, "CPU s": first.cpu,
+                    "again wall s": again.wall, "again CPU s": again.cpu,
+                }  # fmt: skip
+                share += row["all"] / questions * again.wall
+                if nanochat:
+                    theirs = nanochat(task)
+                    row |= {"nanochat wall s": theirs.wall, "nanochat CPU s": theirs.cpu}
+                    row["other answers"] = sum(a != b for a, b in zip(first.correct, theirs.correct, strict=True))
+                table.append(row)
+                print(f"{task.label}: {questions} questions", file=sys.stderr, flush=True)
+    total = {"task": "all", **{key: sum(row[key] for row in table) for key in table[0] if key != "task"}}
+    common.show([*table, total], digits=2)
+    for kind in ("wall", "CPU"):
+        spent, later = total[f"{kind} s"], total[f"again {kind} s"]
+        line = f"{kind}: {total['questions'] / spent:.2f} questions/s, {total['questions'] / later:.2f} once compiled"
+        if f"nanochat {kind} s" in total:
+            theirs = total[f"nanochat {kind} s"]
+            line += f"; {theirs / spent:.2f} and {theirs / later:.2f} times nanochat"
+        print(line)
+    print(f"all {total['all']:,} questions: about {(share + total['wall s'] - total['again wall s']) / 60:.0f} minutes")
+    print(json.dumps({"cores": os.cpu_count(), "tasks": [*table, total]}))
+
+
+if __name__ == "__main__":
+    sys.exit(pyconfig.launch(main))

@@ -660,7 +660,7 @@ def _check_rest(values: _Values) -> None:
     if value["dataset_type"] == "tfds" and not value["dataset_name"]:
         raise values.error("dataset_type", "needs dataset_name, such as wikipedia/20230601.en")
     if value["dataset_type"] == "hf" and not value["dataset_name"]:
-        raise values.error("dataset_type", "needs dataset_name, such as karpathy/climbmix-400b-shuffle")
+        raise values.error("dataset_type", "needs dataset_name=OWNER/NAME, such as karpathy/climbmix-400b-shuffle")
     if value["from_nanochat"] and value["to_nanochat"]:
         raise values.error("to_nanochat", "and from_nanochat exclude each other; give one")
 

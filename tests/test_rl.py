@@ -223,7 +223,7 @@ def test_killed_it_goes_on_bit_for_bit(place, whole):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("seed", [1, 2, 3])
 def test_sums_by_the_calculator_are_learned_from_reward(place, tmp_path, seed):
     """Fine-tuning teaches to call the calculator with any digits, reinforcement learning with the right ones."""
     common = [f"base_output_directory={tmp_path}/runs", f"seed={seed}", "emb_dim=64", "num_query_heads=4"]

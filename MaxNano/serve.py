@@ -65,6 +65,7 @@ log = logging.getLogger("maxnano.serve")
 
 STATIC = Path(__file__).resolve().parent / "static"
 UPLOAD_SECONDS = 20.0  # within which a request's head, and then its body, must have come
+MAX_REFUSED_BYTES = 8 << 20  # of a body that is too large, read and dropped so that the answer is not lost
 MAX_UPLOADS = 256  # bodies that are being read at a time
 KEEP_ALIVE_SECONDS = 15
 GRACE_SECONDS = 5.0  # for a client to take the last of a reply that its deadline ended
@@ -357,18 +358,23 @@ async def read_json(request: Request) -> dict[str, Any]:
     if kind != "application/json":
         # Also what keeps other sites' pages out: a browser asks before it sends this type anywhere else.
         raise ApiError(415, "send application/json", headers={"connection": "close"})
-    body = bytearray()
+    body, length = bytearray(), 0
     too_large = ApiError(
         413, f"the body is larger than {openai_api.MAX_BODY_BYTES} bytes", headers={"connection": "close"}
     )
-    if int(request.headers.get("content-length", 0)) > openai_api.MAX_BODY_BYTES:
+    if int(request.headers.get("content-length", 0)) > MAX_REFUSED_BYTES:
         raise too_large
     try:
         async with asyncio.timeout(UPLOAD_SECONDS):
+            # A client that writes all before it reads never sees an answer that hangs up on it half-way.
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > openai_api.MAX_BODY_BYTES:
+                length += len(chunk)
+                if length > MAX_REFUSED_BYTES:
                     raise too_large
+                if length <= openai_api.MAX_BODY_BYTES:
+                    body += chunk
+        if length > openai_api.MAX_BODY_BYTES:
+            raise too_large
     except TimeoutError:
         message = f"the body took longer than {UPLOAD_SECONDS:g} s"
         raise ApiError(408, message, headers={"connection": "close"}) from None

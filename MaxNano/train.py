@@ -452,7 +452,10 @@ def load_start(setup: Setup, tokenizer_fingerprint: str) -> TrainState:
     config, place = setup.config, start_directory(setup.config)
     with Checkpointer(config, place, tokenizer_fingerprint=tokenizer_fingerprint, writer=False) as source:
         if config.load_optimizer:
-            state, extra = source.restore(setup.abstract)
+            try:
+                state, extra = source.restore(setup.abstract)
+            except ValueError as error:
+                raise ValueError(f"{error}; load_optimizer=false would read its parameters only") from error
             params, opt_state = state.params, state.opt_state
         else:
             params, extra = source.restore_params_only(setup.abstract.params)

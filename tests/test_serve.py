@@ -426,6 +426,17 @@ def test_slow_clients_are_hung_up_on(monkeypatch):
         assert running.chat()[0] == 200
 
 
+def test_a_body_beyond_all_measure_is_refused_before_its_end(server):
+    with server.connection(b"Content-Length: 100000000\r\n\r\n{") as connection:
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+    with server.connection(b"Transfer-Encoding: chunked\r\n\r\n") as connection:
+        with contextlib.suppress(ConnectionError):
+            for _ in range(3 * serve.MAX_REFUSED_BYTES >> 20):  # of which the last are never read
+                connection.sendall(b"100000\r\n" + b" " * (1 << 20) + b"\r\n")
+    wait_until(lambda: server.service.uploads == 0)
+    assert server.chat()[0] == 200
+
+
 def test_only_this_machine_is_answered_without_a_key(server):
     """Another site's page reaches a local server under its own name (DNS rebinding)."""
     for host in ("evil.example", "127.0.0.1.evil.example", "", "192.168.0.1:8000"):

@@ -261,6 +261,8 @@ class _Walker:
         overlapped = _is_start(instruction, body)
         size = max(read, written - read if overlapped else written)  # a start gives back what it reads
         group = hlo.replica_groups(inner)[0] or list(range(self.mesh.size if self.mesh else 1))
+        if len(group) == 1 and self.mesh and self.mesh.size > 1:
+            return None  # over an axis of one chip, left there by a compiler in haste
         axes, network = _axes_of(group, self.mesh)
         links = 1 if kind == "collective-permute" else RING_LINKS
         ici, dcn = self.chip.ici_link_bandwidth * links, self.chip.dcn_bandwidth

@@ -42,6 +42,7 @@ SLICES = (("v6e-16", 1), ("v6e-64", 1), ("v6e-256", 1), ("v6e-256", 2))
 SHORT = 256  # tokens of a row where only weights and collectives count
 # What makes that program quick to compile and leaves state and collectives as they are.
 QUICK = ("xla_flags=[]", "muon_iterations=1", "window_pattern=L")
+LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}  # no search for fast code, which nobody looks at
 # State is cut among eight neighbours and repeated over all others: Muon then needs no communication whatever the number
 # of chips (24 and 32 layers divide by 8), a step gathers over few links, and no weight travels between slices.
 FSDP = 8
@@ -119,7 +120,7 @@ def short_step(words: Sequence[str], topology: str, layout: Layout) -> common.Ro
     setup = train.set_up(config, train_compile.slice_devices(topology, layout.slices))
     started = time.monotonic()
     try:
-        compiled = train.lower_train(setup).compile()
+        compiled = train.lower_train(setup).compile(LEAST_EFFORT)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -17,9 +17,14 @@ TINY = (
 ).split()
 
 
-def run(tmp_path, *words, status=0):
-    """(stdout, stderr) of train_compile.py, which finds nothing in its environment that concerns TPUs."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("TPU", "JAX", "LIBTPU"))}
+def run(tmp_path, *words, status=0, **own):
+    """(stdout, stderr) of train_compile.py, which finds nothing in its environment that concerns TPUs but `own`."""
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("TPU", "JAX", "LIBTPU"))
+    }
+    environment |= own
     done = subprocess.run(
         [sys.executable, str(ROOT / "MaxNano/train_compile.py"), str(ROOT / "configs/base.yml"),
          f"base_output_directory={tmp_path}", f"compile_report={tmp_path}/report.json", *words],
@@ -29,9 +34,9 @@ def run(tmp_path, *words, status=0):
     return done.stdout, done.stderr
 
 
-def report(tmp_path, *words):
+def report(tmp_path, *words, **own):
     """(stdout, the JSON written)."""
-    out, _ = run(tmp_path, *words)
+    out, _ = run(tmp_path, *words, **own)
     return out, json.loads((tmp_path / "report.json").read_text())
 
 
@@ -53,7 +58,9 @@ def test_slices_have_the_shapes_of_cloud_tpu(name, shape):
     assert train_compile.slice_shape(name) == (name.partition("-")[0], shape)
 
 
-@pytest.mark.parametrize("name", ["v6e-2", "v6e-12", "v6e-512", "v5p-4", "v4-9", "v7x-8", "v6e", "v6e-", "8"])
+@pytest.mark.parametrize(
+    "name", ["v6e-2", "v6e-12", "v6e-512", "v5p-4", "v4-9", "v7x-8", "v6e", "v6e-", "8"]
+)
 def test_other_names_are_refused_with_what_would_do(name):
     from MaxNano import train_compile
 
@@ -74,7 +81,14 @@ def test_a_wrong_name_is_one_line_and_status_2(tmp_path):
 def test_both_programs_compile_for_a_slice(tmp_path):
     keys = (*TINY, "per_device_batch_size=8")
     out, values = report(tmp_path, *keys, "compile_programs=[train,evaluate]")
-    for words in ("train: memory", "train: cycles", "collectives", "dearest operations", "estimated MFU", "31.250"):
+    for words in (
+        "train: memory",
+        "train: cycles",
+        "collectives",
+        "dearest operations",
+        "estimated MFU",
+        "31.250",
+    ):
         assert words in out, words
     assert values["topology"] == "v6e-8" and values["versions"]["libtpu"]
     assert (values["rows_a_device"], values["micro_steps"]) == (8, 4)
@@ -94,32 +108,48 @@ def test_both_programs_compile_for_a_slice(tmp_path):
     assert evaluate["run_seconds"] is None
     kinds = {c["kind"] for c in train["collectives"]}
     assert kinds & {"all-reduce", "reduce-scatter"}, "gradients of eight chips are summed"
-    assert all(c["axes"] and c["group_size"] > 1 and c["network"] == "ici" for c in train["collectives"])
+    assert all(
+        c["axes"] and c["group_size"] > 1 and c["network"] == "ici" for c in train["collectives"]
+    )
     assert train["cycles"] > evaluate["cycles"]
     check_that_weights_travel_once(train["collectives"], keys)
 
 
 def check_that_weights_travel_once(collectives, keys):
-    """However many micro-steps: one gather of every weight in bfloat16; one sum of the gradients, float32 at most.
+    """However many micro-steps: one gather of every weight in bfloat16; one sum of every gradient, of the embeddings
+    in bfloat16 and of the rest in float32.
 
     Where layers do not divide the devices, the update has collectives of its own.
     """
     config = pyconfig.initialize([str(ROOT / "configs/base.yml"), *keys])
     counts = scaling.parameter_counts(scaling.shape_of(config))
-    tables = counts.token_embed + counts.value_embeds + counts.lm_head
+    embeddings = counts.token_embed + counts.value_embeds
+    every = embeddings + counts.lm_head + counts.matrices
 
     def moved(*kinds):
-        of_step = (c for c in collectives if c["kind"] in kinds and c["source"].startswith("sharding.py"))
+        # Where the compiler has joined several, it names no source.
+        of_step = (
+            c
+            for c in collectives
+            if c["kind"] in kinds and (c["source"] or "sharding.py").startswith("sharding.py")
+        )
         return sum(c["bytes"] * c["count"] for c in of_step)
 
-    assert moved("all-gather") == pytest.approx(2 * (tables + counts.matrices), rel=0.02)
-    assert moved("reduce-scatter", "all-reduce") == pytest.approx(2 * tables + 4 * counts.matrices, rel=0.02)
+    assert moved("all-gather") == pytest.approx(2 * every, rel=0.02)
+    assert moved("reduce-scatter", "all-reduce") == pytest.approx(
+        4 * every - 2 * embeddings, rel=0.02
+    )
 
 
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(900)
 def test_prefill_and_decode_compile_for_a_slice(tmp_path):
-    words = ("compile_programs=[prefill,decode]", "decode_slots=32", "stream_interval=4", "prefill_rows=1")
+    words = (
+        "compile_programs=[prefill,decode]",
+        "decode_slots=32",
+        "stream_interval=4",
+        "prefill_rows=1",
+    )
     out, values = report(tmp_path, *TINY, *words)
     prefill, decode = values["programs"]["prefill"], values["programs"]["decode"]
     assert 0 < decode["bandwidth_utilization"] < 1 and prefill["bandwidth_utilization"] is None
@@ -128,7 +158,9 @@ def test_prefill_and_decode_compile_for_a_slice(tmp_path):
     assert prefill["tokens_per_second"] == pytest.approx(8 * 256 / prefill["step_seconds"])
     for program in (prefill, decode):
         assert program["chips"] == 8
-        assert all(c["bytes"] < 2**16 for c in program["collectives"]), "only what the host reads travels"
+        assert all(c["bytes"] < 2**16 for c in program["collectives"]), (
+            "only what the host reads travels"
+        )
         assert 0 < program["cycles_by_class"]["matmul"] < program["cycles"]
         assert program["memory"]["aliased"] > 0, "the cache is taken over"
         assert program["run_seconds"] is None
@@ -137,8 +169,18 @@ def test_prefill_and_decode_compile_for_a_slice(tmp_path):
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(900)
 def test_two_slices_talk_over_the_data_centre_network(tmp_path):
-    words = ("num_decoder_layers=1", "compile_topology=v6e-4", "compile_num_slices=2", "dcn_data_parallelism=2")
-    _, values = report(tmp_path, *TINY, *words)
+    """In the step of reinforcement learning with all that a batch can have, as long as nobody says its steps."""
+    words = (
+        "num_decoder_layers=1",
+        "compile_topology=v6e-4",
+        "compile_num_slices=2",
+        "dcn_data_parallelism=2",
+    )
+    stage = ("stage=rl", "load_from=nowhere", "rl_row_tokens=256", "rl_clip=0.2", "rl_kl=0.1")
+    sizes = [word for word in TINY if not word.startswith(("steps", "global_batch_tokens"))]
+    _, values = report(tmp_path, *sizes, *words, *stage)
+    assert values["config"]["global_batch_tokens"] == 16 * 16 * 256
+    assert values["programs"]["train"]["run_seconds"] is None
     train = values["programs"]["train"]
     assert train["chips"] == 8
     between = [c for c in train["collectives"] if c["network"] == "dcn"]
@@ -160,11 +202,12 @@ def test_too_much_for_the_memory_is_one_line_with_a_batch_that_fits(tmp_path):
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.long
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("model", ["d4", "d12", "d24"])
+@pytest.mark.parametrize("model", ["d4", "d12", pytest.param("d24", marks=pytest.mark.long)])
 def test_the_real_models_fit_a_v6e_8(tmp_path, model):
-    _, values = report(tmp_path, f"model={model}")
+    """d4 and d12 with the compiler's least effort: slower code of the same memory, collectives and flags."""
+    effort = {} if model == "d24" else {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"}
+    _, values = report(tmp_path, f"model={model}", **effort)
     train = values["programs"]["train"]
     assert train["memory"]["total"] < train["memory"]["limit"]
     check_that_weights_travel_once(train["collectives"], [f"model={model}"])

@@ -302,6 +302,12 @@ def _convolution_flops(instruction: Instruction, lhs: Array, rhs: Array) -> int:
 # ---- Collectives -----------------------------------------------------------------------------------------------------
 
 
+MESH_GROUPS = (
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[(?P<shape>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?\))?"
+    r" \{(?P<along>[^}]*)\}"
+)
+
+
 def replica_groups(instruction: Instruction) -> list[list[int]]:
     """The groups of partitions that take part in a collective together; of a permute, the cycle of the first one.
 
@@ -315,13 +321,17 @@ def replica_groups(instruction: Instruction) -> list[list[int]]:
         order = _ints(found[3]) if found[3] else list(range(len(base)))
         ids = _transposed(base, order)
         return [ids[i : i + shape[-1]] for i in range(0, len(ids), shape[-1])]
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+    if found := re.search(MESH_GROUPS, text):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        along = re.findall(r"'(\w+)'", found[2])
-        if all(axis in sizes for axis in along) and ":" not in found[2]:
+        along = re.findall(r"'(\w+)'", found["along"])
+        if all(axis in sizes for axis in along) and ":" not in found["along"]:
             names = list(sizes)
             order = [names.index(n) for n in names if n not in along] + [names.index(n) for n in along]
             ids, count = _transposed(list(sizes.values()), order), math.prod(sizes[axis] for axis in along)
+            if found["shape"]:  # the mesh is not laid over the partitions in their order
+                shape = _ints(found["shape"])
+                placed = _transposed(shape, _ints(found["order"]) if found["order"] else list(range(len(shape))))
+                ids = [placed[i] for i in ids]
             return [ids[i : i + count] for i in range(0, len(ids), count)]
     if found := re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", text):
         target = {int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", found[1])}

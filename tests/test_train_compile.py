@@ -15,6 +15,7 @@ TINY = (
     "num_decoder_layers=2 emb_dim=128 head_dim=128 num_query_heads=1 vocab_size=1024 max_target_length=256 "
     "short_window_multiple=128 global_batch_tokens=65536 steps=100"
 ).split()
+LEAST_EFFORT = {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"}  # of the compiler, in an environment
 
 
 def run(tmp_path, *words, status=0, **own):
@@ -178,7 +179,7 @@ def test_two_slices_talk_over_the_data_centre_network(tmp_path):
     )
     stage = ("stage=rl", "load_from=nowhere", "rl_row_tokens=256", "rl_clip=0.2", "rl_kl=0.1")
     sizes = [word for word in TINY if not word.startswith(("steps", "global_batch_tokens"))]
-    _, values = report(tmp_path, *sizes, *words, *stage)
+    _, values = report(tmp_path, *sizes, *words, *stage, **LEAST_EFFORT)
     assert values["config"]["global_batch_tokens"] == 16 * 16 * 256
     assert values["programs"]["train"]["run_seconds"] is None
     train = values["programs"]["train"]
@@ -206,8 +207,7 @@ def test_too_much_for_the_memory_is_one_line_with_a_batch_that_fits(tmp_path):
 @pytest.mark.parametrize("model", ["d4", "d12", pytest.param("d24", marks=pytest.mark.long)])
 def test_the_real_models_fit_a_v6e_8(tmp_path, model):
     """d4 and d12 with the compiler's least effort: slower code of the same memory, collectives and flags."""
-    effort = {} if model == "d24" else {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"}
-    _, values = report(tmp_path, f"model={model}", **effort)
+    _, values = report(tmp_path, f"model={model}", **({} if model == "d24" else LEAST_EFFORT))
     train = values["programs"]["train"]
     assert train["memory"]["total"] < train["memory"]["limit"]
     check_that_weights_travel_once(train["collectives"], [f"model={model}"])

@@ -1,11 +1,14 @@
-"""Converter between nanochat checkpoints and MaxNano runs.
+"""Converter between MaxNano runs and nanochat checkpoints or folders of the library `transformers`.
 
     python MaxNano/convert.py configs/base.yml from_nanochat=PATH run_name=NAME
     python MaxNano/convert.py configs/base.yml to_nanochat=PATH run_name=NAME
+    python MaxNano/convert.py configs/base.yml to_huggingface=FOLDER run_name=NAME
+    python MaxNano/convert.py configs/base.yml from_huggingface=FOLDER run_name=NAME
 
 A nanochat checkpoint is a file `model_<step>.pt`, or the same tensors in `.safetensors` or `.npz`,
 with `meta_<step>.json` beside it. Parameters travel; optimizer state does not. A `tokenizer.pkl`
-beside the checkpoint, or in a folder `tokenizer` near it, comes along with an import.
+beside the checkpoint, or in a folder `tokenizer` near it, comes along with an import. What lies in
+a folder of transformers is in huggingface.py.
 Source: nanochat/checkpoint_manager.py and nanochat/gpt.py@92d63d4.
 """
 
@@ -15,10 +18,10 @@ import os
 import pickle
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":
     if not __package__:  # run as a script: not MaxNano/ but its parent is where modules are
@@ -34,7 +37,7 @@ import numpy as np
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import optim, pyconfig, scaling, tokenizer
+from MaxNano import huggingface, optim, pyconfig, scaling, tokenizer
 from MaxNano.checkpointing import Checkpointer
 from MaxNano.train_state import TrainState
 
@@ -53,71 +56,125 @@ _MODEL_FIELDS = {  # nanochat's name: ours
 # ---- Parameters ----------------------------------------------------------------------------------
 
 
+class Names(NamedTuple):
+    """What a format calls its tensors; {i} stands for a layer."""
+
+    token_embed: str
+    lm_head: str
+    query: str
+    key: str
+    value: str
+    out: str
+    wi: str
+    wo: str
+    value_embeds: str
+    value_gate: str
+    resid_lambdas: str
+    x0_lambdas: str
+    smear_gate: str
+    smear_lambda: str
+    backout_lambda: str
+
+
+NANOCHAT = Names(
+    token_embed="transformer.wte.weight",
+    lm_head="lm_head.weight",
+    query="transformer.h.{i}.attn.c_q.weight",
+    key="transformer.h.{i}.attn.c_k.weight",
+    value="transformer.h.{i}.attn.c_v.weight",
+    out="transformer.h.{i}.attn.c_proj.weight",
+    wi="transformer.h.{i}.mlp.c_fc.weight",
+    wo="transformer.h.{i}.mlp.c_proj.weight",
+    value_embeds="value_embeds.{i}.weight",
+    value_gate="transformer.h.{i}.attn.ve_gate.weight",
+    resid_lambdas="resid_lambdas",
+    x0_lambdas="x0_lambdas",
+    smear_gate="smear_gate.weight",
+    smear_lambda="smear_lambda",
+    backout_lambda="backout_lambda",
+)
+HUGGINGFACE = Names(
+    token_embed="model.embed_tokens.weight",
+    lm_head="lm_head.weight",
+    query="model.layers.{i}.self_attn.q_proj.weight",
+    key="model.layers.{i}.self_attn.k_proj.weight",
+    value="model.layers.{i}.self_attn.v_proj.weight",
+    out="model.layers.{i}.self_attn.o_proj.weight",
+    wi="model.layers.{i}.mlp.up_proj.weight",
+    wo="model.layers.{i}.mlp.down_proj.weight",
+    value_embeds="model.layers.{i}.self_attn.value_embed.weight",
+    value_gate="model.layers.{i}.self_attn.value_gate.weight",
+    resid_lambdas="model.resid_lambdas",
+    x0_lambdas="model.x0_lambdas",
+    smear_gate="model.smear_gate.weight",
+    smear_lambda="model.smear_lambda",
+    backout_lambda="model.backout_lambda",
+)
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One parameter of the tree and the nanochat tensors that hold it."""
+    """One parameter of the tree and the tensors of a format that hold it."""
 
     path: tuple[str, ...]  # in the parameter tree
-    names: tuple[str, ...]  # nanochat keys; one a layer where `stacked`
-    shape: tuple[int, ...]  # of each nanochat tensor
+    names: tuple[str, ...]  # of tensors; one a layer where `stacked`
+    shape: tuple[int, ...]  # of each tensor
     stacked: bool = False  # the tensors become one array with a leading layer axis
     transposed: bool = False  # a Linear weight: (out, in) there, (in, out) here
     vocab_rows: bool = (
         False  # axis 0 is the padded vocabulary, which may be padded differently here
     )
     squeezed: bool = False  # a leading axis of size 1 there, absent here
-    default: float | None = None  # value of old checkpoints that lack the tensor
+    default: float | None = None  # value of old nanochat checkpoints that lack the tensor
 
 
-def entries(config: FrozenConfigDict) -> list[Entry]:
-    """Every parameter of `config`'s model, in nanochat's names and shapes."""
+def entries(config: FrozenConfigDict, names: Names = NANOCHAT) -> list[Entry]:
+    """Every parameter of `config`'s model, in a format's names and shapes."""
     depth, width, mlp = config.num_decoder_layers, config.emb_dim, config.mlp_dim
     query = config.num_query_heads * config.head_dim
     kv = config.num_kv_heads * config.head_dim
-    rows = scaling.round_up(config.vocab_size, NANOCHAT_VOCAB_MULTIPLE)
+    is_nanochat = names is NANOCHAT
+    rows = scaling.round_up(
+        config.vocab_size, NANOCHAT_VOCAB_MULTIPLE if is_nanochat else config.vocab_multiple
+    )
     every_layer = range(depth)
     value_layers = scaling.value_embed_layers(depth, config.value_embed_gate_channels)
 
+    def table(path: str, name: str) -> Entry:
+        return Entry((path,), (name,), (rows, width), vocab_rows=True)
+
     def linear(path: tuple[str, ...], layers, name: str, out_size: int, in_size: int) -> Entry:
-        names = tuple(f"transformer.h.{i}.{name}.weight" for i in layers)
-        return Entry(path, names, (out_size, in_size), stacked=True, transposed=True)
+        found = tuple(name.format(i=i) for i in layers)
+        return Entry(path, found, (out_size, in_size), stacked=True, transposed=True)
 
     found = [
+        table("token_embed", names.token_embed),
+        table("lm_head", names.lm_head),
+        linear(("layers", "attention", "query"), every_layer, names.query, query, width),
+        linear(("layers", "attention", "key"), every_layer, names.key, kv, width),
+        linear(("layers", "attention", "value"), every_layer, names.value, kv, width),
+        linear(("layers", "attention", "out"), every_layer, names.out, width, query),
+        linear(("layers", "mlp", "wi"), every_layer, names.wi, mlp, width),
+        linear(("layers", "mlp", "wo"), every_layer, names.wo, width, mlp),
         Entry(
-            ("token_embed",),
-            ("transformer.wte.weight",),
-            (rows, width),
-            vocab_rows=True,
+            ("resid_lambdas",), (names.resid_lambdas,), (depth,), default=1.0 if is_nanochat else None
         ),
-        Entry(("lm_head",), ("lm_head.weight",), (rows, width), vocab_rows=True),
-        linear(("layers", "attention", "query"), every_layer, "attn.c_q", query, width),
-        linear(("layers", "attention", "key"), every_layer, "attn.c_k", kv, width),
-        linear(("layers", "attention", "value"), every_layer, "attn.c_v", kv, width),
-        linear(("layers", "attention", "out"), every_layer, "attn.c_proj", width, query),
-        linear(("layers", "mlp", "wi"), every_layer, "mlp.c_fc", mlp, width),
-        linear(("layers", "mlp", "wo"), every_layer, "mlp.c_proj", width, mlp),
-        Entry(("resid_lambdas",), ("resid_lambdas",), (depth,), default=1.0),
-        Entry(("x0_lambdas",), ("x0_lambdas",), (depth,), default=0.0),
+        Entry(("x0_lambdas",), (names.x0_lambdas,), (depth,), default=0.0 if is_nanochat else None),
     ]
     if channels := config.value_embed_gate_channels:
-        tables = tuple(f"value_embeds.{i}.weight" for i in value_layers)
+        tables = tuple(names.value_embeds.format(i=i) for i in value_layers)
+        heads = config.num_kv_heads
         found += [
             Entry(("value_embeds",), tables, (rows, kv), stacked=True, vocab_rows=True),
-            linear(
-                ("value_gate",),
-                value_layers,
-                "attn.ve_gate",
-                config.num_kv_heads,
-                channels,
-            ),
+            linear(("value_gate",), value_layers, names.value_gate, heads, channels),
         ]
     if channels := config.smear_gate_channels:
         found += [
-            Entry(("smear_gate",), ("smear_gate.weight",), (1, channels), squeezed=True),
-            Entry(("smear_lambda",), ("smear_lambda",), (1,), squeezed=True),
+            Entry(("smear_gate",), (names.smear_gate,), (1, channels), squeezed=True),
+            Entry(("smear_lambda",), (names.smear_lambda,), (1,), squeezed=True),
         ]
     if config.use_backout:
-        found += [Entry(("backout_lambda",), ("backout_lambda",), (1,), squeezed=True)]
+        found += [Entry(("backout_lambda",), (names.backout_lambda,), (1,), squeezed=True)]
     return found
 
 
@@ -127,11 +184,20 @@ def nanochat_to_params(arrays: Mapping[str, np.ndarray], config: FrozenConfigDic
     Tensors missing from old checkpoints are filled in as nanochat does. Raises ValueError naming
     the key where one is missing, left over or of another shape than `config` says.
     """
-    # torch.compile prefixes the names of a model it wraps.
-    arrays = {name.removeprefix("_orig_mod."): array for name, array in arrays.items()}
+    return to_params(_without_prefix(arrays), config, NANOCHAT)
+
+
+def _without_prefix(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors without what torch.compile prefixes to the names of a model it wraps."""
+    return {name.removeprefix("_orig_mod."): array for name, array in arrays.items()}
+
+
+def to_params(arrays: Mapping[str, np.ndarray], config: FrozenConfigDict, names: Names) -> dict:
+    """Parameter tree of a format's tensors, as nanochat_to_params."""
+    arrays = dict(arrays)
     rows = scaling.round_up(config.vocab_size, config.vocab_multiple)
     params: dict = {}
-    for entry in entries(config):
+    for entry in entries(config, names):
         parts = []
         for name in entry.names:
             array = _take(arrays, name, entry)
@@ -158,11 +224,15 @@ def params_to_nanochat(params: Mapping, config: FrozenConfigDict) -> dict[str, n
     Raises ValueError naming the path where a parameter is missing, left over or of another shape
     than `config` says.
     """
+    return from_params(params, config, NANOCHAT)
+
+
+def from_params(params: Mapping, config: FrozenConfigDict, names: Names) -> dict[str, np.ndarray]:
+    """A format's tensors of a parameter tree, as params_to_nanochat."""
     flat = dict(_flatten(params))
-    rows = scaling.round_up(config.vocab_size, NANOCHAT_VOCAB_MULTIPLE)
     own_rows = scaling.round_up(config.vocab_size, config.vocab_multiple)
     arrays: dict[str, np.ndarray] = {}
-    for entry in entries(config):
+    for entry in entries(config, names):
         path = "/".join(entry.path)
         if path not in flat:
             raise ValueError(f"the parameters lack {path!r}, which this configuration's model has")
@@ -177,10 +247,10 @@ def params_to_nanochat(params: Mapping, config: FrozenConfigDict) -> dict[str, n
             if entry.transposed:
                 part = part.T
             if entry.vocab_rows:
-                part = _with_rows(part, rows)
+                part = _with_rows(part, entry.shape[0])
             arrays[name] = np.ascontiguousarray(part)
     if flat:
-        raise ValueError(f"parameter {next(iter(flat))!r} has no place in a nanochat checkpoint")
+        raise ValueError(f"parameter {next(iter(flat))!r} has no place in the format asked for")
     return arrays
 
 
@@ -232,8 +302,8 @@ def _flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
 # ---- nanochat's files ----------------------------------------------------------------------------
 
 
-def read_nanochat(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """The tensors of a file by nanochat's names, bfloat16 ones as such; nothing in it is executed.
+def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:
+    """The tensors of a file by name, bfloat16 ones as such; nothing in it is executed.
 
     Raises ValueError with one line where the file is missing, damaged or of another kind.
     """
@@ -326,12 +396,6 @@ def _read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
-def _write_safetensors(arrays: Mapping[str, np.ndarray]) -> bytes:
-    from safetensors import numpy as safetensors
-
-    return safetensors.save(dict(arrays))
-
-
 def _read_npz(path: epath.Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         # numpy writes bfloat16 as two bytes without a type.
@@ -348,7 +412,7 @@ def _write_npz(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 _READERS = {".pt": _read_pt, ".safetensors": _read_safetensors, ".npz": _read_npz}
-_WRITERS = {".pt": _write_pt, ".safetensors": _write_safetensors, ".npz": _write_npz}
+_WRITERS = {".pt": _write_pt, ".safetensors": huggingface.safetensors_bytes, ".npz": _write_npz}
 
 
 def _format_of(path: epath.Path, table: Mapping[str, Any]) -> Any:
@@ -432,38 +496,87 @@ def find_tokenizer(checkpoint: epath.PathLike) -> epath.Path | None:
 # ---- Import --------------------------------------------------------------------------------------
 
 
+class Source(NamedTuple):
+    """A checkpoint that becomes a run."""
+
+    path: str
+    format: str  # the origin of the config's values
+    names: Names
+    values: dict[str, Any]  # config keys that the checkpoint decides
+    arrays: dict[str, np.ndarray]
+    encoder: tokenizer.Tokenizer | None
+    step: int
+
+
 def import_run(config: FrozenConfigDict, argv: list[str]) -> None:
-    """Makes a run from the checkpoint config.from_nanochat; argv is what `config` was read from."""
-    source = config.from_nanochat
+    """Makes a run from the checkpoint that `config` names; argv is what `config` was read from."""
     run = _run_directory(config)
     if (run / "checkpoints").exists() and any((run / "checkpoints").iterdir()):
         raise ValueError(f"{run} already holds checkpoints; choose another run_name")
-    meta = read_meta(source)
-    arrays = read_nanochat(source)
-    values = _found_values(meta["model_config"], arrays)
-    _check_command_line(config, values, f"the checkpoint {source}")
+    source = _nanochat_source(config) if config.from_nanochat else _huggingface_source(config)
+    values = source.values
+    _check_command_line(config, values, f"the checkpoint {source.path}")
     if config.origin["embedding_dtype"] != pyconfig.COMMAND_LINE:
-        values["embedding_dtype"] = _table_dtype(arrays)
-    encoder = _import_tokenizer(source, values["vocab_size"])
-    if encoder:
+        values["embedding_dtype"] = _table_dtype(source)
+    encoder = source.encoder
+    if encoder and encoder.vocab_size != values["vocab_size"]:
+        raise ValueError(
+            f"the tokenizer of {source.path} has {encoder.vocab_size} tokens but the model has"
+            f" {values['vocab_size']}"
+        )
+    if isinstance(encoder, tokenizer.BpeTokenizer):
         values["tokenizer_type"] = "bpe"
         values["tokenizer_path"] = _tokenizer_place(config, run, encoder)
-    config = _resolve(config, argv, values)
-    state = _fresh_state(nanochat_to_params(arrays, config), config, _step(meta, source))
-    del arrays
+    elif encoder:
+        values["tokenizer_type"] = "huggingface"
+        values["tokenizer_path"] = str(run / tokenizer.FILE_NAME)
+    config = _resolve(config, argv, source.format, values)
+    params = to_params(source.arrays, config, source.names)
+    state = _fresh_state(params, config, source.step)
+    del params
 
     run.mkdir(parents=True, exist_ok=True)
-    if encoder:
+    if isinstance(encoder, tokenizer.BpeTokenizer):
         encoder.save(config.tokenizer_path)
+    elif encoder:
+        text = (epath.Path(source.path) / tokenizer.FILE_NAME).read_bytes()
+        _write_whole(run / tokenizer.FILE_NAME, text)
     pyconfig.save(config, run / "config.yml")
     fingerprint = encoder.fingerprint() if encoder else ""
     with Checkpointer(config, run, tokenizer_fingerprint=fingerprint) as checkpointer:
         start = {"data": None, "metrics": None, "evaluated_step": None}  # of a run without a past
-        checkpointer.save(int(state.step), state, {**start, "imported_from": str(source)})
-    print(f"wrote {run}, step {state.step}, from {source}")
+        checkpointer.save(int(state.step), state, {**start, "imported_from": source.path})
+    print(f"wrote {run}, step {state.step}, from {source.path}")
     if not encoder:
-        print("found no tokenizer.pkl near it: set tokenizer_path to this model's tokenizer")
+        print("found no tokenizer near it: set tokenizer_path to this model's tokenizer")
     print(f"in place of configs/base.yml it needs {run / 'config.yml'}")
+
+
+def _nanochat_source(config: FrozenConfigDict) -> Source:
+    path = config.from_nanochat
+    meta = read_meta(path)
+    arrays = _without_prefix(read_tensors(path))
+    values = _found_values(meta["model_config"], arrays)
+    pickled = find_tokenizer(path)
+    encoder = read_tokenizer(pickled) if pickled else None
+    return Source(path, "nanochat", NANOCHAT, values, arrays, encoder, _step(meta, path))
+
+
+def _huggingface_source(config: FrozenConfigDict) -> Source:
+    folder = epath.Path(config.from_huggingface).expanduser()
+    found = huggingface.read_folder(folder)
+    arrays: dict[str, np.ndarray] = {}
+    for file in found.weights:
+        arrays |= read_tensors(file)
+    encoder: tokenizer.Tokenizer | None = None
+    if (folder / tokenizer.FILE_NAME).exists():
+        # Of another kind than ours it is taken as it is.
+        encoder = huggingface.read_tokenizer(folder) or tokenizer.load_from(
+            "huggingface", folder / tokenizer.FILE_NAME
+        )
+    return Source(
+        str(folder), "huggingface", HUGGINGFACE, found.values, arrays, encoder, found.step
+    )
 
 
 def _run_directory(config: FrozenConfigDict) -> epath.Path:
@@ -498,31 +611,29 @@ def _check_command_line(config: FrozenConfigDict, values: Mapping, where: str) -
             raise ValueError(f"{key} is {given} by the command line but {found} in {where}")
 
 
-def _resolve(config: FrozenConfigDict, argv: list[str], values: Mapping) -> FrozenConfigDict:
-    """The config of the new run: argv's, with the checkpoint's values in it."""
+def _resolve(
+    config: FrozenConfigDict, argv: list[str], origin: str, values: Mapping
+) -> FrozenConfigDict:
+    """The config of the new run: argv's, with the checkpoint's values in it, from `origin`."""
     words = [f"{key}={str(v).lower() if type(v) is bool else v}" for key, v in values.items()]
     words.append(f"run_name={config.run_name}")  # also where it follows from the model's name
     if config.origin["model"] == "base":
         words.append(f"model=d{values['num_decoder_layers']}")
     resolved = pyconfig.initialize([*argv, *words])
-    return pyconfig.replace(resolved, "nanochat", **values, from_nanochat=None)
+    found = {k: v if isinstance(resolved[k], str) else resolved[k] for k, v in values.items()}
+    return pyconfig.replace(resolved, origin, **found, from_nanochat=None, from_huggingface=None)
 
 
-def _table_dtype(arrays: Mapping[str, np.ndarray]) -> str:
+def _table_dtype(source: Source) -> str:
     """The embedding_dtype that holds the checkpoint's tables exactly."""
-    names = ("transformer.wte.weight", "value_embeds.")
-    dtypes = {str(a.dtype) for key, a in arrays.items() if any(name in key for name in names)}
+    names = (source.names.token_embed, source.names.value_embeds)
+    patterns = [re.escape(name).replace(re.escape("{i}"), r"\d+") for name in names]
+    dtypes = {
+        str(array.dtype)
+        for key, array in source.arrays.items()
+        if any(re.fullmatch(pattern, key) for pattern in patterns)
+    }
     return "bfloat16" if dtypes == {"bfloat16"} else "float32"
-
-
-def _import_tokenizer(source: str, vocab_size: int) -> tokenizer.BpeTokenizer | None:
-    path = find_tokenizer(source)
-    if path is None:
-        return None
-    encoder = read_tokenizer(path)
-    if encoder.vocab_size != vocab_size:
-        raise ValueError(f"{path} has {encoder.vocab_size} tokens but the model has {vocab_size}")
-    return encoder
 
 
 def _tokenizer_place(
@@ -590,19 +701,12 @@ _NANOCHAT_FIXED = {
 
 
 def export_run(config: FrozenConfigDict) -> None:
-    """Writes the newest checkpoint of the run as the nanochat checkpoint config.to_nanochat."""
+    """Writes a checkpoint of the run as the nanochat checkpoint config.to_nanochat."""
     target = epath.Path(config.to_nanochat).expanduser()
     _format_of(target, _WRITERS)
     _meta_path(target)
     run = _run_directory(config)
-    with Checkpointer(config, run, writer=False) as checkpointer:
-        saved = FrozenConfigDict(checkpointer.read_extra()["run"]["config"])
-    keys = (*scaling.Shape._fields, "max_target_length", "window_pattern")
-    _check_command_line(config, {key: saved[key] for key in keys}, f"the run {run}")
-    _check_expressible(saved)
-    with Checkpointer(saved, run, writer=False) as checkpointer:
-        params, extra = checkpointer.restore_params_only()
-    step = extra["run"]["step"]
+    saved, params, step = _read_run(config, _check_expressible)
     meta = {
         "step": step,
         "model_config": {
@@ -612,6 +716,42 @@ def export_run(config: FrozenConfigDict) -> None:
     }
     write_nanochat(target, params_to_nanochat(params, saved), meta)
     print(f"wrote {target}, step {step}, from {run}")
+
+
+def export_folder(config: FrozenConfigDict) -> None:
+    """Writes a checkpoint of the run, with its tokenizer, as the folder config.to_huggingface."""
+    target = huggingface.check_target(config.to_huggingface, config.convert_overwrite)
+    run = _run_directory(config)
+    saved, params, step = _read_run(config)
+    encoder = tokenizer.load(saved)
+    tensors = from_params(params, saved, HUGGINGFACE)
+    huggingface.write_folder(
+        target, saved, step, tensors, encoder, replace=config.convert_overwrite
+    )
+    print(f"wrote {target}, step {step}, from {run}")
+
+
+def _read_run(
+    config: FrozenConfigDict, check: Callable[[FrozenConfigDict], None] = lambda saved: None
+) -> tuple[FrozenConfigDict, dict, int]:
+    """(config, parameters, step) of a run's newest checkpoint, or that of config.step.
+
+    The run's own config is checked before anything large is read; tokenizer keys of the command
+    line, which may have moved, count.
+    """
+    run = _run_directory(config)
+    with Checkpointer(config, run, writer=False) as checkpointer:
+        saved = FrozenConfigDict(checkpointer.read_extra(config.step)["run"]["config"])
+    keys = (*scaling.Shape._fields, "max_target_length", "window_pattern")
+    _check_command_line(config, {key: saved[key] for key in keys}, f"the run {run}")
+    check(saved)
+    with Checkpointer(saved, run, writer=False) as checkpointer:
+        params, extra = checkpointer.restore_params_only(step=config.step)
+    moved = ("tokenizer_type", "tokenizer_path", "tokenizer_threads")
+    moved = {key: config[key] for key in moved if config.origin[key] == pyconfig.COMMAND_LINE}
+    # Keys that are younger than the run have today's values.
+    whole = FrozenConfigDict({**config.to_dict(), **saved.to_dict(), **moved})
+    return whole, params, extra["run"]["step"]
 
 
 def _check_expressible(config: FrozenConfigDict) -> None:
@@ -637,14 +777,17 @@ def _check_expressible(config: FrozenConfigDict) -> None:
 
 
 def main(config: FrozenConfigDict, argv: list[str]) -> None:
-    """Converts as from_nanochat or to_nanochat says; argv is what `config` was read from."""
+    """Converts as the config says; argv is what it was read from."""
     jax.config.update("jax_platforms", "cpu")  # nothing here is worth taking an accelerator for
-    if config.from_nanochat:
+    if config.from_nanochat or config.from_huggingface:
         import_run(config, argv)
     elif config.to_nanochat:
         export_run(config)
+    elif config.to_huggingface:
+        export_folder(config)
     else:
-        raise ValueError("give from_nanochat=PATH or to_nanochat=PATH")
+        directions = ("from_nanochat", "to_nanochat", "from_huggingface", "to_huggingface")
+        raise ValueError(f"give one of {', '.join(f'{name}=PATH' for name in directions)}")
 
 
 if __name__ == "__main__":

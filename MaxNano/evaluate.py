@@ -119,10 +119,11 @@ def evaluate_chat(setup: train.Setup, vocabulary: Tokenizer, params: Any, result
         )  # fmt: skip
     scores = chat.summarize(found)
     results.put("chat", {}, scores)
-    lines = [(name, v["problems"], f"{v['accuracy']:.6f}", f"{v['centered']:.6f}", f"{v['seconds']:.1f}")
+    lines = [(name, v["problems"], f"{v['accuracy']:.6f}", f"{v['centered']:.6f}",
+              f"{v['stopped']:.2f}" if "stopped" in v else "", f"{v['seconds']:.1f}")
              for name, v in found.items()]  # fmt: skip
-    lines += [(name, "", "", f"{score:.6f}", "") for name, score in scores.items()]
-    _show("chat tasks", ("task", "problems", "accuracy", "centred", "seconds"), lines)
+    lines += [(name, "", "", f"{score:.6f}", "", "") for name, score in scores.items()]
+    _show("chat tasks", ("task", "problems", "accuracy", "centred", "stopped", "seconds"), lines)
 
 
 # ---- Samples --------------------------------------------------------------------------------------------------------

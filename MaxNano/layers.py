@@ -14,6 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from MaxNano.quantization import matmul
 from MaxNano.sharding import Axes
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -130,13 +131,14 @@ class Mlp(nnx.Module):
     def __init__(self, config, layers: int, *, rngs: nnx.Rngs):
         embed, mlp = config.emb_dim, config.mlp_dim
         bound = config.mlp_init_scale * (3 / embed) ** 0.5
+        self.quantization = config.quantization
         self.wi = parameter(
             rngs, (layers, embed, mlp), ("layers", "embed", "mlp"), uniform(-bound, bound)
         )
         self.wo = parameter(rngs, (layers, mlp, embed), ("layers", "mlp", "embed"), constant(0.0))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = x @ self.wi[...].astype(x.dtype)
+        hidden = matmul(x, self.wi[...].astype(x.dtype), self.quantization)
         hidden = checkpoint_name(hidden, "mlp_hidden")
         hidden = jnp.square(jax.nn.relu(hidden))
-        return hidden @ self.wo[...].astype(x.dtype)
+        return matmul(hidden, self.wo[...].astype(x.dtype), self.quantization)

@@ -32,6 +32,7 @@ from MaxNano.layers import (
     uniform,
 )
 from MaxNano.losses import soft_cap
+from MaxNano.quantization import matmul
 from MaxNano.sharding import constrain
 
 RESIDUAL_AXES = ("activation_batch", "activation_embed")
@@ -84,7 +85,7 @@ class Attention(nnx.Module):
         """
         config = self.config
         length = len(rotary[0])
-        qkv = checkpoint_name(x @ self.qkv_weight(x.dtype), "qkv")
+        qkv = checkpoint_name(matmul(x, self.qkv_weight(x.dtype), config.quantization), "qkv")
         qkv = constrain(qkv, HEAD_AXES, config.logical_axis_rules)
         if value_embed is not None:
             rows, gate = value_embed
@@ -97,7 +98,7 @@ class Attention(nnx.Module):
                 window=window, kernel=kernel, settings=settings, head_dim=config.head_dim, scale=config.qk_norm_scale,
                 epsilon=config.norm_epsilon, rules=config.logical_axis_rules,
             )  # fmt: skip
-        return y.reshape(len(x), -1) @ self.out[...].astype(x.dtype)
+        return matmul(y.reshape(len(x), -1), self.out[...].astype(x.dtype), config.quantization)
 
     def qkv_weight(self, dtype) -> jax.Array:
         """The three projections as one (D, K x (G + 2) x H): for each kv head its query heads, its keys, its values."""

@@ -524,6 +524,12 @@ def windows_of(config: Mapping[str, Any]) -> tuple[int, ...]:
     )
 
 
+def horizon_is_open(config: Mapping[str, Any]) -> bool:
+    """Whether only the data can tell `steps`: in a later stage, where nothing else says them."""
+    is_said = config[ORIGIN]["steps"] != DERIVED or config["target_flops"] is not None
+    return config["dataset_type"] in ("chat", "rollouts") and not is_said
+
+
 def row_length(config: Mapping[str, Any]) -> int:
     """Tokens of a row of a batch: the context, or what rollouts have in its place."""
     rows = config["rl_row_tokens"] if config["dataset_type"] == "rollouts" else None
@@ -661,8 +667,12 @@ def _check_rest(values: _Values) -> None:
         raise values.error("dataset_type", "needs dataset_name, such as wikipedia/20230601.en")
     if value["dataset_type"] == "hf" and not value["dataset_name"]:
         raise values.error("dataset_type", "needs dataset_name=OWNER/NAME, such as karpathy/climbmix-400b-shuffle")
-    if value["from_nanochat"] and value["to_nanochat"]:
-        raise values.error("to_nanochat", "and from_nanochat exclude each other; give one")
+    if value["dataset_type"] == "rollouts" and value["quantization"] != "none":
+        raise values.error("quantization", "does not go with rollouts: answers are drawn from the model without it")
+    directions = ("from_nanochat", "to_nanochat", "from_huggingface", "to_huggingface")
+    first, *others = [name for name in directions if value[name]] or ("",)
+    if others:
+        raise values.error(others[0], f"and {first} exclude each other; give one")
 
 
 # ---- The config --------------------------------------------------------------------------------

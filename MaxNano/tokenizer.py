@@ -670,7 +670,7 @@ def _bytes_of_token(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes]
     """How a token of a tokenizer.json becomes bytes, as its decoder tells."""
     kinds = {step["type"] for step in _decoder_steps(decoder)}
     if "ByteLevel" in kinds:
-        to_byte = {character: byte for byte, character in enumerate(_byte_characters())}
+        to_byte = {character: byte for byte, character in enumerate(byte_characters())}
 
         def byte_level(token: str) -> bytes:
             if not to_byte.keys() >= set(token):
@@ -698,7 +698,7 @@ def _decoder_steps(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, A
         yield decoder
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The character by which byte-level vocabularies write each byte: visible bytes as themselves,
     the others, in order, as the characters from U+0100. Source: GPT-2's encoder.py."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}

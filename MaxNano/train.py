@@ -39,6 +39,7 @@ from MaxNano import (
     losses,
     optim,
     pyconfig,
+    quantization,
     rl,
     runtime,
     scaling,
@@ -286,6 +287,7 @@ def set_up(config: FrozenConfigDict, devices=None) -> Setup:
     """Resolve what depends on the devices. Raises ValueError where batch, layout and devices do not fit together."""
     mesh = sharding.make_mesh(config, devices)
     backend = mesh.devices.flat[0].platform
+    quantization.check(config.quantization, mesh.devices.flat)
     numerics = Numerics(
         dtype=runtime.compute_dtype(config, backend),
         embedding_dtype=runtime.embedding_dtype(config, backend),
@@ -412,7 +414,8 @@ def print_plan(setup: Setup) -> None:
     layout = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
     facts = {
         "devices": f"{setup.mesh.size} x {device}, {layout}",
-        "numbers": f"{setup.numerics.dtype}, embedding tables {setup.numerics.embedding_dtype}",
+        "numbers": f"{setup.numerics.dtype}, embedding tables {setup.numerics.embedding_dtype}"
+        + ("" if config.quantization == "none" else f", products of the layers {config.quantization}"),
         "attention": setup.numerics.attention,
         "FLOPs": f"{flops:,} a token, {flops * tokens:.4g} in all",
         "batch": f"{config.global_batch_tokens:,} tokens = {plan.ways} devices x {plan.micro_steps} micro-steps "
@@ -818,8 +821,7 @@ def flops_per_token(config: FrozenConfigDict) -> int:
 
 def with_horizon(config: FrozenConfigDict) -> FrozenConfigDict:
     """The config with the steps of chat_epochs, where a later stage says no steps itself."""
-    is_open = config.origin["steps"] == pyconfig.DERIVED and config.target_flops is None
-    if config.dataset_type not in ("chat", "rollouts") or not is_open:
+    if not pyconfig.horizon_is_open(config):
         return config
     if config.dataset_type == "rollouts":
         steps = rl.steps_of_passes(config)

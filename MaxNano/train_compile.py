@@ -2,6 +2,7 @@
 
     python MaxNano/train_compile.py configs/base.yml model=d24 compile_topology=v6e-8
     python MaxNano/train_compile.py configs/base.yml model=d24 compile_programs=[prefill,decode] decode_slots=128
+    python MaxNano/train_compile.py configs/base.yml model=d24 stage=sft      the step of a later stage; loads nothing
 
 The machine needs no accelerator: libtpu compiles on a CPU for a slice that it knows by name.
 """
@@ -132,8 +133,10 @@ class Program(NamedTuple):
 
 
 def _train_work(setup: train.Setup, share: float = 1, steps: int | None = None) -> Work:
-    """Of a training step, or of a share of its FLOPs."""
+    """Of a training step, or of a share of its FLOPs; of all `steps` where they are known without the data."""
     tokens = setup.config.global_batch_tokens
+    if pyconfig.horizon_is_open(setup.config):
+        steps = None
     return Work(train.flops_per_token(setup.config) * tokens * share, tokens, steps)
 
 

@@ -83,7 +83,11 @@ training_knobs() {
   knob OUTPUT runs "folder of all runs; local or gs://"
   knob EVALS bpb,core,samples "what the stage evaluation evaluates"
   knob CORE_BUNDLE "" "folder or archive of the CORE tasks; empty: it is downloaded"
-  knob EXTRA "" "further key=value words of configs/base.yml, separated by blanks"
+  knob CHAT_DATA "" "folder or archive of the chat tasks; empty: they are downloaded"
+  knob RL "" "1: reinforcement learning too, in the stage rl"
+  knob EXTRA "" "further key=value words of configs/base.yml, separated by blanks; later stages have them from the run"
+  knob SFT_EXTRA "" "the same for fine-tuning and the chat tasks"
+  knob RL_EXTRA "" "the same for reinforcement learning"
   knob PRICE_PER_CHIP_HOUR "" "US dollars; empty: no price is printed"
   knob MIN_DISK_GB 20 "free disk that --dry-run wants"
   knob MAX_CRASHES 3 "times that a training which fell over is started again"
@@ -93,9 +97,17 @@ training_knobs() {
   knob SETUP "" "1: call setup.sh although .venv is there"
 }
 
+# add_words WORDS: adds to `config` what a knob has, separated by blanks.
+add_words() {
+  local words
+  if [ -n "$1" ]; then
+    read -ra words <<<"$1"
+    config+=("${words[@]}")
+  fi
+}
+
 # After the knobs: the words that every program of MaxNano/ is called with.
 set_config() {
-  local words
   RUN_NAME=${RUN_NAME:-$MODEL${NUM_ITERATIONS:+_${NUM_ITERATIONS}steps}}
   config=(
     configs/base.yml "model=$MODEL" "run_name=$RUN_NAME" "base_output_directory=$OUTPUT"
@@ -110,15 +122,33 @@ set_config() {
   if [ -n "$NUM_ITERATIONS" ]; then
     config+=("steps=$NUM_ITERATIONS")
   fi
-  if [ -n "$EXTRA" ]; then
-    read -ra words <<<"$EXTRA"
-    config+=("${words[@]}")
-  fi
+  add_words "$EXTRA"
   case $DEVICE in
     cpu) export JAX_PLATFORMS=cpu ;;
     auto | tpu | gpu) ;;
     *) fail "DEVICE is '$DEVICE', but must be auto, cpu, tpu or gpu" ;;
   esac
+}
+
+# set_tuning NAME RUN EXTRA: the words for the stage NAME behind pretraining, which starts from RUN. That run's own
+# config comes first and brings the model, the tokenizer and where things lie.
+set_tuning() {
+  local first=$OUTPUT/$2/config.yml
+  case $OUTPUT in
+    *://*) # a config is read from a file of this machine
+      first=$DOWNLOAD_PATH/configs/$2.yml
+      mkdir -p "$DOWNLOAD_PATH/configs"
+      results saved "--run=$2" >"$first"
+      ;;
+  esac
+  config=(
+    "$first" "stage=$1" "load_from=$2" "run_name=$RUN_NAME" "base_output_directory=$OUTPUT"
+    "tokenizer_path=$TOKENIZER_PATH" "download_path=$DOWNLOAD_PATH"
+  )
+  if [ -n "$CHAT_DATA" ]; then
+    config+=("chat_data=$CHAT_DATA")
+  fi
+  add_words "$3"
 }
 
 # program NAME ARGUMENT...: a program of MaxNano/ with the config, further words behind.
@@ -223,6 +253,65 @@ stage_evaluation() {
     program data/download.py "download=[core]"
   fi
   program evaluate.py "evals=$EVALS"
+}
+
+# Fine-tuning: conversations, in a run of its own.
+stage_sft() {
+  local base=$RUN_NAME
+  local RUN_NAME=${base}_sft config=("${config[@]}") # for what is called from here
+  set_tuning sft "$base" "$SFT_EXTRA"
+  if [ -z "$CHAT_DATA" ]; then
+    program data/download.py "download=[chat]"
+  fi
+  stage_training
+}
+
+# The chat tasks, of the fine-tuned model.
+stage_chat() {
+  chat_tasks "${RUN_NAME}_sft"
+}
+
+# The same of the model that it was made from, to compare with.
+stage_chat_before() {
+  chat_tasks "$RUN_NAME"
+}
+
+# chat_tasks RUN: puts to RUN the tasks of SFT_EXTRA. What is answered already is not asked again.
+chat_tasks() {
+  local base=$RUN_NAME
+  local RUN_NAME=$1 config=("${config[@]}")
+  set_tuning sft "$base" "$SFT_EXTRA"
+  program evaluate.py evals=chat
+}
+
+# Reinforcement learning where it is asked for, and what came of it.
+stage_rl() {
+  if [ -z "$RL" ]; then
+    echo "not asked for: RL=1 does it"
+    return
+  fi
+  local base=$RUN_NAME
+  local RUN_NAME=${base}_rl config=("${config[@]}")
+  set_tuning rl "${base}_sft" "$RL_EXTRA"
+  stage_training
+  program evaluate.py evals=chat
+}
+
+# One page of everything: see MaxNano/report.py.
+stage_report() {
+  local config=("${config[@]}" "run_name=$(last_run)")
+  program report.py
+}
+
+# The run that ends the line of RUN_NAME.
+last_run() {
+  local name=$RUN_NAME stage
+  for stage in sft rl; do
+    if [ "$(results state "run_name=${RUN_NAME}_$stage")" != new ]; then
+      name=${RUN_NAME}_$stage
+    fi
+  done
+  echo "$name"
 }
 
 stage_result() {
@@ -363,6 +452,16 @@ check_core() {
   fi
 }
 
+check_chat() {
+  if [ -z "$CHAT_DATA" ]; then
+    echo "the tasks are downloaded into $DOWNLOAD_PATH where they are missing"
+    return
+  fi
+  local config=("${config[@]}" stage=sft "chat_data=$CHAT_DATA")
+  add_words "$SFT_EXTRA"
+  results chat
+}
+
 check_tokenizer() {
   results tokenizer 2>/dev/null || echo "will be trained into $TOKENIZER_PATH"
 }
@@ -380,6 +479,9 @@ preflight() {
     check tokenizer check_tokenizer
     if [[ " $STAGES " == *" evaluation "* ]]; then
       check core check_core
+    fi
+    if [[ " $STAGES " == *" sft "* ]]; then
+      check chat check_chat
     fi
     check output check_output
     check run results state

@@ -4,8 +4,10 @@
 
     text                          a document of each split can be read
     core                          the CORE tasks are there
+    chat                          the conversations and chat tasks are there
     tokenizer                     the tokenizer is there and whole
     state                         prints new, finished, or the step that the run will go on from
+    saved --run=RUN               prints the config that RUN has kept
     summary [--chips= --price=]   loss, bits per byte, speed and price of the run
     smoke                         the run is finished, its loss fell and no update was skipped
     resumed --before=FILE [--like=RUN]
@@ -29,6 +31,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import yaml  # noqa: E402
 from etils import epath  # noqa: E402
 from ml_collections import FrozenConfigDict  # noqa: E402
 
@@ -80,6 +83,14 @@ def last_checkpoint(folder: epath.Path) -> int | None:
     return max(whole, default=None)
 
 
+def steps_in_all(config: FrozenConfigDict) -> float:
+    """Of the whole run. In later stages its data decide, so that only the run itself knows: it has kept it."""
+    if not pyconfig.horizon_is_open(config):
+        return config.steps
+    path = folder_of(config) / "config.yml"
+    return yaml.safe_load(path.read_text())["steps"] if path.exists() else math.inf
+
+
 def evaluated_core(folder: epath.Path, step: int) -> float | None:
     """CORE after `step`, None where evaluate.py has not computed it."""
     path = folder / f"evals/step_{step:06}.json"
@@ -118,6 +129,15 @@ def core_tasks(config: FrozenConfigDict, options: dict[str, str]) -> None:
     print(f"{config.core_bundle}: {len(core.load_bundle(config.core_bundle))} tasks are there")
 
 
+def chat_tasks(config: FrozenConfigDict, options: dict[str, str]) -> None:
+    from MaxNano import tasks
+    from MaxNano.data import conversations
+
+    found = [conversations.Mixture(config, split) for split in ("train", "validation")]
+    asked = [tasks.open_task(config, name) for name in config.chat_tasks]
+    print(f"{len(found[0]):,} conversations to train on, {len(found[1]):,} for validation, {len(asked)} chat tasks")
+
+
 def has_tokenizer(config: FrozenConfigDict, options: dict[str, str]) -> None:
     from MaxNano import tokenizer
 
@@ -132,7 +152,11 @@ def has_tokenizer(config: FrozenConfigDict, options: dict[str, str]) -> None:
 
 def state(config: FrozenConfigDict, options: dict[str, str]) -> None:
     step = last_checkpoint(folder_of(config))
-    print("new" if step is None else "finished" if step >= config.steps else step)
+    print("new" if step is None else "finished" if step >= steps_in_all(config) else step)
+
+
+def saved(config: FrozenConfigDict, options: dict[str, str]) -> None:
+    print((folder_of(config, options["run"]) / "config.yml").read_text(), end="")
 
 
 def summary(config: FrozenConfigDict, options: dict[str, str]) -> None:
@@ -248,8 +272,10 @@ def table_row(config: FrozenConfigDict, run: str, options: dict[str, str]) -> li
 COMMANDS: dict[str, Callable[[FrozenConfigDict, dict[str, str]], None]] = {
     "text": text,
     "core": core_tasks,
+    "chat": chat_tasks,
     "tokenizer": has_tokenizer,
     "state": state,
+    "saved": saved,
     "summary": summary,
     "smoke": smoke,
     "resumed": resumed,

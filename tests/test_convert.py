@@ -142,7 +142,7 @@ def test_files_keep_every_bit(tmp_path, suffix):
     arrays = convert.params_to_nanochat(random_params(golden_config()), golden_config())
     path = tmp_path / "new" / f"model_000012{suffix}"
     convert.write_nanochat(path, arrays, {"step": 12})
-    assert_same(convert.read_nanochat(path), arrays)
+    assert_same(convert.read_tensors(path), arrays)
     assert sorted(p.name for p in path.parent.iterdir()) == ["meta_000012.json", path.name]
 
 
@@ -155,7 +155,7 @@ def test_cut_files_are_one_line(tmp_path, suffix, keep):
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
     with pytest.raises(ValueError, match="cannot read .*model_000001") as caught:
-        convert.read_nanochat(path)
+        convert.read_tensors(path)
     assert "\n" not in str(caught.value)
 
 
@@ -183,7 +183,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, evil_file, suffix):
 
         torch.save({"x": Evil()}, path)
     with pytest.raises(ValueError, match="cannot read"):
-        convert.read_nanochat(path)
+        convert.read_tensors(path)
 
 
 def encoding(**changes) -> tiktoken.Encoding:
@@ -281,7 +281,7 @@ def test_command_imports_and_exports(tmp_path, nanochat):
 
     target = tmp_path / "out/model_000007.npz"
     run_command(tmp_path, f"to_nanochat={target}", "run_name=a")
-    assert_same(convert.read_nanochat(target), arrays)
+    assert_same(convert.read_tensors(target), arrays)
     assert convert.read_meta(target)["model_config"] == golden()[1]
     with pytest.raises(ValueError, match="already holds checkpoints"):
         run_command(tmp_path, f"from_nanochat={path}", "run_name=a")
@@ -299,7 +299,7 @@ def test_command_brings_the_tokenizer(tmp_path, nanochat):
     meta["model_config"]["vocab_size"] = 267
     arrays = {
         name: np.zeros((320, a.shape[1]), a.dtype) if a.shape[0] == 256 and "h." not in name else a
-        for name, a in convert.read_nanochat(path).items()
+        for name, a in convert.read_tensors(path).items()
     }
     convert.write_nanochat(path, arrays, meta)
     run_command(tmp_path, f"from_nanochat={path}", "run_name=a")
@@ -329,7 +329,7 @@ def test_tables_may_widen_but_lose_no_digits(tmp_path, nanochat):
     path, arrays = nanochat
     run_command(tmp_path, f"from_nanochat={path}", "run_name=wide", "embedding_dtype=float32")
     run_command(tmp_path, f"to_nanochat={tmp_path}/model_1.npz", "run_name=wide")
-    wide = convert.read_nanochat(tmp_path / "model_1.npz")
+    wide = convert.read_tensors(tmp_path / "model_1.npz")
     assert wide["transformer.wte.weight"].dtype == np.float32
     for name, array in arrays.items():
         np.testing.assert_array_equal(wide[name], array.astype(np.float32))

@@ -1,4 +1,4 @@
-"""The scripts of end_to_end/tpu and end_to_end/gpu, run for real: on the CPU, a tiny model, a stand-in gcloud."""
+"""The scripts of end_to_end, run for real: on the CPU, a tiny model, a stand-in gcloud."""
 
 import functools
 import hashlib
@@ -110,7 +110,7 @@ def test_shellcheck_finds_nothing():
     assert run.returncode == 0, run.stdout
 
 
-@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("[tg]pu/*.sh")), ids=lambda path: path.name)
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*/*.sh")), ids=lambda path: path.name)
 def test_help_lists_every_knob_that_is_read(script):
     text = script.read_text()
     if "parse_arguments" not in text or script.name == "cloud.sh":
@@ -135,15 +135,17 @@ def test_a_wrong_argument_is_one_line(settings):
 def test_the_preflight_says_what_is_missing_and_trains_nothing(settings, place):
     out = run("tpu/d24_speedrun.sh", settings, "--dry-run", OUTPUT=f"{place}/dry")
     assert re.findall(r"^(ok|FAIL) +(\w+)", out, re.MULTILINE) == [
-        ("ok", name) for name in ("disk", "python", "devices", "data", "tokenizer", "core", "output", "run")
+        ("ok", name) for name in ("disk", "python", "devices", "data", "tokenizer", "core", "chat", "output", "run")
     ]
     assert re.search(rf"horizon +{STEPS} steps", out), "train.py's plan"
     assert out.splitlines()[-1] == "ready; nothing was trained"
     assert not (place / "dry").exists() and not (place / "tokenizer").exists()
 
-    more = {"CHIPS": "8", "DATASET_PATH": f"{place}/nothing", "MIN_DISK_GB": "1000000000"}
+    more = {
+        "CHIPS": "8", "DATASET_PATH": f"{place}/nothing", "MIN_DISK_GB": "1000000000", "CHAT_DATA": f"{place}/nothing",
+    }  # fmt: skip
     out = run("tpu/d24_speedrun.sh", settings, "--dry-run", status=2, EXTRA=f"{settings['EXTRA']} dtyp=1", **more)
-    assert re.findall(r"^FAIL +(\w+)", out, re.MULTILINE) == ["disk", "devices", "data", "core", "run"]
+    assert re.findall(r"^FAIL +(\w+)", out, re.MULTILINE) == ["disk", "devices", "data", "core", "chat", "run"]
     assert "JAX finds 1 cpu and CHIPS=8 are wanted" in out
 
 
@@ -180,6 +182,7 @@ def wait_for_step(folder, step, process):
 @pytest.mark.slow
 def test_speedrun_starts_a_preempted_training_again_by_itself_and_skips_what_is_done(settings, place):
     folder = place / f"runs/d2_{STEPS}steps"
+    settings = {**settings, "STAGES": "setup data tokenizer training result"}
     process = start("gpu/d12_speedrun.sh", settings)
     wait_for_step(folder, 5, process)
     (trainer,) = children(process.pid)
@@ -238,27 +241,54 @@ def hub(place, tmp_path):
     server.server_close()
 
 
+RL_WORDS = (
+    "steps=2 eval_interval=2 rl_task=SimpleSpelling/train rl_problems=2 rl_samples=2 rl_row_tokens=32 max_new_tokens=4"
+    " rl_eval_task=SimpleSpelling/test rl_eval_problems=2 rl_eval_samples=1"
+)
+
+
+def tuning_words(folder):
+    """For four steps of fine-tuning on conversations that are put into `folder`, and two problems of a chat task."""
+    said = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a in WORDS for b in WORDS[:4]]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(messages) + "\n" for messages in said))
+    return (
+        f"chat_train_mixture=[[json:{folder}/chat.jsonl,1]] chat_validation_mixture=[[json:{folder}/chat.jsonl,1]]"
+        " chat_interval=0 eval_interval=4 eval_tokens=256 chat_tasks=[SimpleSpelling/test] chat_max_per_task=2 steps=4"
+        " max_new_tokens=4 chat_slots=2"
+    )
+
+
 @pytest.mark.slow
-def test_speedrun_downloads_its_text_and_ends_with_core(settings, place, hub):
-    """The whole of d24_speedrun.sh; started again it asks the hub for nothing."""
+def test_speedrun_downloads_its_text_and_goes_all_the_way(settings, place, hub, tmp_path):
+    """The whole of d24_speedrun.sh; started again it asks the hub for nothing and does nothing twice."""
     extra = f"{settings['EXTRA']} hub_url={hub} core_bundle_url={hub}/core.zip core_max_per_task=2 sample_tokens=2"
     more = {
         "DATASET_PATH": "", "DATASET_NAME": "us/text", "DOWNLOAD_SHARDS": "2", "DOWNLOAD_PATH": f"{place}/downloads",
         "CORE_BUNDLE": "", "TOKENIZER_PATH": f"{place}/another tokenizer", "RUN_NAME": "downloaded",
+        "CHAT_DATA": str(tmp_path), "RL": "1", "SFT_EXTRA": tuning_words(tmp_path), "RL_EXTRA": RL_WORDS,
     }  # fmt: skip
     out = run("tpu/d24_speedrun.sh", {**settings, **more}, EXTRA=extra)
-    assert re.findall(r"^==== \d/6 (\w+)", out, re.MULTILINE) == [
-        "setup", "data", "tokenizer", "training", "evaluation", "result"
+    assert re.findall(r"^==== \d+/10 (\w+)", out, re.MULTILINE) == [
+        "setup", "data", "tokenizer", "training", "evaluation", "sft", "chat", "rl", "report", "result"
     ]  # fmt: skip
     assert "3 of 3 files" in out
     found = json.loads((place / f"runs/downloaded/evals/step_{STEPS:06}.json").read_text())["evals"]
     assert {"bpb train", "bpb validation", "core", "core copa", "core winograd", "samples"} == set(found)
     assert f"CORE           {found['core']['values']['core']:.4f}" in out.splitlines()
+    for stage, start in (("sft", f"{STEPS} of {place}/runs/downloaded"), ("rl", f"4 of {place}/runs/downloaded_sft")):
+        assert f"starting from step {start}\n" in out
+        folder = place / f"runs/downloaded_{stage}"
+        steps = steps_of(folder)
+        assert steps == list(range(len(steps))) and (folder / f"checkpoints/{len(steps)}/MANIFEST.json").exists()
+        asked = json.loads((folder / f"evals/step_{len(steps):06}.json").read_text())["evals"]
+        assert asked["chat SimpleSpelling/test"]["values"]["problems"] == 2
+    assert "2 answers to each of 2 problems of SimpleSpelling/train" in out
 
     extra = extra.replace(f"hub_url={hub}", "hub_url=http://127.0.0.1:9")
-    more |= {"EXTRA": extra, "STAGES": "data evaluation", "EVALS": "core"}
+    more |= {"EXTRA": extra, "STAGES": "data evaluation sft rl", "EVALS": "core"}
     again = run("tpu/d24_speedrun.sh", {**settings, **more})
-    assert "2 of 2 CORE tasks are done already" in again
+    assert "2 of 2 CORE tasks are done already" in again and "SimpleSpelling/test is done already" in again
+    assert again.count("is finished") == 2 and "loss" not in again
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -129,21 +130,43 @@ def test_a_killed_evaluation_goes_on_with_the_task_that_was_under_way(place, mon
     assert answered == []
 
 
-def test_one_device_and_two_give_the_same_numbers(place):
-    """The command in a process of its own, on two devices, beside this process on one."""
+def killed_after(name, folder, *words):
+    """What the command in a process of its own has printed when an evaluation is there, which is its end."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "MaxNano/evaluate.py"), *command(folder, *words)],
+        cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    path = folder / "runs/run/evals/step_000007.json"
+    while not (path.exists() and any(found.startswith(name) for found in results(folder))):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    return process.communicate()[0]
+
+
+def test_killed_twice_and_on_other_devices_it_has_the_same_numbers(place, capsys):
+    """On two devices it is killed within CORE and, gone on, within the chat tasks; then this process goes on."""
     path = place / "runs/run/evals/step_000007.json"
     path.unlink(missing_ok=True)
-    words = command(place, "evals=bpb,core", "num_cpu_devices=2")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "MaxNano/evaluate.py"), *words], capture_output=True, text=True, cwd="/"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "on 2 x cpu" in done.stdout
+    words = (
+        "evals=bpb,core,chat", "chat_tasks=[SimpleSpelling/test, SpellingBee/train]", "chat_max_per_task=40",
+        "max_new_tokens=2", "chat_slots=4",
+    )  # fmt: skip
+    more = ("num_cpu_devices=2", f"jax_cache_dir={place}/cache")
+    assert "on 2 x cpu" in killed_after("core ", place, *words, *more)
+    assert "chat" not in " ".join(results(place))
+    assert "CORE tasks are done already" in killed_after("chat ", place, *words, *more)
+    assert "chat SpellingBee/train" not in results(place) and {f"core {task}" for task in TASKS} < results(place).keys()
+    assert run(place, *words) == 0
+    assert "SimpleSpelling/test is done already" in capsys.readouterr().out
     two = results(place)
     path.unlink()
-    assert run(place, "evals=bpb,core") == 0
+    assert run(place, *words) == 0
     one = results(place)
     assert one.keys() == two.keys()
+    for task in ("SimpleSpelling/test", "SpellingBee/train"):
+        assert one[f"chat {task}"]["values"]["problems"] == two[f"chat {task}"]["values"]["problems"] == 40
+        assert one[f"chat {task}"]["values"]["accuracy"] == two[f"chat {task}"]["values"]["accuracy"]
     for split in ("train", "validation"):
         here, there = (found[f"bpb {split}"]["values"]["bpb"] for found in (one, two))
         assert here == pytest.approx(there, rel=1e-6)

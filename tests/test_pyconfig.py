@@ -90,6 +90,7 @@ def test_every_key_is_there_and_those_of_the_backend_stay_null():
     open_keys |= {"num_cpu_devices", "ici_data_parallelism"}
     open_keys |= {"coordinator_address", "num_processes", "process_id"}
     asked = {"stage", "target_flops", "dataset_name", "from_nanochat", "to_nanochat", "compile_report"}
+    asked |= {"from_huggingface", "to_huggingface"}
     asked |= {"download_shards", "chat_data", "chat_word_list", "core_batch_tokens", "step"}
     asked |= {"decode_max_length", "prefill_rows", "chat_turns", "prompt", "load_from", "chat_slots", "rl_row_tokens"}
     assert {key for key in pyconfig.keys_of(config) if config[key] is None} == open_keys | asked
@@ -285,6 +286,7 @@ def test_contradictions_name_both_sides():
     assert "dataset_name" in refusal("dataset_type=tfds")
     assert "needs dataset_name" in refusal("dataset_type=hf")
     assert "exclude each other" in refusal("from_nanochat=a", "to_nanochat=b")
+    assert "to_huggingface=b and from_nanochat exclude" in refusal("from_nanochat=a", "to_huggingface=b")
     assert "mesh_axes=[data] lacks fsdp" in refusal("mesh_axes=[data]")
     assert "needs fsdp in mesh_axes" in refusal(
         "mesh_axes=[data]", "logical_axis_rules=[]", "ici_fsdp_parallelism=2"

@@ -223,6 +223,7 @@ def test_killed_it_goes_on_bit_for_bit(place, whole):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_sums_by_the_calculator_are_learned_from_reward(place, tmp_path, seed):
     """Fine-tuning teaches to call the calculator with any digits, reinforcement learning with the right ones."""
@@ -237,6 +238,8 @@ def test_sums_by_the_calculator_are_learned_from_reward(place, tmp_path, seed):
         "rl_row_tokens=24", "max_new_tokens=14", "rl_eval_task=Sums/test", "rl_eval_problems=0", "rl_eval_samples=4",
         "eval_interval=20", "steps=60", "chat_slots=64", "embedding_lr=0.02", "unembedding_lr=0.002", "matrix_lr=0.005",
     ))  # fmt: skip
+    first, *_ = (row for row in rows_of(tmp_path, "d2_rl") if "event" not in row)
+    assert first["stopped"] > 0.9, "fine-tuning has taught it to end its turn"
     rewards = [reward for *_, reward in steps_of(tmp_path, "d2_rl")]
     assert rewards[0] < 0.2 and np.mean(rewards[-5:]) > 0.8, rewards
     first, *_, last = [row["pass@1"] for row in rows_of(tmp_path, "d2_rl") if row.get("event") == "validation"]

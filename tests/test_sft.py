@@ -35,14 +35,14 @@ def sft_words(place, *more):
     return words_of(
         place, "stage=sft", "load_from=base", "chat_interval=0",
         f"chat_train_mixture=[[json:{place}/chat.jsonl, 1], [json:{place}/empty.jsonl, 3]]",
-        f"chat_validation_mixture=[[json:{place}/chat.jsonl, 1, 30]]", "eval_interval=4", "eval_tokens=4096",
+        f"chat_validation_mixture=[[json:{place}/held_out.jsonl, 1]]", "eval_interval=4", "eval_tokens=4096",
         "checkpoint_interval_steps=2", "embedding_lr=1", "load_optimizer=false", *more,
     )  # fmt: skip
 
 
-def say(number):
-    """The n-th conversation: counting on; every ninth is longer than the context."""
-    count = 400 if number % 9 == 0 else 2 + number % 5
+def say(number, count=None):
+    """The n-th conversation: counting on, by two to six words; every ninth is longer than the context."""
+    count = count or (400 if number % 9 == 0 else 2 + number % 5)
     start = number % len(WORDS)
     counted = " ".join(WORDS[(start + i) % len(WORDS)] for i in range(count))
     return [{"role": "user", "content": WORDS[start]}, {"role": "assistant", "content": counted}]
@@ -56,6 +56,7 @@ def base(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("sft")
     (folder / "chat.jsonl").write_text("".join(json.dumps(say(n)) + "\n" for n in range(160)))
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(say(n, 7)) + "\n" for n in range(30)))
     (folder / "empty.jsonl").write_text("")
     tokenizer.train_bpe([" ".join(WORDS)] * 9, 288).save(folder / "tokenizer")
     config, setup = set_up(folder)

@@ -208,6 +208,9 @@ def evaluate_exams(
                 "centered": core.center(accuracy, exam.task.baseline),
                 "seconds": time.monotonic() - started,
             }
+            completions = [one for record in records for one in record.get("completions", ())]
+            if completions:  # by a token that ends a turn, not by max_new_tokens
+                values["stopped"] = sum(one["finish"] == "stop" for one in completions) / len(completions)
             write_records(results, exam.name, records)
             results.put(f"chat {exam.name}", of, values)
             say(

@@ -1,7 +1,7 @@
 """Checkpoints of a run: asynchronous, atomic, hashed, verified on restore, one writer a run.
 
 A run's folder holds `checkpoints/<step>/`, each with `state/` (the train state, by orbax), `extra/`
-(JSON: data position, metrics, resolved config, versions) and, written last, `MANIFEST.json` with
+(JSON: data position, metrics, resolved config, versions, devices) and, written last, `MANIFEST.json` with
 the size and SHA-256 of every file. A checkpoint counts from the moment its manifest exists, so a
 process that dies at any point leaves the previous checkpoint in force. orbax alone restores most
 bit flips silently as wrong weights; the manifest is what detects them. Retention is done here and
@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -366,6 +367,12 @@ class Checkpointer:
             "config": {key: self._config[key] for key in pyconfig.keys_of(self._config)},
             "tokenizer": self._fingerprint,
             "versions": _versions(),
+            "devices": {
+                "kind": jax.devices()[0].device_kind,
+                "count": jax.device_count(),
+                "processes": jax.process_count(),
+                "host_cores": os.cpu_count(),
+            },
         }
 
     def _choose(self, step: int | None) -> int:

@@ -85,6 +85,7 @@ def test_restores_what_was_saved(tmp_path, asynchronous):
         assert extra["run"]["tokenizer"] == "abc"
         assert extra["run"]["config"]["emb_dim"] == config.emb_dim
         assert extra["run"]["versions"]["jax"] == jax.__version__
+        assert extra["run"]["devices"]["kind"] == "cpu" and extra["run"]["devices"]["count"] == jax.device_count()
         assert extra["run"]["step"] == 7
         params, extra = checkpointer.restore_params_only(abstract(make_state(0).params))
         assert_same(params, make_state(7).params)

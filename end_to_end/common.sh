@@ -477,7 +477,7 @@ preflight() {
     check devices check_devices
     check data check_data
     check tokenizer check_tokenizer
-    if [[ " $STAGES " == *" evaluation "* ]]; then
+    if [[ " $STAGES " == *" evaluation "* && ,$EVALS, == *,core,* ]]; then
       check core check_core
     fi
     if [[ " $STAGES " == *" sft "* ]]; then

@@ -21,11 +21,11 @@ default TOKENIZER_PATH data/tokenizer_4096
 default CHAT_DATA data/chat
 default EVALS "bpb,${CORE_BUNDLE:+core,}samples"
 default EXTRA "core_max_per_task=20 log_interval=10"
-# Chat, letters to choose, spelling: 66 steps. No package has GSM8K's training split; its test split is asked only.
+# Chat, letters to choose, spelling: 66 steps, so few that the rates have to rise gently. No package has GSM8K's training split; its test split is asked only.
 chat=${CHAT_DATA:-data/chat}
 default SFT_EXTRA "chat_train_mixture=[[json:$chat/train.jsonl,1,700],[MMLU/validation,1,400],\
 [SimpleSpelling/train,1,3000],[SpellingBee/train,1,300]] chat_validation_mixture=[[json:$chat/validation.jsonl,1]]\
- eval_interval=20 eval_tokens=65536 chat_interval=0 chat_max_per_task=50 max_new_tokens=128 chat_tasks=[\
+ warmup_steps=5 smear_lr=0.01 eval_interval=20 eval_tokens=65536 chat_interval=0 chat_max_per_task=50 max_new_tokens=128 chat_tasks=[\
 ARC-Easy/validation,ARC-Challenge/validation,MMLU/test,GSM8K/test,HumanEval/test,SpellingBee/test,SimpleSpelling/test]"
 default RL_EXTRA "rl_task=SimpleSpelling/train rl_eval_task=SimpleSpelling/test rl_eval_problems=50 rl_eval_samples=4\
  rl_problems=16 rl_samples=8 rl_row_tokens=64 max_new_tokens=32 steps=30 eval_interval=15"

@@ -260,9 +260,7 @@ def muon(
     parts = [nesterov_momentum(momentum), each_matrix(lambda x: x.astype(dtype)), whole]
     if row_equilibration:
         parts.append(each_matrix(equilibrate_rows))
-    parts.append(
-        optax.stateless(lambda updates, _: orthogonalize(updates, iterations, norm_margin, rules))
-    )
+    parts.append(each_matrix(lambda x: polar_express(x, iterations, norm_margin)))
     parts.append(each_matrix(lambda x: x.astype(jnp.float32)))
     if renormalization:
         parts.append(each_matrix(renormalize))
@@ -312,32 +310,12 @@ def equilibrate_rows(x: jax.Array) -> jax.Array:
     return (x * (target / jnp.maximum(_norm(x, axis=-2), 1e-6))).astype(x.dtype)
 
 
-def orthogonalize(updates: Tree, iterations: int, norm_margin: float, rules: Rules) -> Tree:
-    """`polar_express` of every stack of matrices; those of one shape, or of its transpose, share one program.
-
-    What the iterations cost a compiler is the number of different programs, not the number of matrices.
-    """
-    leaves, structure = jax.tree.flatten(updates)
-    wide = [x.mT if x.shape[-2] > x.shape[-1] else x for x in leaves]
-    for shape in dict.fromkeys(x.shape for x in wide):
-        members = [index for index, x in enumerate(wide) if x.shape == shape]
-        stack = constrain(
-            jnp.stack([wide[i] for i in members]),
-            (None, "layers", *(None,) * (len(shape) - 1)),
-            rules,
-        )
-        stack = polar_express(stack, iterations, norm_margin)
-        for index, x in zip(members, stack, strict=True):
-            leaves[index] = x if leaves[index].shape == shape else x.mT
-    return structure.unflatten(leaves)
-
-
 def polar_express(x: jax.Array, iterations: int, norm_margin: float) -> jax.Array:
     """Nearly the orthogonal factor of the polar decomposition: singular values go towards 1, vectors stay.
 
-    No matrix of x is taller than wide: the products are made of the smaller Gram matrix. They take x's dtype
-    and add up in float32. `norm_margin` keeps the largest singular value inside the polynomials' interval
-    despite rounding. Source: https://arxiv.org/abs/2505.16932.
+    The products take x's dtype, add up in float32, and are made of the Gram matrix of the shorter side.
+    `norm_margin` keeps the largest singular value inside the polynomials' interval despite rounding.
+    Source: https://arxiv.org/abs/2505.16932.
     """
     dtype = x.dtype
     # A TPU and a GPU would round float32 operands; what is asked for in float32 is done in it.
@@ -346,14 +324,16 @@ def polar_express(x: jax.Array, iterations: int, norm_margin: float) -> jax.Arra
     def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
 
+    left = x.shape[-2] <= x.shape[-1]
     x = (x / (_norm(x) * norm_margin + 1e-6)).astype(dtype)
 
     def iterate(x, coefficients):
         a, b, c = coefficients
-        gram = matmul(x, x.mT)
+        gram = matmul(x, x.mT) if left else matmul(x.mT, x)
         low = gram.astype(dtype)
         polynomial = (b * gram + c * matmul(low, low)).astype(dtype)
-        return (a * x.astype(jnp.float32) + matmul(polynomial, x)).astype(dtype), None
+        step = matmul(polynomial, x) if left else matmul(x, polynomial)
+        return (a * x.astype(jnp.float32) + step).astype(dtype), None
 
     # A loop, so that the products are compiled once.
     return jax.lax.scan(iterate, x, jnp.asarray(POLAR_EXPRESS[:iterations], jnp.float32))[0]

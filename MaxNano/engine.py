@@ -9,6 +9,7 @@ One thread uses an engine; the host decides who is in which slot, and the device
 needed (decode.py).
 """
 
+import bisect
 import codecs
 import itertools
 import math
@@ -718,7 +719,8 @@ class Engine:
     def _release(self, sample: _Sample) -> None:
         slot, control = sample.slot, self._control
         del self._running[slot]
-        self._free[slot // (self.slots // self.programs.ways)].append(slot)
+        # Lowest first: what an idle engine is asked lies where it would in a new one, and is the same to the last bit.
+        bisect.insort(self._free[slot // (self.slots // self.programs.ways)], slot)
         # Off, so that nobody pays for it.
         control.left[slot] = control.position[slot] = control.logprobs[slot] = control.top_k[slot] = 0
         control.temperature[slot] = 0

@@ -280,7 +280,6 @@ def test_sigterm_ends_the_wait_for_a_shard_and_the_state_goes_on_exactly(arrivin
             taken.append(np.asarray(next(batches)["inputs"]))
     state = batches.state()
     batches.close()  # would take the hour otherwise
-    assert taken
     bring()
     with open_loader(make_config(folder, **PROMPT), state=state) as batches:
         following = take(batches, 5)

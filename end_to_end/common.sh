@@ -305,11 +305,11 @@ stage_report() {
 
 # The run that ends the line of RUN_NAME.
 last_run() {
-  local name=$RUN_NAME stage
+  local name=$RUN_NAME stage state base=("${config[@]}")
   for stage in sft rl; do
-    if [ "$(results state "run_name=${RUN_NAME}_$stage")" != new ]; then
-      name=${RUN_NAME}_$stage
-    fi
+    local config=("${base[@]}" "run_name=${RUN_NAME}_$stage")
+    state=$(results state)
+    [ "$state" = new ] || name=${RUN_NAME}_$stage
   done
   echo "$name"
 }

@@ -10,10 +10,11 @@ V vocab, S positions of a ring.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
@@ -451,7 +452,10 @@ def _attend_cached(plan, q, ring, group, positions, size):
 
 
 class Control(NamedTuple):
-    """What the host says of each slot before a round of steps; arrays (B,) unless said otherwise."""
+    """What the host says of each slot before a round of steps; arrays (B,), int32 unless said otherwise.
+
+    They are the columns of one array, since each array on its way to the devices costs the host a while.
+    """
 
     token: jax.Array  # the newest one, not yet in the cache
     previous: jax.Array  # the one before it
@@ -459,14 +463,27 @@ class Control(NamedTuple):
     left: jax.Array  # tokens that may still come; 0: nobody is here
     sample: jax.Array  # which of its request's samples this is
     seed: jax.Array  # (B, 2) uint32
-    temperature: jax.Array  # 0: the likeliest token
+    temperature: jax.Array  # float32; 0: the likeliest token
     top_k: jax.Array  # 0: off
-    top_p: jax.Array  # 1: off
-    min_p: jax.Array  # 0: off
-    penalty: jax.Array  # 1: off
+    top_p: jax.Array  # float32; 1: off
+    min_p: jax.Array  # float32; 0: off
+    penalty: jax.Array  # float32; 1: off
     logprobs: jax.Array  # 0: none, 1: of the token, 2: and of the likeliest
     stop: jax.Array  # (B, STOP_IDS), -1 where there are fewer
     forced: jax.Array  # (B, steps) tokens to take instead of drawn ones, -1: draw
+
+    @classmethod
+    def of(cls, packed: np.ndarray | jax.Array) -> Self:
+        """The columns of an array (B, CONTROL_COLUMNS + steps) int32; numpy's share its memory."""
+        singles = [name for name in cls._fields if name not in ("seed", "stop", "forced")]
+        columns = {name: packed[:, i] for i, name in enumerate(singles)}
+        columns |= {name: columns[name].view(np.float32) for name in ("temperature", "top_p", "min_p", "penalty")}
+        columns["seed"] = packed[:, len(singles) : len(singles) + 2].view(np.uint32)
+        columns["stop"] = packed[:, len(singles) + 2 : CONTROL_COLUMNS]
+        return cls(**columns, forced=packed[:, CONTROL_COLUMNS:])
+
+
+CONTROL_COLUMNS = len(Control._fields) - 3 + 2 + STOP_IDS  # without those of `forced`
 
 
 class Round(NamedTuple):

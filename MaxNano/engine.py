@@ -248,11 +248,15 @@ class Programs:
 
     @cached_property
     def decode(self) -> Callable:
-        """(weights, cache, Control, seen, is_eager) -> (cache, Round): a round of steps; the cache is taken over."""
+        """(weights, cache, packed Control, seen, is_eager) -> (cache, Round): some steps; the cache is taken over."""
+
+        def local(weights, cache, packed, seen, is_eager):
+            return decode.decode_round(self.plan, weights, cache, decode.Control.of(packed), seen, is_eager)
+
         slots = PartitionSpec(self.axes)
         by_step = PartitionSpec(None, self.axes)
         return self._jit(
-            partial(decode.decode_round, self.plan),
+            local,
             (self._manual(self.weights), self._manual(self.cache), slots, slots, PartitionSpec()),
             (self._manual(self.cache), by_step),
         )
@@ -321,9 +325,9 @@ class Programs:
         def of(dtype, *shape):
             return jax.ShapeDtypeStruct((self.slots, *shape), dtype, sharding=self.by_slot)
 
-        control = jax.tree.map(lambda x: of(x.dtype, *x.shape[1:]), empty_control(self.slots, self.steps))
+        packed = of(np.int32, decode.CONTROL_COLUMNS + self.steps)
         seen = of(np.bool_, self.weights["head"].shape[1])
-        return self.decode.lower(self.weights, self.cache, control, seen, np.bool_(False))
+        return self.decode.lower(self.weights, self.cache, packed, seen, np.bool_(False))
 
     def lower_prefill(self, length: int | None = None, scored: bool = False) -> jax.stages.Lowered:
         """The prefill of prompts of `length` tokens (None: the longest), ready to be compiled for the devices."""
@@ -347,15 +351,13 @@ def full_programs(setup) -> Programs:
     return replace(programs, plan=programs.plan._replace(is_full=True))
 
 
-def empty_control(slots: int, steps: int) -> decode.Control:
-    """The host's side of the slots (numpy), nobody in them."""
-    columns = {name: np.zeros(slots, np.int32) for name in decode.Control._fields}
-    columns |= {name: np.zeros(slots, np.float32) for name in ("temperature", "min_p")}
-    columns |= {name: np.ones(slots, np.float32) for name in ("top_p", "penalty")}
-    columns["seed"] = np.zeros((slots, 2), np.uint32)
-    columns["stop"] = np.full((slots, decode.STOP_IDS), -1, np.int32)
-    columns["forced"] = np.full((slots, steps), -1, np.int32)
-    return decode.Control(**columns)
+def empty_control(slots: int, steps: int) -> tuple[np.ndarray, decode.Control]:
+    """The host's side of the slots, nobody in them: the array that goes to the devices, and its columns."""
+    packed = np.zeros((slots, decode.CONTROL_COLUMNS + steps), np.int32)
+    control = decode.Control.of(packed)
+    control.top_p[:] = control.penalty[:] = 1
+    control.stop[:] = control.forced[:] = -1
+    return packed, control
 
 
 # ---- Text ------------------------------------------------------------------------------------------------------------
@@ -595,7 +597,7 @@ class Engine:
 
     def _forget(self) -> None:
         self._cache = self.programs.empty_cache()
-        self._control = empty_control(self.slots, self.programs.steps)
+        self._packed, self._control = empty_control(self.slots, self.programs.steps)
         self._running: dict[int, _Sample] = {}  # by slot
         own = self.slots // self.programs.ways
         self._free = [list(range(way * own, (way + 1) * own)) for way in range(self.programs.ways)]
@@ -755,8 +757,8 @@ class Engine:
         programs = self.programs
         penalized = bool((self._control.penalty != 1).any())
         seen = jax.device_put(self._seen, programs.by_slot) if penalized else self._none_seen
-        # The call itself puts so many small arrays on the device several times as fast as device_put does.
-        self._cache, out = programs.decode(self._weights, self._cache, self._control, seen, np.bool_(is_eager))
+        # The call itself puts a small array on the devices several times as fast as device_put does.
+        self._cache, out = programs.decode(self._weights, self._cache, self._packed, seen, np.bool_(is_eager))
         wanted = self._control.logprobs.any()
         return np.asarray(out.tokens), jax.device_get(out.scores) if wanted else None
 

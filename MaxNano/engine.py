@@ -33,7 +33,7 @@ from MaxNano.tokenizer import Tokenizer
 from MaxNano.train_state import architecture
 
 _MATRICES = ("qkv", "out", "wi", "wo", "gate", "head")  # weights of which every step reads all
-# A CPU device is about one core. Products of a few rows stay on its own thread, where Eigen's are the faster ones.
+# A CPU device is about one core: products of a few rows are not worth sharing out. See benchmarks/README.md.
 _CPU_OPTIONS = {"xla_cpu_multi_thread_eigen": False, "xla_cpu_experimental_ynn_fusion_type": ""}
 SMALLEST_BUCKET = 64  # prompts are padded to this many tokens, or to a power of two times as many
 

@@ -216,7 +216,8 @@ def main(config: FrozenConfigDict) -> int | None:
     rows = [measure(config, params, mesh, batch) for batch in BATCHES]
     common.show(rows, digits=2)
     beside = compare(config, params, mesh)
-    common.show(beside, digits=2)
+    if beside:
+        common.show(beside, digits=2)
     device = mesh.devices.flat[0].device_kind
     print(json.dumps({"model": config.model, "device": device, "devices": mesh.size, "rows": rows, "nanochat": beside}))
     return None

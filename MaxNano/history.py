@@ -61,6 +61,11 @@ class Run(NamedTuple):
         return next((one for one in reversed(self.evaluations) if one.of_kind(kind)), None)
 
 
+def start_folder(load_from: str, folder: epath.Path) -> epath.Path:
+    """The folder of the run that the run in `folder` is started from: a path, or the name of one beside it."""
+    return epath.Path(load_from).expanduser() if "/" in load_from else folder.parent / load_from
+
+
 def read_chain(folder: epath.Path) -> tuple[list[Run], str | None]:
     """The run in a folder behind all those that load_from leads to, the first one first; and why one is missing.
 
@@ -68,9 +73,7 @@ def read_chain(folder: epath.Path) -> tuple[list[Run], str | None]:
     """
     runs = [read_run(folder)]
     while (start := runs[0].config.get("load_from")) is not None:
-        place = epath.Path(start).expanduser()
-        if "/" not in start:
-            place = runs[0].folder.parent / start
+        place = start_folder(start, runs[0].folder)
         if any(str(place) == str(run.folder) for run in runs):
             return (
                 runs,

@@ -80,8 +80,10 @@ def next_problems(
 
 
 def open_task(config: FrozenConfigDict) -> tasks.Task:
-    """rl_task. Raises ValueError where it has no problems, or its data are missing."""
+    """rl_task. Raises ValueError where it has no problems or no reward, or its data are missing."""
     task = tasks.open_task(config, config.rl_task)
+    if type(task).evaluate is tasks.Task.evaluate and type(task).reward is tasks.Task.reward:
+        raise ValueError(f"rl_task={config.rl_task} is only trained on; choose a task that judges or rewards an answer")
     if not len(task):
         raise ValueError(f"rl_task={config.rl_task} has no problems")
     return task

@@ -36,6 +36,7 @@ from ml_collections import FrozenConfigDict
 from MaxNano import (
     attention,
     embedding,
+    history,
     losses,
     optim,
     pyconfig,
@@ -472,9 +473,7 @@ def load_start(setup: Setup, tokenizer_fingerprint: str) -> TrainState:
 
 def start_directory(config: FrozenConfigDict) -> epath.Path:
     """The folder of the run that load_from names. Raises ValueError where it is this run's own."""
-    place = epath.Path(config.load_from).expanduser()
-    if "/" not in config.load_from:
-        place = run_directory(config).parent / config.load_from
+    place = history.start_folder(config.load_from, run_directory(config))
     if place == run_directory(config):
         raise ValueError(f"load_from={config.load_from} is the folder of this run itself; choose another run_name")
     return place

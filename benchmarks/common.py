@@ -49,6 +49,19 @@ def costs(report: compile_report.Report) -> Row:
     return row | {"GiB": report.memory.total / GIB, "compiled s": report.compile_seconds}
 
 
+def nanochat_model(config: FrozenConfigDict) -> Row:
+    """The same architecture as the keyword arguments of nanochat's GPTConfig."""
+    return {
+        "sequence_len": config.max_target_length,
+        "vocab_size": config.vocab_size,
+        "n_layer": config.num_decoder_layers,
+        "n_head": config.num_query_heads,
+        "n_kv_head": config.num_kv_heads,
+        "n_embd": config.emb_dim,
+        "window_pattern": config.window_pattern,
+    }
+
+
 class Kept:
     """Rows in a file of JSON lines, so that a benchmark that was stopped goes on behind the last of them.
 

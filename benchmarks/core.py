@@ -54,17 +54,8 @@ def start_nanochat(
     with tempfile.TemporaryDirectory() as folder:
         arrays = convert.params_to_nanochat(jax.tree.map(np.asarray, jax.device_get(params)), config)
         np.savez(Path(folder) / "model.npz", **arrays)
-        model = {
-            "sequence_len": config.max_target_length,
-            "vocab_size": config.vocab_size,
-            "n_layer": config.num_decoder_layers,
-            "n_head": config.num_query_heads,
-            "n_kv_head": config.num_kv_heads,
-            "n_embd": config.emb_dim,
-            "window_pattern": config.window_pattern,
-        }
         facts = {
-            "model": model,
+            "model": common.nanochat_model(config),
             "parameters": f"{folder}/model.npz",
             "tokenizer": str(Path(config.tokenizer_path).expanduser() / tokenizer.FILE_NAME),
             "bos_id": bos_id,

@@ -136,19 +136,10 @@ def start_nanochat(config: FrozenConfigDict, params) -> Iterator[Callable[..., A
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.npz"
         np.savez(weights, **convert.params_to_nanochat(params, config))
-        model = {
-            "sequence_len": config.max_target_length,
-            "vocab_size": config.vocab_size,
-            "n_layer": config.num_decoder_layers,
-            "n_head": config.num_query_heads,
-            "n_kv_head": config.num_kv_heads,
-            "n_embd": config.emb_dim,
-            "window_pattern": config.window_pattern,
-        }
-        task = {"weights": str(weights), "model": model}
+        task = {"weights": str(weights), "model": common.nanochat_model(config)}
         program = Path(__file__).with_name("nanochat_decode.py")
         with subprocess.Popen(
-            [os.environ.get("NANOCHAT_PYTHON", "python3"), str(program)],
+            [os.environ.get("NANOCHAT_PYTHON", sys.executable), str(program)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -70,19 +70,11 @@ def start_nanochat(config: FrozenConfigDict) -> Iterator[Callable[[int], list[fl
         return
     task = {
         "rows": config.global_batch_tokens // config.max_target_length,
-        "model": {
-            "sequence_len": config.max_target_length,
-            "vocab_size": config.vocab_size,
-            "n_layer": config.num_decoder_layers,
-            "n_head": config.num_query_heads,
-            "n_kv_head": config.num_kv_heads,
-            "n_embd": config.emb_dim,
-            "window_pattern": config.window_pattern,
-        },
+        "model": common.nanochat_model(config),
     }
     program = Path(__file__).with_name("nanochat_step_time.py")
     with subprocess.Popen(
-        [os.environ.get("NANOCHAT_PYTHON", "python3"), str(program)],
+        [os.environ.get("NANOCHAT_PYTHON", sys.executable), str(program)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

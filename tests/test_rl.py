@@ -141,6 +141,15 @@ def words_of(place, *more):
     ]  # fmt: skip
 
 
+def test_a_task_without_a_reward_is_refused_in_a_line(tmp_path):
+    path = tmp_path / "talk.jsonl"
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    path.write_text(json.dumps(talk) + "\n")
+    config = pyconfig.initialize(["configs/base.yml", f"rl_task=json:{path}"])
+    with pytest.raises(ValueError, match="talk.jsonl is only trained on; choose a task that judges"):
+        rl.open_task(config)
+
+
 def rl_words(place, *more):
     return words_of(
         place, "stage=rl", "load_from=base", "xla_flags=[quick]", QUICK, "rl_task=Ascii/train", "rl_problems=2",

@@ -6,7 +6,8 @@ For each of SLICES at the tokens a chip that compile_topology would take, and at
 ESTIMATED, nothing is run. Compiling each whole step would take hours, so a step is put together of two programs:
 
 - the step of the command line, compiled whole for compile_topology: what its chips compute. Work on tokens is scaled by
-  the tokens of a chip; the update, and all that has the shape of weights or tables, is not;
+  the tokens of a chip; what else has the shape of weights or tables is done once a micro-step, and the update, with
+  what gathers and reduces for it, once a step;
 - the same model at full depth and width on rows of SHORT tokens, with one Muon iteration and one kind of window,
   compiled for the larger slice in its layout: the state's memory, and every collective over weights and gradients,
   whose size does not depend on the rows. Those over activations (axis tensor) are scaled by tokens. None is taken to
@@ -62,9 +63,9 @@ class Layout(NamedTuple):
     slices: int
 
     @classmethod
-    def choose(cls, chips: int, slices: int, rows: int) -> "Layout":
-        """For `rows` of a step; chips that get no row of their own share one."""
-        tensor = max(1, chips // math.gcd(chips, rows))
+    def choose(cls, chips: int, slices: int, rows: int, tensor: int) -> "Layout":
+        """For `rows` of a step and at least `tensor` chips for each; chips that get no row of their own share one."""
+        tensor = max(tensor, chips // math.gcd(chips, rows))
         fsdp = math.gcd(FSDP, chips // slices // tensor)
         return cls(chips // slices // tensor // fsdp, fsdp, tensor, slices)
 
@@ -85,29 +86,34 @@ class Layout(NamedTuple):
 
 
 def whole_step(config: FrozenConfigDict) -> common.Row:
-    """What a chip of compile_topology computes, in cycles a step and cycles a token; and GiB beside the state."""
+    """What a chip of compile_topology computes: cycles a step, a micro-step and a token, and GiB beside the state."""
     setup = train.set_up(config, train_compile.slice_devices(config.compile_topology, config.compile_num_slices))
     started = time.monotonic()
     setup, compiled = train.compile_train(setup)
     seconds = time.monotonic() - started
     chip = runtime.chip(setup.mesh.devices.flat[0])
     walk = compile_report.walk(hlo.parse(compiled.as_text()), chip, mesh=setup.mesh, vocab_size=config.vocab_size)
-    per_step = sum(operation.total for operation in walk.operations if of_weights(operation))
-    per_tokens = sum(operation.total for operation in walk.operations) - per_step
+    cycles = defaultdict(float)
+    for operation in walk.operations:
+        cycles[unit_of(operation)] += operation.total
     stats = compiled.memory_analysis()
     return {
-        "step cycles": per_step,
-        "token cycles": per_tokens / (config.global_batch_tokens / setup.mesh.size),
+        "step cycles": cycles["step"],
+        "micro-step cycles": cycles["micro-step"] / setup.plan.micro_steps,
+        "token cycles": cycles["token"] / (config.global_batch_tokens / setup.mesh.size),
         "rows": setup.plan.micro_rows,
+        "tensor": config.ici_tensor_parallelism,
         "working GiB": (stats.peak_memory_in_bytes - stats.argument_size_in_bytes) / common.GIB,
         "compiled s": seconds,
     }
 
 
-def of_weights(operation: compile_report.Operation) -> bool:
-    """Whether an operation does as much for few tokens as for many."""
+def unit_of(operation: compile_report.Operation) -> str:
+    """With what an operation's work grows: the number of steps, of micro-steps or of tokens."""
     scopes = operation.op_name.split("/")
-    return operation.kind in ("weight", "table") or any(scope in scopes for scope in PER_STEP)
+    if any(scope in scopes for scope in PER_STEP):
+        return "step"
+    return "micro-step" if operation.kind in ("weight", "table") else "token"
 
 
 def short_step(words: Sequence[str], topology: str, layout: Layout) -> common.Row:
@@ -154,8 +160,9 @@ def estimate(config: FrozenConfigDict, whole: common.Row, short: common.Row, lay
     chip = runtime.CHIPS["TPU v6e"]
     chips = layout.data * layout.fsdp * layout.tensor * layout.slices
     own = tokens / chips
+    micro_steps = max(1.0, own * whole["tensor"] / (whole["rows"] * config.max_target_length))
     rows_ms = own * whole["token cycles"] / chip.clock_hz * 1e3
-    weights_ms = whole["step cycles"] / chip.clock_hz * 1e3
+    weights_ms = (whole["step cycles"] + micro_steps * whole["micro-step cycles"]) / chip.clock_hz * 1e3
     ici = dcn = 0.0
     for name, seconds in short["seconds"].items():
         scale = own * layout.tensor / SHORT if "tensor" in name else 1.0
@@ -191,7 +198,7 @@ def main(config: FrozenConfigDict) -> None:
         chips = math.prod(train_compile.slice_shape(topology)[1]) * slices
         batch = config.global_batch_tokens
         for fixed, tokens in (("tokens a chip", batch // common.chips_of(config) * chips), ("batch", batch)):
-            layout = Layout.choose(chips, slices, tokens // config.max_target_length)
+            layout = Layout.choose(chips, slices, tokens // config.max_target_length, config.ici_tensor_parallelism)
             task = ["short", topology, list(layout), *words]
             short = kept.find(task) or kept.add(task, short_step(words, topology, layout))
             name = f"{slices} x {topology}" if slices > 1 else topology

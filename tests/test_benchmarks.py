@@ -146,11 +146,13 @@ def test_all_losses_are_one():
 # ---- Past one host ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("rows", [256, 8192])
 @pytest.mark.parametrize("topology,slices", pods.SLICES)
-def test_a_layout_uses_every_chip_and_cuts_the_rows(topology, slices, rows):
+def test_a_layout_uses_every_chip_and_cuts_the_rows(topology, slices, rows, tensor):
     chips = int(topology.partition("-")[2]) * slices
-    layout = pods.Layout.choose(chips, slices, rows)
+    layout = pods.Layout.choose(chips, slices, rows, tensor)
+    assert layout.tensor >= tensor
     assert layout.data * layout.fsdp * layout.tensor * layout.slices == chips
     assert rows % (layout.data * layout.fsdp * layout.slices) == 0
     config = make_config("model=d24", *layout.words())
@@ -159,26 +161,32 @@ def test_a_layout_uses_every_chip_and_cuts_the_rows(topology, slices, rows):
 
 def test_a_step_is_put_together_of_its_parts():
     config = make_config("model=d24")
-    whole = {"step cycles": 1.75e6, "token cycles": 1.75e3, "working GiB": 1.0, "rows": 32}
+    whole = {
+        "step cycles": 1.75e6, "micro-step cycles": 0.875e6, "token cycles": 1.75e3, "working GiB": 1.0, "rows": 32,
+        "tensor": 2,
+    }  # fmt: skip
     seconds = {"fsdp ici": 0.002, "data dcn": 0.003, "tensor ici": 0.001}
     short = {"state GiB": 2.0, "seconds": seconds, "GB": {}}
     layout = pods.Layout(data=4, fsdp=8, tensor=2, slices=1)
     row = pods.estimate(config, whole, short, layout, tokens=64 * 256)
     assert row["tokens ms"] == pytest.approx(256e-3)
-    assert row["weights ms"] == pytest.approx(1)
+    assert row["weights ms"] == pytest.approx(1.5)
     # Two chips share a row's tokens, so activations are those of twice the tokens of a chip.
     assert (row["ICI ms"], row["DCN ms"]) == pytest.approx((2 + 2 * 1, 3))
-    assert row["step ms"] == pytest.approx(1.256 + 4 + 3)
+    assert row["step ms"] == pytest.approx(1.756 + 4 + 3)
     assert row["at most GiB"] == 3
+    # 32 rows on two chips are a micro-step: three times as many tokens are three of them.
+    row = pods.estimate(config, whole, short, layout, tokens=3 * 32 * 2048 * 32)
+    assert row["weights ms"] == pytest.approx(1 + 3 * 0.5)
 
 
 def test_work_on_weights_is_told_from_work_on_tokens():
     def operation(kind, op_name):
         return compile_report.Operation("x", kind, 1.0, 1, "compiler", "", "", op_name)
 
-    assert pods.of_weights(operation("matmul", "jit(train_step)/update/dot_general"))
-    assert pods.of_weights(operation("table", "jit(train_step)/add"))
-    assert not pods.of_weights(operation("matmul", "jit(train_step)/shard_map/loss/dot_general"))
+    assert pods.unit_of(operation("matmul", "jit(train_step)/update/dot_general")) == "step"
+    assert pods.unit_of(operation("table", "jit(train_step)/add")) == "micro-step"
+    assert pods.unit_of(operation("matmul", "jit(train_step)/shard_map/loss/dot_general")) == "token"
 
 
 # ---- Measured on this machine ----------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ class Plan(NamedTuple):
     kernel: str
     settings: attention.Settings
     block: int  # positions of a ring, about, that are read at a time
+    by_head: bool  # a lone slot's keys and values are stored head by head
     is_full: bool = False  # loops go as far as they ever can: to be costed, not to be run
 
     @property
@@ -71,8 +72,9 @@ def make_plan(config: FrozenConfigDict, numerics: Numerics, max_length: int, loo
     # The flash kernel is bound to the training step.
     kernel = "splash" if numerics.attention == "flash" else numerics.attention
     settings = attention.Settings.from_config(config, numerics.backend)
-    block = 128 if numerics.backend == "cpu" else 512
-    return Plan(config, kinds, period, groups, max_length, numerics.dtype, kernel, settings, block)
+    is_cpu = numerics.backend == "cpu"
+    block = 128 if is_cpu else 512
+    return Plan(config, kinds, period, groups, max_length, numerics.dtype, kernel, settings, block, by_head=is_cpu)
 
 
 # ---- Weights and cache -----------------------------------------------------------------------------------------------
@@ -412,7 +414,11 @@ def _store(plan, ring, group, new, place, size):
     blocks = []
     for (start, end), block in zip(_spans(plan, size), ring, strict=True):
         index = jnp.clip(place, start, end - 1) - start
-        where = (slots, slice(None), index) if group is None else (group, slots, slice(None), index)
+        if plan.by_head and len(place) == 1 and group is None:
+            # One update alone becomes a dynamic slice's, which the CPU's compiler fuses twice, copying the whole ring.
+            where = (slots[:, None], jnp.arange(block[0].shape[1]), index[:, None])
+        else:
+            where = (slots, slice(None), index) if group is None else (group, slots, slice(None), index)
         is_here = ((place >= start) & (place < end))[:, None, None]
         # A place in another block is answered by writing what is there: then nothing is ever copied.
         pairs = [(x, jnp.where(is_here, row, x[where])) for x, row in zip(block, new, strict=True)]

@@ -407,11 +407,12 @@ def test_serves_other_parameters(served, params):
     assert one(served, GREEDY) == expected
 
 
-def test_the_cache_is_never_copied(config, mesh, params):
+@pytest.mark.parametrize("slots", [1, SLOTS])
+def test_the_cache_is_never_copied(config, mesh, params, slots):
     config = pyconfig.replace(config, "test", num_decoder_layers=2)
     numerics = engine.numerics_of(config, mesh)
     target = engine.abstract_params(config, numerics, mesh)
-    programs = engine.Programs.build(config, mesh, numerics, target, slots=SLOTS, max_length=LONGEST)
+    programs = engine.Programs.build(config, mesh, numerics, target, slots=slots, max_length=LONGEST)
     rings = {f"f32[{','.join(map(str, ring.shape))}]" for ring in jax.tree.leaves(programs.cache)}
     for lowered in (programs.lower_decode(), programs.lower_prefill(64)):
         text = lowered.compile().as_text()

@@ -19,15 +19,15 @@ from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from MaxNano import attention, sampling, sharding
-from MaxNano.layers import rms_norm, rotary_tables
+from MaxNano.layers import rms_norm, rotary_tables, row_major
 from MaxNano.losses import soft_cap
 from MaxNano.model import LayerKind, Numerics, layer_kinds, repetition
 
 Weights = dict[str, Any]
 Ring = tuple[tuple[jax.Array, jax.Array], ...]
-"""A layer's blocks of keys and values (B, K, S, H), or those (groups, B, K, S, H) of the layers a loop goes over."""
-Cache = dict[str, tuple[Ring, ...]]
-"""`loop`: a ring for each layer of a period; `layers`: one for each layer that is written out."""
+"""A layer's blocks of keys and values, (B, K, S, H) each."""
+Cache = tuple[Ring, ...]
+"""A ring for each layer."""
 
 SCORED = 256  # tokens of a prompt whose logits are computed at a time
 STOP_IDS = 16  # token ids at which a slot can be told to stop
@@ -41,14 +41,15 @@ class Plan(NamedTuple):
 
     config: FrozenConfigDict
     kinds: tuple[LayerKind, ...]
-    period: int  # the first period x groups layers are one loop ...
-    groups: int  # ... and the others are written out
+    period: int  # prefill goes over the first period x groups layers in a loop ...
+    groups: int  # ... and the others are written out; decoding writes out all
     max_length: int  # tokens of the longest sequence
     dtype: str
     kernel: str
     settings: attention.Settings
     block: int  # positions of a ring, about, that are read at a time
     by_head: bool  # a lone slot's keys and values are stored head by head
+    query_rows: int  # query heads of a kv head are padded to a multiple of this many
     is_full: bool = False  # loops go as far as they ever can: to be costed, not to be run
 
     @property
@@ -60,8 +61,8 @@ class Plan(NamedTuple):
 def make_plan(config: FrozenConfigDict, numerics: Numerics, max_length: int, looped: bool | None = None) -> Plan:
     """The plan for sequences of at most `max_length` tokens, prompt and answer together.
 
-    looped: whether equal groups of layers are one loop; None: with scan_layers on a TPU, whose compiler reads a
-    layer of a stack in place, where others copy it.
+    looped: whether prefill goes over equal groups of layers in a loop; None: with scan_layers on a TPU, whose compiler
+    reads a layer of a stack in place, where others copy it.
     """
     kinds = layer_kinds(config)
     period, groups = repetition(kinds)
@@ -74,7 +75,11 @@ def make_plan(config: FrozenConfigDict, numerics: Numerics, max_length: int, loo
     settings = attention.Settings.from_config(config, numerics.backend)
     is_cpu = numerics.backend == "cpu"
     block = 128 if is_cpu else 512
-    return Plan(config, kinds, period, groups, max_length, numerics.dtype, kernel, settings, block, by_head=is_cpu)
+    # A product of fewer rows than a TPU's register has goes to the vector unit, which takes ten times as long.
+    query_rows = 8 if numerics.backend == "tpu" else 1
+    return Plan(
+        config, kinds, period, groups, max_length, numerics.dtype, kernel, settings, block, is_cpu, query_rows
+    )  # fmt: skip
 
 
 # ---- Weights and cache -----------------------------------------------------------------------------------------------
@@ -83,7 +88,7 @@ def make_plan(config: FrozenConfigDict, numerics: Numerics, max_length: int, loo
 def prepare(plan: Plan, params: dict[str, Any]) -> Weights:
     """The weights of a parameter tree: in the compute dtype, layers apart, queries, keys and values as one matrix.
 
-    A kv head's queries lie before its key and its value: (D, K, (G + 2) H). Every matrix is (in, out), the head too:
+    A kv head's queries lie before its key and its value: (D, K (G + 2) H). Every matrix is (in, out), the head too:
     a CPU's products with few rows take more than twice as long with (out, in).
     """
     config, dtype = plan.config, jnp.dtype(plan.dtype)
@@ -94,8 +99,9 @@ def prepare(plan: Plan, params: dict[str, Any]) -> Weights:
         return matrix.reshape(len(matrix), embed, kv_heads, -1)
 
     own = layers["attention"]
+    joined = jnp.concatenate([by_head(own[name]) for name in ("query", "key", "value")], axis=-1)
     stacked = {
-        "qkv": jnp.concatenate([by_head(own[name]) for name in ("query", "key", "value")], axis=-1),
+        "qkv": joined.reshape(len(joined), embed, -1),
         "out": own["out"],
         "wi": layers["mlp"]["wi"],
         "wo": layers["mlp"]["wo"],
@@ -132,7 +138,7 @@ _WEIGHT_AXES = {
     "embed": ("vocab", "embed"),
     "head": ("embed", "vocab"),
     "tables": (None, "vocab", "kv_heads"),
-    "qkv": ("embed", "kv_heads", None),
+    "qkv": ("embed", "kv_heads"),
     "out": ("heads", "embed"),
     "wi": ("embed", "mlp"),
     "wo": ("mlp", "embed"),
@@ -158,20 +164,15 @@ def cache_shapes(plan: Plan, mesh: Mesh, slots: int) -> Cache:
     """The cache of `slots` slots as abstract arrays with shardings."""
     config = plan.config
 
-    def ring(size, *groups):
+    def ring(size):
         def block(length):
-            shape = (*groups, slots, config.num_kv_heads, length, config.head_dim)
-            axes = (None,) * len(groups) + _RING_AXES
-            placed = sharding.named_sharding(mesh, shape, axes, config.logical_axis_rules)
+            shape = (slots, config.num_kv_heads, length, config.head_dim)
+            placed = sharding.named_sharding(mesh, shape, _RING_AXES, config.logical_axis_rules)
             return (jax.ShapeDtypeStruct(shape, plan.dtype, sharding=placed),) * 2
 
         return tuple(block(end - start) for start, end in _spans(plan, size))
 
-    looped = plan.period * plan.groups
-    return {
-        "loop": tuple(ring(size, plan.groups) for size in plan.sizes[: plan.period]),
-        "layers": tuple(ring(size) for size in plan.sizes[looped:]),
-    }
+    return tuple(map(ring, plan.sizes))
 
 
 def _spans(plan: Plan, size: int) -> list[tuple[int, int]]:
@@ -183,14 +184,14 @@ def _spans(plan: Plan, size: int) -> list[tuple[int, int]]:
 
 # ---- The model -------------------------------------------------------------------------------------------------------
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array, int, Ring, jax.Array | None], tuple[jax.Array, Ring]]
-"""(q (T, K, G, H), k and v (T, K, H), window, ring, group of the ring or None) -> (T, K, G, H), and the ring anew."""
+Attend = Callable[[jax.Array, jax.Array, jax.Array, int, Ring | None], tuple[jax.Array, Ring]]
+"""(q (T, K, G, H), k and v (T, K, H), window, ring) -> (T, K, G, H), and the ring anew."""
 
 
 def forward(
     plan: Plan,
     weights: Weights,
-    cache: Cache,
+    cache: Cache | None,
     tokens: jax.Array,
     previous: jax.Array,
     positions: jax.Array,
@@ -199,44 +200,53 @@ def forward(
     """Final hidden states (T, D), and the cache as `attend` leaves it.
 
     tokens, the tokens before them and their positions are (T,); `attend` alone knows which tokens see each other.
+    Without a cache, `attend` makes one of new rings, and equal groups of layers are a loop.
     """
     config = plan.config
     x = x0 = _embed(plan, weights, tokens, previous, positions)
     rotary = tuple(table[positions][:, None, None] for table in weights["rotary"])
     middle_layer, looped = len(plan.kinds) // 2, plan.period * plan.groups
 
-    def block(x, layer, kind, ring, group=None):
+    def block(x, layer, kind, ring):
         x = _mix(x, layer["resid"], x0, layer["share"])
         h = rms_norm(x, config.norm_epsilon)
         q, k, v = _project(plan, weights, layer, h, tokens, rotary, kind)
-        y, ring = attend(q, k, v, kind.window, ring, group)
+        y, ring = attend(q, k, v, kind.window, ring)
         x = x + y.reshape(len(x), -1) @ layer["out"]
         hidden = rms_norm(x, config.norm_epsilon) @ layer["wi"]
         return x + jnp.square(jax.nn.relu(hidden)) @ layer["wo"], ring
 
     def step(carry, scanned):
-        x, middle, rings = carry
+        x, middle = carry
         group, layers = scanned
-        rings = list(rings)
+        rings = []
         for j, layer in enumerate(layers):
-            x, rings[j] = block(x, layer, plan.kinds[j], rings[j], group)
+            x, ring = block(x, layer, plan.kinds[j], None)
+            rings.append(ring)
             if middle_layer < looped and j == middle_layer % plan.period:
                 middle = jnp.where(group == middle_layer // plan.period, x, middle)
-        return (x, middle, tuple(rings)), None
+        return (x, middle), tuple(rings)
 
-    middle, in_loop = x, cache["loop"]
-    if looped:
-        scanned = (jnp.arange(plan.groups), weights["loop"])
-        (x, middle, in_loop), _ = jax.lax.scan(step, (x, x, in_loop), scanned)
-    rings = []
-    for i, (layer, ring) in enumerate(zip(weights["layers"], cache["layers"], strict=True), looped):
-        x, ring = block(x, layer, plan.kinds[i], ring)
+    middle, rings = x, []
+    if looped and cache is None:
+        (x, middle), stacked = jax.lax.scan(step, (x, x), (jnp.arange(plan.groups), weights["loop"]))
+        rings += [jax.tree.map(lambda x, i=i: x[i], ring) for i in range(plan.groups) for ring in stacked]
+    for i in range(len(rings), len(plan.kinds)):
+        x, ring = block(x, _layer(plan, weights, i), plan.kinds[i], cache and cache[i])
         rings.append(ring)
         if i == middle_layer:
             middle = x
     if config.use_backout:
         x = _mix(x, jnp.float32(1), middle, -weights["backout_lambda"])
-    return rms_norm(x, config.norm_epsilon), {"loop": in_loop, "layers": tuple(rings)}
+    return rms_norm(x, config.norm_epsilon), tuple(rings)
+
+
+def _layer(plan, weights, i):
+    """The weights of a layer."""
+    looped = plan.period * plan.groups
+    if i >= looped:
+        return weights["layers"][i - looped]
+    return jax.tree.map(lambda x: x[i // plan.period], weights["loop"][i % plan.period])
 
 
 def logits_of(plan: Plan, weights: Weights, hidden: jax.Array) -> jax.Array:
@@ -268,8 +278,7 @@ def _embed(plan, weights, tokens, previous, positions):
 def _project(plan, weights, layer, h, tokens, rotary, kind):
     """Queries (T, K, G, H) and keys (T, K, H), rotated and normalised, and values (T, K, H)."""
     config = plan.config
-    heads = jnp.einsum("TD,DKX->TKX", h, layer["qkv"])
-    heads = heads.reshape(*heads.shape[:2], -1, config.head_dim)
+    heads = row_major(h @ layer["qkv"]).reshape(len(h), config.num_kv_heads, -1, config.head_dim)
     v = heads[:, :, -1]
     if kind.has_value_embed:
         gate = jax.nn.sigmoid(h[:, : config.value_embed_gate_channels] @ layer["gate"])
@@ -304,36 +313,26 @@ def prefill(
     rows, length = tokens.shape
     rules = plan.config.logical_axis_rules
 
-    def attend(q, k, v, window, ring, group):
+    def attend(q, k, v, window, _):
         q = q.reshape(rows, length, -1, q.shape[-1]).swapaxes(1, 2)
         k, v = (x.reshape(rows, length, -1, x.shape[-1]).swapaxes(1, 2) for x in (k, v))
         y = attention.attention(q, k, v, window=window, kernel=plan.kernel, settings=plan.settings, rules=rules)
         size = min(window + 1, plan.max_length)
         left = zip(*(cut(_last(x, lengths, size), size) for x in (k, v)), strict=True)
-        if group is not None:
-            left = jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, group, 0), ring, tuple(left))
         return y.swapaxes(1, 2), tuple(left)
 
     def cut(x, size):
         """(..., L, H) into the blocks of a ring, of which the last may be empty."""
         return jnp.split(x, [min(start, x.shape[-2]) for start, _ in _spans(plan, size)][1:], axis=-2)
 
-    def empty(size):
-        shape = (plan.groups, rows, plan.config.num_kv_heads, min(length, size), plan.config.head_dim)
-        return tuple((block, block) for block in cut(jnp.zeros(shape, plan.dtype), size))
-
     previous = jnp.roll(tokens, 1, axis=1)
     positions = jnp.tile(jnp.arange(length), rows)
-    made = {"loop": tuple(map(empty, plan.sizes[: plan.period])), "layers": cache["layers"]}
-    hidden, made = forward(plan, weights, made, tokens.reshape(-1), previous.reshape(-1), positions, attend)
+    hidden, made = forward(plan, weights, None, tokens.reshape(-1), previous.reshape(-1), positions, attend)
 
     def copy(i, cache):
         def put(ring, new):
-            axis = ring.ndim - 4
-            row = jax.lax.dynamic_slice_in_dim(new, copies.rows[i], 1, axis)
-            starts = [0] * ring.ndim
-            starts[axis] = copies.slots[i]
-            return jax.lax.dynamic_update_slice(ring, row, starts)
+            row = jax.lax.dynamic_slice_in_dim(new, copies.rows[i], 1)
+            return jax.lax.dynamic_update_slice(ring, row, (copies.slots[i], 0, 0, 0))
 
         return jax.tree.map(put, cache, made)
 
@@ -399,26 +398,26 @@ def decode_step(
     token, or one that is still to come, and stays as it is.
     """
 
-    def attend(q, k, v, window, ring, group):
+    def attend(q, k, v, window, ring):
         size = min(window + 1, plan.max_length)
-        ring = _store(plan, ring, group, (k, v), positions % size, size)
-        return _attend_cached(plan, q, ring, group, positions, size), ring
+        ring = _store(plan, ring, (k, v), positions % size, size)
+        return _attend_cached(plan, q, ring, positions, size), ring
 
     hidden, cache = forward(plan, weights, cache, tokens, previous, positions, attend)
     return logits_of(plan, weights, hidden), cache
 
 
-def _store(plan, ring, group, new, place, size):
+def _store(plan, ring, new, place, size):
     """The ring with a token's key and value (B, K, H) at `place` (B,) of each slot."""
     slots = jnp.arange(len(place))
     blocks = []
     for (start, end), block in zip(_spans(plan, size), ring, strict=True):
         index = jnp.clip(place, start, end - 1) - start
-        if plan.by_head and len(place) == 1 and group is None:
+        if plan.by_head and len(place) == 1:
             # One update alone becomes a dynamic slice's, which the CPU's compiler fuses twice, copying the whole ring.
             where = (slots[:, None], jnp.arange(block[0].shape[1]), index[:, None])
         else:
-            where = (slots, slice(None), index) if group is None else (group, slots, slice(None), index)
+            where = (slots, slice(None), index)
         is_here = ((place >= start) & (place < end))[:, None, None]
         # A place in another block is answered by writing what is there: then nothing is ever copied.
         pairs = [(x, jnp.where(is_here, row, x[where])) for x, row in zip(block, new, strict=True)]
@@ -426,18 +425,18 @@ def _store(plan, ring, group, new, place, size):
     return tuple(blocks)
 
 
-def _attend_cached(plan, q, ring, group, positions, size):
+def _attend_cached(plan, q, ring, positions, size):
     """Each slot's query (B, K, G, H) against what its ring holds, block by block.
 
     A block that holds nothing of a slot leaves the slot's numbers as they are, to the bit, so how far others have
     come does not show.
     """
     seen = jnp.minimum(positions + 1, size)[:, None, None, None]
+    heads = q.shape[2]
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, -heads % plan.query_rows), (0, 0)))
 
     def add(carry, block, start):
         highest, total, out = carry
-        if group is not None:
-            block = (jax.lax.dynamic_index_in_dim(x, group, 0, keepdims=False) for x in block)
         keys, values = block
         scores = jnp.einsum("BKGH,BKSH->BKGS", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         scores = jnp.where(start + jnp.arange(keys.shape[2]) < seen, scores, -jnp.inf)
@@ -454,7 +453,7 @@ def _attend_cached(plan, q, ring, group, positions, size):
             is_used = jnp.max(seen) > start
             carry = jax.lax.cond(is_used, partial(add, start=start), lambda carry, _: carry, carry, block)
     _, total, out = carry
-    return (out / total).astype(q.dtype)
+    return (out / total)[:, :, :heads].astype(q.dtype)
 
 
 class Control(NamedTuple):

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
@@ -193,6 +194,13 @@ class Programs:
         return decode.cache_shapes(self.plan, self.mesh, self.slots)
 
     @cached_property
+    def cache_formats(self) -> decode.Cache:
+        """How the cache lies on the devices: on a TPU a position's heads together, as a step's loop wants it."""
+        if self.mesh.devices.flat[0].platform != "tpu":
+            return jax.tree.map(lambda x: x.sharding, self.cache)
+        return jax.tree.map(lambda x: Format(Layout((0, 2, 1, 3)), x.sharding), self.cache)
+
+    @cached_property
     def by_slot(self) -> NamedSharding:
         """How arrays with the slots, or the prompts, in front lie."""
         return NamedSharding(self.mesh, PartitionSpec(self.axes))
@@ -213,7 +221,7 @@ class Programs:
         shapes = self.cache
         make = jax.jit(
             lambda: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes),
-            out_shardings=jax.tree.map(lambda x: x.sharding, shapes),
+            out_shardings=self.cache_formats,
         )
         return make()
 
@@ -310,7 +318,8 @@ class Programs:
         return jax.jit(
             local,
             donate_argnums=1,
-            out_shardings=(jax.tree.map(lambda x: x.sharding, self.cache), self.everywhere),
+            in_shardings=(None, self.cache_formats, *[None] * (len(in_specs) - 2)),
+            out_shardings=(self.cache_formats, self.everywhere),
             compiler_options=self._compiler_options,
         )
 

@@ -35,7 +35,10 @@ VARIANTS = {
 def make(*overrides):
     config = pyconfig.initialize([str(ROOT / "configs/base.yml"), *TINY, *overrides])
     plan = decode.make_plan(config, FLOAT32, LONGEST, looped="num_decoder_layers=5" in overrides)
-    plan = plan._replace(block=9)  # the short window's ring is one block, the long one's are several
+    plan = plan._replace(
+        block=9,  # the short window's ring is one block, the long one's are several
+        query_rows=8 if "window_pattern=L" in overrides else 1,
+    )
     params = random_params(architecture(config, FLOAT32))
     return config, plan, params, jax.jit(partial(decode.prepare, plan))(params)
 
@@ -128,7 +131,7 @@ def test_a_window_of_512_keeps_513_positions():
     plan = decode.make_plan(config, FLOAT32, 20_480)
     mesh = AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor"))
     cache = decode.cache_shapes(plan, mesh, 4)
-    positions = [sum(keys.shape[2] for keys, _ in ring) for ring in cache["layers"]]
+    positions = [sum(keys.shape[2] for keys, _ in ring) for ring in cache]
     assert positions == 6 * [513, 513, 513, 2049]
     assert {x.shape[:2] + x.shape[3:] for x in jax.tree.leaves(cache)} == {(4, 12, 128)}
 

@@ -155,6 +155,16 @@ def test_prefill_and_decode_compile_for_a_slice(tmp_path):
 
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(900)
+def test_decoding_finds_the_cache_as_it_wants_it(tmp_path):
+    """Else each round would copy all of it twice, which is what has the shape of weights here."""
+    words = ("compile_programs=[decode]", "decode_slots=64", "stream_interval=4", "num_query_heads=8", "emb_dim=1024")
+    _, values = report(tmp_path, *TINY, *words)
+    cycles = values["programs"]["decode"]["cycles_by_class"]
+    assert 0 < cycles["weight"] < 0.1 * cycles["matmul"]
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.timeout(900)
 def test_two_slices_talk_over_the_data_centre_network(tmp_path):
     """In the step of reinforcement learning with all that a batch can have, as long as nobody says its steps."""
     words = (

@@ -90,8 +90,11 @@ class Module(NamedTuple):
         return self.computations.get(instruction.attribute(role) or "")
 
     def body(self, instruction: Instruction) -> list[Instruction]:
-        """What runs as one: the instructions of a fusion and of the fusions in it; another instruction, itself."""
-        called = self.called(instruction)
+        """What runs as one: the instructions of a fusion and of the fusions in it; another instruction, itself.
+
+        What is started on another core runs as one too.
+        """
+        called = self.called(instruction, "to_apply" if instruction.opcode == "call-start" else "calls")
         return list(self._flat(called)) if called else [instruction]
 
     def _flat(self, computation: Computation) -> Iterator[Instruction]:

@@ -241,6 +241,31 @@ def test_a_collective_that_goes_on_inside_fusions_starts_and_ends_once():
     assert [(o.name, o.kind) for o in result.operations] == [("m", "matmul")]
 
 
+def test_a_collective_started_on_another_core_is_one():
+    """As libtpu writes it for the SparseCores."""
+    offloaded = computation(
+        "offloaded",
+        "%p = bf16[1024,1024]{1,0} parameter(0)",
+        f"ROOT %g = bf16[4096,1024]{{1,0}} all-gather(%p), {GATHER}",
+    )
+    text = program(
+        [
+            "%x = bf16[1024,1024]{1,0} parameter(0)",
+            "%s = ((bf16[1024,1024]{1,0}), bf16[4096,1024]{1,0}) call-start(%x), "
+            'async_execution_thread="sparsecore", to_apply=%offloaded',
+            fusion("f", "x", 1000),
+            "ROOT %d = bf16[4096,1024]{1,0} call-done(%s)",
+        ],
+        offloaded + ', execution_thread="sparsecore"',
+        ADD,
+    )
+    result = walk(text)
+    (gather,) = result.collectives
+    assert (gather.kind, gather.bytes, gather.overlapped) == ("all-gather", 2**23, True)
+    assert gather.exposed_cycles == pytest.approx(0.75 * 2**23 / RING - 1000)
+    assert not result.copies
+
+
 def test_between_slices_the_receiving_half_stands_for_the_collective():
     attributes = (
         'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'

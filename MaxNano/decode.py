@@ -75,7 +75,7 @@ def make_plan(config: FrozenConfigDict, numerics: Numerics, max_length: int, loo
     settings = attention.Settings.from_config(config, numerics.backend)
     is_cpu = numerics.backend == "cpu"
     block = 128 if is_cpu else 512
-    # A product of fewer rows than a TPU's register has goes to the vector unit, which takes ten times as long.
+    # A product of fewer rows than a TPU's register has goes to the vector unit, which takes several times the cycles.
     query_rows = 8 if numerics.backend == "tpu" else 1
     return Plan(
         config, kinds, period, groups, max_length, numerics.dtype, kernel, settings, block, is_cpu, query_rows

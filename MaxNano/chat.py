@@ -301,7 +301,7 @@ def main(config: FrozenConfigDict) -> None:
     is_styled = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     terminal = Terminal(sys.stdout, sys.stdout if sys.stdout.isatty() else sys.stderr, is_styled)
     runtime.initialize(config)
-    chat = Chat(config, Engine.load(config, slots=1))
+    chat = Chat(config, Engine.load(config, slots=1, streams=True))
     if config.prompt is not None:
         chat.ask(config.prompt)
         answer(chat, terminal)

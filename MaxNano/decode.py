@@ -435,19 +435,26 @@ def _attend_cached(plan, q, ring, positions, size):
     heads = q.shape[2]
     q = jnp.pad(q, ((0, 0), (0, 0), (0, -heads % plan.query_rows), (0, 0)))
 
-    def add(carry, block, start):
-        highest, total, out = carry
+    def part(block, start, highest=-jnp.inf):
+        """Highest score, or `highest`; sum of weights, which are e to a score less that; sum of weighted values."""
         keys, values = block
         scores = jnp.einsum("BKGH,BKSH->BKGS", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         scores = jnp.where(start + jnp.arange(keys.shape[2]) < seen, scores, -jnp.inf)
         higher = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
-        fade, weight = jnp.exp(highest - higher), jnp.exp(scores - higher)
-        more = jnp.einsum("BKGS,BKSH->BKGH", weight.astype(values.dtype), values, preferred_element_type=jnp.float32)
-        return higher, total * fade + jnp.sum(weight, axis=-1, keepdims=True), out * fade + more
+        weight = jnp.exp(scores - higher)
+        out = jnp.einsum("BKGS,BKSH->BKGH", weight.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        return higher, jnp.sum(weight, axis=-1, keepdims=True), out
 
-    carry = (jnp.full((*q.shape[:-1], 1), -jnp.inf), jnp.zeros((*q.shape[:-1], 1)), jnp.zeros(q.shape))
-    for (start, _), block in zip(_spans(plan, size), ring, strict=True):
-        if start == 0 or plan.is_full:
+    def add(carry, block, start):
+        highest, total, out = carry
+        higher, more_total, more = part(block, start, highest)
+        fade = jnp.exp(highest - higher)
+        return higher, total * fade + more_total, out * fade + more
+
+    (_, *later_spans), (first, *later) = _spans(plan, size), ring
+    carry = part(first, 0)
+    for (start, _), block in zip(later_spans, later, strict=True):
+        if plan.is_full:
             carry = add(carry, block, start)
         else:
             is_used = jnp.max(seen) > start

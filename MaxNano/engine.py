@@ -13,6 +13,7 @@ import bisect
 import codecs
 import itertools
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,8 +35,9 @@ from MaxNano.tokenizer import Tokenizer
 from MaxNano.train_state import architecture
 
 _MATRICES = ("qkv", "out", "wi", "wo", "gate", "head")  # weights of which every step reads all
-# A CPU device is about one core: products of a few rows are not worth sharing out. See benchmarks/README.md.
-_CPU_OPTIONS = {"xla_cpu_multi_thread_eigen": False, "xla_cpu_experimental_ynn_fusion_type": ""}
+# On a CPU, whose device is about one core: which of XLA's products are the fastest here. See benchmarks/README.md.
+_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+_FEW_ROWS_OPTIONS = _CPU_OPTIONS | {"xla_cpu_multi_thread_eigen": False}  # runtime.tile_small_products
 SMALLEST_BUCKET = 64  # prompts are padded to this many tokens, or to a power of two times as many
 
 
@@ -267,6 +269,7 @@ class Programs:
             local,
             (self._manual(self.weights), self._manual(self.cache), slots, slots, PartitionSpec()),
             (self._manual(self.cache), by_step),
+            _FEW_ROWS_OPTIONS if self.slots <= runtime.FEW_ROWS * self.ways else _CPU_OPTIONS,
         )
 
     def prefill(self, scored: bool) -> Callable:
@@ -298,14 +301,16 @@ class Programs:
             local,
             (self._manual(self.weights), self._manual(self.cache), rows, rows, rows, PartitionSpec()),
             (self._manual(self.cache), rows),
+            _CPU_OPTIONS,
         )
 
     def _manual(self, tree):
         """How arrays are cut along the axes that every device goes through by itself."""
         return jax.tree.map(lambda x: sharding.manual_spec(x.sharding.spec, self.axes), tree)
 
-    def _jit(self, function: Callable, in_specs, out_specs) -> Callable:
+    def _jit(self, function: Callable, in_specs, out_specs, cpu_options: dict[str, bool | str]) -> Callable:
         """`function` of each device's part, jitted; its second argument and first result are the cache."""
+        backend = self.mesh.devices.flat[0].platform
         single = {axis for axis, size in self.mesh.shape.items() if size == 1}
         local = jax.shard_map(
             function,
@@ -320,13 +325,8 @@ class Programs:
             donate_argnums=1,
             in_shardings=(None, self.cache_formats, *[None] * (len(in_specs) - 2)),
             out_shardings=(self.cache_formats, self.everywhere),
-            compiler_options=self._compiler_options,
+            compiler_options=(cpu_options if backend == "cpu" else {}) | runtime.compiler_options(self.config, backend),
         )
-
-    @property
-    def _compiler_options(self) -> dict[str, bool | int | str]:
-        backend = self.mesh.devices.flat[0].platform
-        return (_CPU_OPTIONS if backend == "cpu" else {}) | runtime.compiler_options(self.config, backend)
 
     def lower_decode(self) -> jax.stages.Lowered:
         """The round of steps, ready to be compiled for the devices."""
@@ -471,12 +471,15 @@ class Engine:
         *,
         slots: int | None = None,
         max_length: int | None = None,
+        streams: bool = False,
     ):
         """params: the model's parameter tree, as jax or numpy arrays. Without a tokenizer there are no texts, stop
         strings and tools.
 
         slots: sequences at a time, rounded up to what the mesh shares equally; max_length: tokens of the longest,
         prompt included. None: as config.decode_slots and config.decode_max_length say.
+        streams: somebody watches the answers grow, so steps are about config.stream_milliseconds long. They go by this
+        host's clock: only where it is the only one.
         """
         numerics = numerics_of(config, mesh)
         self.max_length = max_length or config.decode_max_length or config.max_target_length
@@ -488,6 +491,8 @@ class Engine:
         self.slots = self.programs.slots
         self._config = config
         self._target = target
+        self._step_seconds = config.stream_milliseconds / 1e3 if streams else math.inf
+        self._token_seconds = math.inf  # in the newest round; it takes one to know
         self._numbers = itertools.count()
         self._waiting: deque[_Job] = deque()
         self._events: list[Event] = []  # not yet handed out
@@ -501,12 +506,13 @@ class Engine:
         *,
         slots: int | None = None,
         max_length: int | None = None,
+        streams: bool = False,
         devices: Sequence[jax.Device] | None = None,
     ) -> Self:
         """The engine for a run's checkpoint; see load_params."""
         mesh = sharding.make_mesh(config, devices)
         params, vocabulary = load_params(config, mesh)
-        return cls(config, mesh, params, vocabulary, slots=slots, max_length=max_length)
+        return cls(config, mesh, params, vocabulary, slots=slots, max_length=max_length, streams=streams)
 
     # ---- For its owner ----
 
@@ -561,7 +567,7 @@ class Engine:
             self._events.append(Event(number, sample.index, (), (), "", (), "cancelled"))
 
     def step(self) -> list[Event]:
-        """Admit who waits, as far as slots are free, and let all samples gain up to stream_interval tokens."""
+        """Admit who waits, as far as slots are free, and let all samples gain some tokens, stream_interval at most."""
         while self._waiting and self._admit():
             pass
         if self._running:
@@ -773,13 +779,17 @@ class Engine:
 
     def _decode(self) -> None:
         control, steps = self._control, self.programs.steps
+        if self._step_seconds < math.inf:
+            steps = min(steps, max(1, int(self._step_seconds / self._token_seconds)))
         for slot, sample in self._running.items():
             control.left[slot] = min(sample.left, steps)
             control.forced[slot] = -1
             queued = list(itertools.islice(sample.forced, steps))
             control.forced[slot, : len(queued)] = queued
         is_eager = bool(self._waiting) or any(sample.calls for sample in self._running.values())
+        start = time.perf_counter()
         tokens, scores = self._run_decode(is_eager)
+        self._token_seconds = (time.perf_counter() - start) / np.sum(np.any(tokens >= 0, axis=1))
         for slot, sample in list(self._running.items()):
             own = tokens[:, slot]
             own = own[own >= 0]

@@ -744,7 +744,7 @@ def main(config: FrozenConfigDict) -> None:
     runtime.initialize(config)
     if jax.process_count() > 1:
         raise ValueError("serve.py runs on one host: leave num_processes null")
-    engine = engines.Engine.load(config)
+    engine = engines.Engine.load(config, streams=True)
     print(f"compiling for {engine.slots} sequences of up to {engine.max_length} tokens", flush=True)
     engine.compile()
     serve(make_app(config, engine, key), bound, config.serve_drain_seconds)

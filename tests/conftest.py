@@ -5,5 +5,9 @@ import os
 import hypothesis
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is there to compile with; programs run here too
+
+from MaxNano import runtime  # noqa: E402
+
+runtime.tile_small_products()  # as every program does
 hypothesis.settings.register_profile("maxnano", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("maxnano")

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import golden_overrides, named
 
-from MaxNano import convert, engine, pyconfig, sharding, train_state
+from MaxNano import convert, engine, pyconfig, runtime, sharding, train_state
 from MaxNano.checkpointing import Checkpointer
 from MaxNano.engine import Engine, Request, TextStream
 from MaxNano.tokenizer import SpecialIds, Tokenizer
@@ -47,10 +47,13 @@ def golden():
 
 
 @pytest.fixture(scope="module")
-def config(golden):
-    return pyconfig.initialize(
-        [str(ROOT / "configs/base.yml"), *golden_overrides(golden), f"stream_interval={INTERVAL}"]
-    )
+def words(golden):
+    return [str(ROOT / "configs/base.yml"), *golden_overrides(golden), f"stream_interval={INTERVAL}"]
+
+
+@pytest.fixture(scope="module")
+def config(words):
+    return pyconfig.initialize(words)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,14 @@ def test_greedy_tokens_are_nanochats(served, recorded):
         assert one(served, request).tokens == tokens
     for [together], (_, tokens) in zip(served.generate(requests), recorded, strict=True):
         assert together.tokens == tokens and together.finish == "length"
+
+
+def test_greedy_tokens_are_nanochats_with_many_slots(config, mesh, params, recorded):
+    """With more rows than runtime.FEW_ROWS a CPU's products are others."""
+    served = Engine(config, mesh, params, Letters(), slots=2 * runtime.FEW_ROWS, max_length=LONGEST)
+    requests = [Request(prompt=given, max_tokens=len(tokens), temperature=0) for given, tokens in recorded]
+    for completions, (_, tokens) in zip(served.generate(requests), recorded, strict=True):
+        assert completions[0].tokens == tokens
 
 
 def test_sequences_end_with_the_room(served):
@@ -225,6 +236,21 @@ def test_a_slot_is_refilled_at_once_when_somebody_waits(served):
     assert any(event.request == last for event in served.step())
     while not served.is_idle:
         served.step()
+
+
+@pytest.mark.parametrize(("milliseconds", "gains"), [(0, [1] * 12), (1e6, [1, INTERVAL, INTERVAL, 1])])
+def test_streamed_answers_come_by_the_clock(words, mesh, params, served, milliseconds, gains):
+    """A token at a time to begin with; then as many as the newest round says there is time for."""
+    own = pyconfig.initialize([*words, f"stream_milliseconds={milliseconds}"])
+    streaming = Engine(own, mesh, params, Letters(), slots=SLOTS, max_length=LONGEST, streams=True)
+    found, gained = engine.Completion(), []
+    streaming.submit(GREEDY)
+    while not streaming.is_idle:
+        [event] = streaming.step()
+        found.add(event)
+        gained.append(len(event.tokens))
+    assert found == one(served, GREEDY)
+    assert gained == gains
 
 
 def test_cancelled_requests_leave_their_slots(served):

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -69,6 +70,24 @@ def test_initialize_makes_devices_and_keeps_compiled_programs(tmp_path):
     done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert any((tmp_path / "a/b").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "expected"),
+    [
+        ("x86_64", "", r"--xla_backend_extra_options=\S*tile_size=8:5:2\*vectwidth"),
+        ("x86_64", "--xla_a=1", r"--xla_a=1 --xla_backend_extra_options=\S+"),
+        ("x86_64", "--xla_backend_extra_options=b", "--xla_backend_extra_options=b"),
+        ("aarch64", "--xla_a=1", "--xla_a=1"),
+    ],
+)
+def test_small_products_are_tiled_where_that_was_measured(monkeypatch, machine, flags, expected):
+    monkeypatch.setattr(runtime.platform, "machine", lambda: machine)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    runtime.tile_small_products()
+    assert re.fullmatch(expected, os.environ["XLA_FLAGS"])
+    runtime.tile_small_products()
+    assert re.fullmatch(expected, os.environ["XLA_FLAGS"])
 
 
 def test_forced_devices_stay_and_an_unusable_cache_is_one_warning(tmp_path):

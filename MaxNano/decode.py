@@ -418,9 +418,13 @@ def _store(plan, ring, new, place, size):
             where = (slots[:, None], jnp.arange(block[0].shape[1]), index[:, None])
         else:
             where = (slots, slice(None), index)
-        is_here = ((place >= start) & (place < end))[:, None, None]
-        # A place in another block is answered by writing what is there: then nothing is ever copied.
-        pairs = [(x, jnp.where(is_here, row, x[where])) for x, row in zip(block, new, strict=True)]
+        if len(ring) > 1:
+            # A place in another block is answered by writing what is there: then nothing is ever copied.
+            is_here = ((place >= start) & (place < end))[:, None, None]
+            rows = [jnp.where(is_here, row, x[where]) for x, row in zip(block, new, strict=True)]
+        else:
+            rows = new
+        pairs = zip(block, rows, strict=True)
         blocks.append(tuple(x.at[where].set(row, unique_indices=True, mode="promise_in_bounds") for x, row in pairs))
     return tuple(blocks)
 
@@ -519,6 +523,7 @@ def decode_round(
     sampled = control.temperature > 0
     filtered = (control.top_k > 0) | (control.top_p < 1)
     penalized = control.penalty != 1
+    is_plain = ~jnp.any(sampled | penalized)  # the likeliest tokens as they are
     started = control.left > 0
 
     # All at once, before the loop: a slot that is active goes on by one position a step.
@@ -536,6 +541,14 @@ def decode_round(
         lowest = jnp.maximum(lowest, jnp.log(control.min_p))[:, None]
         return sampling.draw(jnp.where(scores >= lowest, scores, -jnp.inf), uniform)
 
+    def choose(logits, uniform, tokens):
+        adjusted = jax.lax.cond(
+            jnp.any(penalized),
+            lambda: sampling.penalize(logits, seen | _among(tokens, logits.shape[1]), control.penalty),
+            lambda: logits,
+        )
+        return jnp.where(sampled, draw(adjusted, uniform), sampling.likeliest(adjusted))
+
     def goes_on(carry):
         i, left = carry[0], carry[4]
         has_stopped = jnp.any(started & (left == 0))
@@ -545,14 +558,9 @@ def decode_round(
         i, token, previous, position, left, cache, out = carry
         is_active = left > 0
         logits, cache = decode_step(plan, weights, cache, token, previous, position)
-        adjusted = jax.lax.cond(
-            jnp.any(penalized),
-            lambda: sampling.penalize(logits, seen | _among(out.tokens, logits.shape[1]), control.penalty),
-            lambda: logits,
+        drawn = jax.lax.cond(
+            is_plain, sampling.likeliest, lambda logits: choose(logits, uniforms[i], out.tokens), logits
         )
-        best = sampling.likeliest(adjusted)
-        drawn = jax.lax.cond(jnp.any(sampled), lambda: draw(adjusted, uniforms[i]), lambda: best)
-        drawn = jnp.where(sampled, drawn, best)
         forced = jax.lax.dynamic_index_in_dim(control.forced, i, axis=1, keepdims=False)
         new = jnp.where(forced >= 0, forced, drawn)
         logprobs = jax.lax.cond(

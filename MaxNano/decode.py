@@ -608,4 +608,5 @@ def _uniforms(steps, control):
 
 def _among(tokens, size):
     """Which of `size` tokens (B, size) are among tokens (steps, B); -1 is none."""
-    return jnp.any(tokens[:, :, None] == jnp.arange(size), axis=0)
+    where = jnp.arange(tokens.shape[1]), jnp.where(tokens < 0, size, tokens)
+    return jnp.zeros((tokens.shape[1], size), jnp.bool_).at[where].set(True, mode="drop")

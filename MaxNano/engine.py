@@ -479,8 +479,10 @@ class Engine:
         slots: sequences at a time, rounded up to what the mesh shares equally; max_length: tokens of the longest,
         prompt included. None: as config.decode_slots and config.decode_max_length say.
         streams: somebody watches the answers grow, so steps are about config.stream_milliseconds long. They go by this
-        host's clock: only where it is the only one.
+        host's clock: ValueError where it is not the only one.
         """
+        if streams and jax.process_count() > 1:
+            raise ValueError("answers are streamed by one host alone: leave num_processes null")
         numerics = numerics_of(config, mesh)
         self.max_length = max_length or config.decode_max_length or config.max_target_length
         target = abstract_params(config, numerics, mesh)

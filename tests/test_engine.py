@@ -253,6 +253,12 @@ def test_streamed_answers_come_by_the_clock(words, mesh, params, served, millise
     assert gained == gains
 
 
+def test_several_hosts_do_not_stream(config, mesh, params, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="one host alone: leave num_processes null"):
+        Engine(config, mesh, params, Letters(), streams=True)
+
+
 def test_cancelled_requests_leave_their_slots(served):
     numbers = [served.submit(replace(GREEDY, max_tokens=30, samples=2)) for _ in range(4)]
     served.step()

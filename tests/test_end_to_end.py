@@ -76,13 +76,16 @@ def settings(place, cache):
 
 
 def start(script, settings, *arguments, **more):
-    return subprocess.Popen(
-        ["bash", str(SCRIPTS / script), *arguments],
-        env={**settings, **more}, cwd="/", text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        # Tests that run in the background ignore Ctrl-C, and bash cannot change what it inherits.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    # Tests that run in the background ignore Ctrl-C, and bash cannot change what it inherits.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return subprocess.Popen(
+            ["bash", str(SCRIPTS / script), *arguments],
+            env={**settings, **more}, cwd="/", text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run(script, settings, *arguments, status=0, **more):

@@ -42,7 +42,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import h11
-import jax
 import prometheus_client
 import uvicorn
 from ml_collections import FrozenConfigDict
@@ -742,8 +741,6 @@ def main(config: FrozenConfigDict) -> None:
     key = api_key_of(config)
     bound = bind(config.serve_host, config.serve_port)
     runtime.initialize(config)
-    if jax.process_count() > 1:
-        raise ValueError("serve.py runs on one host: leave num_processes null")
     engine = engines.Engine.load(config, streams=True)
     print(f"compiling for {engine.slots} sequences of up to {engine.max_length} tokens", flush=True)
     engine.compile()

@@ -128,24 +128,48 @@ def attend(
     return y.swapaxes(1, 2).reshape(batch, length, -1)
 
 
-def resolve(kernel: str, backend: str) -> str:
-    """The kernel to use on a JAX backend (cpu, gpu, tpu); attention=auto picks the fastest there.
+def resolve(kernel: str, device: jax.Device, *, dtype: str, head_dim: int) -> str:
+    """The kernel to use on a device; attention=auto picks the fastest that runs there.
 
-    Raises ValueError where the asked one cannot run there.
+    dtype: of the activations; head_dim: what the model has. Raises ValueError where the requested kernel cannot run.
     """
+    backend = device.platform
     if kernel == "auto":
+        if backend == "gpu" and cudnn_problem(device, dtype, head_dim):
+            return "chunked"
         return {"tpu": "flash", "gpu": "cudnn"}.get(backend, "chunked")
     if kernel not in (*KERNELS, "flash"):
         raise ValueError(
             f"attention={kernel} is unknown: choose auto, flash or one of {', '.join(KERNELS)}"
         )
-    if kernel == "cudnn" and backend != "gpu":
-        raise ValueError(
-            f"attention=cudnn needs an NVIDIA GPU, this is {backend}: choose attention=auto"
-        )
+    if kernel == "cudnn" and (problem := cudnn_problem(device, dtype, head_dim)):
+        raise ValueError(f"attention=cudnn {problem}: choose attention=auto")
     if kernel in ("flash", "splash") and backend == "gpu":
         raise ValueError(f"attention={kernel} is a TPU kernel, this is gpu: choose attention=auto")
     return kernel
+
+
+def cudnn_problem(device: jax.Device, dtype: str, head_dim: int) -> str | None:
+    """Why cuDNN's attention cannot run on a device, None if it can.
+
+    Source: https://docs.nvidia.com/deeplearning/cudnn (fused flash attention), and the checks that JAX makes
+    (jax/_src/cudnn/fused_attention_stablehlo.py).
+    """
+    if device.platform != "gpu":
+        return f"needs an NVIDIA GPU, this is {device.platform}"
+    if dtype not in ("bfloat16", "float16"):
+        return f"computes in 16 bits, not in dtype={dtype}"
+    # JAX names the capability of NVIDIA's GPUs "9.0", the architecture of AMD's "gfx942".
+    capability = getattr(device, "compute_capability", "")
+    major, _, minor = capability.partition(".")
+    if not (major.isdigit() and minor.isdigit()):
+        return f"needs an NVIDIA GPU, this is a {device.device_kind}"
+    if int(major) < 8:
+        return f"needs compute capability 8.0 (Ampere) or newer, this {device.device_kind} has {capability}"
+    most = 256 if int(major) >= 9 else 128
+    if head_dim % 8 or head_dim > most:
+        return f"takes a head_dim that is a multiple of 8 up to {most} here, not {head_dim}"
+    return None
 
 
 def reference(q, k, v, window, settings, rules):

@@ -110,11 +110,13 @@ class Completion:
 
 def numerics_of(config: FrozenConfigDict, mesh: Mesh) -> Numerics:
     """What the devices of a mesh decide."""
-    backend = mesh.devices.flat[0].platform
+    device = mesh.devices.flat[0]
+    backend = device.platform
+    dtype = runtime.compute_dtype(config, backend)
     return Numerics(
-        dtype=runtime.compute_dtype(config, backend),
+        dtype=dtype,
         embedding_dtype=runtime.embedding_dtype(config, backend),
-        attention=attention.resolve(config.attention, backend),
+        attention=attention.resolve(config.attention, device, dtype=dtype, head_dim=config.head_dim),
         embedding_gradient=embedding.resolve(config.embedding_gradient, mesh),
         backend=backend,
     )

@@ -800,6 +800,12 @@ def help_text(base_path: str | os.PathLike[str] = BASE) -> str:
 # ---- Entry points ------------------------------------------------------------------------------
 
 
+def has_accelerator(dev: Path = Path("/dev")) -> bool:
+    """Whether the system shows a TPU or a GPU below `dev`; dxg is Windows' GPU under WSL2, kfd AMD's."""
+    names = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd", "dxg")
+    return any(any(dev.glob(name)) for name in names)
+
+
 def check_command_line() -> None:
     """Answer --help and refuse a bad command line at once; to be called before slow modules are imported.
 
@@ -809,7 +815,7 @@ def check_command_line() -> None:
     status = launch(lambda config: None)
     if status or {"-h", "--help"} & set(sys.argv):
         sys.exit(status)
-    if not any(any(Path("/dev").glob(pattern)) for pattern in ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")):
+    if not has_accelerator():
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 

@@ -34,8 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from MaxNano import (
-    attention,
-    embedding,
+    engine,
     history,
     losses,
     optim,
@@ -287,15 +286,8 @@ class Setup:
 def set_up(config: FrozenConfigDict, devices=None) -> Setup:
     """Resolve what depends on the devices. Raises ValueError where batch, layout and devices do not fit together."""
     mesh = sharding.make_mesh(config, devices)
-    backend = mesh.devices.flat[0].platform
     quantization.check(config.quantization, mesh.devices.flat)
-    numerics = Numerics(
-        dtype=runtime.compute_dtype(config, backend),
-        embedding_dtype=runtime.embedding_dtype(config, backend),
-        attention=attention.resolve(config.attention, backend),
-        embedding_gradient=embedding.resolve(config.embedding_gradient, mesh),
-        backend=backend,
-    )
+    numerics = engine.numerics_of(config, mesh)
     model = architecture(config, numerics)
     optimizer = optim.make_optimizer(config, dtype=numerics.dtype)
     abstract = abstract_state(config, model, optimizer, mesh)

@@ -21,6 +21,7 @@ if __name__ == "__main__":
     pyconfig.check_command_line()
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -159,8 +160,13 @@ def start_nanochat(config: FrozenConfigDict, params) -> Iterator[Callable[..., A
 
 
 def compare(config: FrozenConfigDict, params, mesh: jax.sharding.Mesh) -> list[common.Row]:
-    """The whole of an answer, prefill included, here and in nanochat, by turns; nothing without nanochat."""
+    """The whole of an answer, prefill included, here and in nanochat, by turns; nothing without nanochat.
+
+    In float32 both must give the same tokens. In 16 bits they round differently, so that after some tokens, which the
+    table counts, another one is the likeliest.
+    """
     rows = []
+    dtype = engine.numerics_of(config, mesh).dtype
     with start_nanochat(config, params) as nanochat:
         for batch in NANOCHAT_BATCHES if nanochat else ():
             served = Engine(config, mesh, params, None, slots=batch)
@@ -173,8 +179,9 @@ def compare(config: FrozenConfigDict, params, mesh: jax.sharding.Mesh) -> list[c
                 ours.append(time.perf_counter() - begin)
                 seconds, tokens = nanochat(prompt=request.prompt, samples=batch, max_tokens=new)
                 theirs.append(seconds)
-                if any(completion.tokens != tokens for completion in completions):
-                    raise ValueError("nanochat says other tokens")
+                same = min(_same_tokens(completion.tokens, tokens) for completion in completions)
+                if same < new and dtype == "float32":
+                    raise ValueError(f"nanochat says other tokens from number {same} on")
             ours, theirs = (statistics.median(seconds[1:]) for seconds in (ours, theirs))
             rows.append(
                 {
@@ -184,9 +191,16 @@ def compare(config: FrozenConfigDict, params, mesh: jax.sharding.Mesh) -> list[c
                     "MaxNano tokens/s": batch * new / ours,
                     "nanochat tokens/s": batch * new / theirs,
                     "times": theirs / ours,
+                    "same tokens": same,
                 }  # fmt: skip
             )
     return rows
+
+
+def _same_tokens(ours: list[int], theirs: list[int]) -> int:
+    """How many tokens are the same from the first on."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
+    return len(list(pairs))
 
 
 def main(config: FrozenConfigDict) -> int | None:

@@ -1,6 +1,7 @@
 """nanochat's side of decode.py: started by it, in a Python that has nanochat's packages.
 
-Imports nothing of MaxNano. Builds nanochat's model around the weights of a JSON line, then answers each further line
+Imports nothing of MaxNano. Builds nanochat's model around the weights of a JSON line, on
+the GPU where there is one, then answers each further line
 {prompt, samples, max_tokens} with a JSON list: the seconds of a greedy answer, and the tokens of its first row.
 """
 
@@ -27,12 +28,15 @@ class NoSpecials:
 def main():
     """Serve answers until standard input ends."""
     task = json.loads(sys.stdin.readline())
-    model = GPT(GPTConfig(**task["model"]))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**task["model"]))
+    model.to_empty(device=device)
     model.init_weights()
     with np.load(task["weights"]) as weights:
         model.load_state_dict({name: torch.from_numpy(weights[name]) for name in weights.files})
     engine = Engine(model.eval(), NoSpecials())
-    print(json.dumps(f"torch {torch.__version__}"), flush=True)
+    print(json.dumps(f"torch {torch.__version__} on {device}"), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         begin = time.perf_counter()

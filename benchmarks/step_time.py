@@ -62,14 +62,15 @@ def prepare(setup: train.Setup, program: jax.stages.Compiled) -> Callable[[], fl
 
 
 @contextlib.contextmanager
-def start_nanochat(config: FrozenConfigDict) -> Iterator[Callable[[int], list[float]] | None]:
+def start_nanochat(config: FrozenConfigDict, plan: train.BatchPlan) -> Iterator[Callable[[int], list[float]] | None]:
     """A function that lets nanochat take steps and returns their seconds; None where it is not asked for."""
     checkout = os.environ.get("NANOCHAT")
     if not checkout:
         yield None
         return
     task = {
-        "rows": config.global_batch_tokens // config.max_target_length,
+        "rows": plan.rows // plan.micro_steps,
+        "micro_batches": plan.micro_steps,
         "model": common.nanochat_model(config),
     }
     program = Path(__file__).with_name("nanochat_step_time.py")
@@ -136,7 +137,7 @@ def main(config: FrozenConfigDict) -> int | None:
     setup = train.set_up(config)
     train.check_memory(setup)
     setup, program = train.compile_train(setup)
-    with start_nanochat(config) as nanochat, jax.set_mesh(setup.mesh):
+    with start_nanochat(config, setup.plan) as nanochat, jax.set_mesh(setup.mesh):
         step = prepare(setup, program)
         first = step()
         print(f"on {setup.mesh.size} devices, {setup.plan}; first step {first:.3f} s", flush=True)

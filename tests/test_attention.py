@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -156,10 +157,38 @@ def test_unknown_kernel_names_the_choices():
         attend(*inputs(4, 1, 1), 1, "nonsense")
 
 
-def test_resolve():
-    auto = {backend: attention.resolve("auto", backend) for backend in ("cpu", "gpu", "tpu")}
+def device(platform, capability="9.0"):
+    return SimpleNamespace(platform=platform, device_kind="Some chip", compute_capability=capability)
+
+
+def resolve(kernel, platform, capability="9.0", dtype="bfloat16", head_dim=128):
+    return attention.resolve(kernel, device(platform, capability), dtype=dtype, head_dim=head_dim)
+
+
+def test_auto_picks_a_kernel_that_runs_on_the_device():
+    auto = {platform: resolve("auto", platform) for platform in ("cpu", "gpu", "tpu")}
     assert auto == {"cpu": "chunked", "gpu": "cudnn", "tpu": "flash"}
-    assert attention.resolve("splash", "cpu") == "splash"
+    assert resolve("splash", "cpu") == "splash"
+
+
+@pytest.mark.parametrize(
+    "values, problem",
+    [
+        ({"dtype": "float32"}, "computes in 16 bits, not in dtype=float32"),
+        ({"capability": "7.5"}, "this Some chip has 7.5"),  # a T4
+        ({"capability": "gfx942"}, "this is a Some chip"),  # AMD's name for an architecture
+        ({"capability": "8.9", "head_dim": 256}, "up to 128 here, not 256"),
+        ({"head_dim": 12}, "multiple of 8 up to 256 here, not 12"),
+    ],
+)
+def test_where_cudnn_cannot_run_auto_takes_another_kernel_and_cudnn_is_refused(values, problem):
+    assert resolve("auto", "gpu", **values) == "chunked"
+    with pytest.raises(ValueError, match=f"attention=cudnn .*{problem}: choose attention=auto") as error:
+        resolve("cudnn", "gpu", **values)
+    assert "\n" not in str(error.value)
+
+
+def test_kernels_that_a_backend_does_not_have_are_refused():
     for kernel, backend in [
         ("cudnn", "cpu"),
         ("cudnn", "tpu"),
@@ -168,7 +197,7 @@ def test_resolve():
         ("nonsense", "cpu"),
     ]:
         with pytest.raises(ValueError, match=f"attention={kernel}") as error:
-            attention.resolve(kernel, backend)
+            resolve(kernel, backend)
         assert "\n" not in str(error.value)
 
 

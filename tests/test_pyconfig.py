@@ -593,3 +593,14 @@ def test_a_process_ends_without_jax_and_without_a_traceback(words, status, error
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == status
     assert done.stderr.startswith(error) and done.stderr.count("\n") == (1 if error else 0)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [("accel0", True), ("vfio/0", True), ("nvidia0", True), ("kfd", True), ("dxg", True),
+     ("nvidiactl", False), ("vfio/vfio", False), ("null", False)],
+)  # fmt: skip
+def test_accelerators_are_seen_by_their_device_files(tmp_path, name, expected):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    assert pyconfig.has_accelerator(tmp_path) is expected

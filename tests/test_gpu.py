@@ -1,0 +1,144 @@
+"""What only an NVIDIA GPU can show: python -m pytest -m gpu tests/test_gpu.py on a machine that has one.
+
+Everything runs in processes of its own, since the test process keeps to the CPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not list(Path("/dev").glob("nvidia[0-9]*")), reason="there is no NVIDIA GPU here"),
+]
+
+
+def run(program: str, **environment: str) -> dict:
+    """The JSON line that a program prints last."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **environment}
+    env.pop("JAX_PLATFORMS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], env=env, text=True, capture_output=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_cudnn_attention_equals_the_reference():
+    """Outputs and gradients in bfloat16 are as near to float32's as the reference in bfloat16 is, times two."""
+    found = run("""
+        import json
+        import jax, jax.numpy as jnp
+        import numpy as np
+        from MaxNano import attention, pyconfig
+
+        config = pyconfig.initialize([str(pyconfig.BASE)])
+        settings = attention.Settings.from_config(config)
+
+        def loss(kernel, window, weights, *qkv):
+            out = attention.attention(
+                *qkv, window=window, kernel=kernel, settings=settings, rules=config.logical_axis_rules
+            )
+            return jnp.sum(out.astype(jnp.float32) * weights), out
+
+        rows = []
+        for length, heads, kv_heads, head_dim, window in [
+            (512, 4, 4, 128, 512), (512, 4, 4, 128, 128), (384, 4, 2, 128, 100), (1000, 6, 2, 64, 256),
+            (2048, 6, 6, 128, 512), (256, 2, 1, 256, 77),
+        ]:
+            rng = np.random.default_rng(length + window)
+            q = rng.standard_normal((2, heads, length, head_dim), np.float32)
+            k, v = rng.standard_normal((2, 2, kv_heads, length, head_dim), np.float32)
+            weights = rng.standard_normal(q.shape, np.float32)
+            q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+
+            def value_and_grads(kernel, dtype):
+                function = jax.value_and_grad(
+                    lambda *qkv: loss(kernel, window, weights, *qkv), argnums=(0, 1, 2), has_aux=True
+                )
+                with jax.default_matmul_precision("highest"):
+                    (_, out), grads = jax.jit(function)(*(x.astype(dtype) for x in (q, k, v)))
+                return [np.asarray(x, np.float64) for x in (out, *grads)]
+
+            exact = value_and_grads("reference", jnp.float32)
+            error = lambda found: [
+                float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, exact)
+            ]
+            rows.append([
+                [length, heads, kv_heads, head_dim, window],
+                error(value_and_grads("cudnn", jnp.bfloat16)), error(value_and_grads("reference", jnp.bfloat16)),
+            ])
+        print(json.dumps({"rows": rows}))
+    """)
+    print()
+    for shape, errors, expected in found["rows"]:
+        print(shape, [f"{x:.1e}" for x in errors], [f"{x:.1e}" for x in expected])
+        assert all(error <= max(2 * other, 5e-3) for error, other in zip(errors, expected, strict=True))
+
+
+def test_auto_takes_cudnn_in_16_bits_and_chunked_in_float32():
+    found = run("""
+        import json
+        import jax
+        from MaxNano import attention
+
+        [device] = jax.devices()[:1]
+        print(json.dumps({
+            dtype: attention.resolve("auto", device, dtype=dtype, head_dim=128) for dtype in ("bfloat16", "float32")
+        }))
+    """)
+    assert found == {"bfloat16": "cudnn", "float32": "chunked"}
+
+
+LOSSES = """
+    import json
+    import sys
+    import numpy as np
+    import jax
+    from MaxNano import pyconfig, runtime, sharding, train, train_state
+    from MaxNano.data.loader import put_global, to_batch
+
+    config = pyconfig.initialize([
+        str(pyconfig.BASE), "model=d4", "max_target_length=512", "vocab_size=4096", "global_batch_tokens=16384",
+        "per_device_batch_size=16", "jax_cache_dir=", "steps=10", *{overrides},
+    ])
+    runtime.initialize(config)
+    setup = train.set_up(config)
+    setup, program = train.compile_train(setup)
+    rng = np.random.default_rng(0)
+    losses = []
+    with jax.set_mesh(setup.mesh):
+        programs = train.build_programs(setup, program, np.ones(config.vocab_size, np.int32))
+        state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
+        for _ in range(8):
+            tokens = rng.integers(0, 300, (setup.plan.rows, config.max_target_length + 1), dtype=np.int32)
+            batch = put_global(to_batch(tokens), sharding.batch_sharding(setup.mesh, config.logical_axis_rules))
+            state, metrics = programs.train(state, batch)
+            losses.append(float(metrics["loss"]))
+    print(json.dumps({{"losses": [x.hex() for x in losses], "attention": setup.numerics.attention}}))
+"""
+
+
+def losses(*overrides: str) -> list[str]:
+    """Losses of eight steps in a process of its own, compiled anew, as hexadecimal floats."""
+    return run(LOSSES.format(overrides=list(overrides)))["losses"]
+
+
+def test_deterministic_flags_give_the_same_losses_to_the_last_bit():
+    first, second = (losses("xla_flags=[deterministic]") for _ in range(2))
+    assert first == second
+
+
+def test_float32_trains_on_a_gpu():
+    """attention=auto does not take cuDNN's kernel there; losses are those of bfloat16 within its rounding."""
+    exact = [float.fromhex(x) for x in losses("dtype=float32")]
+    rounded = [float.fromhex(x) for x in losses()]
+    assert rounded == pytest.approx(exact, rel=0.01)
+    assert exact[-1] < exact[0]

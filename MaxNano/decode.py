@@ -21,7 +21,7 @@ from ml_collections import FrozenConfigDict
 from MaxNano import attention, sampling, sharding
 from MaxNano.layers import rms_norm, rotary_tables, row_major
 from MaxNano.losses import soft_cap
-from MaxNano.model import LayerKind, Numerics, layer_kinds, repetition
+from MaxNano.model import LayerKind, Numerics, layer_kinds, repetition, scans_layers
 
 Weights = dict[str, Any]
 Ring = tuple[tuple[jax.Array, jax.Array], ...]
@@ -67,7 +67,7 @@ def make_plan(config: FrozenConfigDict, numerics: Numerics, max_length: int, loo
     kinds = layer_kinds(config)
     period, groups = repetition(kinds)
     if looped is None:
-        looped = config.scan_layers and numerics.backend == "tpu"
+        looped = numerics.backend == "tpu" and scans_layers(config, numerics.backend)
     if not looped or groups < 2:
         period, groups = 0, 0
     # The flash kernel is bound to the training step.

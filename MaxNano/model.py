@@ -49,6 +49,11 @@ class Numerics(NamedTuple):
     backend: str
 
 
+def scans_layers(config: FrozenConfigDict, backend: str) -> bool:
+    """Whether equal groups of layers are one compiled loop on a backend (cpu, gpu, tpu)."""
+    return backend != "gpu" if config.scan_layers is None else config.scan_layers
+
+
 class LayerKind(NamedTuple):
     """What is static about a layer: its window in tokens, and whether it has a value embedding."""
 
@@ -254,7 +259,7 @@ class Transformer(nnx.Module):
             return x, middle
 
         period, groups = repetition(self.kinds)
-        if not config.scan_layers or groups < 2:
+        if not scans_layers(config, self.numerics.backend) or groups < 2:
             groups = 0
         looped = period * groups
         middle = x

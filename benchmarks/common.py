@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,12 @@ def nanochat_model(config: FrozenConfigDict) -> Row:
         "n_embd": config.emb_dim,
         "window_pattern": config.window_pattern,
     }
+
+
+def nanochat_environment(checkout: str) -> dict[str, str]:
+    """The environment in which a Python imports nanochat from a checkout."""
+    paths = os.pathsep.join([checkout, os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": paths}
 
 
 class Kept:

@@ -141,7 +141,7 @@ def start_nanochat(config: FrozenConfigDict, params) -> Iterator[Callable[..., A
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": checkout},
+            env=common.nanochat_environment(checkout),
         ) as process:
 
             def ask(task: dict):

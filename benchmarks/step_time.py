@@ -79,7 +79,7 @@ def start_nanochat(config: FrozenConfigDict, plan: train.BatchPlan) -> Iterator[
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": checkout},
+        env=common.nanochat_environment(checkout),
     ) as process:
 
         def ask(line: str):
@@ -110,9 +110,9 @@ def in_use() -> float | None:
     return max(peaks) / common.GIB if peaks else None
 
 
-def memory(program: jax.stages.Compiled) -> float:
-    """GiB a device that a program needs by the compiler's account."""
-    return program.memory_analysis().peak_memory_in_bytes / common.GIB
+def memory(program: jax.stages.Compiled) -> float | None:
+    """GiB a device that a program needs by the compiler's account; None where a program of the cache does not tell."""
+    return program.memory_analysis().peak_memory_in_bytes / common.GIB or None
 
 
 def statistics_of(seconds: list[float], config: FrozenConfigDict, peak: float | None) -> common.Row:

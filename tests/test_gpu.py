@@ -22,7 +22,8 @@ pytestmark = [
 
 def run(program: str, **environment: str) -> dict:
     """The JSON line that a program prints last."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **environment}
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": paths, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **environment}
     env.pop("JAX_PLATFORMS", None)
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], env=env, text=True, capture_output=True, timeout=280

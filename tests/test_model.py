@@ -10,7 +10,7 @@ import pytest
 
 from MaxNano import convert, pyconfig, scaling
 from MaxNano.losses import token_losses
-from MaxNano.model import LayerKind, Numerics, repetition
+from MaxNano.model import LayerKind, Numerics, repetition, scans_layers
 from MaxNano.train_state import architecture
 
 ROOT = Path(__file__).parents[1]
@@ -124,6 +124,18 @@ LAYOUTS = {
         "logits_soft_cap=0",
     ],
 }  # fmt: skip
+
+
+def test_layers_are_unrolled_on_a_gpu_unless_the_config_says_otherwise():
+    for value, expected in {"null": [True, False, True], "true": [True] * 3, "false": [False] * 3}.items():
+        config = small(f"scan_layers={value}")
+        assert [scans_layers(config, backend) for backend in ("cpu", "gpu", "tpu")] == expected
+    jaxpr = {}
+    for backend in ("cpu", "gpu"):
+        model = architecture(small(*LAYOUTS["groups of 4"]), FLOAT32._replace(backend=backend))
+        forward = jax.make_jaxpr(lambda params, tokens, model=model: model.bind(params)(tokens))
+        jaxpr[backend] = str(forward(random_params(model), np.zeros((1, 64), np.int32)))
+    assert "scan[" in jaxpr["cpu"] and "scan[" not in jaxpr["gpu"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

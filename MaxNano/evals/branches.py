@@ -27,7 +27,7 @@ from MaxNano import runtime, sharding
 from MaxNano.evals import core
 from MaxNano.evals.core import Prompt
 from MaxNano.layers import apply_rotary, rms_norm
-from MaxNano.model import LayerKind, Transformer, layer_kinds, repetition
+from MaxNano.model import LayerKind, Transformer, layer_kinds, repetition, scans_layers
 
 SMALLEST_PREFIX, SMALLEST_BRANCH = 64, 16  # columns
 SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512  # queries that are scored against the same keys
@@ -110,7 +110,7 @@ def _run_layers(model: Transformer, x, tokens, context: _Context, columns: int):
     per_value = (model.value_embeds[...], model.value_gate[...]) if valued else ()
     x0, middle_layer = x, config.num_decoder_layers // 2
     period, groups = repetition(kinds)
-    looped = period * max(0, groups - 1) if config.scan_layers else 0
+    looped = period * max(0, groups - 1) if scans_layers(config, model.numerics.backend) else 0
 
     def run(x, kinds, layers, values, widths, outputs):
         """The blocks of `kinds` on slices of the stacks; appends each block's branch columns to `outputs`."""

@@ -251,6 +251,17 @@ def test_flags_of_the_named_groups_and_the_backend():
     assert runtime.compiler_options(config, "cpu") == {}
 
 
+def test_flags_for_gpus_are_flags_of_xla():
+    """XLA has one table of flags for CPU and GPU, and refuses to compile with one that is not in it."""
+    config = config_of()
+    names = [name for name, backend, *_ in config.xla_flag_groups if backend == "gpu"]
+    options = runtime.compiler_options(pyconfig.replace(config, "test", xla_flags=names), "gpu")
+    assert options == {"xla_gpu_deterministic_ops": True}
+    jax.jit(lambda x: x + 1, compiler_options=options)(1.0)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_deterministic_opps"):
+        jax.jit(lambda x: x + 2, compiler_options={"xla_gpu_deterministic_opps": True})(1.0)
+
+
 COMPILE_FOR_TPU = """
     import jax
     import jax.numpy as jnp

@@ -100,9 +100,8 @@ advice() {
   case $ID:$VERSION_ID in
     debian:12 | debian:13 | ubuntu:24.04) echo "run: sudo apt-get install python3 python3-venv" ;;
     ubuntu:2[02].04) echo "run: sudo add-apt-repository ppa:deadsnakes/ppa && sudo apt-get install python3.12 python3.12-venv" ;;
-    debian:* | ubuntu:*) echo "run: sudo apt-get install python3-pip unzip curl ca-certificates, and this script again" ;;
     fedora:* | rhel:* | rocky:* | almalinux:*) echo "run: sudo dnf install python3.12" ;;
-    *) echo "install Python 3.12" ;;
+    *) echo "install Python 3.12, or uv" ;;
   esac
 }
 

@@ -1,4 +1,4 @@
-"""The task files of end_to_end/cloud: sound by themselves, run for real on the CPU, and by SkyPilot's and xpk's own rules."""
+"""The task files of end_to_end/cloud: in themselves, run on the CPU, and by SkyPilot's and xpk's own rules."""
 
 import json
 import os
@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "end_to_end/cloud").glob("*.yaml"))
 # The fields used, of https://docs.skypilot.co/en/latest/reference/yaml-spec.html
 FIELDS = {"name", "workdir", "num_nodes", "resources", "envs", "setup", "run"}
-RESOURCES = {"infra", "any_of", "accelerators", "accelerator_args", "cpus", "memory", "disk_size", "use_spot", "job_recovery"}
+RESOURCES = {"infra", "any_of", "accelerators", "accelerator_args", "cpus", "memory", "disk_size", "use_spot"}
+RESOURCES.add("job_recovery")
 
 place, cache, settings = scripts.place, scripts.cache, scripts.settings  # fixtures
 

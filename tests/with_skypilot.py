@@ -3,7 +3,7 @@
     HOME=EMPTY_FOLDER python tests/with_skypilot.py FILE ...
 
 prints one JSON object: for each file what its own parser, its optimizer and its rule for restarts make of it. No cloud,
-no account and no network: the catalog is a few rows with invented prices, written where SkyPilot keeps a downloaded one.
+no account and no network: the catalog is a few rows with invented prices, where SkyPilot keeps a downloaded one.
 """
 
 import contextlib

@@ -144,7 +144,7 @@ fetch_uv() {
 # The wheel of uv for this machine, off the page that the index has about uv.
 # Source: https://packaging.python.org/en/latest/specifications/simple-repository-api/
 download_uv() {
-  local index=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-https://pypi.org/simple}} version address
+  local index=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-https://pypi.org/simple}} version address digest
   version=$(sed -n 's/^uv==\([0-9.]*\).*/\1/p' constraints.txt)
   [ "$(uname -s)" = Linux ] || {
     echo "no pip"
@@ -163,11 +163,12 @@ download_uv() {
   esac
   address=${address%%#*}
   download "$address" "$VENV/${address##*/}" || return
-  pinned uv | grep -q "sha256:$(sha256sum "$VENV/${address##*/}" | cut -d ' ' -f 1)" || {
+  digest=$(sha256sum "$VENV/${address##*/}" | cut -d ' ' -f 1)
+  if [[ $(pinned uv) != *"--hash=sha256:$digest"* ]]; then
     rm -f "$VENV/${address##*/}"
     echo "uv is not the one that constraints.txt pins (its hash differs)"
     return 1
-  }
+  fi
 }
 
 # download ADDRESS FILE

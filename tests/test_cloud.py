@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -104,21 +105,41 @@ def test_the_cpu_task_stops_with_75_and_the_next_machine_resumes(settings, place
     assert scripts.steps_of(folder) == list(range(steps))
 
 
-@pytest.mark.slow
-def test_on_a_slice_one_host_trains_the_tokenizer_and_the_others_wait(settings, place):
-    words = {**settings, "BUCKET": f"{place}/slice", "STAGES": "tokenizer", "RESTART_SECONDS": "1"}
-    task = read("v6e-16")
-    del task["envs"]["STAGES"], task["envs"]["CHIPS"], task["envs"]["DATASET_PATH"], task["envs"]["NUM_ITERATIONS"]
-    waiting = start(task, words, SKYPILOT_NODE_RANK="1")
+def start_slice(task, settings, **more):
+    """The task on both hosts of a slice of two, here two processes of JAX on the CPU; the second one first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    more |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    second = start(task, settings, JAX_PROCESS_ID="1", SKYPILOT_NODE_RANK="1", **more)
     line = ""
-    while "waiting for the tokenizer that host 0 trains" not in line:
-        line = waiting.stdout.readline()
-        assert line, "it did not wait"
-    first = start(task, words, SKYPILOT_NODE_RANK="0")
-    out, _ = first.communicate(timeout=120)
-    assert first.returncode == 0 and "Training a tokenizer" in out, out
-    out, _ = waiting.communicate(timeout=60)
-    assert waiting.returncode == 0 and "Training a tokenizer" not in out, out
+    while "training" not in line and "waiting for the tokenizer" not in line:
+        line = second.stdout.readline()
+        assert line, "it came to an end"
+    return [start(task, settings, JAX_PROCESS_ID="0", SKYPILOT_NODE_RANK="0", **more), second]
+
+
+@pytest.mark.slow
+def test_a_slice_trains_one_run_stops_as_one_and_resumes(settings, place):
+    """One host trains the tokenizer, the other waits for it; told to stop, both end with 75."""
+    task = read("v6e-16")
+    steps = 100
+    task["envs"] |= {"DATASET_PATH": settings["DATASET_PATH"], "NUM_ITERATIONS": steps}
+    more = {"BUCKET": f"{place}/slice", "RESTART_SECONDS": "1"}
+    folder = place / f"slice/runs/d2_{steps}steps"
+    hosts = start_slice(task, settings, **more)
+    scripts.wait_for_step(folder, 5, hosts[0])
+    for host in hosts:
+        os.killpg(host.pid, signal.SIGTERM)
+    said = [host.communicate(timeout=120)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [75, 75], said
+    assert ["Training a tokenizer" in out for out in said] == [True, False]
+
+    hosts = start_slice(task, settings, **more)
+    said = [host.communicate(timeout=250)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said
+    assert all("going on from step" in out for out in said)
+    assert scripts.steps_of(folder) == list(range(steps))
 
 
 @pytest.mark.parametrize(

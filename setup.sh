@@ -5,6 +5,7 @@
 #   DEVICE=tpu bash setup.sh           auto (the default), cpu, tpu or gpu
 #   EXTRAS=track,serve bash setup.sh   and with further extras of pyproject.toml
 #
+# Where there is no Python 3.11, 3.12 or 3.13 with venv, uv makes the environment, and gets a Python if need be.
 # Run again it does nothing, unless something has changed or more is asked for. Every file that is
 # installed is checked against its hash in constraints.txt, by uv and by pip.
 set -euo pipefail
@@ -20,18 +21,19 @@ fail() {
   exit 1
 }
 
-# Whether $1 is an interpreter that will do. It has to run: a version manager's shim may not.
+# Whether $1 is an interpreter that will do. It has to run: a version manager's shim may not. No release candidate:
+# Ubuntu 22.04 packages 3.11.0rc1, which many packages refuse.
 is_right_python() {
-  "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+  "$1" -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] <= (3, 13) or v[3] != "final")' >/dev/null 2>&1
 }
 
-# Prints the first interpreter on PATH that will do and can make an environment with pip in it.
+# Prints the first interpreter on PATH that will do and can import the modules $1.
 find_python() {
   local name path
   for name in python3.11 python3.12 python3.13 python3 python; do
     # All of that name: a shim may hide the real one.
     while IFS= read -r path; do
-      if is_right_python "$path" && "$path" -c 'import ensurepip, venv' >/dev/null 2>&1; then
+      if is_right_python "$path" && "$path" -c "import $1" >/dev/null 2>&1; then
         echo "$path"
         return
       fi
@@ -67,16 +69,40 @@ detect_device() {
 }
 
 make_venv() {
-  local python
-  if python=$(find_python); then
+  local python uv
+  if python=$(find_python 'ensurepip, venv'); then
     "$python" -m venv --clear $VENV 2>/dev/null ||
       fail "$python cannot make an environment in $PWD/$VENV: is the disk full, or the folder write-protected?"
-  elif command -v uv >/dev/null; then
-    uv venv --quiet --clear --seed --python '>=3.11,<3.14' $VENV ||
-      fail "no Python 3.11, 3.12 or 3.13 here, and uv could not get one"
-  else
-    fail "no Python 3.11, 3.12 or 3.13 that runs and has venv: install one (Debian and Ubuntu: apt-get install python3 python3-venv)"
+    return
   fi
+  # uv can do without what Debian and Ubuntu package apart (python3-venv), and without any Python at all.
+  if ! { rm -rf $VENV && mkdir -p $VENV/bin && : >$LOG; } 2>/dev/null; then
+    fail "$PWD/$VENV cannot be made anew: is the folder write-protected?"
+  fi
+  uv=$(find_uv) || fail "no Python 3.11, 3.12 or 3.13 with venv here, and no uv to get one with ($(explain)); $(advice)"
+  {
+    python=$(find_python sysconfig) && "$uv" venv --allow-existing --python "$python" $VENV
+  } >>$LOG 2>&1 || {
+    echo "No Python 3.11, 3.12 or 3.13 here: uv gets one."
+    "$uv" venv --allow-existing --managed-python --python cpython@3.12 $VENV >>$LOG 2>&1
+  } || fail "no Python 3.11, 3.12 or 3.13 here, and uv could not download one (UV_PYTHON_INSTALL_MIRROR names a mirror); $(advice); see $LOG"
+  pinned pip >$VENV/maxnano-tool.txt
+  tell_uv_the_index
+  "$uv" pip install --python $VENV/bin/python --no-deps --require-hashes -r $VENV/maxnano-tool.txt >>$LOG 2>&1 ||
+    fail "$(explain); see $LOG"
+}
+
+# What to do where neither this machine nor uv has a Python.
+advice() {
+  local ID='' VERSION_ID=''
+  # shellcheck source=/dev/null
+  [ ! -r /etc/os-release ] || . /etc/os-release
+  case $ID:$VERSION_ID in
+    debian:12 | debian:13 | ubuntu:24.04) echo "run: sudo apt-get install python3 python3-venv" ;;
+    ubuntu:2[02].04) echo "run: sudo add-apt-repository ppa:deadsnakes/ppa && sudo apt-get install python3.12 python3.12-venv" ;;
+    fedora:* | rhel:* | rocky:* | almalinux:*) echo "run: sudo dnf install python3.12" ;;
+    *) echo "install Python 3.12, or uv" ;;
+  esac
 }
 
 # The lines of constraints.txt about package $1, for installing a tool at its hash.
@@ -95,24 +121,102 @@ install_tool() {
 
 # Prints the uv to use, if it can be had.
 find_uv() {
-  if command -v uv; then
+  if command -v uv || command -v ~/.local/bin/uv || command -v $VENV/bin/uv; then
     return
   fi
-  if [ -x $VENV/bin/uv ] || install_tool uv; then
-    echo $VENV/bin/uv
-  else
+  fetch_uv >>$LOG 2>&1 && echo $VENV/bin/uv
+}
+
+# Gets the pinned uv: by the pip of any Python, which knows of mirrors and proxies, or else straight from the index.
+fetch_uv() {
+  local python
+  pinned uv >$VENV/maxnano-tool.txt
+  for python in $VENV/bin/python python3; do
+    if "$python" -m pip --version; then
+      "$python" -m pip --disable-pip-version-check --no-input download --no-deps --only-binary :all: --require-hashes \
+        --dest $VENV -r $VENV/maxnano-tool.txt && unpack_uv
+      return
+    fi
+  done
+  download_uv && unpack_uv
+}
+
+# The wheel of uv for this machine, off the page that the index has about uv.
+# Source: https://packaging.python.org/en/latest/specifications/simple-repository-api/
+download_uv() {
+  local index=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-https://pypi.org/simple}} version address digest
+  version=$(sed -n 's/^uv==\([0-9.]*\).*/\1/p' constraints.txt)
+  [ "$(uname -s)" = Linux ] || {
+    echo "no pip"
+    return 1
+  }
+  download "${index%/}/uv/" $VENV/uv.html || return
+  address=$(tr '"' '\n' <$VENV/uv.html | grep -E "/uv-$version-[^/]*manylinux_2_17_$(uname -m)\.[^/]*\.whl(#|\$)" | head -n 1)
+  case $address in
+    '')
+      echo "the package index has no uv $version for $(uname -m)"
+      return 1
+      ;;
+    *://*) ;;
+    /*) address=$(cut -d / -f 1-3 <<<"$index")$address ;;
+    *) address=${index%/}/uv/$address ;;
+  esac
+  address=${address%%#*}
+  download "$address" "$VENV/${address##*/}" || return
+  digest=$(sha256sum "$VENV/${address##*/}" | cut -d ' ' -f 1)
+  if [[ $(pinned uv) != *"--hash=sha256:$digest"* ]]; then
+    rm -f "$VENV/${address##*/}"
+    echo "uv is not the one that constraints.txt pins (its hash differs)"
     return 1
   fi
 }
 
-install_by_uv() {
-  # uv does not read pip's settings: where pip was told of an index of its own, tell uv.
-  local index
-  index=$($VENV/bin/python -m pip config get global.index-url 2>/dev/null || true)
-  index=${PIP_INDEX_URL:-$index}
+# download ADDRESS FILE
+download() {
+  if command -v curl; then
+    curl -fsSL --connect-timeout 30 --retry 3 -o "$2" "$1"
+  elif command -v wget; then
+    wget -nv -T 30 -t 3 -O "$2" "$1"
+  else
+    echo "neither pip nor curl nor wget"
+    return 1
+  fi
+}
+
+# A wheel is a zip file. Leaves uv in .venv/bin.
+unpack_uv() {
+  local python
+  (
+    cd $VENV
+    if command -v unzip; then
+      unzip -qo uv-*.whl '*/scripts/uv'
+    elif command -v bsdtar; then
+      bsdtar -xf uv-*.whl
+    else
+      python=bin/python
+      command -v $python || python=python3
+      $python -m zipfile -e uv-*.whl . || {
+        echo "neither python3 nor unzip"
+        exit 1
+      }
+    fi
+    mv uv-*.data/scripts/uv bin/uv && chmod +x bin/uv && rm -rf uv-*.data uv-*.dist-info uv-*.whl uv.html
+  )
+}
+
+# uv does not read pip's settings: where pip was told of an index of its own, tell uv.
+tell_uv_the_index() {
+  local python index=${PIP_INDEX_URL:-}
+  for python in $VENV/bin/python python3; do
+    index=${index:-$("$python" -m pip config get global.index-url 2>/dev/null || true)}
+  done
   if [ -n "$index" ]; then
     export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index}
   fi
+}
+
+install_by_uv() {
+  tell_uv_the_index
   "$1" pip install --python $VENV/bin/python --constraints constraints.txt \
     --build-constraints constraints.txt --editable ".[$2]" >>$LOG 2>&1
 }
@@ -210,7 +314,7 @@ case $device in
   gpu) needed_mb=9000 ;;
 esac
 free_mb=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024) }')
-if [ ! -d $VENV ] && [ "$free_mb" -lt "$needed_mb" ]; then
+if [ ! -x $VENV/bin/python ] && [ "$free_mb" -lt "$needed_mb" ]; then
   fail "the disk of $PWD has $free_mb MB free, and $needed_mb MB are needed"
 fi
 

@@ -91,7 +91,10 @@ training_knobs() {
   knob PRICE_PER_CHIP_HOUR "" "US dollars; empty: no price is printed"
   knob MIN_DISK_GB 20 "free disk that --dry-run wants"
   knob MAX_CRASHES 3 "times that a training which fell over is started again"
-  knob RESTART_SECONDS 10 "pause before training is started again"
+  knob RESTART_SECONDS 10 "pause before training is started again, or looked again for the tokenizer of host 0"
+  # SkyPilot numbers the hosts of a slice, GKE those of each slice.
+  knob HOST_INDEX "${SKYPILOT_NODE_RANK:-$((${MEGASCALE_SLICE_ID:-0} + ${TPU_WORKER_ID:-0}))}" \
+    "which of a slice's hosts this is: 0 trains the tokenizer"
   knob STAGES "setup data tokenizer training result" "what to do, in this order"
   knob MAXNANO_PYTHON .venv/bin/python "interpreter; by default that of setup.sh, which is called where .venv is missing"
   knob SETUP "" "1: call setup.sh although .venv is there"
@@ -228,10 +231,21 @@ stage_data() {
   echo "$reason"
 }
 
+# On a slice of several hosts this script runs on each of them, and one tokenizer is for all.
 stage_tokenizer() {
-  if ! results tokenizer 2>/dev/null; then
+  local deadline=$((SECONDS + 3600))
+  if results tokenizer 2>/dev/null; then
+    return
+  elif [ "$HOST_INDEX" = 0 ]; then
     program train_tokenizer.py
+    return
   fi
+  say "waiting for the tokenizer that host 0 trains"
+  until results tokenizer 2>/dev/null; do
+    [ "$SECONDS" -lt "$deadline" ] ||
+      fail "timed out after 3600 s waiting for the tokenizer at TOKENIZER_PATH=$TOKENIZER_PATH, which host 0 trains: see its log, and take a path that all hosts share"
+    sleep "$RESTART_SECONDS"
+  done
 }
 
 stage_training() {

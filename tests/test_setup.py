@@ -1,10 +1,14 @@
 """Set-up: what is pinned, how much it is, and how setup.sh says no."""
 
+import hashlib
 import importlib.metadata
+import platform
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CORE = PYPROJECT["project"]["dependencies"]
 EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 SCRIPTS = ["setup.sh", "tests/run.sh", ".ci/run", "end_to_end/cpu/quickstart.sh"]
-TOOLS = "bash dirname cat cksum sort paste sed tr grep df awk rm tail".split()
+TOOLS = "bash sh dirname cat cksum sort paste sed tr grep df awk rm tail".split()
+TOOLS += "mkdir chmod mv cut uname sha256sum head env".split()
 
 
 def read_pins():
@@ -142,6 +147,7 @@ def machine(tmp_path):
 
 SHIM = 'echo "python: command not found" >&2; exit 127'
 TOO_OLD = "exit 1"  # what the question for the version ends with
+NO_VENV = 'case "$*" in *ensurepip*) exit 1 ;; esac'  # Debian without python3-venv
 
 
 @pytest.mark.parametrize(
@@ -152,6 +158,156 @@ def test_without_python_one_line_says_so(machine, interpreters):
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert "no Python 3.11, 3.12 or 3.13" in line
+    assert "neither pip nor curl nor wget" in line
+    assert re.search(r"; (run: sudo \S+ \S*install|install Python 3.12)", line)
+
+
+def test_a_release_candidate_is_no_release(tmp_path):
+    """Ubuntu 22.04's package python3.11 is 3.11.0rc1."""
+    source = (ROOT / "setup.sh").read_text()
+    (question,) = re.findall(r"\"\$1\" -c '(import sys; v = .*)' >", source)
+    for version, fits in [
+        ((3, 11, 0, "candidate", 1), False),
+        ((3, 11, 0, "final", 0), True),
+        ((3, 13, 9, "final", 0), True),
+        ((3, 10, 12, "final", 0), False),
+        ((3, 14, 0, "final", 0), False),
+    ]:
+        asked = question.replace("sys.version_info", repr(version))
+        status = subprocess.run([sys.executable, "-c", asked], check=False).returncode
+        assert (status == 0) == fits, version
+
+
+# A uv that says what it was asked and then makes an environment as bare as the real one's, or says that it cannot.
+UV = """#!{sh}
+echo "$@" >>{log}
+case "$1 $*" in
+  *--managed-python*) {download} ;;
+  "venv "*)
+    for last; do :; done
+    mkdir -p $last/bin
+    printf '#!{sh}\\nexit 0\\n' >$last/bin/python
+    chmod +x $last/bin/python ;;
+  *) exit 3 ;;
+esac
+"""
+
+
+@pytest.fixture
+def index(tmp_path, machine):
+    """index(download=STATEMENT): puts a uv on a package index that only a stand-in curl reaches."""
+    bin, log = tmp_path / "bin", tmp_path / "asked"
+
+    def make(download="exit 2", unzip=True):
+        sh = shutil.which("sh")
+        version = str(PINS["uv"][0][0].specifier).removeprefix("==")
+        name = f"uv-{version}-py3-none-manylinux_2_17_{platform.machine()}.manylinux2014_{platform.machine()}.whl"
+        (tmp_path / "index").mkdir()
+        wheel = tmp_path / "index" / name
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(
+                f"uv-{version}.data/scripts/uv", UV.format(sh=sh, log=log, download=download)
+            )
+            archive.writestr(f"uv-{version}.dist-info/METADATA", "Name: uv\n")
+        (tmp_path / "index/uv.html").write_text(
+            f'<a href="../../packages/ab/uv-{version}-py3-none-win32.whl#sha256=00">uv</a>\n'
+            f'<a href="../../packages/cd/{name}#sha256=00">uv</a>\n'
+        )
+        # curl -o FILE ADDRESS: the page of uv, or the file that it names.
+        (bin / "curl").write_text(f"""#!{sh}
+for last; do :; done
+while [ "$1" != -o ]; do shift; done
+echo "curl $last" >>{log}
+case $last in
+  http://index.test/simple/uv/) cat {tmp_path}/index/uv.html >"$2" ;;
+  http://index.test/simple/uv/../../packages/cd/*) cat {tmp_path}/index/*.whl >"$2" ;;
+  *) exit 22 ;;
+esac
+""")
+        (bin / "curl").chmod(0o755)
+        if unzip:  # by Python's own module, under the name of the tool
+            (bin / "unzip").write_text(f'#!{sh}\nexec {sys.executable} -m zipfile -e "$2" .\n')
+            (bin / "unzip").chmod(0o755)
+        return hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+    def pin(digest):
+        path = tmp_path / "constraints.txt"
+        path.write_text(
+            re.sub(
+                r"(?m)^(uv==\S+) .*\n( +--hash.*\n)+",
+                rf"\1 \\\n    --hash=sha256:{digest}\n",
+                path.read_text(),
+            )
+        )
+
+    def asked():
+        return log.read_text().splitlines() if log.exists() else []
+
+    make.pin, make.asked = pin, asked
+    return make
+
+
+PYPI = {"DEVICE": "cpu", "PIP_INDEX_URL": "http://index.test/simple"}
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the wheel is chosen for Linux")
+
+
+@linux
+@pytest.mark.parametrize(
+    "interpreters", [{}, {"python3": TOO_OLD}, {"python3.11": TOO_OLD, "python3": SHIM}]
+)
+def test_where_no_python_fits_the_pinned_uv_is_asked_for_one(machine, index, interpreters):
+    index.pin(index())
+    result = machine(interpreters, **PYPI)
+    assert result.returncode == 1
+    assert result.stdout == "No Python 3.11, 3.12 or 3.13 here: uv gets one.\n"
+    (line,) = result.stderr.splitlines()
+    assert "uv could not download one" in line and "UV_PYTHON_INSTALL_MIRROR" in line
+    page, wheel, venv = index.asked()
+    assert wheel.startswith(page) and wheel.endswith(".whl")
+    assert venv == "venv --allow-existing --managed-python --python cpython@3.12 .venv"
+
+
+@linux
+def test_a_python_without_venv_is_used_by_uv(machine, index, tmp_path):
+    index.pin(index())
+    result = machine({"python3.11": NO_VENV, "python3": TOO_OLD}, **PYPI)
+    assert result.returncode == 1, "this uv does not install"
+    assert index.asked()[2] == f"venv --allow-existing --python {tmp_path}/bin/python3.11 .venv"
+    assert index.asked()[3].startswith(
+        "pip install --python .venv/bin/python --no-deps --require-hashes -r"
+    )
+    assert "uv gets one" not in result.stdout
+
+
+@linux
+def test_a_uv_of_another_hash_is_not_run(machine, index):
+    index()
+    result = machine(**PYPI)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert "its hash differs" in line
+    assert len(index.asked()) == 2, "the page and the wheel, and nothing run"
+
+
+@linux
+def test_a_uv_that_is_there_is_taken(machine, index, tmp_path):
+    index()
+    home = tmp_path / "home/.local/bin"
+    home.mkdir(parents=True)
+    (home / "uv").write_text(
+        UV.format(sh=shutil.which("sh"), log=tmp_path / "asked", download="exit 2")
+    )
+    (home / "uv").chmod(0o755)
+    machine(**PYPI)
+    assert index.asked() == ["venv --allow-existing --managed-python --python cpython@3.12 .venv"]
+
+
+@linux
+def test_without_a_tool_to_unpack_one_line_says_so(machine, index):
+    index.pin(index(unzip=False))
+    result = machine(**PYPI)
+    (line,) = result.stderr.splitlines()
+    assert "neither python3 nor unzip" in line
 
 
 def test_a_shim_that_fails_is_passed_over(machine, tmp_path):

@@ -123,7 +123,7 @@ def start_slice(task, settings, **more):
 def test_a_slice_trains_one_run_stops_as_one_and_resumes(settings, place):
     """One host trains the tokenizer, the other waits for it; told to stop, both end with 75."""
     task = read("v6e-16")
-    steps = 100
+    steps = 60
     task["envs"] |= {"DATASET_PATH": settings["DATASET_PATH"], "NUM_ITERATIONS": steps}
     more = {"BUCKET": f"{place}/slice", "RESTART_SECONDS": "1"}
     folder = place / f"slice/runs/d2_{steps}steps"

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import yaml
 from ml_collections import FrozenConfigDict
 
-from MaxNano import scaling
+from MaxNano import scaling, storage
 
 BASE = Path(__file__).resolve().parents[1] / "configs" / "base.yml"
 ORIGIN = "origin"  # the one entry of a config that is not a key: key -> where its value came from
@@ -763,9 +763,7 @@ def to_yaml(config: FrozenConfigDict) -> str:
 
 def save(config: FrozenConfigDict, path: Path) -> None:
     """Write to_yaml(config) to a file, whole or not at all; `path` may be an epath.Path of remote storage."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(to_yaml(config), encoding="utf-8")
-    temporary.replace(path)
+    storage.write_whole(path, to_yaml(config))
 
 
 def saved_values(path: Path) -> dict[str, Any]:

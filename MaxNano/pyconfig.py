@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from etils import epath
 from ml_collections import FrozenConfigDict
 
 from MaxNano import scaling, storage
@@ -395,7 +396,7 @@ def _gather(argv: Sequence[str]) -> _Values:
         raise ConfigError(
             "the first argument must be a config file: configs/base.yml key=value ..."
         )
-    first = Path(argv[0])
+    first = (epath.Path if storage.is_remote(argv[0]) else Path)(argv[0])
     keys = _read_keys(first)
     is_base = keys is not None
     base = first if is_base else BASE

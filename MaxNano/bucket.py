@@ -12,7 +12,7 @@ try:
 except ImportError:
     raise ValueError("gs:// needs gcsfs: pip install -c constraints.txt 'etils[epath-gcs]'") from None
 
-# Seconds. gcsfs itself waits for ever; it tries six times, over half a minute, where an error may pass.
+# Seconds. gcsfs itself waits for ever (tensorstore for a minute); it tries six times, over half a minute, where an error may pass.
 CONNECT_SECONDS = 20
 SILENCE_SECONDS = 30  # without a byte of the answer
 REQUEST_SECONDS = 300  # for one request, of which an upload has 5 MiB at most

@@ -42,6 +42,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import FrozenConfigDict
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from MaxNano import pyconfig, runtime, scaling, storage
 
@@ -50,6 +51,14 @@ DAMAGED = "MANIFEST.damaged"  # its name on gs://, where a damaged checkpoint ca
 LOCK = ".lock"
 MAX_FAILED_SAVES = 3
 SAVE_TIMEOUT_SECONDS = 1200  # for which a process waits for what the others write of a checkpoint
+# How often tensorstore asks a bucket again that does not answer: for about two minutes, as the next save
+# waits for this one. Its default is half an hour, and orbax has no option for it.
+BUCKET_RETRIES = {"max_retries": 8, "initial_delay": "1s", "max_delay": "32s"}
+for _context in (
+    tensorstore_utils._BASE_TS_CONTEXT,
+    tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT,
+):
+    _context["gcs_request_retries"] = BUCKET_RETRIES
 # Keys besides the shape without which the same parameters are another model.
 FUNCTION_KEYS = (
     "rope_theta",

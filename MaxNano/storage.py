@@ -15,11 +15,6 @@ from etils import epath
 for _protocol in ("gs", "gcs"):  # imported when the first gs:// path is used
     fsspec.register_implementation(_protocol, "MaxNano.bucket.Bucket", clobber=True)
 
-# tensorstore, with which orbax writes arrays, gives up a connection only if it is told to. It tries again by itself.
-os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", "20")
-os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "30")
-os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")  # bytes/s
-
 
 def is_remote(path: epath.PathLike) -> bool:
     """Whether the path is in a bucket."""

@@ -340,7 +340,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _strike(self, fault, operation, act):
         """Hangs or drops, in the middle of the content where there is one."""
-        if operation == "write":
+        if operation == "write" and self._body is None:
             length = int(self.headers.get("Content-Length", 0))
             self._read_exactly(min(length, length // 2 if fault.after_bytes is None else fault.after_bytes))
         elif operation == "read":

@@ -12,7 +12,8 @@ try:
 except ImportError:
     raise ValueError("gs:// needs gcsfs: pip install -c constraints.txt 'etils[epath-gcs]'") from None
 
-# Seconds. gcsfs itself waits for ever (tensorstore for a minute); it tries six times, over half a minute, where an error may pass.
+# Seconds. gcsfs itself would wait for ever (tensorstore waits for a minute). Where an error may pass, it tries six
+# times in about half a minute.
 CONNECT_SECONDS = 20
 SILENCE_SECONDS = 30  # without a byte of the answer
 REQUEST_SECONDS = 300  # for one request, of which an upload has 5 MiB at most

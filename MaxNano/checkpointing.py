@@ -366,6 +366,7 @@ class Checkpointer:
             )
         except Exception as error:  # noqa: BLE001 (check() reports it)
             self._error = error
+            self._forget_errors()
         else:
             self._thread = threading.Thread(target=self._commit, args=(step,), name="checkpoint")
             self._thread.start()
@@ -434,12 +435,21 @@ class Checkpointer:
                 _write_manifest(self._root / str(step), hashes=self._local)
         except Exception as error:  # noqa: BLE001 (check() reports it)
             self._error = error
+            self._forget_errors()
             return
         if self._primary:
             try:
                 self._remove_old()
             except (OSError, CheckpointError) as error:
                 _warn(f"old checkpoints in {self._run} could not be deleted ({_one_line(error)}); trying again later")
+
+    def _forget_errors(self) -> None:
+        """orbax raises one error of a failed save at a time; the rest would fail the next save or restore."""
+        for _ in range(10):
+            try:
+                return self._orbax.wait_until_finished()
+            except Exception:  # noqa: BLE001, S112 (the first one is reported)
+                continue
 
     def _remove_old(self) -> None:
         for old in self._steps()[: -self._config.checkpoint_keep]:

@@ -190,6 +190,7 @@ WRITES += ("commit_success", "array_metadatas", "MANIFEST")
 def test_a_save_outlasts_faults_that_pass(store, run, kind):
     """At every kind of object, twice."""
     faults = [store.fail(kind, "write", name, count=2) for name in WRITES]
+    store.fail(412, "write", "manifest.ocdbt")  # as if somebody else had written it meanwhile
     with Checkpointer(make_config(), run) as checkpointer:
         checkpointer.save(1, make_state(1), {})
         checkpointer.wait()
@@ -197,8 +198,9 @@ def test_a_save_outlasts_faults_that_pass(store, run, kind):
     assert all(fault.hits == 2 for fault in faults), [fault.hits for fault in faults]
 
 
-@pytest.mark.parametrize("name", WRITES)
-@pytest.mark.parametrize("kind", [403, 412, 503])
+@pytest.mark.parametrize(
+    "kind,name", [*((403, name) for name in WRITES), (412, "process_0/d/"), (503, "manifest.ocdbt")]
+)
 def test_a_save_that_fails_is_told_and_harms_nothing(store, run, kind, name, capfd):
     with Checkpointer(make_config(), run) as checkpointer:
         checkpointer.save(1, make_state(1), {})

@@ -35,6 +35,7 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import (
     attention,
+    compile_cache,
     embedding,
     history,
     losses,
@@ -685,6 +686,7 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
             state=extra["metrics"],
         )
         cleanup.callback(logger.close)
+        cleanup.callback(compile_cache.finish)
         if start:
             logger.message(f"going on from step {start} of {directory}")
 

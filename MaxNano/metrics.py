@@ -275,10 +275,8 @@ class MetricLogger:
         """
         steps = [entry[1]["step"] for entry in self._unwritten]
         head = _curves_head(min([self._next_step, *steps])) + b"".join(map(_curves_point, self._events))
-        name = (
-            f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}"
-            f".{uuid.uuid4().hex[:8]}"
-        )
+        # TensorBoard reads the files of a folder in the order of their names.
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
         return _GrowingFile(directory / name, lambda _: head, _curves_point, CURVES_WRITE_SECONDS)
 
     def _kept_lines(self, content: bytes) -> bytes:

@@ -6,6 +6,8 @@ at all.
 """
 
 import concurrent.futures
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +15,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
+
+# Otherwise gcsfs first asks another service, by gRPC, what kind of bucket each is.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+# It prints a traceback of what it then raises.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 def is_remote(path: Any) -> bool:

@@ -107,7 +107,10 @@ class MetricLogger:
         self._next_step = start_step
         # Entries are [time, row]; checkpoints of before these keys existed count written rows only.
         self._unwritten: list[_Entry] = state.get("unwritten", [])
-        self._events: list[_Entry] = state.get("events", [])  # see state()
+        self._events: list[_Entry] = [  # see state()
+            *state.get("events", []),
+            *(entry for entry in self._unwritten if "event" in entry[1]),
+        ]
         self._files: list[_GrowingFile] = []
         self._trackers: list[_Tracker] = []
         if is_main:
@@ -273,8 +276,8 @@ class MetricLogger:
         Its start hides what earlier processes drew from the first step on that comes again, and
         draws those events of these steps that do not come again.
         """
-        steps = [entry[1]["step"] for entry in self._unwritten]
-        head = _curves_head(min([self._next_step, *steps])) + b"".join(map(_curves_point, self._events))
+        head = _curves_head(min([self._next_step, *(entry[1]["step"] for entry in self._unwritten)]))
+        head += b"".join(_curves_point(entry) for entry in self._events if entry not in self._unwritten)
         # TensorBoard reads the files of a folder in the order of their names.
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
         return _GrowingFile(directory / name, lambda _: head, _curves_point, CURVES_WRITE_SECONDS)

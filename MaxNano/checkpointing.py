@@ -8,24 +8,28 @@ bit flips silently as wrong weights; the manifest is what detects them. Retentio
 not by orbax, whose manager deletes the old checkpoint before the new one has its manifest.
 
 On gs:// the manifest records sizes only: the store keeps and checks checksums of its own, and
-hashing would read everything back over the network. There the lock on the folder is left out too.
+hashing would read everything back over the network. orbax writes a checkpoint there in place, so
+that one without a manifest is half of one. Nobody can hold a lock on a bucket, as a machine may be
+gone at any time: the process that came last owns the run, and an earlier one stops at its next save.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
 import math
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -39,9 +43,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import FrozenConfigDict
 
-from MaxNano import pyconfig, runtime, scaling
+from MaxNano import pyconfig, runtime, scaling, storage
 
 MANIFEST = "MANIFEST.json"
+DAMAGED = "MANIFEST.damaged"  # its name on gs://, where a damaged checkpoint cannot be renamed
+LOCK = ".lock"
 MAX_FAILED_SAVES = 3
 SAVE_TIMEOUT_SECONDS = 1200  # for which a process waits for what the others write of a checkpoint
 # Keys besides the shape without which the same parameters are another model.
@@ -59,12 +65,17 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be written, found or trusted; the message is one line for the user."""
 
 
+class _Superseded(CheckpointError):
+    """Another process owns the run now."""
+
+
 class Checkpointer:
     """Saves and restores the checkpoints of the run in `directory` (local or gs://).
 
     Use as a context manager, or call close(). With `writer` it owns the run: a second writer is
-    refused with CheckpointError. `tokenizer_fingerprint` is stored with each checkpoint and
-    compared on restore; "" stands for unknown and is never compared.
+    refused with CheckpointError; on gs:// the first one stops with it, at its next save.
+    `tokenizer_fingerprint` is stored with each checkpoint and compared on restore; "" stands for
+    unknown and is never compared.
     """
 
     def __init__(
@@ -80,13 +91,14 @@ class Checkpointer:
         self._config = config
         self._fingerprint = tokenizer_fingerprint
         self._run = epath.Path(directory)
-        self._local = "://" not in str(directory)
+        self._local = not storage.is_remote(self._run)
         if self._local:
             self._run = epath.Path(Path(directory).expanduser().absolute())  # orbax wants it so
         self._root = self._run / "checkpoints"
         self._writer = writer
         self._primary = jax.process_index() == 0
         self._lock: filelock.BaseFileLock | None = None
+        self._owner = uuid.uuid4().hex  # what LOCK holds on gs://
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(), timeout_secs=SAVE_TIMEOUT_SECONDS
         )
@@ -138,25 +150,16 @@ class Checkpointer:
         """
         self._join()
         self._report()
-        if step in self._steps_of_primary():
-            return
+        try:
+            if step in self._steps_of_primary():
+                return
+        except CheckpointError as error:
+            self._error = error
         self._is_judged = False
         self._last_step = step
         self._last_save = time.monotonic()
-        record = {**extra, "run": {"step": step, **self._identity()}}
-        try:
-            self._orbax.save(
-                self._root / str(step),
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(record)
-                ),
-                force=True,  # what an interrupted save of the same step left behind
-            )
-        except Exception as error:  # noqa: BLE001 (check() reports it)
-            self._error = error
-        else:
-            self._thread = threading.Thread(target=self._commit, args=(step,), name="checkpoint")
-            self._thread.start()
+        if self._error is None:
+            self._start(step, state, extra)
         if not self._config.async_checkpointing:
             self._join()
             self._report()
@@ -253,12 +256,14 @@ class Checkpointer:
         """Locks the run's folder and clears up after a process that died."""
         try:
             self._root.mkdir(parents=True, exist_ok=True)
+            if not self._local:
+                storage.write_whole(self._run / LOCK, json.dumps({"owner": self._owner, "host": platform.node()}))
         except OSError as error:
             raise CheckpointError(
                 f"cannot write to {self._run} ({_one_line(error)}); set base_output_directory"
             ) from None
         if self._local:
-            lock = filelock.FileLock(self._run / ".lock")
+            lock = filelock.FileLock(self._run / LOCK)
             try:
                 lock.acquire(blocking=False)
             except filelock.Timeout:
@@ -267,35 +272,94 @@ class Checkpointer:
                 ) from None
             self._lock = lock
         self._remove_temporary()
-        finished = self._steps()
-        for path in self._root.iterdir():
-            if path.name.isdigit() and int(path.name) not in finished:
-                _warn(
-                    f"the checkpoint of step {path.name} in {self._run} was never finished; ignored"
-                )
+        for step in self._unfinished():
+            _warn(
+                f"the checkpoint of step {step} in {self._run} was never finished; "
+                + ("ignored" if self._local else "removed")
+            )
+            if not self._local:
+                self._remove_tree(self._root / str(step))
+
+    def _check_owner(self) -> None:
+        """_Superseded if another process has taken over the run on gs://."""
+        if self._local or not (self._run / LOCK).exists():
+            return
+        lock = json.loads((self._run / LOCK).read_text())
+        if lock["owner"] != self._owner:
+            raise _Superseded(
+                f"another process, on {lock['host']}, has taken over {self._run}; this one stops, its last steps "
+                "are not saved"
+            )
+
+    def _names(self) -> list[str]:
+        """What lies in the checkpoints' folder. Raises CheckpointError where it cannot be looked at."""
+        try:
+            return storage.names(self._root)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self._root}: {_one_line(error)}") from None
 
     def _steps(self) -> list[int]:
         """Finished checkpoints, oldest first."""
-        if not self._root.exists():
-            return []
-        names = (path.name for path in self._root.iterdir())
-        return sorted(int(n) for n in names if n.isdigit() and (self._root / n / MANIFEST).exists())
+        steps = sorted(int(name) for name in self._names() if name.isdigit())
+        try:
+            return [step for step in steps if (self._root / str(step) / MANIFEST).exists()]
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self._root}: {_one_line(error)}") from None
+
+    def _unfinished(self) -> list[int]:
+        """Steps of which something is there, but no manifest."""
+        finished = self._steps()
+        steps = (int(name) for name in self._names() if name.isdigit())
+        return [
+            step
+            for step in steps
+            if step not in finished and not (self._root / str(step) / DAMAGED).exists()
+        ]
 
     def _steps_of_primary(self) -> list[int]:
         """_steps() as process 0 sees them, for every process; all must ask."""
-        return runtime.gather_json(self._steps())[0]
+        steps, problem = [], None
+        if self._primary:
+            try:
+                steps = self._steps()
+            except CheckpointError as error:
+                problem = str(error)
+        steps, problem = runtime.gather_json((steps, problem))[0]
+        if problem is not None:
+            raise CheckpointError(problem)
+        return steps
 
     def _remove_temporary(self) -> None:
         if not self._primary:
             return
-        for path in self._root.iterdir():
-            if re.fullmatch(rf"\d+{re.escape(ocp.utils.TMP_DIR_SUFFIX)}.*", path.name):
-                try:
-                    path.rmtree(missing_ok=True)
-                except (
-                    OSError
-                ):  # a thread of the failed save still writes there; the next one retries
-                    pass
+        for name in self._names():
+            if re.fullmatch(rf"\d+{re.escape(ocp.utils.TMP_DIR_SUFFIX)}.*", name):
+                self._remove_tree(self._root / name)
+
+    def _remove_tree(self, path: epath.Path) -> None:
+        """Removes what is of no use. What cannot be removed now, the next one who looks removes."""
+        with contextlib.suppress(OSError):  # a thread of the failed save may still write there
+            path.rmtree(missing_ok=True)
+
+    def _start(self, step: int, state: Any, extra: dict) -> None:
+        """Copies the state and leaves the rest to a thread."""
+        record = {**extra, "run": {"step": step, **self._identity()}}
+        try:
+            if self._primary and not self._local:
+                # What an interrupted save of the same step left behind; orbax would want rights to the bucket itself.
+                (self._root / str(step)).rmtree(missing_ok=True)
+            self._orbax.save(
+                self._root / str(step),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(record)
+                ),
+                force=True,  # the same on a disk
+            )
+        except Exception as error:  # noqa: BLE001 (check() reports it)
+            self._error = error
+        else:
+            self._thread = threading.Thread(target=self._commit, args=(step,), name="checkpoint")
+            self._thread.start()
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -311,13 +375,17 @@ class Checkpointer:
             return None
         self._is_judged = True
         error, self._error = self._error, None
-        mine = error and (isinstance(error, TimeoutError), _one_line(error))
+        mine = error and (isinstance(error, TimeoutError), _one_line(error), isinstance(error, _Superseded))
         problems = sorted(filter(None, runtime.gather_json(mine)))
         if not problems:
             self._failures = 0
             return None
+        for _, reason, is_superseded in problems:
+            if is_superseded:
+                raise CheckpointError(reason)
         self._failures += 1
-        self._remove_temporary()
+        with contextlib.suppress(CheckpointError):
+            self._remove_temporary()
         return problems[0][1]  # what went wrong, before what merely waited for it
 
     def _report(self) -> None:
@@ -353,14 +421,23 @@ class Checkpointer:
         try:
             self._orbax.wait_until_finished()
             if self._primary:
+                self._check_owner()
                 _write_manifest(self._root / str(step), hashes=self._local)
-                for old in self._steps()[: -self._config.checkpoint_keep]:
-                    path = self._root / str(old)
-                    (path / MANIFEST).unlink()  # first: a half-deleted checkpoint must not count
-                    path.rmtree()
-                self._remove_temporary()
         except Exception as error:  # noqa: BLE001 (check() reports it)
             self._error = error
+            return
+        if self._primary:
+            try:
+                self._remove_old()
+            except (OSError, CheckpointError) as error:
+                _warn(f"old checkpoints in {self._run} could not be deleted ({_one_line(error)}); trying again later")
+
+    def _remove_old(self) -> None:
+        for old in self._steps()[: -self._config.checkpoint_keep]:
+            path = self._root / str(old)
+            (path / MANIFEST).unlink()  # first: a half-deleted checkpoint must not count
+            path.rmtree(missing_ok=True)
+        self._remove_temporary()
 
     def _identity(self) -> dict:
         return {
@@ -399,19 +476,34 @@ class Checkpointer:
             raise CheckpointError(f"{self._run} holds no finished checkpoint")
         for candidate in reversed(steps):
             path = self._root / str(candidate)
-            problem = _find_damage(path)
+            try:
+                problem = _find_damage(path)
+            except OSError as error:  # of the network: that says nothing about the checkpoint
+                raise CheckpointError(
+                    f"the checkpoint of step {candidate} in {self._run} cannot be read: {_one_line(error)}"
+                ) from error
             if problem is None:
                 return candidate
             if self._writer:
-                # Out of the way, so that it is neither found again nor counted as kept.
-                aside = self._root / f"{candidate}.damaged"
-                aside.rmtree(missing_ok=True)
-                path.rename(aside)
+                self._set_aside(path)
             _warn(f"the checkpoint of step {candidate} in {self._run} is damaged ({problem})")
         raise CheckpointError(
             f"no checkpoint in {self._run} is intact (newest first looked at: step {steps[-1]}); "
             "choose another run_name to start afresh"
         )
+
+    def _set_aside(self, path: epath.Path) -> None:
+        """Puts a damaged checkpoint out of the way, so that it is neither found again nor counted as kept."""
+        try:
+            if self._local:
+                aside = path.with_name(f"{path.name}.damaged")
+                aside.rmtree(missing_ok=True)
+                path.rename(aside)
+            else:
+                (path / DAMAGED).write_bytes((path / MANIFEST).read_bytes())
+                (path / MANIFEST).unlink()
+        except OSError as error:
+            raise CheckpointError(f"cannot set {path} aside: {_one_line(error)}") from None
 
     def _restore(self, step: int | None, read: Any) -> tuple[Any, dict]:
         chosen = self._choose(step)
@@ -472,56 +564,48 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in Path(record.pathname).parts
 
 
-def _files(directory: epath.Path, prefix: str = "") -> Iterator[tuple[str, epath.Path]]:
-    """(relative name, path) of every file below the directory, the manifest left out."""
-    for path in sorted(directory.iterdir()):
-        name = f"{prefix}{path.name}"
-        if path.is_dir():
-            yield from _files(path, f"{name}/")
-        elif path.name != MANIFEST:
-            yield name, path
-
-
 def _sha256(path: epath.Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_manifest(directory: epath.Path, *, hashes: bool) -> None:
-    files = dict(_files(directory))
+    sizes = storage.sizes(directory)
     with ThreadPoolExecutor() as pool:  # hashing leaves the GIL free
-        digests = pool.map(_sha256, files.values()) if hashes else [None] * len(files)
+        paths = [directory / name for name in sizes]
+        digests = pool.map(_sha256, paths) if hashes else [None] * len(paths)
         entries = {
-            name: {"bytes": path.stat().length, "sha256": digest}
-            for (name, path), digest in zip(files.items(), digests, strict=True)
+            name: {"bytes": size, "sha256": digest}
+            for (name, size), digest in zip(sizes.items(), digests, strict=True)
         }
-    temporary = directory / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps({"files": entries}, indent=1))
-    temporary.rename(directory / MANIFEST)
+    storage.write_whole(directory / MANIFEST, json.dumps({"files": entries}, indent=1))
 
 
 def _find_damage(directory: epath.Path) -> str | None:
-    """What is wrong with a finished checkpoint, None if it is as it was written."""
+    """What is wrong with a finished checkpoint, None if it is as it was written.
+
+    Raises OSError where a bucket gives no answer; a disk that gives none is damage.
+    """
     try:
         entries = json.loads((directory / MANIFEST).read_text())["files"]
+        sizes = storage.sizes(directory)
+        for name, entry in entries.items():
+            if name not in sizes:
+                return f"{name} is missing"
+            if sizes[name] != entry["bytes"]:
+                return f"{name} has {sizes[name]} bytes instead of {entry['bytes']}"
         with ThreadPoolExecutor() as pool:
-            problems = pool.map(lambda item: _find_file_damage(directory, *item), entries.items())
-            return next((p for p in problems if p is not None), None)
+            hashed = {name: entry["sha256"] for name, entry in entries.items() if entry["sha256"] is not None}
+            digests = pool.map(lambda name: _sha256(directory / name), hashed)
+            for name, digest in zip(hashed, digests, strict=True):
+                if digest != hashed[name]:
+                    return f"{name} has changed"
+    except OSError as error:
+        if storage.is_remote(directory) and not isinstance(error, FileNotFoundError):
+            raise
+        return _one_line(error)
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not as it was written"
-    except OSError as error:
-        return _one_line(error)
-
-
-def _find_file_damage(directory: epath.Path, name: str, entry: dict) -> str | None:
-    path = directory / name
-    if not path.exists():
-        return f"{name} is missing"
-    size = path.stat().length
-    if size != entry["bytes"]:
-        return f"{name} has {size} bytes instead of {entry['bytes']}"
-    if entry["sha256"] is not None and _sha256(path) != entry["sha256"]:
-        return f"{name} has changed"
     return None
 
 

@@ -37,7 +37,7 @@ import numpy as np
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import huggingface, optim, pyconfig, scaling, tokenizer
+from MaxNano import huggingface, optim, pyconfig, scaling, storage, tokenizer
 from MaxNano.checkpointing import Checkpointer
 from MaxNano.train_state import TrainState
 
@@ -326,8 +326,8 @@ def write_nanochat(path: epath.PathLike, arrays: Mapping[str, np.ndarray], meta:
     meta_path = _meta_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The model last: nanochat takes a checkpoint to be there when its model is.
-    _write_whole(meta_path, json.dumps(meta, indent=2).encode())
-    _write_whole(path, write(arrays))
+    storage.write_whole(meta_path, json.dumps(meta, indent=2).encode())
+    storage.write_whole(path, write(arrays))
 
 
 def read_meta(path: epath.PathLike) -> dict:
@@ -427,12 +427,6 @@ def _meta_path(path: epath.Path) -> epath.Path:
     return path.with_name(f"meta_{path.stem.removeprefix('model_')}.json")
 
 
-def _write_whole(path: epath.Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else ""
@@ -511,7 +505,7 @@ class Source(NamedTuple):
 def import_run(config: FrozenConfigDict, argv: list[str]) -> None:
     """Makes a run from the checkpoint that `config` names; argv is what `config` was read from."""
     run = _run_directory(config)
-    if (run / "checkpoints").exists() and any((run / "checkpoints").iterdir()):
+    if storage.names(run / "checkpoints"):
         raise ValueError(f"{run} already holds checkpoints; choose another run_name")
     source = _nanochat_source(config) if config.from_nanochat else _huggingface_source(config)
     values = source.values
@@ -540,7 +534,7 @@ def import_run(config: FrozenConfigDict, argv: list[str]) -> None:
         encoder.save(config.tokenizer_path)
     elif encoder:
         text = (epath.Path(source.path) / tokenizer.FILE_NAME).read_bytes()
-        _write_whole(run / tokenizer.FILE_NAME, text)
+        storage.write_whole(run / tokenizer.FILE_NAME, text)
     pyconfig.save(config, run / "config.yml")
     fingerprint = encoder.fingerprint() if encoder else ""
     with Checkpointer(config, run, tokenizer_fingerprint=fingerprint) as checkpointer:

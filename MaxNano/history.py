@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from MaxNano import pyconfig
+from MaxNano import pyconfig, storage
 
 
 class Evaluation(NamedTuple):
@@ -145,9 +145,8 @@ def _rows(path: epath.Path) -> tuple[list[dict[str, Any]], bool]:
 
 def _newest_extra(root: epath.Path) -> dict[str, Any]:
     """The JSON of the newest finished checkpoint; none of its hashes is checked."""
-    names = [path.name for path in root.iterdir()] if root.exists() else []
     steps = sorted(
-        (int(n) for n in names if n.isdigit() and (root / n / "MANIFEST.json").exists()),
+        (int(n) for n in storage.names(root) if n.isdigit() and (root / n / "MANIFEST.json").exists()),
         reverse=True,
     )
     for step in steps:

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import numpy as np
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import dialogue, tokenizer
+from MaxNano import dialogue, storage, tokenizer
 
 MODEL_TYPE = "maxnano"
 SHARD_BYTES = 5 * 10**9  # larger models are cut into several files
@@ -130,7 +131,19 @@ def _is_own(folder: epath.Path) -> bool:
 
 @contextlib.contextmanager
 def _written_whole(folder: epath.Path) -> Iterator[epath.Path]:
-    """A new folder beside `folder`, which becomes `folder` if all goes well and otherwise goes away."""
+    """A new folder beside `folder`, which becomes `folder` if all goes well and otherwise goes away.
+
+    What goes to a bucket, which has no folders to rename, is uploaded file by file, config.json last: without it no
+    reader takes the rest for a model.
+    """
+    if storage.is_remote(folder):
+        with tempfile.TemporaryDirectory() as temporary:
+            place = epath.Path(temporary)
+            yield place
+            folder.rmtree(missing_ok=True)
+            for name in sorted(storage.names(place), key=lambda name: name == "config.json"):
+                storage.write_whole(folder / name, (place / name).read_bytes())
+        return
     place, old = (folder.with_name(f".{folder.name}.{what}{os.getpid()}") for what in ("", "old-"))
     place.mkdir(parents=True)
     try:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import scaling
+from MaxNano import scaling, storage
 
 BASE = Path(__file__).resolve().parents[1] / "configs" / "base.yml"
 ORIGIN = "origin"  # the one entry of a config that is not a key: key -> where its value came from
@@ -395,7 +396,7 @@ def _gather(argv: Sequence[str]) -> _Values:
         raise ConfigError(
             "the first argument must be a config file: configs/base.yml key=value ..."
         )
-    first = Path(argv[0])
+    first = (epath.Path if storage.is_remote(argv[0]) else Path)(argv[0])
     keys = _read_keys(first)
     is_base = keys is not None
     base = first if is_base else BASE
@@ -763,9 +764,7 @@ def to_yaml(config: FrozenConfigDict) -> str:
 
 def save(config: FrozenConfigDict, path: Path) -> None:
     """Write to_yaml(config) to a file, whole or not at all; `path` may be an epath.Path of remote storage."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(to_yaml(config), encoding="utf-8")
-    temporary.replace(path)
+    storage.write_whole(path, to_yaml(config))
 
 
 def saved_values(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ import yaml
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import charts, history, pyconfig, runtime, scaling
+from MaxNano import charts, history, pyconfig, runtime, scaling, storage
 from MaxNano.charts import Series
 from MaxNano.document import (
     Block,
@@ -839,13 +839,6 @@ def make_report(runs: Sequence[Run], problem: str | None = None) -> Document:
     )
 
 
-def write_whole(path: epath.Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    temporary = path.parent / f".{path.name}.partial"
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def main(config: FrozenConfigDict) -> None:
     """Read the run, write its report."""
     folder = epath.Path(config.base_output_directory).expanduser() / config.run_name
@@ -854,7 +847,7 @@ def main(config: FrozenConfigDict) -> None:
         (folder / "report.md", to_markdown(report)),
         (folder / "report.html", to_html(report)),
     ):
-        write_whole(path, text)
+        storage.write_whole(path, text)
         print(f"written to {path}")
 
 

@@ -27,6 +27,8 @@ import tiktoken
 from etils import epath
 from ml_collections import FrozenConfigDict
 
+from MaxNano import storage
+
 
 class SpecialIds(NamedTuple):
     """The ids of the nine special tokens; the field `bos` is the token `<|bos|>`, and so on."""
@@ -381,10 +383,7 @@ class BpeTokenizer(Tokenizer):
             "fingerprint": self.fingerprint(),
             **self._content,
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{FILE_NAME}.{os.getpid()}"
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(folder / FILE_NAME)
+        storage.write_whole(folder / FILE_NAME, json.dumps(content, indent=1) + "\n")
 
 
 def _place_specials(given: Mapping[str, int], size: int, used: Iterable[int]) -> SpecialIds:

@@ -34,7 +34,7 @@ from etils import epath
 from jax.experimental import topologies
 from ml_collections import FrozenConfigDict
 
-from MaxNano import engine, pyconfig, runtime, train
+from MaxNano import engine, pyconfig, runtime, storage, train
 from MaxNano.compile_report import ASSUMPTIONS, Report, Work, analyze
 from MaxNano.metrics import print_table
 
@@ -258,10 +258,7 @@ def to_json(setup: train.Setup, reports: dict[str, Report]) -> dict[str, Any]:
 
 def write(path: epath.Path, values: dict[str, Any]) -> None:
     """Write JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{path.name}.partial"
-    temporary.write_text(json.dumps(values, indent=1, default=str) + "\n")
-    temporary.replace(path)
+    storage.write_whole(path, json.dumps(values, indent=1, default=str) + "\n")
 
 
 def main(config: FrozenConfigDict) -> int:

@@ -35,7 +35,7 @@ import yaml  # noqa: E402
 from etils import epath  # noqa: E402
 from ml_collections import FrozenConfigDict  # noqa: E402
 
-from MaxNano import pyconfig, scaling  # noqa: E402
+from MaxNano import pyconfig, scaling, storage  # noqa: E402
 
 # The scripts ask often: what is slow to import is imported by the command that needs it.
 
@@ -78,8 +78,7 @@ def bpb_of(rows: Sequence[dict[str, Any]]) -> list[float]:
 def last_checkpoint(folder: epath.Path) -> int | None:
     """The step of the last whole checkpoint."""
     root = folder / "checkpoints"
-    names = [path.name for path in root.iterdir()] if root.exists() else []
-    whole = [int(name) for name in names if name.isdigit() and (root / name / "MANIFEST.json").exists()]
+    whole = [int(name) for name in storage.names(root) if name.isdigit() and (root / name / "MANIFEST.json").exists()]
     return max(whole, default=None)
 
 
@@ -248,7 +247,7 @@ def table(config: FrozenConfigDict, options: dict[str, str]) -> None:
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([header, *cells])
     path = epath.Path(config.base_output_directory).expanduser() / "table.csv"
-    path.write_text(out.getvalue())
+    storage.write_whole(path, out.getvalue())
     print(f"also in {path}")
 
 

@@ -601,11 +601,11 @@ def run_report(*arguments, before=""):
 DIE = "os.kill(os.getpid(), signal.SIGKILL)"
 IN_THE_MIDDLE_OF_WRITING = f"""
 from etils import epath
-write = type(epath.Path('.')).write_text
+write = type(epath.Path('.')).write_bytes
 def half(path, text, *rest):
     write(path, text[:len(text) // 2])
     {DIE}
-type(epath.Path('.')).write_text = half
+type(epath.Path('.')).write_bytes = half
 """
 BEFORE_THE_NAME = f"""
 from etils import epath

@@ -13,7 +13,7 @@ import jax
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import runtime
+from MaxNano import runtime, storage
 from MaxNano.evals import branches, core
 from MaxNano.tokenizer import Tokenizer
 
@@ -51,10 +51,7 @@ class Results:
     def write(self, path: epath.Path, text: str) -> None:
         """Write a file, whole or not at all; only process 0 does."""
         if self._writes:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.parent / f".{path.name}.partial"
-            temporary.write_text(text)
-            temporary.replace(path)
+            storage.write_whole(path, text)
 
     def _complete(self, of: Mapping[str, Any]) -> dict[str, Any]:
         return {"run": self._run, **of}

@@ -31,7 +31,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from MaxNano import pyconfig, remote
+from MaxNano import pyconfig, remote, storage
 
 # Steps before this one count in no total of time: they compile and warm up. The number is
 # nanochat's, so that training_seconds of both can be compared.
@@ -387,7 +387,7 @@ class _GrowingFile:
         interval_seconds: float,
     ) -> None:
         self._path = path
-        self._is_remote = remote.is_remote(path)
+        self._is_remote = storage.is_remote(path)
         self._file = _RemoteFile(str(path)) if self._is_remote else _LocalFile(Path(path))
         self._make_head, self._encode, self._interval_seconds = make_head, encode, interval_seconds
         self._entries: list[_Entry] = []  # not written yet
@@ -630,7 +630,7 @@ def _start_wandb(config: FrozenConfigDict, directory: epath.Path, run_id: str) -
         name=config.run_name,
         id=run_id,
         resume="allow",
-        dir=None if remote.is_remote(directory) else str(directory),
+        dir=None if storage.is_remote(directory) else str(directory),
         config=_plain(config),
     )
 

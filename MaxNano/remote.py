@@ -1,13 +1,10 @@
-"""Calls to an object store that end in time, whatever the store does.
+"""Calls to a bucket that end within a time limit, whatever the bucket does.
 
-For what a run can do without for a while, such as curves and compiled programs: a call that hangs, or that the store
-refuses again and again, is given up. Paths are URLs that fsspec knows (gs://, s3://, ...). Objects appear whole or not
-at all.
+For what a run can do without for a while, such as curves and compiled programs: a call that hangs, or that is refused
+and repeated, is given up. Checkpoints, which a run cannot do without, use storage.py, which is more patient.
 """
 
 import concurrent.futures
-import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -16,15 +13,7 @@ from typing import Any
 
 import fsspec
 
-# Otherwise gcsfs first asks another service, by gRPC, what kind of bucket each is.
-os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-# It prints a traceback of what it then raises.
-logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-
-
-def is_remote(path: Any) -> bool:
-    """Whether the path is in an object store."""
-    return "://" in str(path)
+from MaxNano import storage  # noqa: F401 (makes fsspec open gs:// with bucket.Bucket)
 
 
 def read(path: Any, seconds: float) -> bytes:

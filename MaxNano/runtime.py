@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import FrozenConfigDict
 
-from MaxNano import compile_cache, remote
+from MaxNano import compile_cache, storage
 
 Item = TypeVar("Item")
 
@@ -344,13 +344,13 @@ def cache_folder(config: FrozenConfigDict) -> str:
     if config.jax_cache_dir is not None:
         return config.jax_cache_dir
     runs = config.base_output_directory
-    return f"{runs.rstrip('/')}/{REMOTE_CACHE}" if remote.is_remote(runs) else LOCAL_CACHE
+    return f"{runs.rstrip('/')}/{REMOTE_CACHE}" if storage.is_remote(runs) else LOCAL_CACHE
 
 
 def _start_compilation_cache(directory: str) -> None:
     if not directory:
         return
-    if remote.is_remote(directory):
+    if storage.is_remote(directory):
         compile_cache.start(directory)
     else:
         path = Path(directory).expanduser()

@@ -9,12 +9,11 @@ import textwrap
 import time
 from pathlib import Path
 
-import fsspec
-import gcsfs
 import object_store
 import pytest
 
 from MaxNano import compile_cache, pyconfig, runtime
+from MaxNano.bucket import Bucket
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = "gs://ours/runs/.jax_cache"
@@ -30,8 +29,7 @@ def served():
 def store(served, monkeypatch):
     """An object store without programs or faults, to which gcsfs in this process speaks."""
     object_store.use(served, monkeypatch)
-    monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
-    gcsfs.GCSFileSystem.clear_instance_cache()
+    Bucket.clear_instance_cache()
     yield served
     served.mend()
     for name in served.objects():
@@ -39,7 +37,7 @@ def store(served, monkeypatch):
 
 
 def programs_of_another_machine():
-    gcsfs.GCSFileSystem.clear_instance_cache()
+    Bucket.clear_instance_cache()
     return compile_cache._Programs(FOLDER)
 
 

@@ -13,8 +13,6 @@ import time
 import types
 from pathlib import Path
 
-import fsspec
-import gcsfs
 import jax.numpy as jnp
 import object_store
 import pytest
@@ -22,6 +20,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter, masked_crc32c
 
 from MaxNano import metrics, pyconfig, remote
+from MaxNano.bucket import Bucket
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -459,8 +458,7 @@ def served():
 def store(served, monkeypatch):
     """An object store without faults, to which gcsfs in this process speaks."""
     object_store.use(served, monkeypatch)
-    monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
-    gcsfs.GCSFileSystem.clear_instance_cache()
+    Bucket.clear_instance_cache()
     yield served
     served.mend()
 

@@ -14,7 +14,6 @@ import os
 import queue
 import socket
 import struct
-import sys
 import threading
 import time
 import uuid
@@ -703,12 +702,6 @@ class _Display:
         with contextlib.suppress(OSError):
             if self._progress:
                 self._progress.stop()
-        try:
-            sys.stdout.flush()
-        except OSError:
-            # Python would try again at exit and turn the status of a good run into 120.
-            with open(os.devnull, "w") as nothing:
-                os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 def _step_line(row: Mapping[str, Any], total_steps: int) -> str:

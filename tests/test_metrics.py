@@ -540,17 +540,23 @@ class Machine:
     """Where a process runs that can be killed: after that, none of its writes reaches the store."""
 
     def __init__(self, monkeypatch):
-        self._write, self._lock, self._dead = remote.write, threading.Lock(), set()
+        self._write, self._lock, self._dead, self._writing = remote.write, threading.Lock(), set(), set()
         monkeypatch.setattr(metrics.remote, "write", self._write_if_alive)
 
     def _write_if_alive(self, path, content, seconds):
+        thread = threading.current_thread()
         with self._lock:
-            assert threading.current_thread() not in self._dead
+            assert thread not in self._dead
+            self._writing.add(thread)
+        try:
             self._write(path, content, seconds)
+        finally:
+            self._writing.discard(thread)
 
     def kill(self, logger):
         with self._lock:
             self._dead |= {file._thread for file in logger._files}
+        wait_until(lambda: not self._dead & self._writing)
 
 
 STOPPED_AT = ("nothing", "before the checkpoint", "at the checkpoint", "after the checkpoint")
@@ -600,6 +606,29 @@ def test_a_run_that_is_killed_and_resumed_has_every_row_once(store, monkeypatch,
     assert curves_in(store, name, "train/loss") == expected
     assert curves_in(store, name, "validation/bpb") == [(4, 0.0), (8, 4.0), (12, 8.0)]
     assert len(store.objects(f"{name}/tensorboard/")) >= 3  # no process overwrote the curves of another
+
+
+def test_curves_that_are_behind_the_rows_lose_nothing(store, monkeypatch):
+    machine = Machine(monkeypatch)
+    monkeypatch.setattr(metrics, "REMOTE_WRITE_SECONDS", 0.01)
+    monkeypatch.setattr(metrics, "UPLOAD_TIMEOUT_SECONDS", 0.5)
+    config = make_config("tensorboard=true")
+    logger = start(config, f"{store.bucket}/behind")
+    run(logger, range(3))
+    wait_until(lambda: logger.state()["rows"] == 3)
+    store.fail("hang", "write", "behind/tensorboard", count=None)
+    run(logger, range(3, 6))
+    logger.flush()
+    wait_until(lambda: logger._files[0].state() == (6, []))
+    state = json.loads(json.dumps(logger.state()))
+    assert (state["rows"], count_rows(state)) == (3, 6)
+    store.mend()
+    machine.kill(logger)
+    logger = start(config, f"{store.bucket}/behind", start_step=6, state=state)
+    run(logger, [6])
+    logger.close()
+    assert [row["step"] for row in rows_in(store.objects()["behind/metrics.jsonl"])] == list(range(7))
+    assert [step for step, _ in curves_in(store, "behind", "train/loss")] == list(range(7))
 
 
 def test_kill_9_on_another_machine(store):

@@ -1,15 +1,24 @@
 """Metrics of a run: the step line, a live display, metrics.jsonl, TensorBoard and optional trackers.
 
 Numbers of a step are read one step late, when the next one is already under way, so that the host
-never waits for the device and the device never for the host. Nothing here can stop training: where
-a curve or a tracker fails, one warning is printed and the run goes on without it.
+never waits for the device and the device never for the host. Nothing here can stop or delay
+training: files and trackers are written by threads of their own. Where a file cannot be written,
+one warning is printed and its rows wait for the next attempt; where a tracker fails, one warning is
+printed and the run goes on without it.
 """
 
+import contextlib
 import json
 import math
+import os
+import queue
+import socket
+import struct
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,14 +30,22 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from MaxNano import pyconfig
+from MaxNano import pyconfig, remote, storage
 
 # Steps before this one count in no total of time: they compile and warm up. The number is
 # nanochat's, so that training_seconds of both can be compared.
 # Source: nanochat/scripts/base_train.py@92d63d4.
 FIRST_TIMED_STEP = 11
 SMOOTHING = 0.9  # of the loss and of the step's time that the step line shows
-REMOTE_WRITE_SECONDS = 60.0  # between rewrites of a metrics.jsonl that cannot be appended to
+# An object store cannot append: the whole file is uploaded again, so often, and less often where that
+# would take more than MAX_UPLOAD_SHARE of the time.
+REMOTE_WRITE_SECONDS = 60.0
+MAX_UPLOAD_SHARE = 0.05
+CURVES_WRITE_SECONDS = 5.0  # between writes of a local TensorBoard file
+UPLOAD_TIMEOUT_SECONDS = 60.0
+RETRY_SECONDS = 15.0  # after a failed write
+CLOSE_TIMEOUT_SECONDS = 30.0  # the end of a run waits this long for all files and trackers together
+MAX_TRACKER_ROWS = 10_000  # that a tracker may be behind before it is switched off
 PLAIN_WIDTH = 120  # columns of a table where no terminal says how wide it is
 
 
@@ -39,8 +56,9 @@ class MetricLogger:
     tokens_per_step, flops_per_token, peak_flops (of all devices, None if unknown): for tokens/s and
     MFU. Only the process with `is_main` prints and writes; the others fetch and count alike, so
     that all of them see the same numbers. state: what `state()` gave when the checkpoint was
-    saved that this process goes on from, None for a new run. Rows that a killed run wrote to
-    metrics.jsonl after that checkpoint are cut off: their steps are done again.
+    saved that this process resumes from, None for a new run. Rows that a killed run wrote to
+    metrics.jsonl after that checkpoint are cut off: their steps are done again. Rows that it had
+    not written when the checkpoint was saved are in `state` itself, and are written now.
     """
 
     def __init__(
@@ -59,6 +77,8 @@ class MetricLogger:
         state = state or {
             "run_id": uuid.uuid4().hex[:12],
             "rows": 0,
+            "unwritten": [],
+            "events": [],
             "loss_average": _Average().state(),
             "lowest_validation_bpb": None,
             "skipped": 0,
@@ -82,11 +102,18 @@ class MetricLogger:
         self._pending: _Pending | None = None
         self._arrived: dict[str, float] | None = None
         self._display = _Display(total_steps, start_step) if is_main else None
-        self._rows_before = state["rows"]
-        self._jsonl: _Jsonl | None = None
-        self._sinks: dict[str, Any] = {}
+        self._kept_rows = state["rows"]  # of earlier processes, at the start of metrics.jsonl
+        self._next_step = start_step
+        # Entries are [time, row]; checkpoints of before these keys existed count written rows only.
+        self._unwritten: list[_Entry] = state.get("unwritten", [])
+        self._events: list[_Entry] = [  # see state()
+            *state.get("events", []),
+            *(entry for entry in self._unwritten if "event" in entry[1]),
+        ]
+        self._files: list[_GrowingFile] = []
+        self._trackers: list[_Tracker] = []
         if is_main:
-            self._open_sinks(config, epath.Path(directory).expanduser(), start_step)
+            self._open_sinks(config, epath.Path(directory).expanduser())
 
     def step(
         self, step: int, device_metrics: Mapping[str, Any], position: Mapping[str, int]
@@ -135,11 +162,21 @@ class MetricLogger:
             self._display.print([text])
 
     def state(self) -> dict[str, Any]:
-        """What a later process needs to go on as if this one had never stopped; JSON-able."""
+        """What a later process needs to go on as if this one had never stopped; JSON-able.
+
+        It does not wait for files: `rows` counts the rows that all of them have, and the later rows
+        are in `unwritten`. `events` has the written events of steps that TensorBoard will be told
+        to forget, because their train rows come again.
+        """
         self.flush()
+        rows, unwritten = self._written()
+        first_step = unwritten[0][1]["step"] if unwritten else self._next_step
+        self._events = [entry for entry in self._events if entry[1]["step"] >= first_step]
         return {
             "run_id": self._run_id,
-            "rows": self._jsonl.rows if self._jsonl else self._rows_before,
+            "rows": rows,
+            "unwritten": unwritten,
+            "events": [entry for entry in self._events if entry not in unwritten],
             "loss_average": self._loss.state(),
             "lowest_validation_bpb": self._lowest_bpb,
             "skipped": self._skipped,
@@ -148,13 +185,16 @@ class MetricLogger:
         }
 
     def close(self) -> None:
-        """Write what is left. The display leaves the terminal as it found it."""
+        """Write what is left, for at most CLOSE_TIMEOUT_SECONDS, and leave the terminal clean."""
         try:
             self._read_pending()
         finally:
-            for name in list(self._sinks):
-                self._try(name, self._sinks[name].finish)
-            self._sinks = {}
+            sinks = [*self._files, *self._trackers]
+            deadline = time.monotonic() + CLOSE_TIMEOUT_SECONDS
+            for sink in sinks:
+                sink.close()
+            for sink in sinks:
+                sink.join(max(0.0, deadline - time.monotonic()))
             if self._display:
                 self._display.close()
 
@@ -172,6 +212,7 @@ class MetricLogger:
         self._arrived = metrics
         row = self._row(step, metrics, position, seconds)
         self._write(row)
+        self._next_step = step + 1
         if self._display:
             self._display.step(row, print_line=self._is_shown(step))
 
@@ -213,49 +254,82 @@ class MetricLogger:
 
     # ---- Files and trackers
 
-    def _open_sinks(self, config: FrozenConfigDict, directory: epath.Path, start_step: int) -> None:
-        self._jsonl = self._open(
-            "metrics.jsonl",
-            lambda: _Jsonl(
-                directory / "metrics.jsonl",
-                keep=self._rows_before,
-                append="://" not in str(directory),
-            ),
-        )
+    def _open_sinks(self, config: FrozenConfigDict, directory: epath.Path) -> None:
+        self._files = [_GrowingFile(directory / "metrics.jsonl", self._kept_lines, _json_line, 0.0)]
         if config.tensorboard:
-            self._open("tensorboard", lambda: _TensorBoard(directory / "tensorboard", start_step))
-        for name in config.trackers:
-            self._open(name, lambda name=name: TRACKERS[name](config, directory, self._run_id))
+            try:
+                self._files.append(self._open_curves(directory / "tensorboard"))
+            except ImportError as error:
+                _warn_off("tensorboard", error)
+        self._trackers = [
+            _Tracker(name, lambda name=name: TRACKERS[name](config, directory, self._run_id))
+            for name in config.trackers
+        ]
+        for entry in self._unwritten:
+            for file in self._files:
+                file.add(entry)
 
-    def _open(self, name: str, opener: Callable[[], Any]) -> Any:
-        sink = self._try(name, opener)
-        if sink is not None:
-            self._sinks[name] = sink
-        return sink
+    def _open_curves(self, directory: epath.Path) -> "_GrowingFile":
+        """This process's TensorBoard file.
+
+        Its start hides what earlier processes drew from the first step on that comes again, and
+        draws those events of these steps that do not come again.
+        """
+        head = _curves_head(min([self._next_step, *(entry[1]["step"] for entry in self._unwritten)]))
+        head += b"".join(_curves_point(entry) for entry in self._events if entry not in self._unwritten)
+        # TensorBoard reads the files of a folder in the order of their names.
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        return _GrowingFile(directory / name, lambda _: head, _curves_point, CURVES_WRITE_SECONDS)
+
+    def _kept_lines(self, content: bytes) -> bytes:
+        """The rows of earlier processes, of the content of metrics.jsonl."""
+        lines = _whole_lines(content.decode(errors="replace"))[: self._kept_rows]
+        self._kept_rows = len(lines)
+        return "".join(lines).encode()
+
+    def _written(self) -> tuple[int, list["_Entry"]]:
+        """(number of rows that every file has, rows that come after them); asks for the latter to be written."""
+        if not self._files:
+            return self._kept_rows, self._unwritten
+        states = [file.state() for file in self._files]
+        for file in self._files:
+            file.hurry()
+        written, unwritten = min(states, key=lambda state: state[0])
+        return self._kept_rows + written, unwritten
 
     def _write(self, row: dict[str, Any]) -> None:
-        """Hand a row to every sink; a tracker gets its finite numbers, named by where they belong."""
-        prefix = row.get("event", "train")
-        numbers = {
-            f"{prefix}/{key}": value
+        """Hand a row to the threads that write it."""
+        # JSON has no word for nan and infinity.
+        row = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()
-            if key != "step" and isinstance(value, int | float) and math.isfinite(value)
         }
-        for name, sink in list(self._sinks.items()):
-            if sink is self._jsonl:
-                self._try(name, lambda: self._jsonl.log(row))
-            elif numbers:
-                self._try(name, lambda sink=sink: sink.log(numbers, step=row["step"]))
+        entry = [time.time(), row]
+        if "event" in row:
+            self._events.append(entry)
+        for file in self._files:
+            file.add(entry)
+        if numbers := _numbers(row):
+            for tracker in self._trackers:
+                tracker.log(numbers, row["step"])
 
-    def _try(self, name: str, call: Callable[[], Any]) -> Any:
-        """The call's result; where it fails, a warning, and `name` is not tried again."""
-        try:
-            return call()
-        except Exception as error:  # whatever a tracker throws, training goes on
-            self._sinks.pop(name, None)
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            logging.warning("%s is off for the rest of this run (%s)", name, reason)
-            return None
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a row, named by where they belong."""
+    prefix = row.get("event", "train")
+    return {
+        f"{prefix}/{key}": value
+        for key, value in row.items()
+        if key != "step" and isinstance(value, int | float)
+    }
+
+
+def _warn_off(name: str, error: Exception) -> None:
+    logging.warning("%s is off for the rest of this run (%s)", name, _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 class _Pending(NamedTuple):
@@ -292,51 +366,165 @@ class _Average:
 # ---- Where rows go ------------------------------------------------------------------------------
 
 
-class _Jsonl:
-    """A file with one JSON object a line, of which the first `keep` lines are kept.
+_Entry = list  # [time in seconds since 1970, row]
 
-    A line that is no object, such as the torn last one of a killed process, ends what is kept.
-    Where `append` is not to be had, as on an object store, the file is written anew now and then.
+
+class _GrowingFile:
+    """A file that a thread appends to, so that no disk and no object store can delay training.
+
+    path: local or remote. make_head: from the content that the file has when the process starts (empty where there
+    is none) to the part that stays. encode: an entry's bytes. interval_seconds: at most so often a local file is
+    written; a remote one see REMOTE_WRITE_SECONDS.
+    A failed write is a warning, its entries wait for the next attempt.
     """
 
-    def __init__(self, path: epath.Path, *, keep: int, append: bool) -> None:
+    def __init__(
+        self,
+        path: epath.Path,
+        make_head: Callable[[bytes], bytes],
+        encode: Callable[["_Entry"], bytes],
+        interval_seconds: float,
+    ) -> None:
         self._path = path
-        self._lines = _whole_lines(path.read_text() if path.exists() else "")[:keep]
-        self.rows = len(self._lines)
-        self._written = time.monotonic()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._rewrite()
-        self._file = path.open("a") if append else None
-        if self._file:
-            self._lines = []
+        self._is_remote = storage.is_remote(path)
+        self._file = _RemoteFile(str(path)) if self._is_remote else _LocalFile(Path(path))
+        self._make_head, self._encode, self._interval_seconds = make_head, encode, interval_seconds
+        self._entries: list[_Entry] = []  # not written yet
+        self._written = 0
+        self._is_open = self._is_closing = False
+        self._is_hurried = True  # the first attempt tells at once whether the file can be written
+        self._due = 0.0
+        self._error: Exception | None = None  # of the last attempt
+        self._news = threading.Condition()  # guards all of the above
+        self._thread = threading.Thread(target=self._work, name=path.name, daemon=True)
+        self._thread.start()
 
-    def log(self, row: Mapping[str, Any]) -> None:
-        # JSON has no word for nan and infinity.
-        row = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()
-        }
-        line = json.dumps(row) + "\n"
-        if self._file:
-            self._file.write(line)
-            self._file.flush()
-        else:
-            self._lines.append(line)
-            if time.monotonic() - self._written > REMOTE_WRITE_SECONDS:
-                self._rewrite()
-        self.rows += 1
+    def add(self, entry: "_Entry") -> None:
+        """Append an entry, some time later."""
+        with self._news:
+            self._entries.append(entry)
+            self._news.notify()
 
-    def finish(self) -> None:
-        if self._file:
-            self._file.close()
-        else:
-            self._rewrite()
+    def state(self) -> tuple[int, list["_Entry"]]:
+        """(number of entries in the file, entries that are not in it yet)."""
+        with self._news:
+            return self._written, list(self._entries)
 
-    def _rewrite(self) -> None:
-        temporary = self._path.parent / (self._path.name + ".tmp")
-        temporary.write_text("".join(self._lines))
-        temporary.replace(self._path)
-        self._written = time.monotonic()
+    def hurry(self) -> None:
+        """Write what there is soon."""
+        with self._news:
+            if self._entries:
+                self._is_hurried = True
+                self._news.notify()
+
+    def close(self) -> None:
+        """Write what is left, once."""
+        with self._news:
+            self._is_closing = True
+            self._news.notify()
+
+    def join(self, seconds: float) -> None:
+        """Wait for close(); a warning where entries are left."""
+        self._thread.join(seconds)
+        _, left = self.state()
+        if left:
+            reason = _reason(self._error or TimeoutError("still being written"))
+            logging.warning(
+                "%s does not have the last %d rows (%s); those up to the last checkpoint are in it, start the same "
+                "command again to write them",
+                self._path, len(left), reason,
+            )  # fmt: skip
+
+    def _work(self) -> None:
+        is_closing = False
+        while not is_closing:
+            with self._news:
+                self._wait()
+                entries, is_closing = list(self._entries), self._is_closing
+                self._is_hurried = False
+            started = time.monotonic()
+            try:
+                if not self._is_open:
+                    self._file.open(self._make_head)
+                    self._is_open = True
+                self._file.append(b"".join(map(self._encode, entries)))
+            except Exception as error:  # noqa: BLE001 (whatever a store throws, training goes on)
+                if self._error is None:
+                    logging.warning(
+                        "%s cannot be written now, training goes on and its rows wait (%s)", self._path, _reason(error)
+                    )
+                self._error, pause = error, RETRY_SECONDS
+            else:
+                if self._error is not None:
+                    logging.warning("%s is written again, nothing is missing", self._path)
+                self._error, pause = None, self._interval_seconds
+                if self._is_remote:
+                    pause = max(REMOTE_WRITE_SECONDS, (time.monotonic() - started) / MAX_UPLOAD_SHARE)
+                with self._news:
+                    del self._entries[: len(entries)]
+                    self._written += len(entries)
+            self._due = time.monotonic() + pause
+
+    def _wait(self) -> None:
+        """Until there is something to write and it is time to; called with the lock."""
+        while not self._is_closing:
+            seconds = 0.0 if self._is_hurried else self._due - time.monotonic()
+            has_work = self._entries or not self._is_open
+            if has_work and seconds <= 0:
+                return
+            self._news.wait(seconds if has_work else None)
+
+
+class _LocalFile:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._size = 0
+
+    def open(self, make_head: Callable[[bytes], bytes]) -> None:
+        """Make the file's content what make_head makes of it."""
+        content = self._path.read_bytes() if self._path.exists() else None
+        head = make_head(content or b"")
+        if head != content:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._path.with_name(self._path.name + ".tmp")
+            temporary.write_bytes(head)
+            temporary.replace(self._path)
+        self._size = len(head)
+
+    def append(self, data: bytes) -> None:
+        """Append to what the last successful call left; what a failed one left is overwritten."""
+        with self._path.open("r+b") as file:
+            file.seek(self._size)
+            file.write(data)
+            file.truncate()
+        self._size += len(data)
+
+
+class _RemoteFile:
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._content = b""
+        self._is_stored = True
+
+    def open(self, make_head: Callable[[bytes], bytes]) -> None:
+        """Let the content become what make_head makes of it, with the next append."""
+        try:
+            content = remote.read(self._path, UPLOAD_TIMEOUT_SECONDS)
+        except FileNotFoundError:
+            content = None
+        self._content = make_head(content or b"")
+        self._is_stored = self._content == content
+
+    def append(self, data: bytes) -> None:
+        """Upload the whole file with `data` at its end."""
+        content = self._content + data
+        if data or not self._is_stored:
+            remote.write(self._path, content, UPLOAD_TIMEOUT_SECONDS)
+        self._content, self._is_stored = content, True
+
+
+def _json_line(entry: _Entry) -> bytes:
+    return json.dumps(entry[1]).encode() + b"\n"
 
 
 def _whole_lines(text: str) -> list[str]:
@@ -352,20 +540,85 @@ def _whole_lines(text: str) -> list[str]:
     return lines
 
 
-class _TensorBoard:
-    """TensorBoard curves; what a killed run drew from `start_step` on is hidden."""
+def _curves_head(first_step: int) -> bytes:
+    """How a TensorBoard event file starts that hides what others of its folder draw from first_step on."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-    def __init__(self, directory: epath.Path, start_step: int) -> None:
-        import tensorboardX
+    session = SessionLog(status=SessionLog.SessionStatus.START)
+    events = (
+        Event(wall_time=time.time(), file_version="brain.Event:2"),
+        Event(wall_time=time.time(), step=first_step, session_log=session),
+    )
+    return b"".join(_event_record(event.SerializeToString()) for event in events)
 
-        self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=start_step)
+
+def _curves_point(entry: _Entry) -> bytes:
+    """A row's numbers as a TensorBoard event, empty where it has none."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.summary import scalar
+
+    seconds, row = entry
+    values = [value for name, number in _numbers(row).items() for value in scalar(name, number).value]
+    if not values:
+        return b""
+    event = Event(wall_time=seconds, step=row["step"], summary=Summary(value=values))
+    return _event_record(event.SerializeToString())
+
+
+def _event_record(data: bytes) -> bytes:
+    """`data` as a record of an event file (TFRecord): length, its checksum, data, its checksum."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    length = struct.pack("<Q", len(data))
+    return b"".join(
+        [length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))]
+    )
+
+
+class _Tracker:
+    """A tracker in a thread of its own, which takes numbers and never makes anybody wait."""
+
+    def __init__(self, name: str, opener: Callable[[], Any]) -> None:
+        self._name, self._opener = name, opener
+        self._rows: queue.Queue = queue.Queue(MAX_TRACKER_ROWS)
+        self._is_off = False
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
-        for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step)
+        """Hand over the numbers of a step."""
+        if not self._is_off:
+            try:
+                self._rows.put_nowait((numbers, step))
+            except queue.Full:
+                self._switch_off(TimeoutError(f"it is {MAX_TRACKER_ROWS} rows behind"))
 
-    def finish(self) -> None:
-        self._writer.close()
+    def close(self) -> None:
+        """Let it finish."""
+        with contextlib.suppress(queue.Full):
+            self._rows.put_nowait(None)
+
+    def join(self, seconds: float) -> None:
+        """Wait for close(); a warning where it does not finish."""
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._switch_off(TimeoutError(f"did not finish within {CLOSE_TIMEOUT_SECONDS:g} s"))
+
+    def _work(self) -> None:
+        try:
+            run = self._opener()
+            while not self._is_off and (row := self._rows.get()) is not None:
+                numbers, step = row
+                run.log(numbers, step=step)
+            run.finish()
+        except Exception as error:  # noqa: BLE001 (whatever a tracker throws, training goes on)
+            self._switch_off(error)
+
+    def _switch_off(self, error: Exception) -> None:
+        if not self._is_off:
+            self._is_off = True
+            _warn_off(self._name, error)
 
 
 def _start_wandb(config: FrozenConfigDict, directory: epath.Path, run_id: str) -> Any:
@@ -376,7 +629,7 @@ def _start_wandb(config: FrozenConfigDict, directory: epath.Path, run_id: str) -
         name=config.run_name,
         id=run_id,
         resume="allow",
-        dir=None if "://" in str(directory) else str(directory),
+        dir=None if storage.is_remote(directory) else str(directory),
         config=_plain(config),
     )
 
@@ -429,22 +682,26 @@ class _Display:
             return
         line = _step_line(row, self._total_steps)
         if self._progress:
-            self._progress.update(
-                self._task, completed=row["step"] + 1, description=line, refresh=True
-            )
+            with contextlib.suppress(OSError):
+                self._progress.update(
+                    self._task, completed=row["step"] + 1, description=line, refresh=True
+                )
         else:
-            print(line, flush=True)
+            self.print([line])
 
     def print(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            if self._progress:
-                self._console.print(Text(line))
-            else:
-                print(line, flush=True)
+        # Where stdout is a file on a full disk, or its reader is gone, a line is lost and no step.
+        with contextlib.suppress(OSError):
+            for line in lines:
+                if self._progress:
+                    self._console.print(Text(line))
+                else:
+                    print(line, flush=True)
 
     def close(self) -> None:
-        if self._progress:
-            self._progress.stop()
+        with contextlib.suppress(OSError):
+            if self._progress:
+                self._progress.stop()
 
 
 def _step_line(row: Mapping[str, Any], total_steps: int) -> str:

@@ -23,15 +23,18 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import FrozenConfigDict
+
+from MaxNano import compile_cache, storage
 
 Item = TypeVar("Item")
 
 START_TIMEOUT_SECONDS = 300  # within which all processes of a run must have been started
 SHUTDOWN_TIMEOUT_SECONDS = 60  # for which a process that fails waits for the others, then ends all
 FEW_ROWS = 8  # rows of a matrix product on a CPU for which tile_small_products is made
+LOCAL_CACHE = "~/.cache/maxnano/jax"  # folder of compiled programs of runs on a disk
+REMOTE_CACHE = ".jax_cache"  # of runs in an object store, beside them
 EXIT_PREEMPTED = 75  # saved and asked to stop: start the same command again (EX_TEMPFAIL)
 
 
@@ -66,7 +69,7 @@ def initialize(config: FrozenConfigDict) -> None:
         _join_processes(place)
     tile_small_products()
     _make_cpu_devices(config, processes=place.processes if place else 1)
-    _start_compilation_cache(config.jax_cache_dir)
+    _start_compilation_cache(cache_folder(config))
     if place and jax.default_backend() == "cpu":
         _connect_cpu_devices()
 
@@ -336,23 +339,37 @@ def cpu_devices(*, cores: int, rows: int, parallelism: Sequence[int | None]) -> 
     return fixed * left
 
 
+def cache_folder(config: FrozenConfigDict) -> str:
+    """Where compiled programs are kept, empty for nowhere."""
+    if config.jax_cache_dir is not None:
+        return config.jax_cache_dir
+    runs = config.base_output_directory
+    return f"{runs.rstrip('/')}/{REMOTE_CACHE}" if storage.is_remote(runs) else LOCAL_CACHE
+
+
 def _start_compilation_cache(directory: str) -> None:
     if not directory:
         return
-    path = epath.Path(directory).expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if "://" not in directory and not os.access(path, os.W_OK):
-            raise PermissionError(f"{path} is not writable")
-    except OSError as error:
-        print(
-            f"warning: no compilation cache, programs are compiled anew each time: {error}",
-            file=sys.stderr,
-        )
-        return
-    jax.config.update("jax_compilation_cache_dir", str(path))
+    if storage.is_remote(directory):
+        compile_cache.start(directory)
+    else:
+        path = Path(directory).expanduser()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if not os.access(path, os.W_OK):
+                raise PermissionError(f"{path} is not writable")
+        except OSError as error:
+            print(
+                f"warning: no compilation cache, programs are compiled anew each time: {error}",
+                file=sys.stderr,
+            )
+            return
+        jax.config.update("jax_compilation_cache_dir", str(path))
     # A run compiles dozens of small programs besides the train step; together they take seconds.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # A Pallas kernel for TPUs has the names of its source files in the cache key: without the folders that differ
+    # from machine to machine.
+    jax.config.update("jax_hlo_source_file_canonicalization_regex", r"^.*/(?=[^/]+/[^/]+$)")
 
 
 # ---- Chips ---------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from MaxNano import (
+    compile_cache,
     engine,
     history,
     losses,
@@ -677,6 +678,7 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
             state=extra["metrics"],
         )
         cleanup.callback(logger.close)
+        cleanup.callback(compile_cache.finish)
         if start:
             logger.message(f"going on from step {start} of {directory}")
 

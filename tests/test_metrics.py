@@ -1,14 +1,28 @@
 """What a run tells about itself: late numbers, whole files, trackers that fail alone."""
 
+import errno
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
+import textwrap
+import threading
+import time
 import types
+from pathlib import Path
 
 import jax.numpy as jnp
+import object_store
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter, masked_crc32c
 
-from MaxNano import metrics, pyconfig
+from MaxNano import metrics, pyconfig, remote
+from MaxNano.bucket import Bucket
+
+ROOT = Path(__file__).resolve().parents[1]
 
 NUMBERS = {"total_steps": 20, "tokens_per_step": 1000, "flops_per_token": 6.0, "peak_flops": 1e6}
 
@@ -35,7 +49,16 @@ def run(logger, steps, loss=2.0, **more):
 
 
 def rows_of(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return rows_in((directory / "metrics.jsonl").read_bytes())
+
+
+def rows_in(content):
+    return [json.loads(line) for line in content.splitlines()]
+
+
+def count_rows(state):
+    """Rows that a process which resumes from `state` starts with."""
+    return state["rows"] + len(state["unwritten"])
 
 
 def test_a_step_is_read_when_the_next_one_is_under_way(config, tmp_path):
@@ -144,6 +167,7 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(config, tmp_path):
     state = json.loads(json.dumps(logger.state()))
     run(logger, range(12, 17), loss=1.0)
     logger.event(17, "validation", {"bpb": 0.1})  # of steps that will be done again
+    logger.close()
     with (cut / "metrics.jsonl").open("a") as file:
         file.write('{"step": 17, "lo')  # killed while writing
     logger = start(config, cut, start_step=12, state=state)
@@ -162,13 +186,14 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(config, tmp_path):
 def test_a_lost_or_foreign_file_is_no_hindrance(config, tmp_path):
     logger = start(config, tmp_path)
     run(logger, range(3))
+    wait_until(lambda: logger.state()["rows"] == 3)
     state = logger.state()
     logger.close()
     (tmp_path / "metrics.jsonl").write_bytes(b"not json\n")
     logger = start(config, tmp_path, start_step=3, state=state)
     run(logger, [3])
-    assert logger.state()["rows"] == 1
     logger.close()
+    assert logger.state()["rows"] == count_rows(logger.state()) == 1
     assert [row["step"] for row in rows_of(tmp_path)] == [3]
 
 
@@ -221,10 +246,44 @@ def test_tensorboard_has_the_curves(tmp_path):
     logger = start(make_config("tensorboard=true"), tmp_path)
     run(logger, range(3))
     logger.event(3, "validation", {"bpb": 1.25})
+    run(logger, [3], loss=float("nan"))
     logger.close()
     (file,) = (tmp_path / "tensorboard").iterdir()
-    content = file.read_bytes()
-    assert b"train/loss" in content and b"validation/bpb" in content
+    assert curve([file.read_bytes()], "train/loss") == [(0, 2.0), (1, 2.0), (2, 2.0)]
+    assert curve([file.read_bytes()], "validation/bpb") == [(3, 1.25)]
+
+
+def events_of(content):
+    """The events of a TensorBoard file, whose checksums must be right."""
+    while content:
+        length, data = int.from_bytes(content[:8], "little"), content[12:]
+        assert masked_crc32c(content[:8]) == int.from_bytes(content[8:12], "little")
+        data, checksum, content = data[:length], data[length : length + 4], data[length + 4 :]
+        assert masked_crc32c(data) == int.from_bytes(checksum, "little")
+        yield Event.FromString(data)
+
+
+def curve(files, tag):
+    """(step, value) as TensorBoard shows the files of a folder, read in the order of their names."""
+    points = []
+    for content in files:
+        first, *events = events_of(content)
+        assert first.file_version == "brain.Event:2"
+        for event in events:
+            assert abs(event.wall_time - time.time()) < 1000
+            if event.session_log.status == SessionLog.START:  # a new process: what it does again is forgotten
+                points = [point for point in points if point[0] < event.step]
+            values = {value.tag: value.simple_value for value in event.summary.value}
+            points += [(event.step, values[tag])] if tag in values else []
+    return points
+
+
+def test_an_event_file_is_framed_as_its_library_does(tmp_path):
+    writer = RecordWriter(str(tmp_path / "events"))
+    for data in (b"", b"x" * 1000):
+        writer.write(data)
+    writer.close()
+    assert (tmp_path / "events").read_bytes() == metrics._event_record(b"") + metrics._event_record(b"x" * 1000)
 
 
 class FakeTracker(types.ModuleType):
@@ -289,24 +348,314 @@ def test_a_tracker_that_is_not_installed_stops_nothing(tmp_path, monkeypatch, ca
     assert "wandb is off" in caplog.text
 
 
-def test_a_full_disk_stops_nothing(config, tmp_path, caplog):
+@pytest.mark.parametrize("hanging", ["init", "log"])
+def test_a_tracker_that_hangs_delays_nothing(hanging, tmp_path, monkeypatch, caplog):
+    released = threading.Event()
+    fake = FakeTracker(None)
+    monkeypatch.setattr(fake, "_maybe", lambda name: name == hanging and released.wait())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(metrics, "MAX_TRACKER_ROWS", 3)
+    logger = start(make_config("trackers=[wandb]"), tmp_path)
+    run(logger, range(9))
+    assert caplog.text.count("wandb is off") == 1 and "3 rows behind" in caplog.text
+    released.set()
+    logger.close()
+    assert len(rows_of(tmp_path)) == 9
+
+
+def test_the_end_waits_for_a_tracker_but_not_for_ever(tmp_path, monkeypatch, caplog):
+    released = threading.Event()
+    fake = FakeTracker(None)
+    monkeypatch.setattr(fake, "_maybe", lambda name: name == "finish" and released.wait())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(metrics, "CLOSE_TIMEOUT_SECONDS", 0.2)
+    logger = start(make_config("trackers=[wandb]"), tmp_path)
+    run(logger, range(2))
+    logger.close()
+    assert [step for step, _ in fake.logged] == [0, 1]
+    assert caplog.text.count("wandb is off") == 1 and "did not finish" in caplog.text
+    released.set()
+
+
+# ---- Disks and stores that fail ------------------------------------------------------------------
+
+
+def test_what_cannot_be_written_stops_nothing(config, tmp_path, caplog):
     (tmp_path / "metrics.jsonl").mkdir()  # cannot be written, whoever asks
     logger = start(config, tmp_path)
     run(logger, range(2))
-    assert logger.state()["rows"] == 0
+    state = logger.state()
+    assert state["rows"] == 0 and count_rows(state) == 2
     logger.close()
-    assert caplog.text.count("metrics.jsonl is off") == 1
+    assert caplog.text.count("metrics.jsonl cannot be written") == 1
+    assert caplog.text.count("metrics.jsonl does not have the last 2 rows") == 1
 
 
-def test_an_object_store_gets_whole_files(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1}\n')
+def test_a_full_disk_delays_nothing_and_loses_nothing(tmp_path, monkeypatch, caplog):
+    append, is_full = metrics._LocalFile.append, threading.Event()
+
+    def append_until_full(self, data):
+        if is_full.is_set():
+            append(self, data[: len(data) // 2])  # what still fits
+            self._size -= len(data) // 2
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, data)
+
+    monkeypatch.setattr(metrics._LocalFile, "append", append_until_full)
+    monkeypatch.setattr(metrics, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(metrics, "CURVES_WRITE_SECONDS", 0.0)
+    logger = start(make_config("tensorboard=true"), tmp_path)
+    run(logger, range(3))
+    wait_until(lambda: logger.state()["rows"] >= 2)
+    is_full.set()
+    run(logger, range(3, 60))
+    wait_until(lambda: caplog.text.count("cannot be written") == 2)  # each file, once
+    assert count_rows(logger.state()) == 60
+    is_full.clear()
+    wait_until(lambda: logger.state()["rows"] == 60)
+    run(logger, range(60, 62))
+    logger.close()
+    assert caplog.text.count("cannot be written") == caplog.text.count("is written again") == 2
+    assert [row["step"] for row in rows_of(tmp_path)] == list(range(62))
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert [step for step, _ in curve([file.read_bytes()], "train/loss")] == list(range(62))
+
+
+def test_an_output_that_is_full_stops_nothing(tmp_path):
+    code = """
+        import sys
+        sys.path.insert(0, "tests")
+        import test_metrics
+        logger = test_metrics.start(test_metrics.make_config(), sys.argv[1])
+        test_metrics.run(logger, range(3))
+        logger.event(3, "validation", {"bpb": 1.0})
+        logger.message("saved")
+        logger.close()
+    """
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code), tmp_path],
+            stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(rows_of(tmp_path)) == 4
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def served():
+    with object_store.serve() as store:
+        yield store
+
+
+@pytest.fixture
+def store(served, monkeypatch):
+    """An object store without faults, to which gcsfs in this process speaks."""
+    object_store.use(served, monkeypatch)
+    Bucket.clear_instance_cache()
+    yield served
+    served.mend()
+
+
+def curves_in(store, run_name, tag):
+    return curve(store.objects(f"{run_name}/tensorboard/").values(), tag)
+
+
+def test_an_object_store_gets_whole_files_now_and_then(store, monkeypatch):
+    store.put("seldom/metrics.jsonl", b'{"step": 0}\n{"step": 1}\n')
     monkeypatch.setattr(metrics, "REMOTE_WRITE_SECONDS", 1e9)
-    file = metrics._Jsonl(path, keep=1, append=False)
-    file.log({"step": 1, "again": True})
-    assert file.rows == 2 and path.read_text() == '{"step": 0}\n'
-    file.finish()
-    assert path.read_text() == '{"step": 0}\n{"step": 1, "again": true}\n'
+    config = make_config()
+    empty = start(config, f"{store.bucket}/other").state()
+    logger = start(config, f"{store.bucket}/seldom", start_step=1, state={**empty, "rows": 1})
+    wait_until(lambda: rows_in(store.objects("seldom/")["seldom/metrics.jsonl"]) == [{"step": 0}])
+    run(logger, range(1, 4))
+    logger.flush()
+    time.sleep(0.2)
+    assert rows_in(store.objects("seldom/")["seldom/metrics.jsonl"]) == [{"step": 0}]
+    assert count_rows(logger.state()) == 4  # which also asks for them to be written
+    wait_until(lambda: logger.state()["rows"] == 4)
+    writes = [request for request in store.requests if request[:2] == ("write", "seldom/metrics.jsonl")]
+    assert len(writes) == 2
+    assert [row["step"] for row in rows_in(store.objects("seldom/")["seldom/metrics.jsonl"])] == [0, 1, 2, 3]
+    logger.close()
+
+
+@pytest.mark.parametrize("fault", [503, 403, "hang"])
+def test_a_store_that_fails_for_ever_delays_no_step_and_loses_no_row(store, monkeypatch, caplog, fault):
+    """The steps that a later process does, when the store works again, bring the earlier rows along."""
+    monkeypatch.setattr(metrics, "UPLOAD_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(metrics, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(metrics, "CLOSE_TIMEOUT_SECONDS", 1.0)
+    name, config = f"fails_{fault}", make_config("tensorboard=true")
+    directory = f"{store.bucket}/{name}"
+    store.fail(fault, "any", count=None)
+    logger = start(config, directory)
+    run(logger, range(100))
+    logger.event(100, "validation", {"bpb": 1.5})
+    wait_until(lambda: caplog.text.count("cannot be written now") == 2)
+    began = time.monotonic()
+    run(logger, range(100, 200))
+    state = json.loads(json.dumps(logger.state()))
+    assert time.monotonic() - began < 5  # 200 calls; the least of waits would take 0.5 s each
+    assert (state["rows"], count_rows(state)) == (0, 201)
+    logger.close()
+    assert time.monotonic() - began < 10
+    assert caplog.text.count("cannot be written now") == caplog.text.count("does not have the last 201 rows") == 2
+    assert store.objects(name) == {}
+
+    store.mend()
+    logger = start(config, directory, start_step=200, state=state)
+    run(logger, range(200, 203))
+    logger.close()
+    rows = rows_in(store.objects(name)[f"{name}/metrics.jsonl"])
+    assert [row["step"] for row in rows if "event" not in row] == list(range(203))
+    assert [row["bpb"] for row in rows if "event" in row] == [1.5]
+    assert [step for step, _ in curves_in(store, name, "train/loss")] == list(range(203))
+
+
+def test_a_store_that_works_again_gets_everything(store, monkeypatch, caplog):
+    monkeypatch.setattr(metrics, "UPLOAD_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(metrics, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(metrics, "REMOTE_WRITE_SECONDS", 0.1)
+    logger = start(make_config(), f"{store.bucket}/back")
+    run(logger, range(3))
+    wait_until(lambda: "back/metrics.jsonl" in store.objects())
+    store.fail("hang", "write", count=None)
+    run(logger, range(3, 6))
+    wait_until(lambda: "cannot be written now" in caplog.text)
+    store.mend()
+    wait_until(lambda: logger.state()["rows"] == 6)
+    logger.close()
+    assert [row["step"] for row in rows_in(store.objects("back/")["back/metrics.jsonl"])] == list(range(6))
+    assert caplog.text.count("cannot be written now") == caplog.text.count("is written again") == 1
+
+
+class Machine:
+    """Where a process runs that can be killed: after that, none of its writes reaches the store."""
+
+    def __init__(self, monkeypatch):
+        self._write, self._lock, self._dead, self._writing = remote.write, threading.Lock(), set(), set()
+        monkeypatch.setattr(metrics.remote, "write", self._write_if_alive)
+
+    def _write_if_alive(self, path, content, seconds):
+        thread = threading.current_thread()
+        with self._lock:
+            assert thread not in self._dead
+            self._writing.add(thread)
+        try:
+            self._write(path, content, seconds)
+        finally:
+            self._writing.discard(thread)
+
+    def kill(self, logger):
+        with self._lock:
+            self._dead |= {file._thread for file in logger._files}
+        wait_until(lambda: not self._dead & self._writing)
+
+
+STOPPED_AT = ("nothing", "before the checkpoint", "at the checkpoint", "after the checkpoint")
+
+
+@pytest.mark.parametrize("fault", [None, "hang"])
+@pytest.mark.parametrize("uploaded", STOPPED_AT)
+def test_a_run_that_is_killed_and_resumed_has_every_row_once(store, monkeypatch, uploaded, fault):
+    """However much the store had when it began to hang, whether or not it worked again before the kill."""
+    machine = Machine(monkeypatch)
+    monkeypatch.setattr(metrics, "REMOTE_WRITE_SECONDS", 0.01)
+    monkeypatch.setattr(metrics, "UPLOAD_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(metrics, "RETRY_SECONDS", 0.01)
+    config, name, state = make_config("tensorboard=true"), f"killed_{uploaded.split()[0]}_{fault}", None
+
+    def stop_at(what):
+        """The store has all rows so far and gets no more."""
+        if what == uploaded:
+            wait_until(lambda: not logger._files[0].state()[1] and not logger._files[1].state()[1])
+            store.fail(fault or "hang", "write", name, count=None)
+
+    for start_step in (0, 4, 8):
+        logger = start(config, f"{store.bucket}/{name}", start_step=start_step, state=state)
+        stop_at("nothing")
+        run(logger, range(start_step, start_step + 2), loss=float(start_step))
+        logger.flush()
+        stop_at("before the checkpoint")
+        run(logger, range(start_step + 2, start_step + 4), loss=float(start_step))
+        logger.event(start_step + 4, "validation", {"bpb": float(start_step)})
+        stop_at("at the checkpoint")
+        state = json.loads(json.dumps(logger.state()))
+        assert count_rows(state) == 5 * (start_step // 4 + 1)
+        run(logger, range(start_step + 4, start_step + 7), loss=99.0)  # is done again
+        logger.event(start_step + 7, "validation", {"bpb": 99.0})
+        stop_at("after the checkpoint")
+        if fault is None:
+            store.mend()  # it may all have come, or not
+        machine.kill(logger)
+        store.mend()
+    logger = start(config, f"{store.bucket}/{name}", start_step=12, state=state)
+    run(logger, range(12, 14), loss=12.0)
+    logger.close()
+    rows = rows_in(store.objects(name)[f"{name}/metrics.jsonl"])
+    expected = [(step, float(step // 4 * 4)) for step in range(14)]
+    assert [(row["step"], row["loss"]) for row in rows if "event" not in row] == expected
+    assert [(row["step"], row["bpb"]) for row in rows if "event" in row] == [(4, 0.0), (8, 4.0), (12, 8.0)]
+    assert curves_in(store, name, "train/loss") == expected
+    assert curves_in(store, name, "validation/bpb") == [(4, 0.0), (8, 4.0), (12, 8.0)]
+    assert len(store.objects(f"{name}/tensorboard/")) >= 3  # no process overwrote the curves of another
+
+
+def test_curves_that_are_behind_the_rows_lose_nothing(store, monkeypatch):
+    machine = Machine(monkeypatch)
+    monkeypatch.setattr(metrics, "REMOTE_WRITE_SECONDS", 0.01)
+    monkeypatch.setattr(metrics, "UPLOAD_TIMEOUT_SECONDS", 0.5)
+    config = make_config("tensorboard=true")
+    logger = start(config, f"{store.bucket}/behind")
+    run(logger, range(3))
+    wait_until(lambda: logger.state()["rows"] == 3)
+    store.fail("hang", "write", "behind/tensorboard", count=None)
+    run(logger, range(3, 6))
+    logger.flush()
+    wait_until(lambda: logger._files[0].state() == (6, []))
+    state = json.loads(json.dumps(logger.state()))
+    assert (state["rows"], count_rows(state)) == (3, 6)
+    store.mend()
+    machine.kill(logger)
+    logger = start(config, f"{store.bucket}/behind", start_step=6, state=state)
+    run(logger, [6])
+    logger.close()
+    assert [row["step"] for row in rows_in(store.objects()["behind/metrics.jsonl"])] == list(range(7))
+    assert [step for step, _ in curves_in(store, "behind", "train/loss")] == list(range(7))
+
+
+def test_kill_9_on_another_machine(store):
+    """The same with a real process."""
+    code = """
+        import json, os, signal, sys
+        sys.path.insert(0, "tests")
+        import test_metrics
+        logger = test_metrics.start(test_metrics.make_config(), "gs://ours/killed_9")
+        test_metrics.run(logger, range(5))
+        test_metrics.wait_until(lambda: logger.state()["rows"] == 5)
+        test_metrics.run(logger, range(5, 8))
+        print("STATE " + json.dumps(logger.state()), flush=True)
+        test_metrics.run(logger, range(8, 10))
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **store.env}, capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    state = json.loads(re.search("^STATE (.*)$", done.stdout, re.MULTILINE)[1])
+    logger = start(make_config(), f"{store.bucket}/killed_9", start_step=8, state=state)
+    run(logger, [8])
+    logger.close()
+    rows = rows_in(store.objects("killed_9")["killed_9/metrics.jsonl"])
+    assert [row["step"] for row in rows] == list(range(9))
 
 
 def test_a_table_is_readable_without_a_terminal(capsys):

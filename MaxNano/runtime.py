@@ -60,7 +60,8 @@ def initialize(config: FrozenConfigDict) -> None:
 
     Raises ValueError where the environment contradicts itself or the devices cannot be used.
     Processes that do not find each other, or no devices, end with status 2 and a line on stderr:
-    the call that waits for them cannot be left otherwise. A warning on stderr where the cache cannot be used; the run goes on without it.
+    the call that waits for them cannot be left otherwise. A warning on
+    stderr where the cache cannot be used; the run goes on without it.
     """
     place = _place(config)
     if place and not jax.distributed.is_initialized():

@@ -1,5 +1,6 @@
 """The scripts of end_to_end, run for real: on the CPU, a tiny model, a stand-in gcloud."""
 
+import contextlib
 import functools
 import hashlib
 import http.server
@@ -344,7 +345,7 @@ class Cloud:
         shutil.copytree(settings["DATASET_PATH"], folder / "buckets/ours/text")
         self.settings = {**settings, "FAKE_GCLOUD": str(folder), "BUCKET": "gs://ours"}
         self.settings["DATASET_PATH"] = "gs://ours/text"
-        self.settings |= {"POLL_SECONDS": "0.1", "ZONE_WAIT_SECONDS": "1000"}
+        self.settings |= {"POLL_SECONDS": "0.1", "ZONE_WAIT_SECONDS": "1000", "SAVE_SECONDS": "60"}
         self.settings["STAGES"] = "setup data tokenizer training result"
         for name in ("OUTPUT", "TOKENIZER_PATH"):  # launch.sh puts them into the bucket
             del self.settings[name]
@@ -375,7 +376,11 @@ class Cloud:
 
 @pytest.fixture
 def cloud(tmp_path, settings):
-    return Cloud(tmp_path, settings)
+    cloud = Cloud(tmp_path, settings)
+    yield cloud
+    for pid in tmp_path.glob("machines/*/*/*/pid"):  # of machines that the test has left running
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(pid.read_text()), signal.SIGKILL)
 
 
 @pytest.fixture
@@ -392,15 +397,15 @@ CROWDED = {"refuse": "There is no more capacity in the zone"}
 
 
 @pytest.mark.slow
-def test_launch_trains_on_through_a_preemption_and_leaves_nothing(cloud, tmp_path):
+def test_launch_trains_on_through_a_preemption_and_leaves_nothing(cloud):
     """The first zone is full, the second one's machine is preempted, the third one's ends the run."""
     cloud.play({
         "us-east5-a": [FULL],
-        "us-east5-b": [{**ON_ITS_WAY, "preempt_at_step": 50}, CROWDED],
+        "us-east5-b": [{**ON_ITS_WAY, "preempt": {"step": 50, "after": 0}}, CROWDED],
         "us-east5-c": [ON_ITS_WAY],
     })  # fmt: skip
     stages = "setup data tokenizer training result"  # the others have a test of their own
-    out = cloud.launch(DOWNLOAD=f"{tmp_path}/home", ZONE_WAIT_SECONDS="0", POLL_SECONDS="0.5", STAGES=stages)
+    out = cloud.launch(ZONE_WAIT_SECONDS="0", POLL_SECONDS="0.5", STAGES=stages)
     run_folder = cloud.folder / f"buckets/ours/maxnano-d24/runs/d2_{STEPS}steps"
     assert steps_of(run_folder) == list(range(STEPS))
     assert (run_folder / f"checkpoints/{STEPS}/MANIFEST.json").exists()
@@ -415,9 +420,8 @@ def test_launch_trains_on_through_a_preemption_and_leaves_nothing(cloud, tmp_pat
     flags = create["flags"]
     assert (flags["zone"], flags["accelerator-type"], flags["node-id"]) == ("us-east5-a", "v6e-8", "maxnano-d24")
     assert "spot" in flags and "valid-until-duration" in flags, "a request that nobody waits for any more expires"
-    assert (tmp_path / f"home/d2_{STEPS}steps/checkpoints/{STEPS}/MANIFEST.json").exists()
     every = cloud.calls("")
-    copied = max(i for i, call in enumerate(every) if "storage cp log" in call["flags"].get("command", ""))
+    copied = max(i for i, call in enumerate(every) if call["command"] == "storage cp" and call["given"][0].endswith("/log"))
     deleted = max(i for i, call in enumerate(every) if call["command"].endswith("delete"))
     assert copied < deleted, "what is on the machine is copied out before it is deleted"
     (log,) = (cloud.folder / "buckets/ours/maxnano-d24/logs").iterdir()
@@ -456,11 +460,54 @@ def test_bucket_and_text_are_needed_and_must_be_there(quick):
     assert quick.calls("create") == []
 
 
+QUOTA = (
+    "HttpError 429: Quota limit 'TPUV6EPreemptiblePerProjectPerZoneForTPUAPI' has been exceeded. Limit: {} in zone {}."
+)
+INTERNAL = {"states": ["PROVISIONING", "SUSPENDING", "FAILED"], "reason": "an internal error has occurred"}
+
+
+def test_without_quota_it_stops_at_once_and_says_which_and_where_to_ask(quick):
+    """Refused at once in one zone, FAILED with the same text in the other: neither is a matter of waiting."""
+    quick.play({
+        "us-east5-a": [{"refuse": f"RESOURCE_EXHAUSTED: {QUOTA.format(0, 'us-east5-a')}\n- '@type': rpc.Help"}],
+        "us-east5-b": [{"states": ["ACCEPTED", "FAILED"], "reason": QUOTA.format(0, "us-east5-b")}],
+    })  # fmt: skip
+    out = quick.launch(status=2)
+    assert "us-east5-a refuses: ERROR: (gcloud) RESOURCE_EXHAUSTED: HttpError 429: Quota limit" in out
+    assert "- '@type': rpc.Help\n" in out, "the whole of gcloud's error"
+    assert f"us-east5-b: FAILED: {QUOTA.format(0, 'us-east5-b')}\n" in out
+    last = out.splitlines()[-1]
+    assert last.startswith("launch.sh: no zone accepts the request for v6e-8 spot: us-east5-a: ERROR")
+    for part in ("us-east5-b: HttpError 429", "ask for more of TPUV6EPreemptiblePerProjectPerZoneForTPUAPI (Cloud TPU API)",
+                 "https://console.cloud.google.com/iam-admin/quotas"):  # fmt: skip
+        assert part in last
+    assert [call["flags"]["zone"] for call in quick.calls("create")] == ["us-east5-a", "us-east5-b"]
+    assert quick.left() == []
+
+
+def test_a_zone_without_quota_is_left_out_and_another_one_waited_for(quick):
+    """The second zone: quota used up by another machine, then full, then trouble inside the service, then a machine."""
+    plays = [{"refuse": QUOTA.format(8, "us-east5-b")}, CROWDED, INTERNAL, ACTIVE]
+    quick.play({"us-east5-a": [{"refuse": QUOTA.format("0,8", "us-east5-a")}], "us-east5-b": plays})
+    out = quick.launch()
+    assert "us-east5-a is left out from here on" in out and "us-east5-b: FAILED: an internal error has occurred" in out
+    assert [call["flags"]["zone"][-1] for call in quick.calls("create")] == ["a", "b", "b", "b", "b"]
+    assert quick.left() == []
+
+
+def test_a_quota_that_stays_used_up_is_not_waited_for_without_end(quick):
+    quick.play({"us-east5-b": [{"refuse": QUOTA.format(8, "us-east5-b")}]})
+    out = quick.launch(status=2, POLL_SECONDS="0.01")
+    assert len(quick.calls("create")) == 10
+    assert "Limit: 8 in zone us-east5-b" in out.splitlines()[-1] and "ask for more of TPUV6E" in out.splitlines()[-1]
+
+
 def test_refused_everywhere_it_stops_at_once_and_full_everywhere_it_stops_in_time(quick):
-    denied = {"refuse": "PERMISSION_DENIED: quota is 0"}
+    denied = {"refuse": "PERMISSION_DENIED: Permission 'tpu.queuedResources.create' denied"}
     quick.play({"us-east5-a": [denied], "us-east5-b": [denied]})
     out = quick.launch(status=2).splitlines()[-1]
-    assert out == f"launch.sh: no zone accepts the request: ERROR: (gcloud) {denied['refuse']}"
+    reason = f"ERROR: (gcloud) {denied['refuse']}"
+    assert out.endswith(f"no zone accepts the request for v6e-8 spot: us-east5-a: {reason} | us-east5-b: {reason}")
 
     quick.play({"us-east5-a": [CROWDED], "us-east5-b": [FULL]})
     out = quick.launch(status=2, MAX_HOURS="0.001")
@@ -468,10 +515,103 @@ def test_refused_everywhere_it_stops_at_once_and_full_everywhere_it_stops_in_tim
     assert quick.left() == []
 
 
-def test_a_machine_that_never_comes_about_is_given_up(quick):
-    quick.play({"us-east5-a": [{"states": ["CREATING", "FAILED"]}, ACTIVE]})
+@pytest.mark.parametrize("last", ["FAILED", "SUSPENDED", "DELETING"])
+def test_a_machine_that_never_comes_about_is_given_up(quick, last):
+    quick.play({"us-east5-a": [{"states": ["CREATING", last], "reason": "the interval is over"}, ACTIVE]})
+    if last == "DELETING":  # by somebody else; then it is gone
+        quick.play({"us-east5-a": [{"states": ["CREATING", "DELETING", "DELETING", "NONE"]}, ACTIVE]})
     out = quick.launch()
-    assert "us-east5-a: FAILED" in out and "machines: 1," in out
+    why = {"FAILED": ": the interval is over", "SUSPENDED": ": by the SERVICE", "DELETING": ""}[last]
+    assert f"us-east5-a: {last}{why}\n" in out and "machines: 1," in out
+    assert quick.left() == []
+
+
+def test_several_hosts_are_refused(quick):
+    quick.play({"us-east5-a": [ACTIVE]})
+    (line,) = quick.launch(status=2, ACCELERATOR="v6e-16").splitlines()
+    assert "ACCELERATOR=v6e-16 has several hosts" in line and "end_to_end/cloud/" in line
+    assert "must be a type and a number" in quick.launch(status=2, ACCELERATOR="v6e")
+
+
+def test_zones_that_cannot_be_seen_are_named_and_passed_over(quick):
+    quick.play({"us-east5-a": [ACTIVE], "us-east5-b": [ACTIVE]}, closed=["us-east5-a"])
+    out = quick.launch()
+    closed = "ERROR: (gcloud) PERMISSION_DENIED: Location us-east5-a is not found or access is unauthorized."
+    assert f"us-east5-a is left out, for it cannot be looked into: {closed}\n" in out
+    assert [call["flags"]["zone"] for call in quick.calls("create")] == ["us-east5-b"]
+    assert quick.left() == []
+
+    out = quick.launch(status=2, ZONES="us-east5-a")
+    assert out.splitlines()[-1].endswith(f"for v6e-8 spot: us-east5-a: {closed}")
+
+
+def test_teardown_deletes_what_it_can_and_names_the_zones_it_cannot_see(quick):
+    zones = {"us-east5-a": [ACTIVE], "us-east5-b": [ACTIVE], "us-east5-c": [ACTIVE]}
+    quick.play(zones)
+    for zone in zones:
+        quick.launch(KEEP="1", ZONES=zone)
+    quick.play(zones, closed=["us-east5-b"])
+    assert "NOT KNOWN" in run("tpu/teardown.sh", quick.settings, "--dry-run", status=1)
+    out = run("tpu/teardown.sh", quick.settings, status=1, YES="1")
+    assert out.count("us-east5-b cannot be looked into: ERROR: (gcloud) PERMISSION_DENIED: Location us-east5-b") == 1
+    assert out.splitlines()[-1] == "NOT KNOWN, for these zones cannot be looked into: us-east5-b"
+    assert quick.left() == ["us-east5-b/maxnano-d24"]
+    assert "NOT KNOWN" in run("tpu/teardown.sh", quick.settings, status=1, YES="1"), "nothing there, but not known"
+
+
+@pytest.mark.parametrize("right", ["write", "read"])
+def test_a_machine_that_may_not_use_the_bucket_is_told_before_it_works(quick, right):
+    quick.play({"us-east5-a": [ACTIVE]}, may_not=[right])
+    out = quick.launch(status=2)
+    place = {"write": "gs://ours/maxnano-d24", "read": "gs://ours/text"}[right]
+    (line,) = [line for line in out.splitlines() if line.startswith("launch.sh: ")]
+    assert f"service account 123-compute@developer.gserviceaccount.com may not {right} {place} (ERROR" in line
+    assert line.endswith(
+        "gcloud storage buckets add-iam-policy-binding gs://ours"
+        " --member=serviceAccount:123-compute@developer.gserviceaccount.com --role=roles/storage.objectAdmin"
+    )
+    assert "copying MaxNano" not in out
+    assert quick.left() == []
+
+
+def test_a_service_account_and_a_machine_without_an_address(quick):
+    quick.play({"us-east5-a": [ACTIVE]}, may_not=["delete"])
+    more = {"INTERNAL_IP": "1", "NETWORK": "inner", "SUBNETWORK": "part"}
+    out = quick.launch(SERVICE_ACCOUNT="ours@p.iam.gserviceaccount.com", **more)
+    flags = quick.calls("create")[0]["flags"]
+    assert flags["service-account"] == "ours@p.iam.gserviceaccount.com" and "internal-ips" in flags
+    assert (flags["network"], flags["subnetwork"]) == ("inner", "part")
+    assert flags["scopes"].endswith("/cloud-platform")
+    reached = [call for call in quick.calls("") if call["command"].endswith(("ssh", "scp"))]
+    for call in reached:
+        assert call["command"].startswith("compute tpus queued-resources") and "tunnel-through-iap" in call["flags"]
+        options = call["flags"]["ssh-flag" if call["command"].endswith("ssh") else "scp-flag"]
+        assert "-oBatchMode=yes" in options and "-oConnectTimeout=" in options and "-oServerAliveInterval=" in options
+    assert {call["command"][-3:] for call in reached} == {"ssh", "scp"}
+    assert "warning: without this computer the machine could not delete itself" in out and "roles/tpu.admin" in out
+    assert quick.left() == []
+
+
+def test_connections_that_hang_or_are_slow_are_failed_looks(quick):
+    quick.play({"us-east5-a": [{**ACTIVE, "hang": 2, "slow": 0.2}]})
+    out = quick.launch(CALL_SECONDS="3")
+    assert "the machine does not answer (2 of 10)" in out and "==== done" in out
+    assert "machines: 1," in out and quick.left() == []
+
+
+def test_a_machine_that_never_answers_is_replaced(quick):
+    quick.play({"us-east5-a": [{**ACTIVE, "hang": 1000}, ACTIVE]})
+    out = quick.launch(CALL_SECONDS="1", SAVE_SECONDS="-1799")
+    assert "the machine does not answer (10 of 10)" in out and "the machine is lost" in out
+    assert "machines: 2," in out and "==== done" in out and quick.left() == []
+
+
+def test_a_machine_that_vanishes_is_replaced_though_its_request_says_active(quick):
+    vanish = {"preempt": {"step": None, "after": 0, "vanish": True}}
+    quick.play({"us-east5-a": [{**ACTIVE, **vanish}, ACTIVE]})
+    quick.python("""grep -q '"created": {"us-east5-a": 2' $FAKE_GCLOUD/world.json || exec sleep 1000; echo new""")
+    out = quick.launch()
+    assert "the machine is lost" in out and "machines: 2," in out
     assert quick.left() == []
 
 

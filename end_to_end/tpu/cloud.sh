@@ -21,9 +21,9 @@ within() {
   local seconds=$1 status=0
   shift
   set -m # both get a process group of their own
-  "$@" </dev/null &
+  "$@" </dev/null 3>&- 4>&- &
   call=$!
-  { sleep "$seconds" && kill -TERM -- "-$call" && sleep 5 && kill -KILL -- "-$call"; } >/dev/null 2>&1 </dev/null &
+  { sleep "$seconds" && kill -TERM -- "-$call" && sleep 5 && kill -KILL -- "-$call"; } >/dev/null 2>&1 </dev/null 3>&- 4>&- &
   timer=$!
   set +m
   wait "$call" 2>/dev/null || status=$?

@@ -483,6 +483,7 @@ price() {
 clean_up() {
   local status=$?
   trap '' INT TERM # an impatient second Ctrl-C must not leave a machine behind
+  exec >&3 2>&4 # a signal may have come where a function's output goes into a file
   set +e
   end_call
   if [ -n "$zone" ]; then
@@ -518,6 +519,7 @@ if [ -n "$dry_run" ]; then
   say "would run there: env $(knobs_to_hand_on) bash $SCRIPT"
   exit
 fi
+exec 3>&1 4>&2
 trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM

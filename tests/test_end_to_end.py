@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -439,6 +440,38 @@ def test_launch_trains_on_through_a_preemption_and_leaves_nothing(cloud):
     assert "==== done" in log.read_text()
 
 
+def losses_of(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows if "event" not in row]
+
+
+@pytest.mark.slow
+def test_five_preemptions_at_random_leave_the_losses_of_an_unbroken_run(cloud, place, settings):
+    """The first machine dies in set-up, the others while they train, two of them with a request that stays ACTIVE."""
+    seed = int(os.environ.get("MAXNANO_SEED") or time.time())
+    print(f"MAXNANO_SEED={seed}")
+    draw = random.Random(seed)
+    steps = [None, *sorted(draw.sample(range(30, 211, 30), 4))]
+    vanish = draw.sample([True, True, False, False, False], 5)
+    moments = [
+        {"preempt": {"step": step, "after": 0.3 * draw.random(), "vanish": gone}}
+        for step, gone in zip(steps, vanish, strict=True)
+    ]
+    print(moments)
+    more = {"EXTRA": settings["EXTRA"].replace("checkpoint_interval_steps=50", "checkpoint_interval_steps=30")}
+    run("tpu/d24_speedrun.sh", {**settings, **more}, STAGES="tokenizer training", RUN_NAME="unbroken")
+
+    cloud.play({"us-east5-a": [*({**ON_ITS_WAY, **moment} for moment in moments), ON_ITS_WAY]})
+    shutil.copytree(place / "tokenizer", cloud.folder / "buckets/ours/maxnano-d24/tokenizer")
+    out = cloud.launch(**more, STAGES="training", POLL_SECONDS="0.3")
+    assert out.count("the machine is lost") == 5 and "machines: 6," in out
+    found = losses_of(cloud.folder / f"buckets/ours/maxnano-d24/runs/d2_{STEPS}steps")
+    assert found == losses_of(place / "runs/unbroken")
+    assert [step for step, _ in found] == list(range(STEPS))
+    assert out.count("going on from step") >= 3, "preempted in the middle"
+    assert cloud.left() == [] and not list(cloud.folder.glob("machines/*/*"))
+
+
 @pytest.mark.parametrize(
     ("location", "asked"),
     [
@@ -490,7 +523,7 @@ def test_without_quota_it_stops_at_once_and_says_which_and_where_to_ask(quick):
     last = out.splitlines()[-1]
     assert last.startswith("launch.sh: no zone accepts the request for v6e-8 spot: us-east5-a: ERROR")
     assert "us-east5-b: HttpError 429" in last
-    assert "ask for more of TPUV6EPreemptiblePerProjectPerZoneForTPUAPI (Cloud TPU API) at https://console.cloud" in last
+    assert "ask for more of TPUV6EPreemptiblePerProjectPerZoneForTPUAPI (Cloud TPU API) at https://" in last
     assert [call["flags"]["zone"] for call in quick.calls("create")] == ["us-east5-a", "us-east5-b"]
     assert quick.left() == []
 

@@ -23,7 +23,10 @@ within() {
   set -m # both get a process group of their own
   "$@" </dev/null 3>&- 4>&- &
   call=$!
-  { sleep "$seconds" && kill -TERM -- "-$call" && sleep 5 && kill -KILL -- "-$call"; } >/dev/null 2>&1 </dev/null 3>&- 4>&- &
+  (
+    exec >/dev/null 2>&1 </dev/null 3>&- 4>&- # nobody who reads our output is to wait for this
+    sleep "$seconds" && kill -TERM -- "-$call" && sleep 5 && kill -KILL -- "-$call"
+  ) &
   timer=$!
   set +m
   wait "$call" 2>/dev/null || status=$?

@@ -126,7 +126,7 @@ def test_help_lists_every_knob_that_is_read(script):
     names = set(subprocess.run(["bash", script, "--knobs"], capture_output=True, text=True, check=True).stdout.split())
     assert {name for name in names if not re.search(rf"^  {name}=", listed, re.MULTILINE)} == set()
     uses = set(re.findall(r"\$\{?([A-Z][A-Z_]+)", script.read_text()))
-    assert uses - names <= {"BASH_SOURCE", "SECONDS", "HOME", "PATH", "TMPDIR"}
+    assert uses - names <= {"BASH_SOURCE", "SECONDS", "HOME", "PATH", "PWD", "TMPDIR"}
 
 
 def test_a_wrong_argument_is_one_line(settings):
@@ -635,6 +635,7 @@ def test_a_service_account_and_a_machine_without_an_address(quick):
     assert quick.left() == []
 
 
+@pytest.mark.slow
 def test_connections_that_hang_or_are_slow_are_failed_looks(quick):
     quick.play({"us-east5-a": [{**ACTIVE, "hang": 1, "slow": 0.2}]})
     out = quick.launch(CALL_SECONDS="5")
@@ -656,6 +657,7 @@ def test_a_machine_that_vanishes_is_replaced_though_its_request_says_active(quic
     quick.python("""grep -q '"created": {"us-east5-a": 2' $FAKE_GCLOUD/world.json || exec sleep 1000; echo new""")
     out = quick.launch()
     assert "the machine is lost" in out and "machines: 2," in out
+    assert "does not answer" not in out, "gcloud's words are enough"
     assert quick.left() == []
 
 

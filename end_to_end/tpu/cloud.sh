@@ -23,10 +23,9 @@ within() {
   set -m # both get a process group of their own
   "$@" </dev/null 3>&- 4>&- &
   call=$!
-  (
-    exec >/dev/null 2>&1 </dev/null 3>&- 4>&- # nobody who reads our output is to wait for this
-    sleep "$seconds" && kill -TERM -- "-$call" && sleep 5 && kill -KILL -- "-$call"
-  ) &
+  # A program of its own, which inherits no copy of our output: nobody who reads that is to wait for this.
+  bash -c 'sleep "$1" && kill -TERM -- "-$2" && sleep 5 && kill -KILL -- "-$2"' timer "$seconds" "$call" \
+    </dev/null >/dev/null 2>&1 3>&- 4>&- &
   timer=$!
   set +m
   wait "$call" 2>/dev/null || status=$?

@@ -31,6 +31,7 @@ from MaxNano import compile_cache, storage
 Item = TypeVar("Item")
 
 START_TIMEOUT_SECONDS = 300  # within which all processes of a run must have been started
+DEVICE_TIMEOUT_SECONDS = 300  # within which JAX must have found the devices
 SHUTDOWN_TIMEOUT_SECONDS = 60  # for which a process that fails waits for the others, then ends all
 FEW_ROWS = 8  # rows of a matrix product on a CPU for which tile_small_products is made
 LOCAL_CACHE = "~/.cache/maxnano/jax"  # folder of compiled programs of runs on a disk
@@ -60,9 +61,10 @@ def initialize(config: FrozenConfigDict) -> None:
     and base_output_directory is one folder that all of them see. Several slices, or GPU hosts
     without a common fast network, want a dcn_*_parallelism key: see sharding.make_mesh.
 
-    Raises ValueError where the environment contradicts itself. Processes that do not find each
-    other end with status 2 and a line on stderr: the call that waits for them cannot be left
-    otherwise. A warning on stderr where the cache cannot be used; the run goes on without it.
+    Raises ValueError where the environment contradicts itself or the devices cannot be used.
+    Processes that do not find each other, or no devices, end with status 2 and a line on stderr:
+    the call that waits for them cannot be left otherwise. A warning on
+    stderr where the cache cannot be used; the run goes on without it.
     """
     place = _place(config)
     if place and not jax.distributed.is_initialized():
@@ -70,8 +72,48 @@ def initialize(config: FrozenConfigDict) -> None:
     tile_small_products()
     _make_cpu_devices(config, processes=place.processes if place else 1)
     _start_compilation_cache(cache_folder(config))
+    find_devices()
     if place and jax.default_backend() == "cpu":
         _connect_cpu_devices()
+
+
+def find_devices() -> list[jax.Device]:
+    """jax.devices(), with a time limit: on a TPU it waits without one for the other hosts of the slice.
+
+    The process ends with status 2 and a line on stderr after DEVICE_TIMEOUT_SECONDS. Raises
+    ValueError where JAX cannot use the devices, for instance because another process holds the TPU.
+    """
+    advice = (
+        "check that no other process on this host uses the TPU (sudo lsof -w /dev/accel* /dev/vfio/*), and on a "
+        "slice of several hosts that this command was started on each of them"
+    )
+    timed_out = f"error: timed out after {DEVICE_TIMEOUT_SECONDS} s waiting for the devices: {advice}"
+    with _time_limit(DEVICE_TIMEOUT_SECONDS, timed_out):
+        try:
+            return jax.devices()
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"JAX cannot use the devices of this machine ({reason}): {advice}") from error
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float, line: str) -> Iterator[None]:
+    """Ends the process with status 2 and `line` on stderr if the block takes longer.
+
+    For calls into C++ that neither return nor let a Python signal handler run.
+    """
+
+    def give_up():
+        os.write(2, f"{line}\n".encode())
+        os._exit(2)
+
+    watchdog = threading.Timer(seconds, give_up)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.cancel()
 
 
 def compiler_options(config: FrozenConfigDict, backend: str) -> dict[str, bool | int | str]:
@@ -221,35 +263,27 @@ def _join_processes(place: _Place) -> None:
     if place.process_id == 0:
         _check_port_is_free(place.coordinator_address)
 
-    def give_up():
-        line = (
-            f"error: {who} waited {START_TIMEOUT_SECONDS} s in vain for the others at coordinator "
-            f"{where}: check that all of them were started with that address and number, that it "
-            "is the host of process 0, and that no firewall is between\n"
-        )
-        os.write(2, line.encode())
-        os._exit(2)
-
     # JAX does not raise when its own time is up: it aborts the process with a stack trace.
-    watchdog = threading.Timer(START_TIMEOUT_SECONDS, give_up)
-    watchdog.daemon = True
-    watchdog.start()
+    timed_out = (
+        f"error: {who} timed out after {START_TIMEOUT_SECONDS} s waiting for the others at "
+        f"coordinator {where}: check that all of them were started with that address and number, that "
+        "it is the host of process 0, and that no firewall is between"
+    )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        jax.distributed.initialize(
-            **place._asdict(),
-            cluster_detection_method="deactivate" if known else None,
-            initialization_timeout=2 * START_TIMEOUT_SECONDS,
-            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_SECONDS,
-        )
+        with _time_limit(START_TIMEOUT_SECONDS, timed_out):
+            jax.distributed.initialize(
+                **place._asdict(),
+                cluster_detection_method="deactivate" if known else None,
+                initialization_timeout=2 * START_TIMEOUT_SECONDS,
+                shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_SECONDS,
+            )
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"cannot join the other processes of this cluster ({reason}): set coordinator_address, "
             "num_processes and process_id"
         ) from error
-    finally:
-        watchdog.cancel()
 
 
 def _connect_cpu_devices() -> None:

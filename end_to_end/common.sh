@@ -206,10 +206,13 @@ stage_setup() {
 check_devices() {
   "$MAXNANO_PYTHON" - "$DEVICE" "$CHIPS" <<'PY'
 import sys
-import jax
+from MaxNano import runtime
 
 wanted, chips = sys.argv[1:]
-devices = jax.devices()
+try:
+    devices = runtime.find_devices()
+except ValueError as error:
+    sys.exit(f"error: {error}")
 found = devices[0].platform
 if wanted not in ("auto", found):
     sys.exit(f"JAX finds {len(devices)} {found} here and no {wanted}: is the {wanted} in use by another process, "

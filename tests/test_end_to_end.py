@@ -1,10 +1,12 @@
 """The scripts of end_to_end, run for real: on the CPU, a tiny model, a stand-in gcloud."""
 
+import contextlib
 import functools
 import hashlib
 import http.server
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -124,7 +126,7 @@ def test_help_lists_every_knob_that_is_read(script):
     names = set(subprocess.run(["bash", script, "--knobs"], capture_output=True, text=True, check=True).stdout.split())
     assert {name for name in names if not re.search(rf"^  {name}=", listed, re.MULTILINE)} == set()
     uses = set(re.findall(r"\$\{?([A-Z][A-Z_]+)", script.read_text()))
-    assert uses - names <= {"BASH_SOURCE", "SECONDS", "HOME", "PATH", "TMPDIR"}
+    assert uses - names <= {"BASH_SOURCE", "SECONDS", "HOME", "PATH", "PWD", "TMPDIR"}
 
 
 def test_a_wrong_argument_is_one_line(settings):
@@ -344,7 +346,7 @@ class Cloud:
         shutil.copytree(settings["DATASET_PATH"], folder / "buckets/ours/text")
         self.settings = {**settings, "FAKE_GCLOUD": str(folder), "BUCKET": "gs://ours"}
         self.settings["DATASET_PATH"] = "gs://ours/text"
-        self.settings |= {"POLL_SECONDS": "0.1", "ZONE_WAIT_SECONDS": "1000"}
+        self.settings |= {"POLL_SECONDS": "0.1", "ZONE_WAIT_SECONDS": "1000", "SAVE_SECONDS": "60"}
         self.settings["STAGES"] = "setup data tokenizer training result"
         for name in ("OUTPUT", "TOKENIZER_PATH"):  # launch.sh puts them into the bucket
             del self.settings[name]
@@ -365,6 +367,16 @@ class Cloud:
     def launch(self, *arguments, status=0, **more):
         return run("tpu/launch.sh", self.settings, *arguments, status=status, **more)
 
+    def gcloud(self, *words):
+        """What the stand-in does, for another one than launch.sh."""
+        environment = {"PATH": self.settings["PATH"], "FAKE_GCLOUD": str(self.folder)}
+        command = [ROOT / "tests/fake_gcloud/gcloud", *words, "--quiet"]
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+    def rent(self, name, zone):
+        create = ("compute", "tpus", "queued-resources", "create", name, f"--zone={zone}")
+        self.gcloud(*create, "--node-id=x", "--accelerator-type=v6e-8", "--runtime-version=v2-alpha-tpuv6e")
+
     def python(self, text):
         """An interpreter for the machine that does something else than to train."""
         path = self.folder / "python"
@@ -375,7 +387,11 @@ class Cloud:
 
 @pytest.fixture
 def cloud(tmp_path, settings):
-    return Cloud(tmp_path, settings)
+    cloud = Cloud(tmp_path, settings)
+    yield cloud
+    for pid in tmp_path.glob("machines/*/*/*/pid"):  # of machines that the test has left running
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(pid.read_text()), signal.SIGKILL)
 
 
 @pytest.fixture
@@ -392,15 +408,15 @@ CROWDED = {"refuse": "There is no more capacity in the zone"}
 
 
 @pytest.mark.slow
-def test_launch_trains_on_through_a_preemption_and_leaves_nothing(cloud, tmp_path):
+def test_launch_trains_on_through_a_preemption_and_leaves_nothing(cloud):
     """The first zone is full, the second one's machine is preempted, the third one's ends the run."""
     cloud.play({
         "us-east5-a": [FULL],
-        "us-east5-b": [{**ON_ITS_WAY, "preempt_at_step": 50}, CROWDED],
+        "us-east5-b": [{**ON_ITS_WAY, "preempt": {"step": 50, "after": 0}}, CROWDED],
         "us-east5-c": [ON_ITS_WAY],
     })  # fmt: skip
     stages = "setup data tokenizer training result"  # the others have a test of their own
-    out = cloud.launch(DOWNLOAD=f"{tmp_path}/home", ZONE_WAIT_SECONDS="0", POLL_SECONDS="0.5", STAGES=stages)
+    out = cloud.launch(ZONE_WAIT_SECONDS="0", POLL_SECONDS="0.5", STAGES=stages)
     run_folder = cloud.folder / f"buckets/ours/maxnano-d24/runs/d2_{STEPS}steps"
     assert steps_of(run_folder) == list(range(STEPS))
     assert (run_folder / f"checkpoints/{STEPS}/MANIFEST.json").exists()
@@ -415,13 +431,45 @@ def test_launch_trains_on_through_a_preemption_and_leaves_nothing(cloud, tmp_pat
     flags = create["flags"]
     assert (flags["zone"], flags["accelerator-type"], flags["node-id"]) == ("us-east5-a", "v6e-8", "maxnano-d24")
     assert "spot" in flags and "valid-until-duration" in flags, "a request that nobody waits for any more expires"
-    assert (tmp_path / f"home/d2_{STEPS}steps/checkpoints/{STEPS}/MANIFEST.json").exists()
     every = cloud.calls("")
-    copied = max(i for i, call in enumerate(every) if "storage cp log" in call["flags"].get("command", ""))
+    logs = [call["command"] == "storage cp" and call["given"][0].endswith("/log") for call in every]
+    copied = max(i for i, is_log in enumerate(logs) if is_log)
     deleted = max(i for i, call in enumerate(every) if call["command"].endswith("delete"))
     assert copied < deleted, "what is on the machine is copied out before it is deleted"
     (log,) = (cloud.folder / "buckets/ours/maxnano-d24/logs").iterdir()
     assert "==== done" in log.read_text()
+
+
+def losses_of(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows if "event" not in row]
+
+
+@pytest.mark.slow
+def test_five_preemptions_at_random_leave_the_losses_of_an_unbroken_run(cloud, place, settings):
+    """The first machine dies in set-up, the others while they train, two of them with a request that stays ACTIVE."""
+    seed = int(os.environ.get("MAXNANO_SEED") or time.time())
+    print(f"MAXNANO_SEED={seed}")
+    draw = random.Random(seed)
+    steps = [None, *sorted(draw.sample(range(30, 211, 30), 4))]
+    vanish = draw.sample([True, True, False, False, False], 5)
+    moments = [
+        {"preempt": {"step": step, "after": 0.3 * draw.random(), "vanish": gone}}
+        for step, gone in zip(steps, vanish, strict=True)
+    ]
+    print(moments)
+    more = {"EXTRA": settings["EXTRA"].replace("checkpoint_interval_steps=50", "checkpoint_interval_steps=30")}
+    run("tpu/d24_speedrun.sh", {**settings, **more}, STAGES="tokenizer training", RUN_NAME="unbroken")
+
+    cloud.play({"us-east5-a": [*({**ON_ITS_WAY, **moment} for moment in moments), ON_ITS_WAY]})
+    shutil.copytree(place / "tokenizer", cloud.folder / "buckets/ours/maxnano-d24/tokenizer")
+    out = cloud.launch(**more, STAGES="training", POLL_SECONDS="0.3")
+    assert out.count("the machine is lost") == 5 and "machines: 6," in out
+    found = losses_of(cloud.folder / f"buckets/ours/maxnano-d24/runs/d2_{STEPS}steps")
+    assert found == losses_of(place / "runs/unbroken")
+    assert [step for step, _ in found] == list(range(STEPS))
+    assert out.count("going on from step") >= 3, "preempted in the middle"
+    assert cloud.left() == [] and not list(cloud.folder.glob("machines/*/*"))
 
 
 @pytest.mark.parametrize(
@@ -456,11 +504,53 @@ def test_bucket_and_text_are_needed_and_must_be_there(quick):
     assert quick.calls("create") == []
 
 
+QUOTA = (
+    "HttpError 429: Quota limit 'TPUV6EPreemptiblePerProjectPerZoneForTPUAPI' has been exceeded. Limit: {} in zone {}."
+)
+INTERNAL = {"states": ["PROVISIONING", "SUSPENDING", "FAILED"], "reason": "an internal error has occurred"}
+
+
+def test_without_quota_it_stops_at_once_and_says_which_and_where_to_ask(quick):
+    """Refused at once in one zone, FAILED with the same text in the other: neither is a matter of waiting."""
+    quick.play({
+        "us-east5-a": [{"refuse": f"RESOURCE_EXHAUSTED: {QUOTA.format(0, 'us-east5-a')}\n- '@type': rpc.Help"}],
+        "us-east5-b": [{"states": ["ACCEPTED", "FAILED"], "reason": QUOTA.format(0, "us-east5-b")}],
+    })  # fmt: skip
+    out = quick.launch(status=2)
+    assert "us-east5-a refuses: ERROR: (gcloud) RESOURCE_EXHAUSTED: HttpError 429: Quota limit" in out
+    assert "- '@type': rpc.Help\n" in out, "the whole of gcloud's error"
+    assert f"us-east5-b: FAILED: {QUOTA.format(0, 'us-east5-b')}\n" in out
+    last = out.splitlines()[-1]
+    assert last.startswith("launch.sh: no zone accepts the request for v6e-8 spot: us-east5-a: ERROR")
+    assert "us-east5-b: HttpError 429" in last
+    assert "ask for more of TPUV6EPreemptiblePerProjectPerZoneForTPUAPI (Cloud TPU API) at https://" in last
+    assert [call["flags"]["zone"] for call in quick.calls("create")] == ["us-east5-a", "us-east5-b"]
+    assert quick.left() == []
+
+
+def test_a_zone_without_quota_is_left_out_and_another_one_waited_for(quick):
+    """The second zone: quota used up by others, then full, then trouble inside the service, then a machine."""
+    plays = [{"refuse": QUOTA.format(8, "us-east5-b")}, CROWDED, INTERNAL, ACTIVE]
+    quick.play({"us-east5-a": [{"refuse": QUOTA.format("0,8", "us-east5-a")}], "us-east5-b": plays})
+    out = quick.launch()
+    assert "us-east5-a is left out from here on" in out and "us-east5-b: FAILED: an internal error has occurred" in out
+    assert [call["flags"]["zone"][-1] for call in quick.calls("create")] == ["a", "b", "b", "b", "b"]
+    assert quick.left() == []
+
+
+def test_a_quota_that_stays_used_up_is_not_waited_for_without_end(quick):
+    quick.play({"us-east5-b": [{"refuse": QUOTA.format(8, "us-east5-b")}]})
+    out = quick.launch(status=2, POLL_SECONDS="0.01")
+    assert len(quick.calls("create")) == 10
+    assert "Limit: 8 in zone us-east5-b" in out.splitlines()[-1] and "ask for more of TPUV6E" in out.splitlines()[-1]
+
+
 def test_refused_everywhere_it_stops_at_once_and_full_everywhere_it_stops_in_time(quick):
-    denied = {"refuse": "PERMISSION_DENIED: quota is 0"}
+    denied = {"refuse": "PERMISSION_DENIED: Permission 'tpu.queuedResources.create' denied"}
     quick.play({"us-east5-a": [denied], "us-east5-b": [denied]})
     out = quick.launch(status=2).splitlines()[-1]
-    assert out == f"launch.sh: no zone accepts the request: ERROR: (gcloud) {denied['refuse']}"
+    reason = f"ERROR: (gcloud) {denied['refuse']}"
+    assert out.endswith(f"no zone accepts the request for v6e-8 spot: us-east5-a: {reason} | us-east5-b: {reason}")
 
     quick.play({"us-east5-a": [CROWDED], "us-east5-b": [FULL]})
     out = quick.launch(status=2, MAX_HOURS="0.001")
@@ -468,10 +558,106 @@ def test_refused_everywhere_it_stops_at_once_and_full_everywhere_it_stops_in_tim
     assert quick.left() == []
 
 
-def test_a_machine_that_never_comes_about_is_given_up(quick):
-    quick.play({"us-east5-a": [{"states": ["CREATING", "FAILED"]}, ACTIVE]})
+@pytest.mark.parametrize("last", ["FAILED", "SUSPENDED", "DELETING"])
+def test_a_machine_that_never_comes_about_is_given_up(quick, last):
+    quick.play({"us-east5-a": [{"states": ["CREATING", last], "reason": "the interval is over"}, ACTIVE]})
+    if last == "DELETING":  # by somebody else; then it is gone
+        quick.play({"us-east5-a": [{"states": ["CREATING", "DELETING", "DELETING", "NONE"]}, ACTIVE]})
     out = quick.launch()
-    assert "us-east5-a: FAILED" in out and "machines: 1," in out
+    why = {"FAILED": ": the interval is over", "SUSPENDED": ": by the SERVICE", "DELETING": ""}[last]
+    assert f"us-east5-a: {last}{why}\n" in out and "machines: 1," in out
+    assert quick.left() == []
+
+
+def test_several_hosts_are_refused(quick):
+    quick.play({"us-east5-a": [ACTIVE]})
+    (line,) = quick.launch(status=2, ACCELERATOR="v6e-16").splitlines()
+    assert "ACCELERATOR=v6e-16 has several hosts" in line and "end_to_end/cloud/" in line
+    assert "must be a type and a number" in quick.launch(status=2, ACCELERATOR="v6e")
+
+
+def test_zones_that_cannot_be_seen_are_named_and_passed_over(quick):
+    quick.play({"us-east5-a": [ACTIVE], "us-east5-b": [ACTIVE]}, closed=["us-east5-a"])
+    out = quick.launch()
+    closed = "ERROR: (gcloud) PERMISSION_DENIED: Location us-east5-a is not found or access is unauthorized."
+    assert f"us-east5-a is left out, for it cannot be looked into: {closed}\n" in out
+    assert [call["flags"]["zone"] for call in quick.calls("create")] == ["us-east5-b"]
+    assert quick.left() == []
+
+    out = quick.launch(status=2, ZONES="us-east5-a")
+    assert out.splitlines()[-1].endswith(f"for v6e-8 spot: us-east5-a: {closed}")
+
+
+def test_teardown_deletes_what_it_can_and_names_the_zones_it_cannot_see(quick):
+    zones = {"us-east5-a": [ACTIVE], "us-east5-b": [ACTIVE], "us-east5-c": [ACTIVE]}
+    quick.play(zones)
+    for zone in zones:
+        quick.rent("maxnano-d24", zone)
+    quick.play(zones, closed=["us-east5-b"])
+    assert "NOT KNOWN" in run("tpu/teardown.sh", quick.settings, "--dry-run", status=1)
+    out = run("tpu/teardown.sh", quick.settings, status=1, YES="1")
+    assert out.count("us-east5-b cannot be looked into: ERROR: (gcloud) PERMISSION_DENIED: Location us-east5-b") == 1
+    assert out.splitlines()[-1] == "NOT KNOWN, for these zones cannot be looked into: us-east5-b"
+    assert quick.left() == ["us-east5-b/maxnano-d24"]
+    assert "NOT KNOWN" in run("tpu/teardown.sh", quick.settings, status=1, YES="1"), "nothing there, but not known"
+
+
+@pytest.mark.parametrize("right", ["write", "read"])
+def test_a_machine_that_may_not_use_the_bucket_is_told_before_it_works(quick, right):
+    quick.play({"us-east5-a": [ACTIVE]}, may_not=[right])
+    out = quick.launch(status=2)
+    place = {"write": "gs://ours/maxnano-d24", "read": "gs://ours/text"}[right]
+    (line,) = [line for line in out.splitlines() if line.startswith("launch.sh: ")]
+    assert f"service account 123-compute@developer.gserviceaccount.com may not {right} {place} (ERROR" in line
+    assert line.endswith(
+        "gcloud storage buckets add-iam-policy-binding gs://ours"
+        " --member=serviceAccount:123-compute@developer.gserviceaccount.com --role=roles/storage.objectAdmin"
+    )
+    assert "copying MaxNano" not in out
+    assert quick.left() == []
+
+
+def test_a_service_account_and_a_machine_without_an_address(quick):
+    quick.play({"us-east5-a": [ACTIVE]}, may_not=["delete"])
+    more = {"INTERNAL_IP": "1", "NETWORK": "inner", "SUBNETWORK": "part"}
+    out = quick.launch(SERVICE_ACCOUNT="ours@p.iam.gserviceaccount.com", **more)
+    flags = quick.calls("create")[0]["flags"]
+    assert flags["service-account"] == "ours@p.iam.gserviceaccount.com" and "internal-ips" in flags
+    assert (flags["network"], flags["subnetwork"]) == ("inner", "part")
+    assert flags["scopes"].endswith("/cloud-platform")
+    reached = [call for call in quick.calls("") if call["command"].endswith(("ssh", "scp"))]
+    for call in reached:
+        assert call["command"].startswith("compute tpus queued-resources") and "tunnel-through-iap" in call["flags"]
+        options = call["flags"]["ssh-flag" if call["command"].endswith("ssh") else "scp-flag"]
+        assert "-oBatchMode=yes" in options and "-oConnectTimeout=" in options and "-oServerAliveInterval=" in options
+    assert {call["command"][-3:] for call in reached} == {"ssh", "scp"}
+    assert "warning: without this computer the machine could not delete itself" in out and "roles/tpu.admin" in out
+    assert quick.left() == []
+
+
+@pytest.mark.slow
+def test_connections_that_hang_or_are_slow_are_failed_looks(quick):
+    quick.play({"us-east5-a": [{**ACTIVE, "hang": 1, "slow": 0.2}]})
+    out = quick.launch(CALL_SECONDS="5")
+    assert "the machine does not answer (1 of 10)" in out and "==== done" in out
+    assert "machines: 1," in out and quick.left() == []
+
+
+def test_a_machine_that_never_answers_is_replaced(quick):
+    quick.play({"us-east5-a": [{**ACTIVE, "deaf": True}, ACTIVE]})
+    out = quick.launch()
+    assert "the machine does not answer (10 of 10): ERROR: (gcloud) [255] ssh: connect to maxnano-d24" in out
+    assert "the machine is lost" in out
+    assert "machines: 2," in out and "==== done" in out and quick.left() == []
+
+
+def test_a_machine_that_vanishes_is_replaced_though_its_request_says_active(quick):
+    vanish = {"preempt": {"step": None, "after": 0, "vanish": True}}
+    quick.play({"us-east5-a": [{**ACTIVE, **vanish}, ACTIVE]})
+    quick.python("""grep -q '"created": {"us-east5-a": 2' $FAKE_GCLOUD/world.json || exec sleep 1000; echo new""")
+    out = quick.launch()
+    assert "the machine is lost" in out and "machines: 2," in out
+    assert "does not answer" not in out, "gcloud's words are enough"
     assert quick.left() == []
 
 
@@ -488,26 +674,133 @@ def test_what_cannot_run_is_not_run_twice_and_what_crashes_is(quick):
     assert quick.left() == []
 
 
-def wait_for_machine(cloud, process):
-    for _ in range(20000):
-        if list(cloud.folder.glob("machines/*/*/MaxNano/pid")):
+# Trains until it is asked to stop, or told so by a file.
+TRAINER = """case "$*" in *results.py*) echo new; exit;; esac
+trap 'echo saving; exit 75' TERM
+echo training
+until [ -e $FAKE_GCLOUD/finish ]; do sleep 0.05; done"""
+
+
+@pytest.fixture
+def training(cloud):
+    """A cloud in which launch.sh can be watched while its machine trains: the two, and what it looks like."""
+    cloud.python(TRAINER)
+    return cloud
+
+
+def wait_until(condition, process=None, seconds=100):
+    for _ in range(seconds * 20):
+        if condition():
             return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    raise AssertionError("no machine")
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError("waited for that without end")
+
+
+def training_began(cloud, process):
+    logs = cloud.folder.glob
+    wait_until(lambda: any("training" in log.read_text() for log in logs("machines/*/*/MaxNano/log")), process)
+    (watched,) = cloud.folder.glob("machines/*/*/watch")
+    return watched
+
+
+def last_words(cloud):
+    return (cloud.folder / "buckets/ours/maxnano-d24/ended").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_it_leaves_nothing_running(cloud, number):
-    cloud.play({"us-east5-a": [ACTIVE]})
-    cloud.python("exec sleep 1000")
-    process = start("tpu/launch.sh", cloud.settings)
-    wait_for_machine(cloud, process)
+def test_stopped_it_saves_and_leaves_nothing_running(training, number):
+    training.play({"us-east5-a": [ACTIVE]})
+    process = start("tpu/launch.sh", training.settings)
+    training_began(training, process)
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, out
-    assert cloud.left() == []
+    assert training.left() == []
     assert "machines: 1," in out
+    (log,) = (training.folder / "buckets/ours/maxnano-d24/logs").iterdir()
+    assert "saving" in log.read_text()
+
+
+def test_after_its_hours_the_machine_saves_and_deletes_itself(training):
+    """This computer is gone, and a look has told the machine how long it may be."""
+    training.play({"us-east5-a": [ACTIVE]})
+    process = start("tpu/launch.sh", training.settings, MAX_HOURS="3")
+    watched = training_began(training, process)
+    wait_until((watched / "until").exists)
+    process.kill()
+    assert 3 * 3600 - 100 < int((watched / "until").read_text()) - time.time() < 3 * 3600 + 61
+    time.sleep(1)
+    assert training.left() == ["us-east5-a/maxnano-d24"]
+    (watched / "until").write_text(str(int(time.time())))
+    wait_until(lambda: training.left() == [])
+    assert last_words(training) == "75 its hours are over\n"
+    (log,) = (training.folder / "buckets/ours/maxnano-d24/logs").iterdir()
+    assert "saving" in log.read_text()
+    (call,) = training.calls("delete")
+    assert call["machine"] == "us-east5-a/maxnano-d24" and "force" in call["flags"]
+
+
+def test_a_machine_that_trains_on_alone_ends_when_its_job_has(training):
+    """Nobody looks for longer than IDLE_SECONDS: the job is left alone, and afterwards the machine is not."""
+    training.play({"us-east5-a": [ACTIVE]})
+    process = start("tpu/launch.sh", training.settings, IDLE_SECONDS="1")
+    training_began(training, process)
+    process.send_signal(signal.SIGSTOP)  # as where this computer sleeps
+    time.sleep(3)
+    assert training.left() == ["us-east5-a/maxnano-d24"]
+    (training.folder / "finish").touch()
+    wait_until(lambda: training.left() == [])
+    assert last_words(training) == "0 nothing runs here, and nobody has looked for 1 s\n"
+
+    process.send_signal(signal.SIGCONT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert "the machine has deleted itself: nothing runs here" in out and "machines: 1," in out
+    assert len(training.calls("create")) == 1, "what is done is not done once more"
+
+
+def test_a_machine_that_comes_when_nobody_waits_any_more_deletes_itself(quick):
+    quick.play({"us-east5-a": [{"states": ["WAITING_FOR_RESOURCES"] * 40 + ["ACTIVE"]}]})
+    process = start("tpu/launch.sh", quick.settings, IDLE_SECONDS="1")
+    wait_until(lambda: quick.left(), process)
+    process.kill()
+    process.communicate()
+    for _ in range(42):
+        if quick.left():
+            quick.gcloud("compute", "tpus", "queued-resources", "describe", "maxnano-d24", "--zone=us-east5-a")
+    wait_until(lambda: quick.left() == [])
+    assert last_words(quick) == "none nothing runs here, and nobody has looked for 1 s\n"
+
+
+def test_a_machine_that_may_not_delete_itself_shuts_down(training):
+    """Where startup scripts are forbidden, too: then launch.sh starts the watchdog."""
+    training.play({"us-east5-a": [{**ACTIVE, "startup": False}]}, may_not=["delete"])
+    process = start("tpu/launch.sh", training.settings)
+    watched = training_began(training, process)
+    process.kill()
+    wait_until((watched / "lock").exists)
+    (watched / "until").write_text("0")
+    world = training.folder / "world.json"
+    wait_until(lambda: '"off": true' in world.read_text())
+    assert training.left() == ["us-east5-a/maxnano-d24"]
+    assert "75 its hours are over" in last_words(training)
+
+
+def test_without_a_network_it_waits_and_the_machine_trains_on(training):
+    training.play({"us-east5-a": [ACTIVE]})
+    process = start("tpu/launch.sh", training.settings)
+    training_began(training, process)
+    training.play({"us-east5-a": [ACTIVE]}, offline=True)
+    calls = training.folder / "calls.jsonl"
+    before = len(calls.read_text().splitlines())
+    wait_until(lambda: len(calls.read_text().splitlines()) > before + 6, process)
+    (training.folder / "finish").touch()
+    training.play({"us-east5-a": [ACTIVE]})
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert out.count("gcloud cannot see the machine, trying again: ERROR: (gcloud) There was a problem") == 1
+    assert "machines: 1," in out and training.left() == []
 
 
 def test_kept_a_machine_is_found_again(quick):
@@ -530,10 +823,10 @@ def test_what_cannot_be_deleted_is_said_aloud(quick):
 
 
 def test_teardown_deletes_all_of_its_name_and_nothing_else(quick):
-    quick.play({"us-east5-a": [ACTIVE], "us-east5-b": [ACTIVE]})
+    quick.play({"us-east5-a": [{"states": ["ACTIVE"]}], "us-east5-b": [{"states": ["ACTIVE"]}]})
     for name in ("maxnano-d24", "maxnano-two", "other"):
         for zone in ("us-east5-a", "us-east5-b"):
-            quick.launch(KEEP="1", TPU_NAME=name, ZONES=zone)
+            quick.rent(name, zone)
     ours = sorted(place for place in quick.left() if "maxnano" in place)
     assert len(ours) == 4
 

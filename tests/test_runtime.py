@@ -227,9 +227,34 @@ def test_processes_that_do_not_find_each_other_say_what_to_check(index):
     """
     done = run_python(code)
     assert done.returncode == 2
-    assert f"error: process {index} of 2 waited 1 s in vain" in done.stderr
+    assert f"error: process {index} of 2 timed out after 1 s waiting for the others" in done.stderr
     assert f"coordinator 127.0.0.1:{port}: check that" in done.stderr
     assert "Traceback" not in done.stderr and "stack trace" not in done.stderr
+
+
+def test_devices_that_never_come_are_not_waited_for_without_end():
+    """A slice of which one host was not started, or a TPU that another process holds."""
+    code = """
+        import time
+        import jax
+        from MaxNano import pyconfig, runtime
+        runtime.DEVICE_TIMEOUT_SECONDS = 0.5
+        jax.devices = lambda: time.sleep(60)
+        runtime.initialize(pyconfig.initialize(["configs/base.yml", "jax_cache_dir="]))
+    """
+    done = run_python(code)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: timed out after 0.5 s waiting for the devices: check that no other process")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_devices_that_cannot_be_used_are_told_with_the_reason(monkeypatch):
+    def devices():
+        raise RuntimeError("Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by\nprocess 12")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(ValueError, match=r"The TPU is already in use by process 12\): check that no other process"):
+        runtime.find_devices()
 
 
 def test_a_taken_port_is_told():

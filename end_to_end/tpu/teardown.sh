@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Deletes every TPU machine and request whose name begins with TPU_NAME, in all ZONES, and makes sure that none is left.
+# Status 1 where something is left, or a zone could not be looked into.
 #
 #   bash end_to_end/tpu/teardown.sh --dry-run    lists them
 #   bash end_to_end/tpu/teardown.sh              lists them, asks, deletes
@@ -14,43 +15,53 @@ source end_to_end/tpu/cloud.sh
 
 cloud_knobs
 knob YES "" "1: do not ask"
-knob POLL_SECONDS 20 "pause between attempts"
 parse_arguments "$@"
 
-# A line "kind name zone state" for each thing in all zones. Fails where a zone cannot be looked into.
+# Sets `found` to a line "kind name zone state" for each thing in all zones, and `unseen` to the zones that could not be
+# looked into, which are said the first time.
+unseen=
 list_all() {
-  local each said
+  local each before=$unseen
+  unseen=
+  : >"$scratch/found"
   for each in "${places[@]}"; do
-    said=$(tpus queued-resources list "--zone=$each" '--format=value(name.basename(),state.state)') || return 1
-    print_ours request "$each" <<<"$said"
-    said=$(tpus tpu-vm list "--zone=$each" '--format=value(name.basename(),state)') || return 1
-    print_ours machine "$each" <<<"$said"
+    if ! { list_zone request queued-resources state.state && list_zone machine tpu-vm state; } 2>"$scratch/error"; then
+      unseen="$unseen $each"
+      [[ " $before " == *" $each "* ]] || echo "$each cannot be looked into: $(one_line "$(<"$scratch/error")")" >&2
+    fi
   done
+  found=$(<"$scratch/found")
 }
 
-print_ours() {
+# list_zone KIND COMMAND FIELD: adds what there is of a kind in the zone `each`.
+list_zone() {
+  tpus "$2" list "--zone=$each" "--format=value(name.basename(),$3)" >"$scratch/list" || return 1
   local name state
   while read -r name state; do
     if [[ -n $name && $name == "$TPU_NAME"* ]]; then
-      echo "$1 $name $2 $state"
+      echo "$1 $name $each $state" >>"$scratch/found"
     fi
-  done
+  done <"$scratch/list"
 }
 
-list_or_fail() {
-  found=$(list_all) || fail "gcloud could not list every one of ZONES ($ZONES): what is there is not known"
+# Exits, with status 1 where a zone could not be looked into.
+finish() {
+  if [ -n "$unseen" ]; then
+    echo "NOT KNOWN, for these zones cannot be looked into:$unseen" >&2
+    exit 1
+  fi
+  exit 0
 }
 
 require_gcloud
-read -ra places <<<"$ZONES"
-list_or_fail
+list_all
 if [ -z "$found" ]; then
-  echo "nothing of the name $TPU_NAME* in $ZONES"
-  exit
+  echo "nothing of the name $TPU_NAME* in $ZONES${unseen:+, except for what cannot be seen}"
+  finish
 fi
 printf '%s\n' "$found"
 if [ -n "$dry_run" ]; then
-  exit
+  finish
 fi
 if [ -z "$YES" ]; then
   read -r -p "Delete all of these? [y/N] " answer || fail "nobody to ask: set YES=1"
@@ -63,7 +74,7 @@ while read -r kind name where _; do
     delete_resource "$name" "$where" </dev/null || true
   fi
 done <<<"$found"
-list_or_fail
+list_all
 while read -r kind name where _; do
   if [ "$kind" = machine ]; then
     say "deleting $name in $where"
@@ -71,9 +82,10 @@ while read -r kind name where _; do
   fi
 done <<<"$found"
 
-list_or_fail
+list_all
 if [ -n "$found" ]; then
   printf 'STILL THERE, AND COSTING MONEY:\n%s\n' "$found" >&2
   exit 1
 fi
-echo "all deleted; nothing of the name $TPU_NAME* is left in $ZONES"
+echo "all deleted; nothing of the name $TPU_NAME* is left in $ZONES${unseen:+, except for what cannot be seen}"
+finish

@@ -97,6 +97,8 @@ class Checkpointer:
     ) -> None:
         # orbax logs each failure with several tracebacks and then raises it; check() says it once.
         logging.getLogger("absl").addFilter(_is_not_orbax)
+        if sys.unraisablehook is sys.__unraisablehook__:
+            sys.unraisablehook = _pass_over_late_answers
         self._config = config
         self._fingerprint = tokenizer_fingerprint
         self._run = epath.Path(directory)
@@ -583,6 +585,12 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in Path(record.pathname).parts
 
 
+def _pass_over_late_answers(unraisable: Any) -> None:
+    """Prints no traceback where tensorstore answers a save that orbax has given up."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def _sha256(path: epath.Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -655,7 +663,9 @@ def _versions() -> dict[str, str | None]:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    # tensorstore adds pages about what it was told to open.
+    text = re.sub(r" \[(tensorstore_spec|http_response_body)='.*?(?<!\\)'\]", "", str(error))
+    text = " ".join(text.split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:100]} ... {text[-190:]}"  # causes come last
 
 

@@ -211,7 +211,7 @@ def test_a_save_that_fails_is_told_and_harms_nothing(store, run, kind, name, cap
         checkpointer.check()
         warning = capfd.readouterr().err.strip().splitlines()[-1]
         assert warning.startswith("warning: the checkpoint of step 2 could not be written (")
-        assert warning.endswith("; trying again at the next interval")
+        assert warning.endswith("; trying again at the next interval") and "tensorstore_spec" not in warning
         assert checkpointer.latest_step() == 1
         assert_same(checkpointer.restore(abstract(make_state(0)))[0], make_state(1))
         store.mend()
@@ -303,6 +303,7 @@ def test_a_bucket_that_refuses_is_told_before_training(store, run):
         Checkpointer(make_config(), "gs://elsewhere/run")
 
 
+@pytest.mark.slow
 def test_a_save_outlasts_a_store_that_does_not_answer(store, run):
     """In a process of its own, since tensorstore reads its limit once."""
     code = f"""

@@ -17,6 +17,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import object_store
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -341,11 +342,17 @@ def test_miniseries_ends_with_a_table(settings, place):
 class Cloud:
     """A stand-in Google Cloud for one test."""
 
-    def __init__(self, folder, settings):
+    def __init__(self, folder, settings, store=None):
+        """store: an object_store.Store that gs:// is; without one it is the folder `buckets`, which is faster."""
         self.folder = folder
-        shutil.copytree(settings["DATASET_PATH"], folder / "buckets/ours/text")
         self.settings = {**settings, "FAKE_GCLOUD": str(folder), "BUCKET": "gs://ours"}
-        self.settings["DATASET_PATH"] = "gs://ours/text"
+        if store:
+            self.settings |= store.env
+            for file in Path(settings["DATASET_PATH"]).iterdir():
+                store.put(f"text/{file.name}", file.read_bytes())
+        else:
+            shutil.copytree(settings["DATASET_PATH"], folder / "buckets/ours/text")
+        self.settings["DATASET_PATH"] = "gs://anonymous@ours/text" if store else "gs://ours/text"
         self.settings |= {"POLL_SECONDS": "0.1", "ZONE_WAIT_SECONDS": "1000", "SAVE_SECONDS": "60"}
         self.settings["STAGES"] = "setup data tokenizer training result"
         for name in ("OUTPUT", "TOKENIZER_PATH"):  # launch.sh puts them into the bucket
@@ -385,13 +392,25 @@ class Cloud:
         self.settings |= {"MAXNANO_PYTHON": str(path), "STAGES": "setup training"}
 
 
-@pytest.fixture
-def cloud(tmp_path, settings):
-    cloud = Cloud(tmp_path, settings)
-    yield cloud
-    for pid in tmp_path.glob("machines/*/*/*/pid"):  # of machines that the test has left running
+def switch_off(folder):
+    """Ends the machines that a test has left running."""
+    for pid in folder.glob("machines/*/*/*/pid"):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(int(pid.read_text()), signal.SIGKILL)
+
+
+@pytest.fixture
+def cloud(tmp_path, settings):
+    yield Cloud(tmp_path, settings)
+    switch_off(tmp_path)
+
+
+@pytest.fixture
+def cloud_with_bucket(tmp_path, settings):
+    """The cloud, and the object store that its gs:// is."""
+    with object_store.serve() as store:
+        yield Cloud(tmp_path, settings, store), store
+        switch_off(tmp_path)
 
 
 @pytest.fixture
@@ -440,16 +459,19 @@ def test_launch_trains_on_through_a_preemption_and_leaves_nothing(cloud):
     assert "==== done" in log.read_text()
 
 
-def losses_of(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def losses_of(metrics):
+    rows = [json.loads(line) for line in metrics.splitlines()]
     return [(row["step"], row["loss"]) for row in rows if "event" not in row]
 
 
 @pytest.mark.slow
-def test_five_preemptions_at_random_leave_the_losses_of_an_unbroken_run(cloud, place, settings):
-    """The first machine dies in set-up, the others while they train, two of them with a request that stays ACTIVE."""
+def test_five_preemptions_at_random_leave_the_losses_of_an_unbroken_run(cloud_with_bucket, place, settings):
+    """The first machine dies in set-up, the others while they train, two of them with a request that stays ACTIVE.
+
+    Through launch.sh, d24_speedrun.sh and gcsfs into a loopback object store. MAXNANO_SEED repeats a failure.
+    """
+    cloud, store = cloud_with_bucket
     seed = int(os.environ.get("MAXNANO_SEED") or time.time())
-    print(f"MAXNANO_SEED={seed}")
     draw = random.Random(seed)
     steps = [None, *sorted(draw.sample(range(30, 211, 30), 4))]
     vanish = draw.sample([True, True, False, False, False], 5)
@@ -457,17 +479,18 @@ def test_five_preemptions_at_random_leave_the_losses_of_an_unbroken_run(cloud, p
         {"preempt": {"step": step, "after": 0.3 * draw.random(), "vanish": gone}}
         for step, gone in zip(steps, vanish, strict=True)
     ]
-    print(moments)
+    print(f"MAXNANO_SEED={seed}", moments)
     more = {"EXTRA": settings["EXTRA"].replace("checkpoint_interval_steps=50", "checkpoint_interval_steps=30")}
     run("tpu/d24_speedrun.sh", {**settings, **more}, STAGES="tokenizer training", RUN_NAME="unbroken")
 
     cloud.play({"us-east5-a": [*({**ON_ITS_WAY, **moment} for moment in moments), ON_ITS_WAY]})
-    shutil.copytree(place / "tokenizer", cloud.folder / "buckets/ours/maxnano-d24/tokenizer")
+    for file in (place / "tokenizer").iterdir():
+        store.put(f"maxnano-d24/tokenizer/{file.name}", file.read_bytes())
     out = cloud.launch(**more, STAGES="training", POLL_SECONDS="0.3")
     assert out.count("the machine is lost") == 5 and "machines: 6," in out
-    found = losses_of(cloud.folder / f"buckets/ours/maxnano-d24/runs/d2_{STEPS}steps")
-    assert found == losses_of(place / "runs/unbroken")
+    found = losses_of(store.objects()[f"maxnano-d24/runs/d2_{STEPS}steps/metrics.jsonl"].decode())
     assert [step for step, _ in found] == list(range(STEPS))
+    assert found == losses_of((place / "runs/unbroken/metrics.jsonl").read_text())
     assert out.count("going on from step") >= 3, "preempted in the middle"
     assert cloud.left() == [] and not list(cloud.folder.glob("machines/*/*"))
 

@@ -94,7 +94,7 @@ check_accelerator() {
     "" | *[!0-9]*) fail "ACCELERATOR is '$ACCELERATOR', but must be a type and a number, such as v6e-8" ;;
   esac
   [ "$size" -le 8 ] ||
-    fail "ACCELERATOR=$ACCELERATOR has several hosts, and this script sets up one: end_to_end/cloud/ has task files that run on each host of a slice"
+    fail "ACCELERATOR=$ACCELERATOR has several hosts, and this script sets up one: end_to_end/cloud/v6e-16.yaml runs on each host of a slice, see end_to_end/cloud/README.md"
 }
 
 # The machine has no text of its own, and a bucket is all that it shares with this one. Asked now, before it costs money.

@@ -112,8 +112,7 @@ def test_killed_and_stopped_in_the_middle_of_uploads_it_goes_on_bit_for_bit_and_
 
     place.run("MaxNano/train.py", "broken")
     assert STEPS in place.steps("broken")[1] and len(place.steps("broken")[0]) == 2
-    broken, whole = place.losses("broken"), place.losses("whole")
-    assert broken == {step: whole[step] for step in broken} and STEPS - 1 in broken
+    assert place.losses("broken") == place.losses("whole"), "every step once, to the last bit"
 
     # What a finished run is used for
     out = place.run("MaxNano/evaluate.py", "broken", "evals=bpb")

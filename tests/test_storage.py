@@ -215,6 +215,7 @@ def test_a_save_that_fails_is_told_and_harms_nothing(store, run, kind, name, cap
         assert checkpointer.latest_step() == 1
         assert_same(checkpointer.restore(abstract(make_state(0)))[0], make_state(1))
         store.mend()
+        store.fail(403, "bucket", count=None)  # rights to the objects are enough
         checkpointer.save(2, make_state(20), {})  # what is left of the first try does no harm
         checkpointer.wait()
         assert_same(checkpointer.restore(abstract(make_state(0)))[0], make_state(20))

@@ -783,6 +783,22 @@ def test_a_machine_that_trains_on_alone_ends_when_its_job_has(training):
     assert len(training.calls("create")) == 1, "what is done is not done once more"
 
 
+def test_killed_launch_finds_its_machine_again(training):
+    training.play({"us-east5-a": [ACTIVE]})
+    process = start("tpu/launch.sh", training.settings)
+    training_began(training, process)
+    process.kill()
+    process.wait()
+    process = start("tpu/launch.sh", training.settings)
+    wait_until(lambda: len(training.calls("ssh")) > 6, process)
+    (training.folder / "finish").touch()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert "maxnano-d24 is already in us-east5-a" in out and "copying MaxNano" not in out
+    assert "training\n" in out, "the log from its beginning"
+    assert len(training.calls("create")) == 1 and training.left() == []
+
+
 def test_a_machine_that_comes_when_nobody_waits_any_more_deletes_itself(quick):
     quick.play({"us-east5-a": [{"states": ["WAITING_FOR_RESOURCES"] * 40 + ["ACTIVE"]}]})
     process = start("tpu/launch.sh", quick.settings, IDLE_SECONDS="1")

@@ -446,10 +446,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """(what the JSON part says, content) of a multipart upload."""
         boundary = re.search(r"boundary=[\"']?([^\"';]+)", self.headers["Content-Type"])[1].encode()
         _, about, rest = body.split(b"--" + boundary, 2)
+        line_end = b"\r\n" if about.startswith(b"\r\n") else b"\n"  # the sender's; content may end with any byte
         blank = re.search(rb"\r?\n\r?\n", about)
         about = json.loads(about[blank.end() :])
         content = rest[re.search(rb"\r?\n\r?\n", rest).end() : rest.rindex(b"--" + boundary)]
-        return about, content[: -2 if content.endswith(b"\r\n") else -1]
+        return about, content.removesuffix(line_end)
 
     def _begin(self, bucket, name, about):
         store = self._store

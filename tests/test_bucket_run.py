@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ class Place:
             pq.write_table(pa.table({"text": texts}), content, row_group_size=50)
             store.put(f"text/{shard}.parquet", content.getvalue())
 
-    def start(self, program, run_name, *more, before=()):
+    def start(self, program, run_name, *more, before=(), without=()):
         words = [
             sys.executable, str(ROOT / program), *before, str(ROOT / "configs/base.yml"), "num_decoder_layers=2",
             "emb_dim=32", "head_dim=16", "num_query_heads=2", "vocab_size=300", "max_target_length=32",
@@ -40,6 +41,7 @@ class Place:
             "sample_interval=0", "checkpoint_interval_steps=2", "checkpoint_keep=2", "warmup_steps=2",
             "embedding_lr=30", "tensorboard=false", f"jax_cache_dir={self.cache}", f"run_name={run_name}", *more,
         ]  # fmt: skip
+        words = [word for word in words if word.split("=")[0] not in without]
         env = {**os.environ, **self.store.env, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_TO_COMPILE}
         return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
 
@@ -123,3 +125,52 @@ def test_killed_and_stopped_in_the_middle_of_uploads_it_goes_on_bit_for_bit_and_
     out = place.run("MaxNano/report.py", "next")
     assert "written to gs://ours/runs/next/report.html" in out and "runs/next/report.md" in place.names("runs/next/")
     assert "finished" in place.run("end_to_end/results.py", "broken", before=["state"])
+
+
+@pytest.mark.slow
+def test_fine_tuning_starts_from_a_run_in_the_bucket(place, tmp_path):
+    talk = [("user", "the quick"), ("assistant", "brown fox jumps over a lazy dog")]
+    line = json.dumps([{"role": role, "content": content} for role, content in talk])
+    file = tmp_path / "talks.jsonl"
+    file.write_text(24 * (line + "\n"))
+    mixture = [f"chat_{split}_mixture=[[json:{file}, 1]]" for split in ("train", "validation")]
+    out = place.run(
+        "MaxNano/train.py", "tuned", "stage=sft", "load_from=whole", "chat_interval=0", *mixture,
+        without=("steps", "dataset_path"),
+    )
+    assert f"starting from step {STEPS} of gs://ours/runs/whole" in out
+    steps = list(place.losses("tuned"))
+    assert steps and steps == list(range(len(steps))) and place.steps("tuned")[1] == {len(steps)}
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run_in_the_bucket(place):
+    """Stopped by SIGTERM they save together, and resumed they have each step once, with the losses of one process."""
+
+    def start():
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        more = [f"coordinator_address={address}", "num_processes=2", "dcn_data_parallelism=2"]
+        return [place.start("MaxNano/train.py", "two", *more, f"process_id={index}") for index in range(2)]
+
+    fault = place.store.fail("hang", "write", r"runs/two/checkpoints/2/MANIFEST")
+    processes = start()
+    try:
+        fault.wait(120)
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        place.store.mend()
+        for process in processes:
+            place.finish(process, status=75)
+        stopped = max(place.steps("two")[1])
+        assert 2 <= stopped < STEPS
+        processes = start()
+        out = "".join(place.finish(process) for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    assert f"going on from step {stopped} of gs://ours/runs/two" in out
+    found, expected = place.losses("two"), place.losses("whole")
+    assert list(found) == list(range(STEPS))
+    for step in found:
+        assert found[step] == pytest.approx(expected[step], rel=1e-5)

@@ -87,7 +87,7 @@ def test_every_key_is_there_and_those_of_the_backend_stay_null():
         "per_device_batch_size",
         "vocab_chunk_size",
     }
-    open_keys |= {"num_cpu_devices", "ici_data_parallelism"}
+    open_keys |= {"num_cpu_devices", "ici_data_parallelism", "jax_cache_dir", "scan_layers"}
     open_keys |= {"coordinator_address", "num_processes", "process_id"}
     asked = {"stage", "target_flops", "dataset_name", "from_nanochat", "to_nanochat", "compile_report"}
     asked |= {"from_huggingface", "to_huggingface"}

@@ -298,9 +298,12 @@ reach() {
   tpus "$kind" "$how" "$@" "--zone=$zone" ${INTERNAL_IP:+--tunnel-through-iap} "${ssh_options[@]/#/--$how-flag=}"
 }
 
-# remote COMMAND: in bash on the machine, from the home folder. What gcloud says is in $scratch/error.
+# remote COMMAND: in bash on the machine, from the home folder. What gcloud says is in $scratch/error. The watchdog is told
+# that somebody looks, and how long our hours still last.
 remote() {
-  reach ssh "$TPU_NAME" "--command=$1" 2>"$scratch/error"
+  local told="mkdir -p $watch_folder; touch $watch_folder/looked"
+  told="$told; echo \$((\$(date +%s) + $(seconds_left) + $SAVE_SECONDS)) >$watch_folder/until"
+  reach ssh "$TPU_NAME" "--command=$told; $1" 2>"$scratch/error"
 }
 
 # Whether gcloud has just said that there is no such machine any more, as after a preemption that its request does not
@@ -390,11 +393,9 @@ echo \$? >status.new; mv status.new status"
     rm -f status; touch log; (setsid nohup bash -c $(printf '%q' "$job") >>log 2>&1 </dev/null & echo \$! >pid); }; }"
 }
 
-# First line: running, gone, absent or the exit status; size of the log. Then the log from byte $1 on. The watchdog is
-# told that somebody looks, and how long our hours still last.
+# First line: running, gone, absent or the exit status; size of the log. Then the log from byte $1 on.
 look() {
-  remote "mkdir -p $watch_folder; touch $watch_folder/looked; echo \$((\$(date +%s) + $(seconds_left) + $SAVE_SECONDS)) >$watch_folder/until
-    cd MaxNano 2>/dev/null && [ -f pid ] || { echo absent 0; exit; }
+  remote "cd MaxNano 2>/dev/null && [ -f pid ] || { echo absent 0; exit; }
     state=\$(cat status 2>/dev/null || { kill -0 \$(cat pid) 2>/dev/null && echo running; } || echo gone)
     size=\$(wc -c <log); echo \$state \$size; tail -c +$(($1 + 1)) log | head -c \$((size - $1))" >"$scratch/look"
 }

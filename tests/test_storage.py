@@ -1,11 +1,13 @@
 """Files and checkpoints in a bucket, by the real clients: what the store refuses, loses or cuts, and other writers."""
 
 import asyncio
+import io
 import json
 import re
 import subprocess
 import sys
 import textwrap
+import time
 import types
 from pathlib import Path
 
@@ -14,12 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import object_store
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from etils import epath
 from test_checkpointing import abstract, assert_same, make_config, make_state
 
 from MaxNano import bucket, checkpointing, history, storage
 from MaxNano.checkpointing import MANIFEST, Checkpointer, CheckpointError
+from MaxNano.data import sources
 
 ROOT = Path(__file__).parents[1]
 
@@ -151,6 +156,28 @@ def test_a_store_that_never_answers_is_given_up(store, run, operation, monkeypat
     assert fault.hits > 1
     store.mend()
     assert names(store, run) == {"a": b"1"}
+
+
+@pytest.mark.parametrize("operation", ["list", "read"])
+def test_shards_in_a_bucket_that_fails_are_told_in_a_line(store, operation, monkeypatch):
+    """What passes is outlasted; what lasts ends in time, by pyarrow's own client."""
+    content = io.BytesIO()
+    pq.write_table(pa.table({"text": ["one", "two"]}), content)
+    for shard in range(2):
+        store.put(f"shards/{shard}.parquet", content.getvalue())
+    config = types.SimpleNamespace(
+        dataset_type="parquet", dataset_path="gs://anonymous@ours/shards", text_column="text", data_wait_seconds=0
+    )
+    store.fail(503, operation, "shards", count=1)
+    source = sources.SOURCES["parquet"](config, "train")
+    assert list(source.open(0).documents(0)) == ["one", "two"]
+
+    monkeypatch.setattr(sources, "BUCKET_RETRY_SECONDS", 1)
+    store.fail(503, operation, "shards", count=None)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="cannot be read") as caught:
+        list(sources.SOURCES["parquet"](config, "train").open(0).documents(0))
+    assert time.monotonic() - begin < 20 and "\n" not in str(caught.value)
 
 
 # ---- Checkpoints

@@ -34,6 +34,7 @@ from MaxNano import pyconfig
 MANIFEST = "manifest.json"  # {"files": {name: {"done": bool, ...}}} beside the files
 POLL_SECONDS = 1.0  # between looks for a file that has not arrived
 REMIND_SECONDS = 30.0  # between messages about it
+BUCKET_RETRY_SECONDS = 120  # for which what fails in a bucket is tried again
 
 # What plays the role of a row group in formats that have none. These sizes and the next two decide
 # which documents a reader sees and where they begin: they are part of the data's identity.
@@ -330,6 +331,25 @@ def _naming(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: cannot be read ({line})") from None
 
 
+def _with_time_limit(where: str) -> str:
+    """A bucket's address by which pyarrow gives up what fails for BUCKET_RETRY_SECONDS; it waits 15 minutes itself.
+
+    Source: https://arrow.apache.org/docs/python/generated/pyarrow.fs.GcsFileSystem.html, and GcsOptions::FromUri
+    in Arrow's C++.
+    """
+    if not where.startswith(("gs://", "gcs://")) or "?" in where:
+        return where
+    return f"{where}?retry_limit_seconds={BUCKET_RETRY_SECONDS}"
+
+
+def _open(filesystem: pafs.FileSystem, path: str) -> pa.NativeFile:
+    """A file to read. Raises OSError; pyarrow gives a closed file of a bucket that does not answer."""
+    file = filesystem.open_input_file(path)
+    if file.closed:
+        raise OSError(f"the bucket did not answer for {BUCKET_RETRY_SECONDS} s")
+    return file
+
+
 class _Folder:
     """The files with one ending in a local folder or a bucket; the last is held out.
 
@@ -345,7 +365,7 @@ class _Folder:
         self._config = config
         with _naming(f"dataset_path={self.where}"):
             if "://" in self.where:
-                self.filesystem, folder = pafs.FileSystem.from_uri(self.where)
+                self.filesystem, folder = pafs.FileSystem.from_uri(_with_time_limit(self.where))
             else:
                 self.filesystem = pafs.LocalFileSystem()
                 folder = os.path.expanduser(self.where)
@@ -374,7 +394,7 @@ class _Folder:
 
     def _manifest(self) -> dict[str, Any]:
         path = f"{self._folder}/{MANIFEST}"
-        with _naming(path), self.filesystem.open_input_file(path) as file:
+        with _naming(path), _open(self.filesystem, path) as file:
             try:
                 return {
                     name: dict(facts) for name, facts in json.loads(file.read())["files"].items()
@@ -477,7 +497,7 @@ class _ParquetRowGroups:
         self._path, self._column = path, column
         with _naming(path):
             self._file = pq.ParquetFile(
-                filesystem.open_input_file(path), page_checksum_verification=True
+                _open(filesystem, path), page_checksum_verification=True
             )
         schema = self._file.schema_arrow
         if column not in schema.names:
@@ -519,7 +539,7 @@ class _LineBlocks:
     def __init__(self, filesystem: pafs.FileSystem, path: str):
         self.path = path
         with _naming(path):
-            self._file = io.BufferedReader(filesystem.open_input_file(path), BLOCK_BYTES)
+            self._file = io.BufferedReader(_open(filesystem, path), BLOCK_BYTES)
             self._size = self._file.seek(0, os.SEEK_END)
 
     def __len__(self) -> int:

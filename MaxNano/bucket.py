@@ -12,8 +12,7 @@ try:
 except ImportError:
     raise ValueError("gs:// needs gcsfs: pip install -c constraints.txt 'etils[epath-gcs]'") from None
 
-# Seconds. gcsfs itself would wait for ever (tensorstore waits for a minute). Where an error may pass, it tries six
-# times in about half a minute.
+# Seconds. gcsfs itself would wait for ever. Where an error may pass, it tries six times in about half a minute.
 CONNECT_SECONDS = 20
 SILENCE_SECONDS = 30  # without a byte of the answer
 REQUEST_SECONDS = 300  # for one request, of which an upload has 5 MiB at most

@@ -52,7 +52,7 @@ LOCK = ".lock"
 MAX_FAILED_SAVES = 3
 SAVE_TIMEOUT_SECONDS = 1200  # for which a process waits for what the others write of a checkpoint
 # How often tensorstore asks a bucket again that does not answer: for about two minutes, as the next save
-# waits for this one. Its default is half an hour, and orbax has no option for it.
+# waits for this one. Its own default is far longer, and orbax has no option for it.
 BUCKET_RETRIES = {"max_retries": 8, "initial_delay": "1s", "max_delay": "32s"}
 for _context in (
     tensorstore_utils._BASE_TS_CONTEXT,

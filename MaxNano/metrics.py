@@ -4,7 +4,7 @@ Numbers of a step are read one step late, when the next one is already under way
 never waits for the device and the device never for the host. Nothing here can stop or delay
 training: files and trackers are written by threads of their own. Where a file cannot be written,
 one warning is printed and its rows wait for the next attempt; where a tracker fails, one warning is
-printed and the run goes on without it.
+printed and the run continues without it.
 """
 
 import contextlib
@@ -448,10 +448,10 @@ class _GrowingFile:
                     self._file.open(self._make_head)
                     self._is_open = True
                 self._file.append(b"".join(map(self._encode, entries)))
-            except Exception as error:  # noqa: BLE001 (whatever a store throws, training goes on)
+            except Exception as error:  # noqa: BLE001 (whatever a store throws, training continues)
                 if self._error is None:
                     logging.warning(
-                        "%s cannot be written now, training goes on and its rows wait (%s)", self._path, _reason(error)
+                        "%s cannot be written now, training continues, its rows wait (%s)", self._path, _reason(error)
                     )
                 self._error, pause = error, RETRY_SECONDS
             else:
@@ -485,10 +485,7 @@ class _LocalFile:
         content = self._path.read_bytes() if self._path.exists() else None
         head = make_head(content or b"")
         if head != content:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_name(self._path.name + ".tmp")
-            temporary.write_bytes(head)
-            temporary.replace(self._path)
+            storage.write_whole(self._path, head)
         self._size = len(head)
 
     def append(self, data: bytes) -> None:
@@ -612,7 +609,7 @@ class _Tracker:
                 numbers, step = row
                 run.log(numbers, step=step)
             run.finish()
-        except Exception as error:  # noqa: BLE001 (whatever a tracker throws, training goes on)
+        except Exception as error:  # noqa: BLE001 (whatever a tracker throws, training continues)
             self._switch_off(error)
 
     def _switch_off(self, error: Exception) -> None:

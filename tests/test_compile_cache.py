@@ -19,12 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = "gs://ours/runs/.jax_cache"
 
 
-@pytest.fixture(scope="module")
-def served():
-    with object_store.serve() as store:
-        yield store
-
-
 @pytest.fixture
 def store(served, monkeypatch):
     """An object store without programs or faults, to which gcsfs in this process speaks."""

@@ -448,12 +448,6 @@ def wait_until(condition, seconds=60):
         time.sleep(0.01)
 
 
-@pytest.fixture(scope="module")
-def served():
-    with object_store.serve() as store:
-        yield store
-
-
 @pytest.fixture
 def store(served, monkeypatch):
     """An object store without faults, to which gcsfs in this process speaks."""

@@ -29,12 +29,6 @@ from MaxNano.data import sources
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def served():
-    with object_store.serve() as store:
-        yield store
-
-
 @pytest.fixture
 def store(served, monkeypatch):
     """A store with no faults, to whose clients a second is a moment."""

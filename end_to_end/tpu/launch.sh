@@ -9,7 +9,7 @@
 #
 # Runs and tokenizer lie in the bucket, for a spot machine's disk is lost with it. After a preemption another machine is
 # asked for and training resumes from the last checkpoint. However this script ends, the job saves, and the machine is
-# deleted and seen to be gone, unless KEEP=1. Where this computer sleeps, training goes on; started again, the same
+# deleted and seen to be gone, unless KEEP=1. Where this computer sleeps, training continues; started again, the same
 # command finds the machine. Where it does not come back, the machine deletes itself: see watchdog.sh, which also keeps
 # to MAX_HOURS. Knobs of the script that is run (see its --help) are handed on where the environment sets them.
 set -euo pipefail

@@ -28,9 +28,11 @@ from typing import Any, NamedTuple, TextIO
 
 from ml_collections import FrozenConfigDict
 
-from MaxNano import dialogue, pyconfig, runtime
-from MaxNano.dialogue import Part
-from MaxNano.engine import Engine, Request
+from MaxNano import pyconfig
+from MaxNano.distributed import runtime
+from MaxNano.inference import dialogue
+from MaxNano.inference.dialogue import Part
+from MaxNano.inference.engine import Engine, Request
 
 HELP = """\
 /clear            forget the conversation
@@ -128,10 +130,14 @@ class Chat:
             self.messages = []
             return "a new conversation"
         if name == "/temperature":
-            self.temperature = _number(argument, float, 0, 2, "/temperature takes a number from 0 to 2")
+            self.temperature = _number(
+                argument, float, 0, 2, "/temperature takes a number from 0 to 2"
+            )
             return f"temperature {self.temperature:g}"
         if name == "/topk":
-            self.top_k = _number(argument, int, 0, 2**31 - 1, "/topk takes a whole number; 0 draws from all tokens")
+            self.top_k = _number(
+                argument, int, 0, 2**31 - 1, "/topk takes a whole number; 0 draws from all tokens"
+            )
             return f"top-k {self.top_k or 'off'}"
         if name == "/save":
             return f"saved {self.save(argument)}"
@@ -147,7 +153,8 @@ class Chat:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             temporary.write_text(
-                json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+                json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1) + "\n",
+                encoding="utf-8",
             )
             temporary.replace(path)
         except OSError as error:
@@ -229,11 +236,15 @@ def answer(chat: Chat, terminal: Terminal) -> None:
             terminal.note("(interrupted)")
 
 
-def _with_note(chat: Chat, terminal: Terminal, is_interrupted: Callable[[], bool]) -> Iterator[Part]:
+def _with_note(
+    chat: Chat, terminal: Terminal, is_interrupted: Callable[[], bool]
+) -> Iterator[Part]:
     left_out = chat.left_out
     for part in chat.answer(is_interrupted):
         if chat.left_out > left_out:
-            terminal.note(f"(the context is full: the first {chat.left_out} messages are no longer seen)")
+            terminal.note(
+                f"(the context is full: the first {chat.left_out} messages are no longer seen)"
+            )
             left_out = chat.left_out
         yield part
 
@@ -278,7 +289,9 @@ def talk(chat: Chat, terminal: Terminal, name: str) -> None:
     set_up_editing()
     terminal.note(f"{name}; /help lists the commands, Ctrl-D leaves")
     if not chat.in_turns:
-        terminal.note("this checkpoint has not learned to chat: it goes on with your text (chat_turns=true to try)")
+        terminal.note(
+            "this checkpoint has not learned to chat: it goes on with your text (chat_turns=true to try)"
+        )
     # readline is told which characters take no room, or else it loses count of the line.
     prompt = f"\001{BOLD}{GREEN}\002> \001{PLAIN}\002" if terminal.is_styled else ""
     prompt = prompt or ("> " if sys.stdout.isatty() else "")
@@ -298,7 +311,9 @@ def talk(chat: Chat, terminal: Terminal, name: str) -> None:
 def main(config: FrozenConfigDict) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # where the terminal's encoding lacks a character
-    is_styled = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    is_styled = (
+        sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    )
     terminal = Terminal(sys.stdout, sys.stdout if sys.stdout.isatty() else sys.stderr, is_styled)
     runtime.initialize(config)
     chat = Chat(config, Engine.load(config, slots=1, streams=True))

@@ -37,9 +37,13 @@ import numpy as np
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import huggingface, optim, pyconfig, scaling, storage, tokenizer
-from MaxNano.checkpointing import Checkpointer
-from MaxNano.train_state import TrainState
+from MaxNano import pyconfig, scaling
+from MaxNano.interop import huggingface
+from MaxNano.optimizers import groups
+from MaxNano.storage import files
+from MaxNano.tokenization import tokenizer
+from MaxNano.training.checkpointing import Checkpointer
+from MaxNano.training.state import TrainState
 
 NANOCHAT_VOCAB_MULTIPLE = 64  # nanochat pads its tables to a multiple of this many rows
 
@@ -157,7 +161,10 @@ def entries(config: FrozenConfigDict, names: Names = NANOCHAT) -> list[Entry]:
         linear(("layers", "mlp", "wi"), every_layer, names.wi, mlp, width),
         linear(("layers", "mlp", "wo"), every_layer, names.wo, width, mlp),
         Entry(
-            ("resid_lambdas",), (names.resid_lambdas,), (depth,), default=1.0 if is_nanochat else None
+            ("resid_lambdas",),
+            (names.resid_lambdas,),
+            (depth,),
+            default=1.0 if is_nanochat else None,
         ),
         Entry(("x0_lambdas",), (names.x0_lambdas,), (depth,), default=0.0 if is_nanochat else None),
     ]
@@ -326,8 +333,8 @@ def write_nanochat(path: epath.PathLike, arrays: Mapping[str, np.ndarray], meta:
     meta_path = _meta_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The model last: nanochat takes a checkpoint to be there when its model is.
-    storage.write_whole(meta_path, json.dumps(meta, indent=2).encode())
-    storage.write_whole(path, write(arrays))
+    files.write_whole(meta_path, json.dumps(meta, indent=2).encode())
+    files.write_whole(path, write(arrays))
 
 
 def read_meta(path: epath.PathLike) -> dict:
@@ -505,7 +512,7 @@ class Source(NamedTuple):
 def import_run(config: FrozenConfigDict, argv: list[str]) -> None:
     """Makes a run from the checkpoint that `config` names; argv is what `config` was read from."""
     run = _run_directory(config)
-    if storage.names(run / "checkpoints"):
+    if files.names(run / "checkpoints"):
         raise ValueError(f"{run} already holds checkpoints; choose another run_name")
     source = _nanochat_source(config) if config.from_nanochat else _huggingface_source(config)
     values = source.values
@@ -534,7 +541,7 @@ def import_run(config: FrozenConfigDict, argv: list[str]) -> None:
         encoder.save(config.tokenizer_path)
     elif encoder:
         text = (epath.Path(source.path) / tokenizer.FILE_NAME).read_bytes()
-        storage.write_whole(run / tokenizer.FILE_NAME, text)
+        files.write_whole(run / tokenizer.FILE_NAME, text)
     pyconfig.save(config, run / "config.yml")
     fingerprint = encoder.fingerprint() if encoder else ""
     with Checkpointer(config, run, tokenizer_fingerprint=fingerprint) as checkpointer:
@@ -663,7 +670,7 @@ def _fresh_state(params: dict, config: FrozenConfigDict, step: int) -> TrainStat
         ),
         params,
     )
-    optimizer = optim.make_optimizer(config, dtype=jnp.float32)
+    optimizer = groups.make_optimizer(config, dtype=jnp.float32)
     return TrainState(jnp.asarray(step, jnp.int32), params, jax.jit(optimizer.init)(params))
 
 

@@ -29,13 +29,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from MaxNano import pyconfig, runtime, sharding, train
-from MaxNano.checkpointing import Checkpointer
+from MaxNano import pyconfig, train
 from MaxNano.data.loader import put_global
-from MaxNano.evals import bpb, branches, chat, core, samples
+from MaxNano.distributed import runtime, sharding
+from MaxNano.evals import bpb, chat, core, samples
 from MaxNano.evals.results import Results, evaluate_tasks, run_id
-from MaxNano.metrics import print_table
-from MaxNano.tokenizer import Tokenizer
+from MaxNano.inference import prefix_scoring
+from MaxNano.tokenization.tokenizer import Tokenizer
+from MaxNano.training.checkpointing import Checkpointer
+from MaxNano.training.metrics import print_table
 
 EVALS = ("bpb", "core", "chat", "samples")
 
@@ -49,27 +51,41 @@ def evaluate_bpb(setup: train.Setup, vocabulary: Tokenizer, params: Any, results
     count = max(1, config.eval_tokens // config.global_batch_tokens)
     rows = sharding.batch_sharding(setup.mesh, config.logical_axis_rules)
     evaluate = train.jit_evaluate(setup)
-    token_bytes = jax.device_put(vocabulary.token_bytes(), NamedSharding(setup.mesh, PartitionSpec()))
+    token_bytes = jax.device_put(
+        vocabulary.token_bytes(), NamedSharding(setup.mesh, PartitionSpec())
+    )
     table = []
     for split in ("train", "validation"):
         tokens = count * config.global_batch_tokens
         of = {
             "data": _data_of(config, split),
-            "rows": [count, config.global_batch_tokens, config.max_target_length, config.data_readers],
+            "rows": [
+                count,
+                config.global_batch_tokens,
+                config.max_target_length,
+                config.data_readers,
+            ],
             "tokenizer": vocabulary.fingerprint(),
             "dtype": setup.numerics.dtype,
         }
         values = results.get(f"bpb {split}", of)
         if values is None:
             started = time.monotonic()
-            with train.open_loader(config, plan, vocabulary, split) as batches, _progress() as shown:
-                batches = shown.track(islice(batches, count), total=count, description=f"bits per byte, {split}")
+            with (
+                train.open_loader(config, plan, vocabulary, split) as batches,
+                _progress() as shown,
+            ):
+                batches = shown.track(
+                    islice(batches, count), total=count, description=f"bits per byte, {split}"
+                )
                 values = bpb.evaluate_bpb(
                     lambda batch: evaluate(params, put_global(batch, rows), token_bytes), batches
                 )
             values |= {"tokens": tokens, "seconds": time.monotonic() - started}
             results.put(f"bpb {split}", of, values)
-        table.append((split, f"{values['tokens']:,}", f"{values['bpb']:.6f}", f"{values['seconds']:.1f}"))
+        table.append(
+            (split, f"{values['tokens']:,}", f"{values['bpb']:.6f}", f"{values['seconds']:.1f}")
+        )
     _show("bits per byte", ("split", "tokens", "bpb", "seconds"), table)
 
 
@@ -78,7 +94,12 @@ def _data_of(config: FrozenConfigDict, split: str) -> list[Any]:
     if config.dataset_type == "chat":
         mixture = config.chat_train_mixture if split == "train" else config.chat_validation_mixture
         return [config.dataset_type, config.chat_data, config.chat_mixture_unit, *mixture]
-    return [config.dataset_type, config.dataset_path, config.dataset_name, list(config.dataset_splits)]
+    return [
+        config.dataset_type,
+        config.dataset_path,
+        config.dataset_name,
+        list(config.dataset_splits),
+    ]
 
 
 # ---- CORE -----------------------------------------------------------------------------------------------------------
@@ -88,15 +109,30 @@ def evaluate_core(setup: train.Setup, vocabulary: Tokenizer, params: Any, result
     """CORE, task by task, in a table."""
     config = setup.config
     tasks = core.load_bundle(config.core_bundle)
-    scorer = branches.Scorer(setup, vocabulary.bos_id)
+    scorer = prefix_scoring.Scorer(setup, vocabulary.bos_id)
     with _progress() as shown:
         bar = shown.add_task("CORE", total=None)
         score, rows = evaluate_tasks(
-            config, tasks, vocabulary, scorer, params, results,
-            say=_say, progress=lambda done, total: shown.update(bar, completed=done, total=total),
-        )  # fmt: skip
-    lines = [(label, v["shots"], v["examples"], f"{v['accuracy']:.6f}", f"{v['centered']:.6f}", f"{v['seconds']:.1f}")
-             for label, v in rows.items()]  # fmt: skip
+            config,
+            tasks,
+            vocabulary,
+            scorer,
+            params,
+            results,
+            say=_say,
+            progress=lambda done, total: shown.update(bar, completed=done, total=total),
+        )
+    lines = [
+        (
+            label,
+            v["shots"],
+            v["examples"],
+            f"{v['accuracy']:.6f}",
+            f"{v['centered']:.6f}",
+            f"{v['seconds']:.1f}",
+        )
+        for label, v in rows.items()
+    ]
     seconds = sum(values["seconds"] for values in rows.values())
     header = ("task", "shots", "questions", "accuracy", "centred", "seconds")
     _show("CORE", header, [*lines, ("CORE", "", "", "", f"{score:.6f}", f"{seconds:.1f}")])
@@ -113,15 +149,29 @@ def evaluate_chat(setup: train.Setup, vocabulary: Tokenizer, params: Any, result
     with _progress() as shown:
         bar = shown.add_task("chat tasks", total=None)
         found = chat.evaluate_exams(
-            config, exams, vocabulary, branches.Scorer(setup, vocabulary.bos_id).bind(params),
-            lambda: chat.make_engine(config, setup.mesh, params, vocabulary), results,
-            dtype=setup.numerics.dtype, say=_say, on_step=lambda: shown.advance(bar),
-        )  # fmt: skip
+            config,
+            exams,
+            vocabulary,
+            prefix_scoring.Scorer(setup, vocabulary.bos_id).bind(params),
+            lambda: chat.make_engine(config, setup.mesh, params, vocabulary),
+            results,
+            dtype=setup.numerics.dtype,
+            say=_say,
+            on_step=lambda: shown.advance(bar),
+        )
     scores = chat.summarize(found)
     results.put("chat", {}, scores)
-    lines = [(name, v["problems"], f"{v['accuracy']:.6f}", f"{v['centered']:.6f}",
-              f"{v['stopped']:.2f}" if "stopped" in v else "", f"{v['seconds']:.1f}")
-             for name, v in found.items()]  # fmt: skip
+    lines = [
+        (
+            name,
+            v["problems"],
+            f"{v['accuracy']:.6f}",
+            f"{v['centered']:.6f}",
+            f"{v['stopped']:.2f}" if "stopped" in v else "",
+            f"{v['seconds']:.1f}",
+        )
+        for name, v in found.items()
+    ]
     lines += [(name, "", "", f"{score:.6f}", "", "") for name, score in scores.items()]
     _show("chat tasks", ("task", "problems", "accuracy", "centred", "stopped", "seconds"), lines)
 
@@ -129,12 +179,18 @@ def evaluate_chat(setup: train.Setup, vocabulary: Tokenizer, params: Any, result
 # ---- Samples --------------------------------------------------------------------------------------------------------
 
 
-def evaluate_samples(setup: train.Setup, vocabulary: Tokenizer, params: Any, results: Results) -> None:
+def evaluate_samples(
+    setup: train.Setup, vocabulary: Tokenizer, params: Any, results: Results
+) -> None:
     """Greedy continuations of a few prompts."""
     programs = train.build_programs(setup, None, vocabulary.token_bytes())
     texts = samples.sample(partial(programs.greedy, params), vocabulary, setup.config.sample_tokens)
     results.put("samples", {}, texts)
-    _show("samples", ("prompt", "greedy continuation"), [(key, repr(text)[1:-1]) for key, text in texts.items()])
+    _show(
+        "samples",
+        ("prompt", "greedy continuation"),
+        [(key, repr(text)[1:-1]) for key, text in texts.items()],
+    )
 
 
 # ---- Command --------------------------------------------------------------------------------------------------------
@@ -164,7 +220,9 @@ def evaluate(config: FrozenConfigDict) -> None:
     names = chosen(config)
     directory = train.run_directory(config)
     if not (directory / "checkpoints").exists():
-        raise ValueError(f"{directory} holds no checkpoint: give run_name and base_output_directory of a trained run")
+        raise ValueError(
+            f"{directory} holds no checkpoint: give run_name and base_output_directory of a trained run"
+        )
     if "core" in names:
         core.load_bundle(config.core_bundle)  # what is wrong with it is told now
     runtime.initialize(config)
@@ -177,7 +235,9 @@ def evaluate(config: FrozenConfigDict) -> None:
             params, extra = checkpointer.restore_params_only(setup.abstract.params, config.step)
         step = extra["run"]["step"]
         results = Results(directory, step, run_id(extra))
-        _say(f"{directory}, step {step}, on {setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}")
+        _say(
+            f"{directory}, step {step}, on {setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}"
+        )
         for name in EVALS:
             if name not in names:
                 continue
@@ -204,8 +264,15 @@ def main(config: FrozenConfigDict, argv: Sequence[str]) -> int:
 
 def _progress() -> Progress:
     """A bar with the time left, on a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, transient=True, disable=not sys.stdout.isatty() or jax.process_index() != 0)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(
+        *columns, transient=True, disable=not sys.stdout.isatty() or jax.process_index() != 0
+    )
 
 
 def _say(line: str) -> None:

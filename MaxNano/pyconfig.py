@@ -22,7 +22,8 @@ import yaml
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import scaling, storage
+from MaxNano import scaling
+from MaxNano.storage import files
 
 BASE = Path(__file__).resolve().parents[1] / "configs" / "base.yml"
 ORIGIN = "origin"  # the one entry of a config that is not a key: key -> where its value came from
@@ -396,7 +397,7 @@ def _gather(argv: Sequence[str]) -> _Values:
         raise ConfigError(
             "the first argument must be a config file: configs/base.yml key=value ..."
         )
-    first = (epath.Path if storage.is_remote(argv[0]) else Path)(argv[0])
+    first = (epath.Path if files.is_remote(argv[0]) else Path)(argv[0])
     keys = _read_keys(first)
     is_base = keys is not None
     base = first if is_base else BASE
@@ -491,8 +492,13 @@ def _set_rollout_batch(values: _Values) -> None:
     """A batch is as large as the answers of a step."""
     value = values.value
     tokens = value["rl_problems"] * value["rl_samples"] * row_length(value)
-    if values.origin["global_batch_tokens"] == COMMAND_LINE and value["global_batch_tokens"] != tokens:
-        raise values.error("global_batch_tokens", "is not rl_problems x rl_samples x rl_row_tokens; leave it null")
+    if (
+        values.origin["global_batch_tokens"] == COMMAND_LINE
+        and value["global_batch_tokens"] != tokens
+    ):
+        raise values.error(
+            "global_batch_tokens", "is not rl_problems x rl_samples x rl_row_tokens; leave it null"
+        )
     values.set("global_batch_tokens", tokens, DERIVED)
 
 
@@ -647,7 +653,9 @@ def _check_xla_flags(values: _Values) -> None:
         backend, *flags = groups[name]
         for flag in flags:
             if (backend, flag) in set_by:
-                raise values.error("xla_flags", f"sets {flag} twice: in {set_by[backend, flag]} and {name}")
+                raise values.error(
+                    "xla_flags", f"sets {flag} twice: in {set_by[backend, flag]} and {name}"
+                )
             set_by[backend, flag] = name
 
 
@@ -657,7 +665,9 @@ def _check_rest(values: _Values) -> None:
         raise values.error("run_name", "must be of [A-Za-z0-9._-], at most 64, no dot first")
     batch, length = value["global_batch_tokens"], row_length(value)
     if (value["rl_row_tokens"] or 0) > value["max_target_length"]:
-        raise values.error("rl_row_tokens", f"is more than max_target_length={value['max_target_length']}")
+        raise values.error(
+            "rl_row_tokens", f"is more than max_target_length={value['max_target_length']}"
+        )
     if batch % length:
         nearest = max(1, round(batch / length)) * length
         raise values.error(
@@ -667,9 +677,13 @@ def _check_rest(values: _Values) -> None:
     if value["dataset_type"] == "tfds" and not value["dataset_name"]:
         raise values.error("dataset_type", "needs dataset_name, such as wikipedia/20230601.en")
     if value["dataset_type"] == "hf" and not value["dataset_name"]:
-        raise values.error("dataset_type", "needs dataset_name=OWNER/NAME, such as karpathy/climbmix-400b-shuffle")
+        raise values.error(
+            "dataset_type", "needs dataset_name=OWNER/NAME, such as karpathy/climbmix-400b-shuffle"
+        )
     if value["dataset_type"] == "rollouts" and value["quantization"] != "none":
-        raise values.error("quantization", "does not go with rollouts: answers are drawn from the model without it")
+        raise values.error(
+            "quantization", "does not go with rollouts: answers are drawn from the model without it"
+        )
     directions = ("from_nanochat", "to_nanochat", "from_huggingface", "to_huggingface")
     first, *others = [name for name in directions if value[name]] or ("",)
     if others:
@@ -764,7 +778,7 @@ def to_yaml(config: FrozenConfigDict) -> str:
 
 def save(config: FrozenConfigDict, path: Path) -> None:
     """Write to_yaml(config) to a file, whole or not at all; `path` may be an epath.Path of remote storage."""
-    storage.write_whole(path, to_yaml(config))
+    files.write_whole(path, to_yaml(config))
 
 
 def saved_values(path: Path) -> dict[str, Any]:
@@ -790,9 +804,13 @@ def help_text(base_path: str | os.PathLike[str] = BASE) -> str:
         first = f"{key.name}={_format(_parse_value(key.default, key))}  ({facts})"
         for text, indent in ((first, "  "), (key.help, "      ")):
             lines += textwrap.wrap(
-                text, 100, initial_indent=indent, subsequent_indent="      ",
-                break_long_words=False, break_on_hyphens=False,
-            )  # fmt: skip
+                text,
+                100,
+                initial_indent=indent,
+                subsequent_indent="      ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -27,9 +27,12 @@ import yaml
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import charts, history, pyconfig, runtime, scaling, storage
-from MaxNano.charts import Series
-from MaxNano.document import (
+from MaxNano import pyconfig, scaling
+from MaxNano.distributed import runtime
+from MaxNano.evals.core import center
+from MaxNano.reporting import charts, run_history
+from MaxNano.reporting.charts import Series
+from MaxNano.reporting.document import (
     Block,
     Curves,
     Document,
@@ -44,9 +47,9 @@ from MaxNano.document import (
     to_html,
     to_markdown,
 )
-from MaxNano.evals.core import center
-from MaxNano.history import Run
-from MaxNano.metrics import FIRST_TIMED_STEP
+from MaxNano.reporting.run_history import Run
+from MaxNano.storage import files
+from MaxNano.training.metrics import FIRST_TIMED_STEP
 
 STAGES = {None: "pretraining", "sft": "fine-tuning", "rl": "reinforcement learning"}
 RECORDS_READ = 200  # of each task's answers, to find one that is right and one that is wrong
@@ -371,12 +374,14 @@ def what_ran(runs: Sequence[Run]) -> Section:
     blocks: list[Block] = [Table(["", *map(stage_of, runs)], rows, numeric=False)]
     blocks += [
         Missing(f"{run.name} has no checkpoint, so versions and hardware are not known.")
-        for run in runs if not run.saved
-    ]  # fmt: skip
+        for run in runs
+        if not run.saved
+    ]
     blocks += [
         Missing(f"{run.name} was saved by a version that did not record its hardware.")
-        for run in runs if run.steps and run.saved and "devices" not in run.saved
-    ]  # fmt: skip
+        for run in runs
+        if run.steps and run.saved and "devices" not in run.saved
+    ]
     return Section("What ran", blocks)
 
 
@@ -408,7 +413,7 @@ def time_and_price(runs: Sequence[Run]) -> Section:
         )
         blocks.append(
             Note(
-                f"Prices are computed, not billed, from the spot prices in MaxNano/runtime.py: {terms}."
+                f"Prices are computed, not billed, from the spot prices in MaxNano/distributed/runtime.py: {terms}."
             )
         )
     for run in trained:
@@ -842,12 +847,12 @@ def make_report(runs: Sequence[Run], problem: str | None = None) -> Document:
 def main(config: FrozenConfigDict) -> None:
     """Read the run, write its report."""
     folder = epath.Path(config.base_output_directory).expanduser() / config.run_name
-    report = make_report(*history.read_chain(folder))
+    report = make_report(*run_history.read_chain(folder))
     for path, text in (
         (folder / "report.md", to_markdown(report)),
         (folder / "report.html", to_html(report)),
     ):
-        storage.write_whole(path, text)
+        files.write_whole(path, text)
         print(f"written to {path}")
 
 

@@ -21,7 +21,10 @@ if __name__ == "__main__":
 
     pyconfig.check_command_line()  # a typo is told now, not when JAX has been imported
     if not all(map(importlib.util.find_spec, ("starlette", "uvicorn", "prometheus_client"))):
-        print("error: the server's packages are not installed: EXTRAS=serve bash setup.sh", file=sys.stderr)
+        print(
+            "error: the server's packages are not installed: EXTRAS=serve bash setup.sh",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 import asyncio
@@ -56,15 +59,20 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from MaxNano import dialogue, openai_api, pyconfig, runtime
-from MaxNano import engine as engines
-from MaxNano.openai_api import ApiError, Call, Choice, Delta, Replies, Rules
+from MaxNano import pyconfig
+from MaxNano.distributed import runtime
+from MaxNano.inference import dialogue
+from MaxNano.inference import engine as engines
+from MaxNano.serving import openai_api
+from MaxNano.serving.openai_api import ApiError, Call, Choice, Delta, Replies, Rules
 
 log = logging.getLogger("maxnano.serve")
 
-STATIC = Path(__file__).resolve().parent / "static"
+STATIC = Path(__file__).resolve().parent / "serving" / "static"
 UPLOAD_SECONDS = 20.0  # within which a request's head, and then its body, must have come
-MAX_REFUSED_BYTES = 8 << 20  # of a body that is too large, read and dropped so that the answer is not lost
+MAX_REFUSED_BYTES = (
+    8 << 20
+)  # of a body that is too large, read and dropped so that the answer is not lost
 MAX_UPLOADS = 256  # bodies that are being read at a time
 KEEP_ALIVE_SECONDS = 15
 GRACE_SECONDS = 5.0  # for a client to take the last of a reply that its deadline ended
@@ -114,7 +122,9 @@ class EngineThread:
     def __init__(self, engine: engines.Engine):
         self.engine = engine
         self.is_alive = False
-        self._orders: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = (
+            queue.SimpleQueue()
+        )
         self._running: dict[int, _Running] = {}
         self._left: dict[int, int] = {}  # samples that have not ended, by number
         self._stopping = False
@@ -154,7 +164,9 @@ class EngineThread:
             log.exception("the engine is broken beyond repair; start the server again")
         finally:
             self.is_alive = False
-            self._tell([(stream, ApiError(503, "the engine has stopped")) for stream in self._abandoned()])
+            self._tell(
+                [(stream, ApiError(503, "the engine has stopped")) for stream in self._abandoned()]
+            )
 
     def _abandoned(self) -> list[Stream]:
         """Whoever still waits for something."""
@@ -241,7 +253,9 @@ class Metrics:
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts taken", **own)
         self.generated_tokens = counter("generated_tokens", "Tokens of replies", **own)
         self.request_seconds = histogram("request_seconds", "Whole generations", **seconds)
-        self.first_token_seconds = histogram("first_token_seconds", "Time to the first token", **seconds)
+        self.first_token_seconds = histogram(
+            "first_token_seconds", "Time to the first token", **seconds
+        )
         gauges = {
             "slots": ("Sequences that can be generated together", lambda: engine.slots),
             "sequences_running": ("Sequences in slots", lambda: engine.running),
@@ -316,7 +330,9 @@ class Service:
         ahead = max(1, self.taken - self.engine.slots) / self.engine.slots
         seconds = min(LONGEST_RETRY, max(1, math.ceil(ahead * self.usual_seconds)))
         message = f"the server is busy; try again in {seconds} s"
-        return ApiError(429, message, code="rate_limit_exceeded", headers={"retry-after": str(seconds)})
+        return ApiError(
+            429, message, code="rate_limit_exceeded", headers={"retry-after": str(seconds)}
+        )
 
     def model(self) -> dict[str, Any]:
         """The model as /v1/models tells of it, with what the page wants to know."""
@@ -340,11 +356,17 @@ class Service:
 
 def _encode(value: Any) -> bytes:
     # A lone surrogate, which JSON can hold and UTF-8 cannot, becomes a question mark.
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(
+        "utf-8", "replace"
+    )
 
 
-def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(_encode(value), status, {"cache-control": "no-store", **(headers or {})}, "application/json")
+def json_response(
+    value: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    return Response(
+        _encode(value), status, {"cache-control": "no-store", **(headers or {})}, "application/json"
+    )
 
 
 def error_response(error: ApiError) -> Response:
@@ -359,7 +381,9 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise ApiError(415, "send application/json", headers={"connection": "close"})
     body, length = bytearray(), 0
     too_large = ApiError(
-        413, f"the body is larger than {openai_api.MAX_BODY_BYTES} bytes", headers={"connection": "close"}
+        413,
+        f"the body is larger than {openai_api.MAX_BODY_BYTES} bytes",
+        headers={"connection": "close"},
     )
     if int(request.headers.get("content-length", 0)) > MAX_REFUSED_BYTES:
         raise too_large
@@ -402,7 +426,9 @@ class Generation:
             gone = asyncio.ensure_future(_disconnected(receive))
             limit = service.config.serve_timeout + GRACE_SECONDS
             try:
-                await asyncio.wait({reply, gone}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(
+                    {reply, gone}, timeout=limit, return_when=asyncio.FIRST_COMPLETED
+                )
                 if reply.done():
                     reply.result()
                 elif gone.done():
@@ -426,7 +452,9 @@ class _Answer:
         self.call = stream.call
         self.arrived = arrived
         self.replies = Replies(self.call, service.tokenizer)
-        self.choices = [Choice(self.call, index, service.tokenizer) for index in range(self.call.sequences)]
+        self.choices = [
+            Choice(self.call, index, service.tokenizer) for index in range(self.call.sequences)
+        ]
 
     async def send(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.call.stream:
@@ -439,7 +467,9 @@ class _Answer:
     async def _send_chunks(self, send: Send) -> None:
         deltas = self._deltas()
         first = await anext(deltas)  # a request that cannot be served is told by its status
-        headers = MutableHeaders({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"})
+        headers = MutableHeaders(
+            {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
+        )
         await send({"type": "http.response.start", "status": 200, "headers": headers.raw})
 
         async def tell(chunks: Sequence[Any]) -> None:
@@ -466,7 +496,9 @@ class _Answer:
                 async with asyncio.timeout_at(deadline):
                     news = await self.stream.news.get()
             except TimeoutError:
-                raise ApiError(504, f"no end within {service.config.serve_timeout:g} s", code="timeout") from None
+                raise ApiError(
+                    504, f"no end within {service.config.serve_timeout:g} s", code="timeout"
+                ) from None
             if isinstance(news, Exception):
                 raise news
             position, event = news
@@ -492,7 +524,9 @@ class _Answer:
 # ---- The application ----------------------------------------------------------------------------
 
 
-def make_app(config: FrozenConfigDict, engine: engines.Engine, api_key: str | None = None) -> Starlette:
+def make_app(
+    config: FrozenConfigDict, engine: engines.Engine, api_key: str | None = None
+) -> Starlette:
     """The ASGI application; the engine belongs to it from its start to its end."""
     service = Service(config, engine, api_key)
 
@@ -501,12 +535,16 @@ def make_app(config: FrozenConfigDict, engine: engines.Engine, api_key: str | No
 
     async def model(request: Request) -> Response:
         if request.path_params["name"] != service.rules.model:
-            raise ApiError(404, f"this server has one model, {service.rules.model}", code="model_not_found")
+            raise ApiError(
+                404, f"this server has one model, {service.rules.model}", code="model_not_found"
+            )
         return json_response(service.model())
 
     async def health(request: Request) -> Response:
         is_well = service.thread.is_alive
-        return json_response({"status": "ok" if is_well else "the engine has stopped"}, 200 if is_well else 503)
+        return json_response(
+            {"status": "ok" if is_well else "the engine has stopped"}, 200 if is_well else 503
+        )
 
     async def metrics(request: Request) -> Response:
         return Response(service.metrics.text(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
@@ -522,7 +560,9 @@ def make_app(config: FrozenConfigDict, engine: engines.Engine, api_key: str | No
         *(Route(path, page) for path, page in pages.items()),
         Route("/v1/models", models),
         Route("/v1/models/{name}", model),
-        Route("/v1/completions", Generation(service, openai_api.parse_completion), methods=["POST"]),
+        Route(
+            "/v1/completions", Generation(service, openai_api.parse_completion), methods=["POST"]
+        ),
         Route("/v1/chat/completions", Generation(service, openai_api.parse_chat), methods=["POST"]),
         Route("/health", health),
         Route("/metrics", metrics),
@@ -533,7 +573,12 @@ def make_app(config: FrozenConfigDict, engine: engines.Engine, api_key: str | No
         lifespan=lifespan,
         middleware=[
             *_cors(config),
-            Middleware(Guard, service=service, public={"/health", *pages}, known={route.path for route in routes}),
+            Middleware(
+                Guard,
+                service=service,
+                public={"/health", *pages},
+                known={route.path for route in routes},
+            ),
         ],
         exception_handlers={ApiError: _refused, HTTPException: _not_found},
     )
@@ -556,7 +601,9 @@ def _tokenizer_routes(service: Service) -> list[Route]:
             raise ApiError(400, "prompt must be a text", "prompt")
         # By its name, and in no other way, the token is asked for that text cannot become.
         ids = [tokenizer.bos_id] if text == bos else await asyncio.to_thread(tokenizer.encode, text)
-        return json_response({"tokens": ids, "count": len(ids), "max_model_len": service.rules.max_length})
+        return json_response(
+            {"tokens": ids, "count": len(ids), "max_model_len": service.rules.max_length}
+        )
 
     async def detokenize(request: Request) -> Response:
         tokens = (await read_json(request)).get("tokens")
@@ -583,7 +630,9 @@ def _pages() -> dict[str, Callable]:
         return endpoint
 
     files = sorted(path for path in STATIC.iterdir() if path.suffix in CONTENT_TYPES)
-    return {"/" if path.name == "index.html" else f"/static/{path.name}": page(path) for path in files}
+    return {
+        "/" if path.name == "index.html" else f"/static/{path.name}": page(path) for path in files
+    }
 
 
 def _cors(config: FrozenConfigDict) -> list[Middleware]:
@@ -599,7 +648,9 @@ async def _refused(request: Request, error: ApiError) -> Response:
 
 async def _not_found(request: Request, error: HTTPException) -> Response:
     message = {404: "there is no such path", 405: "this path does not take that method"}
-    refusal = ApiError(error.status_code, message.get(error.status_code, error.detail), headers=error.headers)
+    refusal = ApiError(
+        error.status_code, message.get(error.status_code, error.detail), headers=error.headers
+    )
     return error_response(refusal)
 
 
@@ -643,7 +694,9 @@ class Guard:
             path = path if path in self.known else "other"
             self.service.metrics.requests.labels(path, str(status)).inc()
             if path.startswith("/v1/"):
-                log.info("%s %s %d %.2f s", scope["method"], path, status, time.monotonic() - started)
+                log.info(
+                    "%s %s %d %.2f s", scope["method"], path, status, time.monotonic() - started
+                )
 
     def _refusal(self, headers: Headers, path: str) -> ApiError | None:
         if self.key is None:
@@ -655,10 +708,18 @@ class Guard:
         if path in self.public:
             return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("utf-8", "replace"), self.key):
+        if scheme.lower() == "bearer" and hmac.compare_digest(
+            key.strip().encode("utf-8", "replace"), self.key
+        ):
             return None
         challenge = {"www-authenticate": "Bearer", "connection": "close"}
-        return ApiError(401, "an API key is needed, as Authorization: Bearer KEY", None, "invalid_api_key", challenge)
+        return ApiError(
+            401,
+            "an API key is needed, as Authorization: Bearer KEY",
+            None,
+            "invalid_api_key",
+            challenge,
+        )
 
 
 def _hostname(host: str) -> str:
@@ -700,7 +761,9 @@ class _Protocol(H11Protocol):
         self._watch = self.loop.call_later(UPLOAD_SECONDS, self._look)
 
 
-def api_key_of(config: FrozenConfigDict, environment: Mapping[str, str] = MappingProxyType(os.environ)) -> str | None:
+def api_key_of(
+    config: FrozenConfigDict, environment: Mapping[str, str] = MappingProxyType(os.environ)
+) -> str | None:
     """The API key in the environment; ValueError where an open address lacks one or it is too short."""
     name = config.serve_api_key_variable
     key = environment.get(name) or None
@@ -717,7 +780,9 @@ def api_key_of(config: FrozenConfigDict, environment: Mapping[str, str] = Mappin
 def bind(host: str, port: int) -> socket.socket:
     """A socket at an address, not listening yet: an address that is taken is told before the model is loaded."""
     try:
-        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)

@@ -33,29 +33,28 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
-from MaxNano import (
-    compile_cache,
-    engine,
-    history,
-    losses,
-    optim,
-    pyconfig,
-    quantization,
-    rl,
-    runtime,
-    scaling,
-    schedules,
-    sharding,
-    tokenizer,
-)
-from MaxNano.checkpointing import Checkpointer
+from MaxNano import pyconfig, scaling
 from MaxNano.data import conversations
 from MaxNano.data.loader import DevicePrefetch, Loader, make_loader, merge_states, put_global
-from MaxNano.evals import bpb, branches, chat, core, samples
+from MaxNano.distributed import compile_cache, runtime, sharding
+from MaxNano.evals import bpb, chat, core, samples
 from MaxNano.evals.results import Results, evaluate_tasks
-from MaxNano.metrics import MetricLogger, print_table
-from MaxNano.model import Numerics, kept_residuals
-from MaxNano.train_state import Architecture, TrainState, abstract_state, architecture, initialize
+from MaxNano.inference import engine, prefix_scoring
+from MaxNano.models import losses, quantization
+from MaxNano.models.transformer import Numerics, kept_residuals
+from MaxNano.optimizers import groups, schedules
+from MaxNano.reporting import run_history
+from MaxNano.tokenization import tokenizer
+from MaxNano.training import rollouts
+from MaxNano.training.checkpointing import Checkpointer
+from MaxNano.training.metrics import MetricLogger, print_table
+from MaxNano.training.state import (
+    Architecture,
+    TrainState,
+    abstract_state,
+    architecture,
+    initialize,
+)
 
 LARGEST_MICRO_BATCH = 32  # rows a device takes at once where per_device_batch_size leaves it open
 LARGEST_REPLICATED = 0.02  # share of the parameters' bytes that may lie whole on every device
@@ -84,7 +83,9 @@ class BatchPlan(NamedTuple):
 def weighted_losses(config: FrozenConfigDict, nll: jax.Array, batch) -> jax.Array:
     """What each target adds to the loss, (rows, L), from its negative log-likelihood."""
     if "drawn_losses" in batch:
-        terms = losses.clipped_policy_losses(nll, batch["drawn_losses"], batch["weights"], config.rl_clip)
+        terms = losses.clipped_policy_losses(
+            nll, batch["drawn_losses"], batch["weights"], config.rl_clip
+        )
     else:
         terms = nll * batch["weights"]
     if "reference_losses" in batch:
@@ -167,8 +168,10 @@ def train_step(
         with jax.named_scope("reduce"):
             grads = jax.tree.map(
                 lambda g, p, spec: sharding.reduce(g.astype(p.dtype), spec, axes),
-                grads, setup.abstract.params, specs,
-            )  # fmt: skip
+                grads,
+                setup.abstract.params,
+                specs,
+            )
             return jax.lax.psum(sums, axes), grads
 
     (loss, (nats, size)), grads = setup.over_devices(
@@ -178,7 +181,9 @@ def train_step(
     with jax.named_scope("update"):
         grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params, step=state.step)
+        updates, opt_state = setup.optimizer.update(
+            grads, state.opt_state, state.params, step=state.step
+        )
         params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(
             partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
@@ -188,7 +193,11 @@ def train_step(
         "bpb": nats / (math.log(2) * jnp.maximum(size, 1)),
         "grad_norm": grad_norm,
         "lr_multiplier": schedules.lr_multiplier(
-            state.step, config.steps, config.warmup_steps, config.warmdown_ratio, config.final_lr_fraction
+            state.step,
+            config.steps,
+            config.warmup_steps,
+            config.warmdown_ratio,
+            config.final_lr_fraction,
         ),
         "skipped": 1 - finite.astype(jnp.int32),
     }
@@ -225,7 +234,9 @@ def score_step(params, batch, *, setup: "Setup") -> jax.Array:
         return rows.reshape(-1, rows.shape[-1])
 
     specs = setup.manual_specs(setup.abstract.params)
-    return setup.over_devices(local_losses, (specs, setup.batch_specs), setup.batch_specs)(params, batch)
+    return setup.over_devices(local_losses, (specs, setup.batch_specs), setup.batch_specs)(
+        params, batch
+    )
 
 
 def greedy_step(params, tokens, last, *, setup: "Setup") -> jax.Array:
@@ -268,7 +279,9 @@ class Setup:
 
     def manual_specs(self, tree):
         """For abstract arrays: how `batch_axes` cut them."""
-        return jax.tree.map(lambda leaf: sharding.manual_spec(leaf.sharding.spec, self.batch_axes), tree)
+        return jax.tree.map(
+            lambda leaf: sharding.manual_spec(leaf.sharding.spec, self.batch_axes), tree
+        )
 
     def over_devices(self, function, in_specs, out_specs):
         """`function` of each device's part of its arguments; what it exchanges over `batch_axes` it says itself."""
@@ -290,7 +303,7 @@ def set_up(config: FrozenConfigDict, devices=None) -> Setup:
     quantization.check(config.quantization, mesh.devices.flat)
     numerics = engine.numerics_of(config, mesh)
     model = architecture(config, numerics)
-    optimizer = optim.make_optimizer(config, dtype=numerics.dtype)
+    optimizer = groups.make_optimizer(config, dtype=numerics.dtype)
     abstract = abstract_state(config, model, optimizer, mesh)
     plan = plan_batch(config, sharding.batch_ways(mesh, config.logical_axis_rules))
     check_sharding(config, mesh, abstract)
@@ -303,7 +316,9 @@ def check_sharding(config: FrozenConfigDict, mesh: Mesh, abstract: TrainState) -
     Rules that name no mesh axis for any axis of parameters ask for that.
     """
     rules = {rule[0]: rule[1:] for rule in config.logical_axis_rules}
-    asked = not any(rules.get(axis) for axis in ("layers", "vocab", "embed", "heads", "kv_heads", "mlp"))
+    asked = not any(
+        rules.get(axis) for axis in ("layers", "vocab", "embed", "heads", "kv_heads", "mlp")
+    )
     share = sharding.replicated_share(abstract.params)
     if mesh.size > 1 and share > LARGEST_REPLICATED and not asked:
         raise ValueError(
@@ -349,7 +364,11 @@ def needed_bytes(setup: Setup) -> dict[str, int]:
 
     def gathered(itemsize):
         ways = setup.mesh.size // setup.plan.ways  # what does not cut the batch stays cut
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setup.abstract.params)) // ways * itemsize
+        return (
+            sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setup.abstract.params))
+            // ways
+            * itemsize
+        )
 
     tokens = plan.micro_rows * pyconfig.row_length(config)
     size = jnp.dtype(setup.numerics.dtype).itemsize
@@ -394,13 +413,18 @@ def print_plan(setup: Setup) -> None:
     flops = flops_per_token(config)
     tokens = config.steps * config.global_batch_tokens
     print_table("config", ("key", "value", "from"), pyconfig.describe(config))
-    groups = optim.group_summary(setup.model.shapes, config)
+    rows_of_groups = groups.group_summary(setup.model.shapes, config)
     rows = [
-        (row.group, f"{row.parameters:,}", f"{row.settings.learning_rate:.6g}",
-         ", ".join(f"{beta:g}" for beta in row.settings.betas), f"{row.settings.weight_decay:.6g}")
-        for row in groups
+        (
+            row.group,
+            f"{row.parameters:,}",
+            f"{row.settings.learning_rate:.6g}",
+            ", ".join(f"{beta:g}" for beta in row.settings.betas),
+            f"{row.settings.weight_decay:.6g}",
+        )
+        for row in rows_of_groups
     ]
-    total = f"{sum(row.parameters for row in groups):,}"
+    total = f"{sum(row.parameters for row in rows_of_groups):,}"
     header = ("group", "parameters", "learning rate", "betas", "weight decay")
     print_table("parameters", header, [*rows, ("total", total, "", "", "")])
     memory = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in needed_bytes(setup).items())
@@ -409,7 +433,11 @@ def print_plan(setup: Setup) -> None:
     facts = {
         "devices": f"{setup.mesh.size} x {device}, {layout}",
         "numbers": f"{setup.numerics.dtype}, embedding tables {setup.numerics.embedding_dtype}"
-        + ("" if config.quantization == "none" else f", products of the layers {config.quantization}"),
+        + (
+            ""
+            if config.quantization == "none"
+            else f", products of the layers {config.quantization}"
+        ),
         "attention": setup.numerics.attention,
         "FLOPs": f"{flops:,} a token, {flops * tokens:.4g} in all",
         "batch": f"{config.global_batch_tokens:,} tokens = {plan.ways} devices x {plan.micro_steps} micro-steps "
@@ -447,12 +475,16 @@ def load_start(setup: Setup, tokenizer_fingerprint: str) -> TrainState:
     Raises ValueError where there is none, or where it is of another model or tokenizer.
     """
     config, place = setup.config, start_directory(setup.config)
-    with Checkpointer(config, place, tokenizer_fingerprint=tokenizer_fingerprint, writer=False) as source:
+    with Checkpointer(
+        config, place, tokenizer_fingerprint=tokenizer_fingerprint, writer=False
+    ) as source:
         if config.load_optimizer:
             try:
                 state, extra = source.restore(setup.abstract)
             except ValueError as error:
-                raise ValueError(f"{error}; load_optimizer=false would read its parameters only") from error
+                raise ValueError(
+                    f"{error}; load_optimizer=false would read its parameters only"
+                ) from error
             params, opt_state = state.params, state.opt_state
         else:
             params, extra = source.restore_params_only(setup.abstract.params)
@@ -466,9 +498,11 @@ def load_start(setup: Setup, tokenizer_fingerprint: str) -> TrainState:
 
 def start_directory(config: FrozenConfigDict) -> epath.Path:
     """The folder of the run that load_from names. Raises ValueError where it is this run's own."""
-    place = history.start_folder(config.load_from, run_directory(config))
+    place = run_history.start_folder(config.load_from, run_directory(config))
     if place == run_directory(config):
-        raise ValueError(f"load_from={config.load_from} is the folder of this run itself; choose another run_name")
+        raise ValueError(
+            f"load_from={config.load_from} is the folder of this run itself; choose another run_name"
+        )
     return place
 
 
@@ -554,7 +588,10 @@ def compile_train(setup: Setup) -> tuple[Setup, jax.stages.Compiled]:
                 ) from error
             rows = plan.micro_steps * plan.micro_rows
             fewer = largest_divisor(rows, plan.micro_rows - 1)
-            print(f"{plan.micro_rows} rows a device do not fit into memory, compiling for {fewer}", flush=True)
+            print(
+                f"{plan.micro_rows} rows a device do not fit into memory, compiling for {fewer}",
+                flush=True,
+            )
             setup = replace(setup, plan=BatchPlan(plan.ways, rows // fewer, fewer))
 
 
@@ -565,8 +602,14 @@ def abstract_batch(setup: Setup) -> tuple[dict[str, jax.ShapeDtypeStruct], jax.S
     dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     if setup.config.dataset_type == "rollouts":
         dtypes |= {"drawn_losses": jnp.float32} if setup.config.rl_clip else {}
-        dtypes |= {"kl_weights": jnp.float32, "reference_losses": jnp.float32} if setup.config.rl_kl else {}
-    batch = {key: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for key, dtype in dtypes.items()}
+        dtypes |= (
+            {"kl_weights": jnp.float32, "reference_losses": jnp.float32}
+            if setup.config.rl_kl
+            else {}
+        )
+    batch = {
+        key: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for key, dtype in dtypes.items()
+    }
     everywhere = NamedSharding(setup.mesh, PartitionSpec())
     return batch, jax.ShapeDtypeStruct((setup.config.vocab_size,), jnp.int32, sharding=everywhere)
 
@@ -609,7 +652,9 @@ def due(step: int, interval: int) -> bool:
     return bool(interval) and step % interval == 0
 
 
-def open_loader(config: FrozenConfigDict, plan: BatchPlan, vocabulary, split: str, state=None) -> Loader:
+def open_loader(
+    config: FrozenConfigDict, plan: BatchPlan, vocabulary, split: str, state=None
+) -> Loader:
     """This host's part of the batches of a split."""
     return make_loader(
         config,
@@ -637,7 +682,13 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
         )
 
         # ---- State: from the last checkpoint, from that of another run, or new
-        extra = {"data": None, "metrics": None, "evaluated_step": None, "core_step": None, "chat_step": None}
+        extra = {
+            "data": None,
+            "metrics": None,
+            "evaluated_step": None,
+            "core_step": None,
+            "chat_step": None,
+        }
         if config.enable_checkpointing and checkpointer.latest_step() is not None:
             state, extra = checkpointer.restore(setup.abstract)
             check_start(config, extra["run"]["config"])
@@ -654,13 +705,21 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
 
         # ---- Data, metrics
         if config.dataset_type == "rollouts":
-            batches = rl.Rollouts(
-                config, setup.mesh, vocabulary, lambda: state.params, rows_sharding,
-                state=extra["data"], score_reference=reference_scorer(setup, vocabulary), on_step=preemption.check,
-            )  # fmt: skip
+            batches = rollouts.Rollouts(
+                config,
+                setup.mesh,
+                vocabulary,
+                lambda: state.params,
+                rows_sharding,
+                state=extra["data"],
+                score_reference=reference_scorer(setup, vocabulary),
+                on_step=preemption.check,
+            )
         else:
             batches = DevicePrefetch(
-                open_loader(config, plan, vocabulary, "train", extra["data"]), rows_sharding, config.prefetch_batches
+                open_loader(config, plan, vocabulary, "train", extra["data"]),
+                rows_sharding,
+                config.prefetch_batches,
             )
         cleanup.callback(batches.close)
         held_out = None
@@ -694,8 +753,10 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
             logger.flush()  # starts the clock anew: the next step's time does not have the saving in it
 
         # ---- Steps start ... config.steps, of which the last only evaluates and saves
-        evaluated_step, core_step, chat_step = (extra.get(f"{what}_step") for what in ("evaluated", "core", "chat"))
-        scorer = branches.Scorer(setup, vocabulary.bos_id)
+        evaluated_step, core_step, chat_step = (
+            extra.get(f"{what}_step") for what in ("evaluated", "core", "chat")
+        )
+        scorer = prefix_scoring.Scorer(setup, vocabulary.bos_id)
         skipped_in_a_row = 0
         try:
             for step in itertools.count(start):
@@ -717,33 +778,57 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
                                 preemption.checked(held_out),
                             )
                         logger.event(step, "validation", results)
-                    if config.sample_interval and (last or (step and due(step, config.sample_interval))):
+                    if config.sample_interval and (
+                        last or (step and due(step, config.sample_interval))
+                    ):
                         texts = samples.sample(
                             partial(programs.greedy, state.params), vocabulary, config.sample_tokens
                         )
                         logger.event(step, "samples", texts)
                     evaluated_step = step
-                if step != core_step and config.core_interval and (last or (step and due(step, config.core_interval))):
+                if (
+                    step != core_step
+                    and config.core_interval
+                    and (last or (step and due(step, config.core_interval)))
+                ):
                     score, rows = evaluate_tasks(
-                        config, core_tasks, vocabulary, scorer, state.params,
+                        config,
+                        core_tasks,
+                        vocabulary,
+                        scorer,
+                        state.params,
                         Results(directory, step, logger.state()["run_id"]),
-                        say=logger.message, progress=lambda done, total: preemption.check(),
-                    )  # fmt: skip
+                        say=logger.message,
+                        progress=lambda done, total: preemption.check(),
+                    )
                     centered = {label: values["centered"] for label, values in rows.items()}
                     logger.event(step, "core", {"core": score, **centered})
                     core_step = step
-                if step != chat_step and config.chat_interval and (last or (step and due(step, config.chat_interval))):
+                if (
+                    step != chat_step
+                    and config.chat_interval
+                    and (last or (step and due(step, config.chat_interval)))
+                ):
                     found = chat.evaluate_exams(
-                        config, exams, vocabulary, scorer.bind(state.params),
+                        config,
+                        exams,
+                        vocabulary,
+                        scorer.bind(state.params),
                         partial(chat.make_engine, config, setup.mesh, state.params, vocabulary),
                         Results(directory, step, logger.state()["run_id"]),
-                        dtype=setup.numerics.dtype, say=logger.message, on_step=preemption.check,
-                    )  # fmt: skip
+                        dtype=setup.numerics.dtype,
+                        say=logger.message,
+                        on_step=preemption.check,
+                    )
                     accuracies = {name: values["accuracy"] for name, values in found.items()}
                     logger.event(step, "chat", {**chat.summarize(found), **accuracies})
                     chat_step = step
 
-                if config.enable_checkpointing and step != start and (last or checkpointer.should_save(step)):
+                if (
+                    config.enable_checkpointing
+                    and step != start
+                    and (last or checkpointer.should_save(step))
+                ):
                     save(step)
                 if last:
                     break
@@ -797,11 +882,16 @@ def read_held_out(setup: Setup, vocabulary: tokenizer.Tokenizer) -> bpb.PackedRo
 
 def make_exams(config: FrozenConfigDict, vocabulary: tokenizer.Tokenizer) -> list[chat.Exam]:
     """What chat_tasks ask at intervals."""
-    limits = {"categorical": config.chat_interval_categorical, "generative": config.chat_interval_generative}
+    limits = {
+        "categorical": config.chat_interval_categorical,
+        "generative": config.chat_interval_generative,
+    }
     return [chat.make_exam(config, name, vocabulary, limits) for name in config.chat_tasks]
 
 
-def reference_scorer(setup: Setup, vocabulary: tokenizer.Tokenizer) -> Callable[[dict], jax.Array] | None:
+def reference_scorer(
+    setup: Setup, vocabulary: tokenizer.Tokenizer
+) -> Callable[[dict], jax.Array] | None:
     """What rl_kl compares with: the losses of a batch by load_from's model; None where it is off."""
     config = setup.config
     if not config.rl_kl:
@@ -809,7 +899,10 @@ def reference_scorer(setup: Setup, vocabulary: tokenizer.Tokenizer) -> Callable[
     if config.load_from is None:
         raise ValueError("rl_kl needs load_from, from whose model it measures; or set rl_kl=0")
     with Checkpointer(
-        config, start_directory(config), tokenizer_fingerprint=vocabulary.fingerprint(), writer=False
+        config,
+        start_directory(config),
+        tokenizer_fingerprint=vocabulary.fingerprint(),
+        writer=False,
     ) as source:
         params, _ = source.restore_params_only(setup.abstract.params)
     rows = sharding.batch_sharding(setup.mesh, config.logical_axis_rules)
@@ -826,7 +919,7 @@ def with_horizon(config: FrozenConfigDict) -> FrozenConfigDict:
     if not pyconfig.horizon_is_open(config):
         return config
     if config.dataset_type == "rollouts":
-        steps = rl.steps_of_passes(config)
+        steps = rollouts.steps_of_passes(config)
     else:
         steps = conversations.steps_of_passes(config, load_tokenizer(config))
     return pyconfig.replace(config, "chat_epochs", steps=steps)

@@ -18,7 +18,9 @@ if __name__ == "__main__":
 
     pyconfig.check_command_line()  # a typo is told now, not when JAX has been imported
     os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator of this machine is left alone
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # JAX asks for a TPU's place in a cloud when it is imported
+    os.environ["TPU_SKIP_MDS_QUERY"] = (
+        "1"  # JAX asks for a TPU's place in a cloud when it is imported
+    )
 
 import importlib.metadata
 import json
@@ -34,9 +36,12 @@ from etils import epath
 from jax.experimental import topologies
 from ml_collections import FrozenConfigDict
 
-from MaxNano import engine, pyconfig, runtime, storage, train
-from MaxNano.compile_report import ASSUMPTIONS, Report, Work, analyze
-from MaxNano.metrics import print_table
+from MaxNano import pyconfig, train
+from MaxNano.compile.costs import ASSUMPTIONS, Report, Work, analyze
+from MaxNano.distributed import runtime
+from MaxNano.inference import engine
+from MaxNano.storage import files
+from MaxNano.training.metrics import print_table
 
 # ---- Slices ----------------------------------------------------------------------------------------------------------
 
@@ -85,7 +90,9 @@ def slice_shape(name: str) -> tuple[str, tuple[int, ...]]:
         if not rest and chips == 2**doublings and known:
             if generation.axes == 3 and chips == 4:
                 return kind, (2, 2, 1)
-            return kind, tuple(2 ** ((doublings + axis) // generation.axes) for axis in range(generation.axes))
+            return kind, tuple(
+                2 ** ((doublings + axis) // generation.axes) for axis in range(generation.axes)
+            )
     raise ValueError(
         f"compile_topology={name} is no TPU slice: take a generation of {', '.join(GENERATIONS)} and a power of two, "
         "such as v6e-8, v5e-16, v5p-8 or v4-32 (names of v4 and v5p count two cores a chip, from 8 on)"
@@ -113,7 +120,9 @@ def slice_devices(name: str, num_slices: int = 1) -> list[Any]:
         options["num_slices"] = num_slices
     topology = f"{kind}:{'x'.join(map(str, shape))}"
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
+        return list(
+            topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+        )
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -149,17 +158,27 @@ def _prefill_work(setup: train.Setup) -> Work:
 def _decode_work(setup: train.Setup) -> Work:
     programs = engine.full_programs(setup)
     size, flops = programs.decode_costs(programs.plan.max_length)
-    return Work(flops * programs.steps, programs.slots * programs.steps, None, size * programs.steps)
+    return Work(
+        flops * programs.steps, programs.slots * programs.steps, None, size * programs.steps
+    )
 
 
 PROGRAMS = {
     "train": Program(
-        train.lower_train, lambda setup: _train_work(setup, steps=setup.config.steps), "per_device_batch_size"
+        train.lower_train,
+        lambda setup: _train_work(setup, steps=setup.config.steps),
+        "per_device_batch_size",
     ),
     # Forward is a third of a training step.
-    "evaluate": Program(train.lower_evaluate, lambda setup: _train_work(setup, 1 / 3), "per_device_batch_size"),
-    "prefill": Program(lambda setup: engine.full_programs(setup).lower_prefill(), _prefill_work, "decode_slots"),
-    "decode": Program(lambda setup: engine.full_programs(setup).lower_decode(), _decode_work, "decode_slots"),
+    "evaluate": Program(
+        train.lower_evaluate, lambda setup: _train_work(setup, 1 / 3), "per_device_batch_size"
+    ),
+    "prefill": Program(
+        lambda setup: engine.full_programs(setup).lower_prefill(), _prefill_work, "decode_slots"
+    ),
+    "decode": Program(
+        lambda setup: engine.full_programs(setup).lower_decode(), _decode_work, "decode_slots"
+    ),
 }
 
 
@@ -197,9 +216,14 @@ def _compile(setup: train.Setup, program: str) -> jax.stages.Compiled:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = str(error).splitlines()[0]
-        if "hbm" not in reason.lower():  # a kernel that needs too much of the memory beside the core
+        if (
+            "hbm" not in reason.lower()
+        ):  # a kernel that needs too much of the memory beside the core
             raise ValueError(f"the compiler refuses the {program} program: {reason}") from error
-        need = re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)|Used ([\d.]+\w) of ([\d.]+\w)", reason)
+        need = re.search(
+            r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)|Used ([\d.]+\w) of ([\d.]+\w)",
+            reason,
+        )
         sizes = f" ({' of '.join(filter(None, need.groups()))})" if need else ""
         batch = PROGRAMS[program].batch
         value = setup.plan.micro_rows if batch == "per_device_batch_size" else setup.config[batch]
@@ -222,7 +246,10 @@ def largest_batch(setup: train.Setup, program: str) -> int | None:
         middle = len(candidates) // 2
         rows = candidates[middle]
         try:
-            _compile(replace(setup, plan=plan._replace(micro_steps=share // rows, micro_rows=rows)), program)
+            _compile(
+                replace(setup, plan=plan._replace(micro_steps=share // rows, micro_rows=rows)),
+                program,
+            )
         except OutOfMemory:
             candidates = candidates[:middle]
         else:
@@ -251,19 +278,23 @@ def to_json(setup: train.Setup, reports: dict[str, Report]) -> dict[str, Any]:
         "rows_a_device": plan.micro_rows,
         "micro_steps": plan.micro_steps,
         "config": {key: value for key, value, _ in pyconfig.describe(config)},
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")
+        },
         "programs": {program: report.to_json() for program, report in reports.items()},
     }
 
 
 def write(path: epath.Path, values: dict[str, Any]) -> None:
     """Write JSON, whole or not at all."""
-    storage.write_whole(path, json.dumps(values, indent=1, default=str) + "\n")
+    files.write_whole(path, json.dumps(values, indent=1, default=str) + "\n")
 
 
 def main(config: FrozenConfigDict) -> int:
     """Compile, print, write."""
-    jax.config.update("jax_enable_compilation_cache", False)  # a program from the cache says no compile time
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # a program from the cache says no compile time
     setup = train.set_up(config, slice_devices(config.compile_topology, config.compile_num_slices))
     reports = {}
     for program in config.compile_programs:
@@ -271,7 +302,9 @@ def main(config: FrozenConfigDict) -> int:
             setup, reports[program] = compile_program(setup, program)
         except OutOfMemory as error:
             if PROGRAMS[program].batch != "per_device_batch_size":
-                raise ValueError(f"{error}: take fewer, a shorter decode_max_length or a larger slice") from error
+                raise ValueError(
+                    f"{error}: take fewer, a shorter decode_max_length or a larger slice"
+                ) from error
             print(f"{error}; looking for a batch that fits", file=sys.stderr, flush=True)
             rows = largest_batch(setup, program)
             if rows is None:
@@ -281,7 +314,9 @@ def main(config: FrozenConfigDict) -> int:
             raise ValueError(f"{error}: {remedy}") from error
         for title, header, rows in reports[program].tables():
             print_table(f"{program}: {title}", header, rows)
-    print_table("assumptions", ("what the compiler does not cost",), [(line,) for line in ASSUMPTIONS])
+    print_table(
+        "assumptions", ("what the compiler does not cost",), [(line,) for line in ASSUMPTIONS]
+    )
     path = report_path(config)
     write(path, to_json(setup, reports))
     print(f"written to {path}")

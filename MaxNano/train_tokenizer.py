@@ -21,8 +21,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import tiktoken
 from ml_collections import FrozenConfigDict
 
-from MaxNano import pyconfig, tokenizer
+from MaxNano import pyconfig
 from MaxNano.data import sources
+from MaxNano.tokenization import tokenizer
 
 PROGRESS_SECONDS = 5.0  # between progress lines
 REFERENCES = ("gpt2", "cl100k_base")  # vocabularies of tiktoken to compare with
@@ -198,7 +199,9 @@ def main(config: FrozenConfigDict) -> None:
             f"tokenizer_type={config.tokenizer_type} loads a vocabulary made elsewhere; what is"
             " trained here has tokenizer_type=bpe"
         )
-    print(f"Training a tokenizer of {config.vocab_size:,} tokens on {sources.open_source(config, 'train').where}")
+    print(
+        f"Training a tokenizer of {config.vocab_size:,} tokens on {sources.open_source(config, 'train').where}"
+    )
     start = time.monotonic()
     trained = train(config)
     trained.save(config.tokenizer_path)

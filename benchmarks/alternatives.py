@@ -24,7 +24,8 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import compile_report, pyconfig, train
+from MaxNano import pyconfig, train
+from MaxNano.compile import costs
 
 BASE = "as configured"
 ALTERNATIVES = {  # the dearest question first, since a table may stay unfinished
@@ -49,7 +50,7 @@ ALTERNATIVES = {  # the dearest question first, since a table may stay unfinishe
     "weights kept whole": "logical_axis_rules=[[activation_batch,data,fsdp]]",
 }
 ROWS = 32  # a device takes at once where per_device_batch_size leaves it open: all alternatives start from the same
-COLUMNS = ("alternative", "more", "all", *compile_report.CLASSES, "GiB", "compiled s", "failure")
+COLUMNS = ("alternative", "more", "all", *costs.CLASSES, "GiB", "compiled s", "failure")
 
 
 def configs(words: list[str]) -> dict[str, FrozenConfigDict]:
@@ -67,12 +68,20 @@ def main(config: FrozenConfigDict) -> None:
     kept = common.Kept(config.compile_report or train.run_directory(config) / "alternatives.jsonl")
     rows = []
     for name, own in configs(sys.argv[1:]).items():
-        task = {key: own[key] for key in pyconfig.keys_of(own) if key not in ("compile_report", "run_name")}
+        task = {
+            key: own[key]
+            for key in pyconfig.keys_of(own)
+            if key not in ("compile_report", "run_name")
+        }
         row = kept.find(task) or kept.add(task, {"alternative": name, **common.compile_step(own)})
         rows.append({**row, "alternative": name})
         if "all" in row and "all" in rows[0]:
             rows[-1]["more"] = row["all"] - rows[0]["all"]
-        print(f"{name}: {row.get('failure') or format(row['all'], ',.1f')}", file=sys.stderr, flush=True)
+        print(
+            f"{name}: {row.get('failure') or format(row['all'], ',.1f')}",
+            file=sys.stderr,
+            flush=True,
+        )
     print(
         f"ESTIMATED for {config.compile_topology}, not measured: {config.num_decoder_layers} layers of "
         f"{config.emb_dim}, {config.global_batch_tokens:,} tokens a step; M cycles a chip"

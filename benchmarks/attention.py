@@ -33,7 +33,9 @@ from jax.sharding import SingleDeviceSharding
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import attention, layers, pyconfig, runtime
+from MaxNano import pyconfig
+from MaxNano.distributed import runtime
+from MaxNano.models import attention, layers
 
 TOPOLOGY, KIND = "v6e:2x4", "TPU v6e"  # for estimates
 REPEATS = 5

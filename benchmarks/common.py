@@ -13,7 +13,8 @@ import jax
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import compile_report, train, train_compile
+from MaxNano import train, train_compile
+from MaxNano.compile import costs
 
 Row = dict[str, Any]
 
@@ -23,7 +24,9 @@ GIB = 2**30
 
 def chips_of(config: FrozenConfigDict) -> int:
     """Chips of compile_topology and compile_num_slices."""
-    return math.prod(train_compile.slice_shape(config.compile_topology)[1]) * config.compile_num_slices
+    return (
+        math.prod(train_compile.slice_shape(config.compile_topology)[1]) * config.compile_num_slices
+    )
 
 
 def compile_step(config: FrozenConfigDict) -> Row:
@@ -33,7 +36,9 @@ def compile_step(config: FrozenConfigDict) -> Row:
     """
     row: Row = {}
     try:
-        setup = train.set_up(config, train_compile.slice_devices(config.compile_topology, config.compile_num_slices))
+        setup = train.set_up(
+            config, train_compile.slice_devices(config.compile_topology, config.compile_num_slices)
+        )
         setup, report = train_compile.compile_program(setup, "train")
     except ValueError as error:  # out of memory, or a layout or kernel that is refused
         return {"failure": " ".join(str(error).split())}
@@ -43,7 +48,7 @@ def compile_step(config: FrozenConfigDict) -> Row:
     return row | costs(report)
 
 
-def costs(report: compile_report.Report) -> Row:
+def costs(report: costs.Report) -> Row:
     """A report's sums: cycles by class in millions, memory in GiB, a chip."""
     row: Row = {"all": report.cycles / 1e6}
     row |= {kind: cycles / 1e6 for kind, cycles in report.cycles_by_class.items()}
@@ -115,12 +120,18 @@ def source_hash() -> str:
 def show(rows: Sequence[Row], columns: Sequence[str] | None = None, digits: int = 1) -> None:
     """Print rows as a table of the columns in which one of them has something; floats with `digits` decimals."""
     columns = columns or list(dict.fromkeys(column for row in rows for column in row))
-    columns = [column for column in columns if any(row.get(column) not in (None, "") for row in rows)]
+    columns = [
+        column for column in columns if any(row.get(column) not in (None, "") for row in rows)
+    ]
     cells = [columns, *([_cell(row.get(column), digits) for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         first, *others = zip(line, widths, strict=True)
-        print("  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip())
+        print(
+            "  ".join(
+                [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+            ).rstrip()
+        )
 
 
 def _cell(value: Any, digits: int) -> str:

@@ -28,7 +28,8 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common, step_time
-from MaxNano import compile_cache, pyconfig, runtime, train
+from MaxNano import pyconfig, train
+from MaxNano.distributed import compile_cache, runtime
 
 LATENCY_SECONDS = 0.05
 BYTES_PER_SECOND = 50e6
@@ -49,7 +50,11 @@ def measure(words: Sequence[str]) -> None:
         row = {"ready s": time.perf_counter() - begin, "CPU s": time.process_time() - cpu_begin}
         row |= {"first step s": step(), "second step s": step()}
     compile_cache.finish()
-    print(json.dumps(row | {"found": events.count("cache_hits"), "not found": events.count("cache_misses")}))
+    print(
+        json.dumps(
+            row | {"found": events.count("cache_hits"), "not found": events.count("cache_misses")}
+        )
+    )
 
 
 def main(config: FrozenConfigDict) -> int | None:
@@ -65,10 +70,17 @@ def main(config: FrozenConfigDict) -> int | None:
             words += ["jax_cache_dir="] if name == "no cache" else []
             with tempfile.TemporaryDirectory() as home:
                 done = subprocess.run(
-                    [sys.executable, "-c", f"from benchmarks import compile_cache; compile_cache.measure({words!r})"],
+                    [
+                        sys.executable,
+                        "-c",
+                        f"from benchmarks import compile_cache; compile_cache.measure({words!r})",
+                    ],
                     env={**os.environ, **store.env, "HOME": home},
-                    cwd=common.ROOT, stdout=subprocess.PIPE, text=True, check=True,
-                )  # fmt: skip
+                    cwd=common.ROOT,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    check=True,
+                )
             size = sum(map(len, store.objects().values())) / 1e6
             rows.append({"machine": name, **json.loads(done.stdout.splitlines()[-1]), "MB": size})
             print(rows[-1], flush=True)

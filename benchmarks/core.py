@@ -30,9 +30,12 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import convert, evaluate, pyconfig, runtime, tokenizer, train
-from MaxNano.checkpointing import Checkpointer
-from MaxNano.evals import branches, core
+from MaxNano import convert, evaluate, pyconfig, train
+from MaxNano.distributed import runtime
+from MaxNano.evals import core
+from MaxNano.inference import prefix_scoring
+from MaxNano.tokenization import tokenizer
+from MaxNano.training.checkpointing import Checkpointer
 
 
 class Result(NamedTuple):
@@ -52,7 +55,9 @@ def start_nanochat(
         yield None
         return
     with tempfile.TemporaryDirectory() as folder:
-        arrays = convert.params_to_nanochat(jax.tree.map(np.asarray, jax.device_get(params)), config)
+        arrays = convert.params_to_nanochat(
+            jax.tree.map(np.asarray, jax.device_get(params)), config
+        )
         np.savez(Path(folder) / "model.npz", **arrays)
         facts = {
             "model": common.nanochat_model(config),
@@ -63,8 +68,12 @@ def start_nanochat(
             "shuffle_seed": core.SHUFFLE_SEED,
         }
         process = subprocess.Popen(
-            [os.environ.get("NANOCHAT_PYTHON", sys.executable), Path(__file__).with_name("nanochat_core.py")],
-            env=os.environ | {"PYTHONPATH": f"{os.environ['NANOCHAT']}:{os.environ.get('PYTHONPATH', '')}"},
+            [
+                os.environ.get("NANOCHAT_PYTHON", sys.executable),
+                Path(__file__).with_name("nanochat_core.py"),
+            ],
+            env=os.environ
+            | {"PYTHONPATH": f"{os.environ['NANOCHAT']}:{os.environ.get('PYTHONPATH', '')}"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -79,10 +88,16 @@ def start_nanochat(
             return json.loads(answer)
 
         def run(task: core.Task) -> Result:
-            return Result(*ask({
-                "task_type": task.kind, "num_fewshot": task.shots, "continuation_delimiter": task.delimiter,
-                "lines": task.content.decode(),
-            }))  # fmt: skip
+            return Result(
+                *ask(
+                    {
+                        "task_type": task.kind,
+                        "num_fewshot": task.shots,
+                        "continuation_delimiter": task.delimiter,
+                        "lines": task.content.decode(),
+                    }
+                )
+            )
 
         with process:
             print(f"nanochat: {ask(facts)}", flush=True)
@@ -90,7 +105,9 @@ def start_nanochat(
             process.stdin.close()
 
 
-def measure(task: core.Task, vocabulary: tokenizer.Tokenizer, score: core.Scorer, limit: int) -> Result:
+def measure(
+    task: core.Task, vocabulary: tokenizer.Tokenizer, score: core.Scorer, limit: int
+) -> Result:
     """A task in MaxNano, tokenising and all; what is compiled on the way counts."""
     wall, cpu = time.perf_counter(), time.process_time()
     (result,) = core.evaluate([task], vocabulary, score, max_per_task=limit)
@@ -104,34 +121,51 @@ def main(config: FrozenConfigDict) -> None:
     runtime.initialize(config)
     setup, vocabulary = train.set_up(config), train.load_tokenizer(config)
     tasks = core.load_bundle(config.core_bundle)
-    if os.environ.get("NANOCHAT") and 0 < config.core_max_per_task <= max(task.shots for task in tasks):
-        raise ValueError("nanochat fails on tasks with no more questions than examples: raise core_max_per_task")
+    if os.environ.get("NANOCHAT") and 0 < config.core_max_per_task <= max(
+        task.shots for task in tasks
+    ):
+        raise ValueError(
+            "nanochat fails on tasks with no more questions than examples: raise core_max_per_task"
+        )
     with jax.set_mesh(setup.mesh):
         with Checkpointer(config, train.run_directory(config), writer=False) as checkpointer:
             params, _ = checkpointer.restore_params_only(setup.abstract.params, config.step)
-        score = branches.Scorer(setup, vocabulary.bos_id).bind(params)
-        print(f"MaxNano: jax {jax.__version__}, {setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}")
+        score = prefix_scoring.Scorer(setup, vocabulary.bos_id).bind(params)
+        print(
+            f"MaxNano: jax {jax.__version__}, {setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}"
+        )
         table, share = [], 0.0
         with start_nanochat(config, params, vocabulary.bos_id) as nanochat:
             for task in tasks:
                 first = measure(task, vocabulary, score, config.core_max_per_task)
                 # Of two, because a second pass may find that another shape is worth compiling.
-                later = [measure(task, vocabulary, score, config.core_max_per_task) for _ in range(2)]
+                later = [
+                    measure(task, vocabulary, score, config.core_max_per_task) for _ in range(2)
+                ]
                 again = min(later, key=lambda result: result.cpu)
                 questions = len(first.correct)
                 row = {
-                    "task": task.label, "questions": questions, "all": task.content.count(b"\n"),
-                    "wall s": first.wall, "CPU s": first.cpu,
-                    "again wall s": again.wall, "again CPU s": again.cpu,
-                }  # fmt: skip
+                    "task": task.label,
+                    "questions": questions,
+                    "all": task.content.count(b"\n"),
+                    "wall s": first.wall,
+                    "CPU s": first.cpu,
+                    "again wall s": again.wall,
+                    "again CPU s": again.cpu,
+                }
                 share += row["all"] / questions * again.wall
                 if nanochat:
                     theirs = nanochat(task)
                     row |= {"nanochat wall s": theirs.wall, "nanochat CPU s": theirs.cpu}
-                    row["other answers"] = sum(a != b for a, b in zip(first.correct, theirs.correct, strict=True))
+                    row["other answers"] = sum(
+                        a != b for a, b in zip(first.correct, theirs.correct, strict=True)
+                    )
                 table.append(row)
                 print(f"{task.label}: {questions} questions", file=sys.stderr, flush=True)
-    total = {"task": "all", **{key: sum(row[key] for row in table) for key in table[0] if key != "task"}}
+    total = {
+        "task": "all",
+        **{key: sum(row[key] for row in table) for key in table[0] if key != "task"},
+    }
     common.show([*table, total], digits=2)
     for kind in ("wall", "CPU"):
         spent, later = total[f"{kind} s"], total[f"again {kind} s"]
@@ -140,7 +174,9 @@ def main(config: FrozenConfigDict) -> None:
             theirs = total[f"nanochat {kind} s"]
             line += f"; {theirs / spent:.2f} and {theirs / later:.2f} times nanochat"
         print(line)
-    print(f"all {total['all']:,} questions: about {(share + total['wall s'] - total['again wall s']) / 60:.0f} minutes")
+    print(
+        f"all {total['all']:,} questions: about {(share + total['wall s'] - total['again wall s']) / 60:.0f} minutes"
+    )
     print(json.dumps({"cores": os.cpu_count(), "tasks": [*table, total]}))
 
 

@@ -39,8 +39,10 @@ from etils import epath
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import convert, engine, pyconfig, runtime, sharding, train_compile
-from MaxNano.engine import Engine, Request
+from MaxNano import convert, pyconfig, train_compile
+from MaxNano.distributed import runtime, sharding
+from MaxNano.inference import engine
+from MaxNano.inference.engine import Engine, Request
 
 BATCHES = (1, 8, 32, 128)
 NANOCHAT_BATCHES = (1, 16)
@@ -56,7 +58,9 @@ def random_params(target: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         values = rng.standard_normal(leaf.shape, np.float32)
         return values / math.sqrt(leaf.shape[-2]) if leaf.ndim > 2 else 0.3 * values
 
-    return jax.tree.map(draw, target) | {"resid_lambdas": np.ones(target["resid_lambdas"].shape, np.float32)}
+    return jax.tree.map(draw, target) | {
+        "resid_lambdas": np.ones(target["resid_lambdas"].shape, np.float32)
+    }
 
 
 def time_prefill(programs: engine.Programs, weights, length: int) -> float:
@@ -71,7 +75,9 @@ def time_prefill(programs: engine.Programs, weights, length: int) -> float:
     cache, seconds = programs.empty_cache(), []
     for _ in range(1 + TURNS):
         begin = time.perf_counter()
-        cache, _ = jax.block_until_ready(programs.prefill(False)(weights, cache, *arrays, np.bool_(False)))
+        cache, _ = jax.block_until_ready(
+            programs.prefill(False)(weights, cache, *arrays, np.bool_(False))
+        )
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds[1:])
 
@@ -91,15 +97,23 @@ def measure(config: FrozenConfigDict, params, mesh: jax.sharding.Mesh, batch: in
     served = Engine(config, mesh, params, None, slots=batch)
     programs = served.programs
     prompt, new = lengths_of(served.max_length)
-    request = Request(prompt=prompt_of(config, prompt), max_tokens=new, samples=batch, temperature=0)
+    request = Request(
+        prompt=prompt_of(config, prompt), max_tokens=new, samples=batch, temperature=0
+    )
     found = [time_generation(served, request) for _ in range(1 + TURNS)][1:]
     whole, first = (statistics.median(column) for column in zip(*found, strict=True))
     a_token = (whole - first) / (new - 1)
     size, flops = programs.decode_costs(prompt + new // 2)
     row = {
-        "batch": batch, "prompt": prompt, "new": new, "first token ms": 1e3 * first, "ms a token": 1e3 * a_token,
-        "tokens/s": batch / a_token, "GB/s": size / a_token / 1e9, "GFLOP/s": flops / a_token / 1e9,
-    }  # fmt: skip
+        "batch": batch,
+        "prompt": prompt,
+        "new": new,
+        "first token ms": 1e3 * first,
+        "ms a token": 1e3 * a_token,
+        "tokens/s": batch / a_token,
+        "GB/s": size / a_token / 1e9,
+        "GFLOP/s": flops / a_token / 1e9,
+    }
     chip = runtime.chip(mesh.devices.flat[0])
     if chip:
         row["bandwidth"] = size / a_token / chip.memory_bandwidth
@@ -171,7 +185,9 @@ def compare(config: FrozenConfigDict, params, mesh: jax.sharding.Mesh) -> list[c
         for batch in NANOCHAT_BATCHES if nanochat else ():
             served = Engine(config, mesh, params, None, slots=batch)
             prompt, new = lengths_of(served.max_length)
-            request = Request(prompt=prompt_of(config, prompt), max_tokens=new, samples=batch, temperature=0)
+            request = Request(
+                prompt=prompt_of(config, prompt), max_tokens=new, samples=batch, temperature=0
+            )
             ours, theirs = [], []
             for _ in range(1 + TURNS):
                 begin = time.perf_counter()
@@ -192,7 +208,7 @@ def compare(config: FrozenConfigDict, params, mesh: jax.sharding.Mesh) -> list[c
                     "nanochat tokens/s": batch * new / theirs,
                     "times": theirs / ours,
                     "same tokens": same,
-                }  # fmt: skip
+                }
             )
     return rows
 
@@ -208,9 +224,17 @@ def main(config: FrozenConfigDict) -> int | None:
     runtime.initialize(config)
     mesh = sharding.make_mesh(config)
     target = engine.abstract_params(config, engine.numerics_of(config, mesh), mesh)
-    if jax.default_backend() == "cpu" and sum(x.size for x in jax.tree.leaves(target)) > LARGEST_CPU_MODEL:
-        print(f"ESTIMATED for {config.compile_topology}, not measured: this machine has no accelerator", flush=True)
-        return train_compile.main(pyconfig.replace(config, "cli", compile_programs=("prefill", "decode")))
+    if (
+        jax.default_backend() == "cpu"
+        and sum(x.size for x in jax.tree.leaves(target)) > LARGEST_CPU_MODEL
+    ):
+        print(
+            f"ESTIMATED for {config.compile_topology}, not measured: this machine has no accelerator",
+            flush=True,
+        )
+        return train_compile.main(
+            pyconfig.replace(config, "cli", compile_programs=("prefill", "decode"))
+        )
     run = epath.Path(config.base_output_directory).expanduser() / config.run_name
     has_run = (run / "checkpoints").exists()
     params = engine.load_params(config, mesh)[0] if has_run else random_params(target, config.seed)
@@ -221,7 +245,17 @@ def main(config: FrozenConfigDict) -> int | None:
     if beside:
         common.show(beside, digits=2)
     device = mesh.devices.flat[0].device_kind
-    print(json.dumps({"model": config.model, "device": device, "devices": mesh.size, "rows": rows, "nanochat": beside}))
+    print(
+        json.dumps(
+            {
+                "model": config.model,
+                "device": device,
+                "devices": mesh.size,
+                "rows": rows,
+                "nanochat": beside,
+            }
+        )
+    )
     return None
 
 

@@ -39,8 +39,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import pyconfig, tokenizer
+from MaxNano import pyconfig
 from MaxNano.data import loader, packing, sources
+from MaxNano.tokenization import tokenizer
 
 WARM_TOKENS = 1_000_000
 MEASURED_TOKENS = 6_000_000
@@ -60,7 +61,9 @@ class Result(NamedTuple):
 
 def cpu_seconds() -> float:
     """CPU time that this process and its running children have taken."""
-    return time.process_time() + sum(_cpu_seconds_of(child.pid) for child in multiprocessing.active_children())
+    return time.process_time() + sum(
+        _cpu_seconds_of(child.pid) for child in multiprocessing.active_children()
+    )
 
 
 def _cpu_seconds_of(pid: int) -> float:
@@ -83,7 +86,9 @@ def measure(batches: Iterator[loader.Batch]) -> Result:
                 for part in ("inputs", "targets"):
                     rows.update(batch[part].tobytes())
     spent = cpu_seconds() - cpu
-    return Result(tokens / (time.perf_counter() - begin), rows.hexdigest(), spent / tokens * MILLION)
+    return Result(
+        tokens / (time.perf_counter() - begin), rows.hexdigest(), spent / tokens * MILLION
+    )
 
 
 def measure_encoding(config: FrozenConfigDict, texts: list[list[str]]) -> Result:
@@ -203,7 +208,9 @@ def start_nanochat(config: FrozenConfigDict, rows: int) -> Iterator[Callable[[st
         process.stdin.close()
 
 
-def report(name: str, ours: Callable[[], Result], nanochat: Callable[[], Result] | None = None) -> common.Row:
+def report(
+    name: str, ours: Callable[[], Result], nanochat: Callable[[], Result] | None = None
+) -> common.Row:
     """Measure by turns and give the medians."""
     mine, theirs = [], []
     for _ in range(REPEATS):
@@ -221,7 +228,11 @@ def report(name: str, ours: Callable[[], Result], nanochat: Callable[[], Result]
     if nanochat:
         other = statistics.median(result.speed for result in theirs)
         same = {result.rows for result in mine} == {result.rows for result in theirs}
-        row |= {"nanochat": round(other), "times": row["tokens/s"] / other, "rows": "the same" if same else "OTHERS"}
+        row |= {
+            "nanochat": round(other),
+            "times": row["tokens/s"] / other,
+            "rows": "the same" if same else "OTHERS",
+        }
     print(f"{name}: {row['tokens/s']:,} tokens/s", file=sys.stderr, flush=True)
     return row
 
@@ -234,8 +245,12 @@ def worker_counts(config: FrozenConfigDict) -> list[int]:
 
 def needed(rows: dict[str, common.Row]) -> str:
     """What a million tokens/s takes, from the CPU seconds of the parts."""
-    encoding, packing_, transfer = (rows[name]["CPU s a million"] for name in ("encoding", "packing", "transfer"))
-    loading = rows["loader, 1 process"]["CPU s a million"] if "loader, 1 process" in rows else math.nan
+    encoding, packing_, transfer = (
+        rows[name]["CPU s a million"] for name in ("encoding", "packing", "transfer")
+    )
+    loading = (
+        rows["loader, 1 process"]["CPU s a million"] if "loader, 1 process" in rows else math.nan
+    )
     main = packing_ + transfer
     return (
         f"A million tokens/s needs {encoding:.2f} cores to encode, {packing_:.2f} to pack and {transfer:.2f} to hand "
@@ -262,12 +277,20 @@ def main(config: FrozenConfigDict) -> None:
         def run_nanochat(what: str) -> Callable[[], Result] | None:
             return (lambda: nanochat(what)) if nanochat else None
 
-        table.append(report("packing", lambda: measure_packing(config, pool, rows), run_nanochat("packing")))
+        table.append(
+            report("packing", lambda: measure_packing(config, pool, rows), run_nanochat("packing"))
+        )
         table.append(report("transfer", lambda: measure_transfer(config, rows)))
         name = "loader, data_readers=1"
-        table.append(report(name, lambda: measure_loader(one_reader, encoder, rows), run_nanochat("loader")))
+        table.append(
+            report(name, lambda: measure_loader(one_reader, encoder, rows), run_nanochat("loader"))
+        )
     for workers in (0, *worker_counts(config)):
-        name = f"loader, {workers} process{'es' if workers > 1 else ''}" if workers else "loader, a thread"
+        name = (
+            f"loader, {workers} process{'es' if workers > 1 else ''}"
+            if workers
+            else "loader, a thread"
+        )
         own = pyconfig.replace(config, "benchmark", data_workers=workers)
         table.append(report(name, lambda own=own: measure_loader(own, encoder, rows)))
     common.show(table, digits=2)

@@ -28,17 +28,25 @@ from jax.sharding import SingleDeviceSharding
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import compile_report, losses, pyconfig, runtime, scaling, train_compile
+from MaxNano import pyconfig, scaling, train_compile
+from MaxNano.compile import costs
+from MaxNano.distributed import runtime
+from MaxNano.models import losses
 
 ROWS = 32
 REPEATS = 10
 CHUNKS = (1024, 2048, 4096, 8192, 16384, 0)  # of the vocabulary; 0: all of it, the logits kept
-TOKEN_PARTS = (8, 32)  # of the tokens, each against the whole vocabulary and again in the backward pass
+TOKEN_PARTS = (
+    8,
+    32,
+)  # of the tokens, each against the whole vocabulary and again in the backward pass
 
 
 def plain(config: FrozenConfigDict, hidden, head, targets) -> jax.Array:
     """The loss as one writes it first: whole float32 logits, differentiated by JAX."""
-    logits = jnp.einsum("BLD,VD->BLV", hidden, head[: config.vocab_size], preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+        "BLD,VD->BLV", hidden, head[: config.vocab_size], preferred_element_type=jnp.float32
+    )
     likelihoods = jax.nn.log_softmax(losses.soft_cap(logits, config.logits_soft_cap))
     return -jnp.sum(jnp.take_along_axis(likelihoods, targets[..., None], axis=-1))
 
@@ -68,26 +76,30 @@ def variants(config: FrozenConfigDict, rows: int) -> dict[str, Callable]:
     chosen = losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size)
     chunks = [chunk for chunk in CHUNKS if chunk < config.vocab_size]
     named = {
-        (f"vocabulary by {chunk}" if chunk else "whole, logits kept") + (" (the config's)" if chunk == chosen else ""):
-        partial(by_vocabulary, config, chunk)
+        (f"vocabulary by {chunk}" if chunk else "whole, logits kept")
+        + (" (the config's)" if chunk == chosen else ""): partial(by_vocabulary, config, chunk)
         for chunk in (chunks if chosen in chunks else [chosen, *chunks])
-    }  # fmt: skip
+    }
     for parts in TOKEN_PARTS:
         if rows % parts == 0:
             named[f"tokens in {parts} parts"] = partial(by_tokens, config, parts)
     return named | {"plain": partial(plain, config)}
 
 
-def shapes(config: FrozenConfigDict, rows: int, dtype: str, place=None) -> list[jax.ShapeDtypeStruct]:
+def shapes(
+    config: FrozenConfigDict, rows: int, dtype: str, place=None
+) -> list[jax.ShapeDtypeStruct]:
     """Of hidden states, head and targets; the head in the compute dtype, as a step has it gathered."""
     vocab = scaling.round_up(config.vocab_size, config.vocab_multiple)
     length = config.max_target_length
     return [
         jax.ShapeDtypeStruct(shape, kind, sharding=place)
         for shape, kind in (
-            ((rows, length, config.emb_dim), dtype), ((vocab, config.emb_dim), dtype), ((rows, length), jnp.int32),
+            ((rows, length, config.emb_dim), dtype),
+            ((vocab, config.emb_dim), dtype),
+            ((rows, length), jnp.int32),
         )
-    ]  # fmt: skip
+    ]
 
 
 def matmul_flops(config: FrozenConfigDict, rows: int) -> int:
@@ -101,7 +113,10 @@ def measure(config: FrozenConfigDict, program: Callable, rows: int) -> common.Ro
     keys = jax.random.split(jax.random.key(config.seed), 3)
     hidden, head, targets = shapes(config, rows, runtime.compute_dtype(config, backend))
     arrays = [
-        *(jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, (hidden, head), strict=False)),
+        *(
+            jax.random.normal(key, x.shape, x.dtype)
+            for key, x in zip(keys, (hidden, head), strict=False)
+        ),
         jax.random.randint(keys[2], targets.shape, 0, config.vocab_size),
     ]
     program = jax.jit(program, compiler_options=runtime.compiler_options(config, backend))
@@ -127,7 +142,9 @@ def measure(config: FrozenConfigDict, program: Callable, rows: int) -> common.Ro
 
 def estimate(config: FrozenConfigDict, program: Callable, rows: int, device) -> common.Row:
     """Million cycles by class, and GiB, on a chip that is not there."""
-    arguments = shapes(config, rows, runtime.compute_dtype(config, "tpu"), SingleDeviceSharding(device))
+    arguments = shapes(
+        config, rows, runtime.compute_dtype(config, "tpu"), SingleDeviceSharding(device)
+    )
     program = jax.jit(program, compiler_options=runtime.compiler_options(config, "tpu"))
     started = time.monotonic()
     try:
@@ -137,9 +154,13 @@ def estimate(config: FrozenConfigDict, program: Callable, rows: int, device) -> 
             raise
         return {"failure": "does not fit"}
     chip = runtime.chip(device)
-    work = compile_report.Work(matmul_flops(config, rows), rows * config.max_target_length, None)
-    report = compile_report.analyze(
-        compiled, chip, vocab_size=config.vocab_size, work=work, compile_seconds=time.monotonic() - started
+    work = costs.Work(matmul_flops(config, rows), rows * config.max_target_length, None)
+    report = costs.analyze(
+        compiled,
+        chip,
+        vocab_size=config.vocab_size,
+        work=work,
+        compile_seconds=time.monotonic() - started,
     )
     row = common.costs(report)
     row["of peak"] = f"{report.mfu:.1%}"
@@ -149,7 +170,10 @@ def estimate(config: FrozenConfigDict, program: Callable, rows: int, device) -> 
 def main(config: FrozenConfigDict) -> None:
     """Measure or estimate every variant."""
     rows = config.per_device_batch_size or ROWS
-    programs = {name: jax.value_and_grad(loss, argnums=(0, 1)) for name, loss in variants(config, rows).items()}
+    programs = {
+        name: jax.value_and_grad(loss, argnums=(0, 1))
+        for name, loss in variants(config, rows).items()
+    }
     if jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
         device = train_compile.slice_devices(config.compile_topology)[0]

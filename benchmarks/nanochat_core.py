@@ -34,7 +34,10 @@ def main():
         random.Random(facts["shuffle_seed"]).shuffle(data)
         data = data[: facts["max_per_task"] or None]
         wall, cpu = time.perf_counter(), time.process_time()
-        correct = [core_eval.evaluate_example(i, model, tokenizer, data, device, task) for i in range(len(data))]
+        correct = [
+            core_eval.evaluate_example(i, model, tokenizer, data, device, task)
+            for i in range(len(data))
+        ]
         spent = time.perf_counter() - wall, time.process_time() - cpu
         print(json.dumps(["".join("01"[bool(one)] for one in correct), *spent]), flush=True)
 

@@ -51,7 +51,11 @@ def main():
     for line in sys.stdin:
         print(json.dumps([step() for _ in range(int(line))]), flush=True)
         if device.type == "cuda":
-            print(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most", file=sys.stderr, flush=True)
+            print(
+                f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

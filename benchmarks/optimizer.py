@@ -21,14 +21,17 @@ import jax
 import optax
 from ml_collections import FrozenConfigDict
 
-from MaxNano import optim, pyconfig, runtime, train, train_state
+from MaxNano import pyconfig, train
+from MaxNano.distributed import runtime
+from MaxNano.optimizers import groups
+from MaxNano.training import state as train_state
 
 UPDATES = 10
 
 
 def polar_express_flops(params: dict, iterations: int) -> int:
     """Floating-point operations of the matrix products: three an iteration, on the shorter side's Gram matrix."""
-    labels = jax.tree.leaves(optim.label_params(params))
+    labels = jax.tree.leaves(groups.label_params(params))
     total = 0
     for label, leaf in zip(labels, jax.tree.leaves(params), strict=True):
         if label == "muon":
@@ -44,7 +47,7 @@ def main(config: FrozenConfigDict) -> None:
     jax.set_mesh(mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
-    for row in optim.group_summary(abstract.params, config):
+    for row in groups.group_summary(abstract.params, config):
         print(
             f"{row.group:14} {row.parameters:>13,} parameters, rate {row.settings.learning_rate:.5g}"
         )

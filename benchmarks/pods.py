@@ -37,13 +37,17 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import compile_report, hlo, pyconfig, runtime, train, train_compile
+from MaxNano import pyconfig, train, train_compile
+from MaxNano.compile import costs, hlo
+from MaxNano.distributed import runtime
 
 SLICES = (("v6e-16", 1), ("v6e-64", 1), ("v6e-256", 1), ("v6e-256", 2))
 SHORT = 256  # tokens of a row where only weights and collectives count
 # What makes that program quick to compile and leaves state and collectives as they are.
 QUICK = ("xla_flags=[]", "muon_iterations=1", "window_pattern=L")
-LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}  # no search for fast code, which nobody looks at
+LEAST_EFFORT = {
+    "exec_time_optimization_effort": -1.0
+}  # no search for fast code, which nobody looks at
 # State is cut among eight neighbours and repeated over all others: Muon then needs no communication whatever the number
 # of chips (24 and 32 layers divide by 8), a step gathers over few links, and no weight travels between slices.
 FSDP = 8
@@ -51,7 +55,11 @@ RULES = (
     "logical_axis_rules=[[layers,fsdp],[vocab,fsdp,tensor],[heads,tensor],[kv_heads,tensor],[mlp,tensor],"
     "[activation_batch,data,fsdp],[activation_heads,tensor],[activation_mlp,tensor],[activation_vocab,tensor]]"
 )
-PER_STEP = ("gather", "reduce", "update")  # named scopes of train.train_step that rows have no part in
+PER_STEP = (
+    "gather",
+    "reduce",
+    "update",
+)  # named scopes of train.train_step that rows have no part in
 
 
 class Layout(NamedTuple):
@@ -72,13 +80,22 @@ class Layout(NamedTuple):
     def words(self) -> list[str]:
         """Of a command line."""
         return [
-            f"ici_data_parallelism={self.data}", f"ici_fsdp_parallelism={self.fsdp}",
-            f"ici_tensor_parallelism={self.tensor}", f"dcn_data_parallelism={self.slices}",
-            "dcn_fsdp_parallelism=1", "dcn_tensor_parallelism=1", RULES,
-        ]  # fmt: skip
+            f"ici_data_parallelism={self.data}",
+            f"ici_fsdp_parallelism={self.fsdp}",
+            f"ici_tensor_parallelism={self.tensor}",
+            f"dcn_data_parallelism={self.slices}",
+            "dcn_fsdp_parallelism=1",
+            "dcn_tensor_parallelism=1",
+            RULES,
+        ]
 
     def __str__(self) -> str:
-        sizes = (f"data {self.data}", f"fsdp {self.fsdp}", f"tensor {self.tensor}", f"dcn data {self.slices}")
+        sizes = (
+            f"data {self.data}",
+            f"fsdp {self.fsdp}",
+            f"tensor {self.tensor}",
+            f"dcn data {self.slices}",
+        )
         return " x ".join(size for size in sizes if not size.endswith(" 1"))
 
 
@@ -87,12 +104,16 @@ class Layout(NamedTuple):
 
 def whole_step(config: FrozenConfigDict) -> common.Row:
     """What a chip of compile_topology computes: cycles a step, a micro-step and a token, and GiB beside the state."""
-    setup = train.set_up(config, train_compile.slice_devices(config.compile_topology, config.compile_num_slices))
+    setup = train.set_up(
+        config, train_compile.slice_devices(config.compile_topology, config.compile_num_slices)
+    )
     started = time.monotonic()
     setup, compiled = train.compile_train(setup)
     seconds = time.monotonic() - started
     chip = runtime.chip(setup.mesh.devices.flat[0])
-    walk = compile_report.walk(hlo.parse(compiled.as_text()), chip, mesh=setup.mesh, vocab_size=config.vocab_size)
+    walk = costs.walk(
+        hlo.parse(compiled.as_text()), chip, mesh=setup.mesh, vocab_size=config.vocab_size
+    )
     cycles = defaultdict(float)
     for operation in walk.operations:
         cycles[unit_of(operation)] += operation.total
@@ -108,7 +129,7 @@ def whole_step(config: FrozenConfigDict) -> common.Row:
     }
 
 
-def unit_of(operation: compile_report.Operation) -> str:
+def unit_of(operation: costs.Operation) -> str:
     """With what an operation's work grows: the number of steps, of micro-steps or of tokens."""
     scopes = operation.op_name.split("/")
     if any(scope in scopes for scope in PER_STEP):
@@ -120,9 +141,17 @@ def short_step(words: Sequence[str], topology: str, layout: Layout) -> common.Ro
     """State in GiB, and seconds of collectives by axes and network, of a step on one short row a chip."""
     ways = layout.data * layout.fsdp * layout.slices
     config = pyconfig.initialize(
-        [*words, *QUICK, *layout.words(), f"compile_topology={topology}", f"compile_num_slices={layout.slices}",
-         f"max_target_length={SHORT}", f"global_batch_tokens={SHORT * ways}", "per_device_batch_size=1"]
-    )  # fmt: skip
+        [
+            *words,
+            *QUICK,
+            *layout.words(),
+            f"compile_topology={topology}",
+            f"compile_num_slices={layout.slices}",
+            f"max_target_length={SHORT}",
+            f"global_batch_tokens={SHORT * ways}",
+            "per_device_batch_size=1",
+        ]
+    )
     setup = train.set_up(config, train_compile.slice_devices(topology, layout.slices))
     started = time.monotonic()
     try:
@@ -133,7 +162,9 @@ def short_step(words: Sequence[str], topology: str, layout: Layout) -> common.Ro
         return {"failure": "does not fit"}
     seconds = time.monotonic() - started
     chip = runtime.chip(setup.mesh.devices.flat[0])
-    walk = compile_report.walk(hlo.parse(compiled.as_text()), chip, mesh=setup.mesh, vocab_size=config.vocab_size)
+    walk = costs.walk(
+        hlo.parse(compiled.as_text()), chip, mesh=setup.mesh, vocab_size=config.vocab_size
+    )
     times, sizes, count = defaultdict(float), defaultdict(float), 0
     for collective in walk.collectives:
         name = f"{'+'.join(collective.axes)} {collective.network}"
@@ -152,7 +183,9 @@ def short_step(words: Sequence[str], topology: str, layout: Layout) -> common.Ro
 # ---- The estimate ----------------------------------------------------------------------------------------------------
 
 
-def estimate(config: FrozenConfigDict, whole: common.Row, short: common.Row, layout: Layout, tokens: int) -> common.Row:
+def estimate(
+    config: FrozenConfigDict, whole: common.Row, short: common.Row, layout: Layout, tokens: int
+) -> common.Row:
     """A row of the table for steps of `tokens`."""
     row: common.Row = {"layout": str(layout), "tokens a step": tokens}
     if "failure" in short:
@@ -162,7 +195,9 @@ def estimate(config: FrozenConfigDict, whole: common.Row, short: common.Row, lay
     own = tokens / chips
     micro_steps = max(1.0, own * whole["tensor"] / (whole["rows"] * config.max_target_length))
     rows_ms = own * whole["token cycles"] / chip.clock_hz * 1e3
-    weights_ms = (whole["step cycles"] + micro_steps * whole["micro-step cycles"]) / chip.clock_hz * 1e3
+    weights_ms = (
+        (whole["step cycles"] + micro_steps * whole["micro-step cycles"]) / chip.clock_hz * 1e3
+    )
     ici = dcn = 0.0
     for name, seconds in short["seconds"].items():
         scale = own * layout.tensor / SHORT if "tensor" in name else 1.0
@@ -197,13 +232,24 @@ def main(config: FrozenConfigDict) -> None:
     for topology, slices in SLICES:
         chips = math.prod(train_compile.slice_shape(topology)[1]) * slices
         batch = config.global_batch_tokens
-        for fixed, tokens in (("tokens a chip", batch // common.chips_of(config) * chips), ("batch", batch)):
-            layout = Layout.choose(chips, slices, tokens // config.max_target_length, config.ici_tensor_parallelism)
+        for fixed, tokens in (
+            ("tokens a chip", batch // common.chips_of(config) * chips),
+            ("batch", batch),
+        ):
+            layout = Layout.choose(
+                chips, slices, tokens // config.max_target_length, config.ici_tensor_parallelism
+            )
             task = ["short", topology, list(layout), *words]
             short = kept.find(task) or kept.add(task, short_step(words, topology, layout))
             name = f"{slices} x {topology}" if slices > 1 else topology
-            rows.append({"slice": name, "fixed": fixed, **estimate(config, whole, short, layout, tokens)})
-            print(f"{name}, fixed {fixed}: {rows[-1].get('step ms', 'does not fit')}", file=sys.stderr, flush=True)
+            rows.append(
+                {"slice": name, "fixed": fixed, **estimate(config, whole, short, layout, tokens)}
+            )
+            print(
+                f"{name}, fixed {fixed}: {rows[-1].get('step ms', 'does not fit')}",
+                file=sys.stderr,
+                flush=True,
+            )
     print(
         f"ESTIMATED for {config.model}, not measured: computation scaled from {config.compile_topology}, collectives "
         f"compiled with rows of {SHORT} tokens; at most {whole['rows']} rows a chip at a time"

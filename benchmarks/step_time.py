@@ -33,8 +33,10 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import pyconfig, runtime, sharding, train, train_compile, train_state
+from MaxNano import pyconfig, train, train_compile
 from MaxNano.data.loader import put_global, to_batch
+from MaxNano.distributed import runtime, sharding
+from MaxNano.training import state as train_state
 
 TURNS = 6
 STEPS_A_TURN = 4
@@ -62,7 +64,9 @@ def prepare(setup: train.Setup, program: jax.stages.Compiled) -> Callable[[], fl
 
 
 @contextlib.contextmanager
-def start_nanochat(config: FrozenConfigDict, plan: train.BatchPlan) -> Iterator[Callable[[int], list[float]] | None]:
+def start_nanochat(
+    config: FrozenConfigDict, plan: train.BatchPlan
+) -> Iterator[Callable[[int], list[float]] | None]:
     """A function that lets nanochat take steps and returns their seconds; None where it is not asked for."""
     checkout = os.environ.get("NANOCHAT")
     if not checkout:
@@ -100,7 +104,11 @@ def start_nanochat(config: FrozenConfigDict, plan: train.BatchPlan) -> Iterator[
 def too_large(config: FrozenConfigDict) -> bool:
     """Whether there is only a CPU and a step would take it minutes."""
     flops = train.flops_per_token(config) * config.global_batch_tokens
-    return jax.default_backend() == "cpu" and not os.environ.get("NANOCHAT") and flops > LARGEST_CPU_STEP
+    return (
+        jax.default_backend() == "cpu"
+        and not os.environ.get("NANOCHAT")
+        and flops > LARGEST_CPU_STEP
+    )
 
 
 def in_use() -> float | None:
@@ -122,9 +130,14 @@ def statistics_of(seconds: list[float], config: FrozenConfigDict, peak: float | 
     flops = rate * train.flops_per_token(config)
     quarter, _, three_quarters = statistics.quantiles(seconds)
     row = {
-        "median s": median, "best s": min(seconds), "quarter s": quarter, "three quarters s": three_quarters,
-        "worst s": max(seconds), "tokens/s": round(rate), "TFLOP/s": flops / 1e12,
-    }  # fmt: skip
+        "median s": median,
+        "best s": min(seconds),
+        "quarter s": quarter,
+        "three quarters s": three_quarters,
+        "worst s": max(seconds),
+        "tokens/s": round(rate),
+        "TFLOP/s": flops / 1e12,
+    }
     return row | ({"MFU": flops / peak} if peak else {})
 
 
@@ -132,7 +145,10 @@ def main(config: FrozenConfigDict) -> int | None:
     """Take TURNS turns of STEPS_A_TURN steps each."""
     runtime.initialize(config)
     if too_large(config):
-        print(f"ESTIMATED for {config.compile_topology}, not measured: this machine has no accelerator", flush=True)
+        print(
+            f"ESTIMATED for {config.compile_topology}, not measured: this machine has no accelerator",
+            flush=True,
+        )
         return train_compile.main(config)
     setup = train.set_up(config)
     train.check_memory(setup)
@@ -146,13 +162,24 @@ def main(config: FrozenConfigDict) -> int | None:
             ours += [step() for _ in range(STEPS_A_TURN)]
             theirs += nanochat(STEPS_A_TURN) if nanochat else []
     peak = runtime.peak_flops(list(setup.mesh.devices.flat))
-    rows = [{"step": "MaxNano", **statistics_of(ours, config, peak), "GiB": memory(program), "GiB in use": in_use()}]
+    rows = [
+        {
+            "step": "MaxNano",
+            **statistics_of(ours, config, peak),
+            "GiB": memory(program),
+            "GiB in use": in_use(),
+        }
+    ]
     if theirs:
         rows.append({"step": "nanochat", **statistics_of(theirs, config, peak)})
         rows[1]["times"] = rows[1]["median s"] / rows[0]["median s"]
     common.show(rows, digits=4)
     device = jax.devices()[0].device_kind
-    print(json.dumps({"model": config.model, "device": device, "devices": setup.mesh.size, "rows": rows}))
+    print(
+        json.dumps(
+            {"model": config.model, "device": device, "devices": setup.mesh.size, "rows": rows}
+        )
+    )
     return None
 
 

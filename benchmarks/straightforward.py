@@ -35,20 +35,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import (
-    attention,
-    compile_report,
-    layers,
-    metrics,
-    model,
-    optim,
-    pyconfig,
-    runtime,
-    sharding,
-    train,
-    train_compile,
-    train_state,
-)
+from MaxNano import pyconfig, train, train_compile
+from MaxNano.compile import costs
+from MaxNano.distributed import runtime, sharding
+from MaxNano.models import attention, layers, transformer
+from MaxNano.optimizers import groups
+from MaxNano.training import metrics
+from MaxNano.training import state as train_state
 
 MEASURED_SECONDS = 1.43  # the recipe's step on a v6e-8
 ROWS = 2  # a chip takes at once
@@ -83,13 +76,17 @@ def _rows(tree):
 def stack(params: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `unstack`."""
     lists = {name: value for name, value in params.items() if isinstance(value, list)}
-    return params | {name: jax.tree.map(lambda *x: jnp.stack(x), *rows) for name, rows in lists.items()}
+    return params | {
+        name: jax.tree.map(lambda *x: jnp.stack(x), *rows) for name, rows in lists.items()
+    }
 
 
 def norm(x: jax.Array, epsilon: float) -> jax.Array:
     """RMS norm of the last axis, in float32, differentiated by JAX."""
     wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)).astype(
+        x.dtype
+    )
 
 
 @jax.custom_vjp
@@ -105,7 +102,9 @@ def _lookup_backward(residuals, grad):
     return jnp.einsum("TV,TW->VW", hot, rows, precision=HIGHEST).astype(like.dtype), None
 
 
-lookup.defvjp(lambda table, tokens: (lookup(table, tokens), (table[:, :0], tokens)), _lookup_backward)
+lookup.defvjp(
+    lambda table, tokens: (lookup(table, tokens), (table[:, :0], tokens)), _lookup_backward
+)
 
 
 class Recipe(NamedTuple):
@@ -133,7 +132,10 @@ def hidden_states(recipe: Recipe, params: dict[str, Any], tokens: jax.Array) -> 
 
     def rotated(x):
         a, b = jnp.split(x, 2, axis=-1)
-        return normed(jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)) * config.qk_norm_scale
+        return (
+            normed(jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1))
+            * config.qk_norm_scale
+        )
 
     def attend(x, weights, value_rows, gate, window):
         q, k, v = (heads(x, weights[name]) for name in ("query", "key", "value"))
@@ -142,23 +144,35 @@ def hidden_states(recipe: Recipe, params: dict[str, Any], tokens: jax.Array) -> 
             v = v + config.value_embed_gate_range * share[..., None] * value_rows.reshape(v.shape)
         y = attention.attention(
             *(part.swapaxes(1, 2) for part in (rotated(q), rotated(k), v)),
-            window=window, kernel=recipe.kernel, settings=settings, rules=config.logical_axis_rules,
-        )  # fmt: skip
+            window=window,
+            kernel=recipe.kernel,
+            settings=settings,
+            rules=config.logical_axis_rules,
+        )
         return y.swapaxes(1, 2).reshape(*x.shape[:2], -1) @ weights["out"].astype(dtype)
 
     x = normed(params["token_embed"][tokens].astype(dtype))
     if config.smear_gate_channels:
-        gate = jax.nn.sigmoid(x[:, 1:, : config.smear_gate_channels] @ params["smear_gate"].astype(dtype))
+        gate = jax.nn.sigmoid(
+            x[:, 1:, : config.smear_gate_channels] @ params["smear_gate"].astype(dtype)
+        )
         share = params["smear_lambda"].astype(dtype) * gate[..., None]
         x = jnp.concatenate([x[:, :1], x[:, 1:] + share * x[:, :-1]], axis=1)
     x0 = x
     value_rows = iter(
-        [(lookup(table, tokens).astype(dtype), gate)
-         for table, gate in zip(params.get("value_embeds", ()), params.get("value_gate", ()), strict=True)]
-    )  # fmt: skip
-    for i, kind in enumerate(model.layer_kinds(config)):
+        [
+            (lookup(table, tokens).astype(dtype), gate)
+            for table, gate in zip(
+                params.get("value_embeds", ()), params.get("value_gate", ()), strict=True
+            )
+        ]
+    )
+    for i, kind in enumerate(transformer.layer_kinds(config)):
         weights = params["layers"][i]
-        x = params["resid_lambdas"][i].astype(dtype) * x + params["x0_lambdas"][i].astype(dtype) * x0
+        x = (
+            params["resid_lambdas"][i].astype(dtype) * x
+            + params["x0_lambdas"][i].astype(dtype) * x0
+        )
         rows, gate = next(value_rows) if kind.has_value_embed else (None, None)
         x = x + attend(normed(x), weights["attention"], rows, gate, kind.window)
         inner = jnp.square(jax.nn.relu(normed(x) @ weights["mlp"]["wi"].astype(dtype)))
@@ -170,12 +184,16 @@ def hidden_states(recipe: Recipe, params: dict[str, Any], tokens: jax.Array) -> 
     return normed(x)
 
 
-def mean_loss(recipe: Recipe, params: dict[str, Any], inputs: jax.Array, targets: jax.Array) -> jax.Array:
+def mean_loss(
+    recipe: Recipe, params: dict[str, Any], inputs: jax.Array, targets: jax.Array
+) -> jax.Array:
     """Mean negative log-likelihood of the targets that are not -1, from whole float32 logits."""
     config = recipe.config
     x = hidden_states(recipe, params, inputs)
     head = params["lm_head"].astype(recipe.dtype)
-    logits = jnp.einsum("BLD,VD->BLV", x, head, precision=HIGHEST)[..., : config.vocab_size].astype(jnp.float32)
+    logits = jnp.einsum("BLD,VD->BLV", x, head, precision=HIGHEST)[..., : config.vocab_size].astype(
+        jnp.float32
+    )
     if config.logits_soft_cap:
         logits = config.logits_soft_cap * jnp.tanh(logits / config.logits_soft_cap)
     likelihoods = jax.nn.log_softmax(logits)
@@ -186,15 +204,23 @@ def mean_loss(recipe: Recipe, params: dict[str, Any], inputs: jax.Array, targets
 # ---- The step --------------------------------------------------------------------------------------------------------
 
 
-def set_up(config: FrozenConfigDict, devices: list[Any], *, kernel: str = "splash", rows: int = ROWS) -> Recipe:
+def set_up(
+    config: FrozenConfigDict, devices: list[Any], *, kernel: str = "splash", rows: int = ROWS
+) -> Recipe:
     """The recipe for a config, whose sizes and rates it takes."""
-    config = pyconfig.replace(config, "recipe", **SPLASH, logical_axis_rules=RULES, per_device_batch_size=rows)
+    config = pyconfig.replace(
+        config, "recipe", **SPLASH, logical_axis_rules=RULES, per_device_batch_size=rows
+    )
     mesh = sharding.make_mesh(config, devices)
     backend = mesh.devices.flat[0].platform
     dtype = runtime.compute_dtype(config, backend)
-    numerics = model.Numerics(dtype, runtime.embedding_dtype(config, backend), kernel, "scatter", backend)
-    optimizer = optim.make_optimizer(config, dtype=dtype)
-    abstract = train_state.abstract_state(config, train_state.architecture(config, numerics), optimizer, mesh)
+    numerics = transformer.Numerics(
+        dtype, runtime.embedding_dtype(config, backend), kernel, "scatter", backend
+    )
+    optimizer = groups.make_optimizer(config, dtype=dtype)
+    abstract = train_state.abstract_state(
+        config, train_state.architecture(config, numerics), optimizer, mesh
+    )
     plan = train.plan_batch(config, sharding.batch_ways(mesh, RULES))
     return Recipe(config, mesh, dtype, optimizer, abstract, plan, kernel)
 
@@ -206,7 +232,9 @@ def train_step(recipe: Recipe, params, opt_state, count, inputs, targets):
         loss, grads = jax.value_and_grad(partial(mean_loss, recipe))(params, *micro)
         return jax.tree.map(jnp.add, total, grads), loss
 
-    grads, losses = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), (inputs, targets))
+    grads, losses = jax.lax.scan(
+        accumulate, jax.tree.map(jnp.zeros_like, params), (inputs, targets)
+    )
     grads = jax.tree.map(lambda grad: grad / recipe.plan.micro_steps, grads)
     stacked = stack(params)
     updates, opt_state = recipe.optimizer.update(stack(grads), opt_state, stacked, step=count)
@@ -217,10 +245,12 @@ def jit_step(recipe: Recipe):
     """The jitted step; it takes the memory of parameters and optimizer state."""
     whole = NamedSharding(recipe.mesh, PartitionSpec())
     kept = jax.tree.map(lambda leaf: leaf.sharding, recipe.abstract.opt_state)
-    return jax.jit(partial(train_step, recipe), donate_argnums=(0, 1), out_shardings=(whole, kept, whole))
+    return jax.jit(
+        partial(train_step, recipe), donate_argnums=(0, 1), out_shardings=(whole, kept, whole)
+    )
 
 
-def compile_recipe(recipe: Recipe) -> compile_report.Report:
+def compile_recipe(recipe: Recipe) -> costs.Report:
     """The report of the recipe's step. Raises jax.errors.JaxRuntimeError where it does not fit."""
     config, plan, mesh = recipe.config, recipe.plan, recipe.mesh
     whole = NamedSharding(mesh, PartitionSpec())
@@ -229,18 +259,24 @@ def compile_recipe(recipe: Recipe) -> compile_report.Report:
         jax.eval_shape(unstack, recipe.abstract.params),
     )
     shape = (plan.micro_steps, plan.ways * plan.micro_rows, config.max_target_length)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(None, "data")))
+    tokens = jax.ShapeDtypeStruct(
+        shape, jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(None, "data"))
+    )
     started = time.monotonic()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jit_step(recipe).lower(params, recipe.abstract.opt_state, recipe.abstract.step, tokens, tokens)
+        lowered = jit_step(recipe).lower(
+            params, recipe.abstract.opt_state, recipe.abstract.step, tokens, tokens
+        )
     compiled = lowered.compile()
-    return compile_report.analyze(
+    return costs.analyze(
         compiled,
         runtime.chip(mesh.devices.flat[0]),
         mesh=mesh,
         vocab_size=config.vocab_size,
-        work=compile_report.Work(
-            train.flops_per_token(config) * config.global_batch_tokens, config.global_batch_tokens, config.steps
+        work=costs.Work(
+            train.flops_per_token(config) * config.global_batch_tokens,
+            config.global_batch_tokens,
+            config.steps,
         ),
         compile_seconds=time.monotonic() - started,
     )
@@ -258,7 +294,10 @@ def main(config: FrozenConfigDict) -> None:
     recipe = compile_recipe(set_up(config, devices))
     print_report("recipe", recipe)
     ratio = recipe.cycles / product.cycles
-    rows = [{"step": name, **common.costs(report)} for name, report in (("product", product), ("recipe", recipe))]
+    rows = [
+        {"step": name, **common.costs(report)}
+        for name, report in (("product", product), ("recipe", recipe))
+    ]
     print(
         f"ESTIMATED for {config.compile_topology}, not measured: {config.num_decoder_layers} layers of "
         f"{config.emb_dim}, {config.global_batch_tokens:,} tokens a step; M cycles a chip"
@@ -271,7 +310,7 @@ def main(config: FrozenConfigDict) -> None:
     print(json.dumps({"model": config.model, "ratio": ratio, "rows": rows}))
 
 
-def print_report(name: str, report: compile_report.Report) -> None:
+def print_report(name: str, report: costs.Report) -> None:
     """All tables of a report."""
     for title, header, rows in report.tables():
         metrics.print_table(f"{name}: {title}", header, rows)

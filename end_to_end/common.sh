@@ -206,7 +206,7 @@ stage_setup() {
 check_devices() {
   "$MAXNANO_PYTHON" - "$DEVICE" "$CHIPS" <<'PY'
 import sys
-from MaxNano import runtime
+from MaxNano.distributed import runtime
 
 wanted, chips = sys.argv[1:]
 try:

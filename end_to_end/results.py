@@ -35,11 +35,12 @@ import yaml  # noqa: E402
 from etils import epath  # noqa: E402
 from ml_collections import FrozenConfigDict  # noqa: E402
 
-from MaxNano import pyconfig, scaling, storage  # noqa: E402
+from MaxNano import pyconfig, scaling  # noqa: E402
+from MaxNano.storage import files  # noqa: E402
 
 # The scripts ask often: what is slow to import is imported by the command that needs it.
 
-FIRST_TIMED_STEP = 11  # earlier ones compile and warm up, as MaxNano/metrics.py has it
+FIRST_TIMED_STEP = 11  # earlier ones compile and warm up, as MaxNano/training/metrics.py has it
 
 
 class No(Exception):
@@ -78,7 +79,11 @@ def bpb_of(rows: Sequence[dict[str, Any]]) -> list[float]:
 def last_checkpoint(folder: epath.Path) -> int | None:
     """The step of the last whole checkpoint."""
     root = folder / "checkpoints"
-    whole = [int(name) for name in storage.names(root) if name.isdigit() and (root / name / "MANIFEST.json").exists()]
+    whole = [
+        int(name)
+        for name in files.names(root)
+        if name.isdigit() and (root / name / "MANIFEST.json").exists()
+    ]
     return max(whole, default=None)
 
 
@@ -134,18 +139,22 @@ def chat_tasks(config: FrozenConfigDict, options: dict[str, str]) -> None:
 
     found = [conversations.Mixture(config, split) for split in ("train", "validation")]
     asked = [tasks.open_task(config, name) for name in config.chat_tasks]
-    print(f"{len(found[0]):,} conversations to train on, {len(found[1]):,} for validation, {len(asked)} chat tasks")
+    print(
+        f"{len(found[0]):,} conversations to train on, {len(found[1]):,} for validation, {len(asked)} chat tasks"
+    )
 
 
 def has_tokenizer(config: FrozenConfigDict, options: dict[str, str]) -> None:
-    from MaxNano import tokenizer
+    from MaxNano.tokenization import tokenizer
 
     try:
         vocabulary = tokenizer.load(config)
     except ValueError as error:
         raise No(str(error)) from None
     if vocabulary.vocab_size != config.vocab_size:
-        raise No(f"{config.tokenizer_path} has {vocabulary.vocab_size} tokens, not {config.vocab_size}")
+        raise No(
+            f"{config.tokenizer_path} has {vocabulary.vocab_size} tokens, not {config.vocab_size}"
+        )
     print(f"{config.tokenizer_path} is there")
 
 
@@ -167,7 +176,9 @@ def summary(config: FrozenConfigDict, options: dict[str, str]) -> None:
         "steps": f"{last['step'] + 1:,} of {config.steps:,}, {last['skipped_in_all']} updates skipped",
         "tokens": f"{(last['step'] + 1) * config.global_batch_tokens:,}",
         "loss": f"{steps[0]['loss']:.4f} at first, {last['smoothed_loss']:.4f} at last (smoothed)",
-        "bits per byte": f"{bpb[0]:.4f} at first, {bpb[-1]:.4f} at last" if bpb else "not evaluated",
+        "bits per byte": f"{bpb[0]:.4f} at first, {bpb[-1]:.4f} at last"
+        if bpb
+        else "not evaluated",
         "speed": f"{usual(steps, 'tokens_per_second'):,.0f} tokens/s (median)"
         + (f", MFU {100 * mfu:.1f} %" if mfu else ""),
         "time": f"{last['training_seconds'] / 60:.1f} minutes of training steps, {seconds / 60:.1f} in all",
@@ -189,13 +200,19 @@ def smoke(config: FrozenConfigDict, options: dict[str, str]) -> None:
     rows = check_whole(config)
     steps = steps_of(rows)
     if not steps[-1]["smoothed_loss"] < steps[0]["loss"]:
-        raise No(f"the loss did not fall: {steps[0]['loss']:.4f}, then {steps[-1]['smoothed_loss']:.4f}")
+        raise No(
+            f"the loss did not fall: {steps[0]['loss']:.4f}, then {steps[-1]['smoothed_loss']:.4f}"
+        )
     if steps[-1]["skipped_in_all"]:
-        raise No(f"{steps[-1]['skipped_in_all']} updates were skipped: loss or gradient was not finite")
+        raise No(
+            f"{steps[-1]['skipped_in_all']} updates were skipped: loss or gradient was not finite"
+        )
     bpb = bpb_of(rows)
     if len(bpb) > 1 and not bpb[-1] < bpb[0]:
         raise No(f"validation bits per byte did not fall: {bpb[0]:.4f}, then {bpb[-1]:.4f}")
-    print(f"sound: {len(steps)} steps, loss {steps[0]['loss']:.4f} -> {steps[-1]['smoothed_loss']:.4f}")
+    print(
+        f"sound: {len(steps)} steps, loss {steps[0]['loss']:.4f} -> {steps[-1]['smoothed_loss']:.4f}"
+    )
 
 
 def resumed(config: FrozenConfigDict, options: dict[str, str]) -> None:
@@ -206,7 +223,9 @@ def resumed(config: FrozenConfigDict, options: dict[str, str]) -> None:
         raise No(f"it was stopped after {stopped} of {config.steps} steps, which tests nothing")
     # Rows hold the time they were written, so equal ones were not written again.
     if after[: len(before)] != before:
-        raise No(f"it did not go on from step {stopped}: the rows from before the stop have changed")
+        raise No(
+            f"it did not go on from step {stopped}: the rows from before the stop have changed"
+        )
     steps = steps_of(check_whole(config))
     if "like" in options:
         whole = steps_of(rows_of(folder_of(config, options["like"])))
@@ -228,7 +247,9 @@ def check_whole(config: FrozenConfigDict) -> list[dict[str, Any]]:
     rows = rows_of(folder)
     steps = steps_of(rows)
     if [row["step"] for row in steps] != list(range(config.steps)):
-        raise No(f"{folder} has {len(steps)} rows of steps, which are not each of {config.steps} once")
+        raise No(
+            f"{folder} has {len(steps)} rows of steps, which are not each of {config.steps} once"
+        )
     # A loss that is not finite is written as null.
     if not all(isinstance(row["loss"], float) and math.isfinite(row["loss"]) for row in steps):
         raise No(f"{folder} has a loss that is not finite")
@@ -238,16 +259,34 @@ def check_whole(config: FrozenConfigDict) -> list[dict[str, Any]]:
 
 
 def table(config: FrozenConfigDict, options: dict[str, str]) -> None:
-    header = ["run", "layers", "parameters", "scaling", "tokens", "FLOPs", "bpb", "loss", "MFU", "minutes", "USD"]
+    header = [
+        "run",
+        "layers",
+        "parameters",
+        "scaling",
+        "tokens",
+        "FLOPs",
+        "bpb",
+        "loss",
+        "MFU",
+        "minutes",
+        "USD",
+    ]
     cells = [table_row(config, run, options) for run in options["runs"].split(",")]
-    shown = [header, *([f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in cells)]
+    shown = [
+        header,
+        *(
+            [f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in row]
+            for row in cells
+        ),
+    ]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     for row in shown:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([header, *cells])
     path = epath.Path(config.base_output_directory).expanduser() / "table.csv"
-    storage.write_whole(path, out.getvalue())
+    files.write_whole(path, out.getvalue())
     print(f"also in {path}")
 
 
@@ -262,10 +301,18 @@ def table_row(config: FrozenConfigDict, run: str, options: dict[str, str]) -> li
     seconds = steps[-1]["elapsed_seconds"]
     mfu, dollars = usual(steps, "mfu"), price_of(seconds, options)
     return [
-        run, own.num_decoder_layers, float(counts.total), float(counts.scaling), float(tokens),
-        float(flops * tokens), bpb[-1] if bpb else "", steps[-1]["smoothed_loss"],
-        "" if mfu is None else mfu, seconds / 60, "" if dollars is None else dollars,
-    ]  # fmt: skip
+        run,
+        own.num_decoder_layers,
+        float(counts.total),
+        float(counts.scaling),
+        float(tokens),
+        float(flops * tokens),
+        bpb[-1] if bpb else "",
+        steps[-1]["smoothed_loss"],
+        "" if mfu is None else mfu,
+        seconds / 60,
+        "" if dollars is None else dollars,
+    ]
 
 
 COMMANDS: dict[str, Callable[[FrozenConfigDict, dict[str, str]], None]] = {

@@ -5,9 +5,11 @@ import os
 import hypothesis
 import pytest
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is there to compile with; programs run here too
+os.environ.setdefault(
+    "JAX_PLATFORMS", "cpu"
+)  # libtpu is there to compile with; programs run here too
 
-from MaxNano import runtime  # noqa: E402
+from MaxNano.distributed import runtime  # noqa: E402
 
 runtime.tile_small_products()  # as every program does
 hypothesis.settings.register_profile("maxnano", deadline=None, derandomize=True, print_blob=True)

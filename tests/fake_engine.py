@@ -4,8 +4,8 @@ import itertools
 import time
 from collections.abc import Callable, Iterable
 
-from MaxNano.engine import Event, Request, TokenLogprobs
-from MaxNano.tokenizer import BpeTokenizer
+from MaxNano.inference.engine import Event, Request, TokenLogprobs
+from MaxNano.tokenization.tokenizer import BpeTokenizer
 
 SCORE = -0.5  # log-probability of every token
 
@@ -85,7 +85,11 @@ class FakeEngine:
         events, self._events = self._events, []
         while self._queue and self.free_slots:
             number, sample, request = self._queue.pop(0)
-            self._running[number, sample] = request, iter(self.reply(request, sample)), request.max_tokens
+            self._running[number, sample] = (
+                request,
+                iter(self.reply(request, sample)),
+                request.max_tokens,
+            )
         for key in list(self._running):
             events.append(self._advance(key))
         return events
@@ -106,12 +110,17 @@ class FakeEngine:
         if finish:
             del self._running[key]
         scores = self._scores(new, request) if request.logprobs is not None else ()
-        before = self._scores(request.prompt[1:], request) if request.prompt_logprobs and is_first else ()
+        before = (
+            self._scores(request.prompt[1:], request)
+            if request.prompt_logprobs and is_first
+            else ()
+        )
         return Event(*key, tuple(new), (False,) * len(new), "", scores, finish, before)
 
     @staticmethod
     def _scores(tokens: Iterable[int], request: Request) -> tuple[TokenLogprobs, ...]:
         top = request.logprobs or 0
         return tuple(
-            TokenLogprobs(SCORE, tuple((token + i & 255, SCORE - i) for i in range(top))) for token in tokens
+            TokenLogprobs(SCORE, tuple((token + i & 255, SCORE - i) for i in range(top)))
+            for token in tokens
         )

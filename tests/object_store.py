@@ -57,12 +57,20 @@ class Object:
         quoted = urllib.parse.quote(name, safe="")
         return {
             **self.about,
-            "kind": "storage#object", "id": f"{bucket}/{name}/{self.generation}", "bucket": bucket, "name": name,
-            "selfLink": f"/storage/v1/b/{bucket}/o/{quoted}", "generation": str(self.generation),
-            "metageneration": "1", "size": str(len(self.content)), "storageClass": "STANDARD",
+            "kind": "storage#object",
+            "id": f"{bucket}/{name}/{self.generation}",
+            "bucket": bucket,
+            "name": name,
+            "selfLink": f"/storage/v1/b/{bucket}/o/{quoted}",
+            "generation": str(self.generation),
+            "metageneration": "1",
+            "size": str(len(self.content)),
+            "storageClass": "STANDARD",
             "md5Hash": base64.b64encode(hashlib.md5(self.content).digest()).decode(),
-            "etag": str(self.generation), "timeCreated": self.time, "updated": self.time,
-        }  # fmt: skip
+            "etag": str(self.generation),
+            "timeCreated": self.time,
+            "updated": self.time,
+        }
 
 
 @dataclasses.dataclass
@@ -107,7 +115,9 @@ class _Objects:
     def objects(self, prefix):
         with self.lock:
             found = sorted(self._objects[BUCKET].items())
-            return {n: base64.b64encode(o.content).decode() for n, o in found if n.startswith(prefix)}
+            return {
+                n: base64.b64encode(o.content).decode() for n, o in found if n.startswith(prefix)
+            }
 
     def place(self, name, content):
         self.put(name, base64.b64decode(content))
@@ -152,7 +162,11 @@ class _Objects:
         """The fault that this request meets, if any."""
         with self.lock:
             for fault in self._faults:
-                if fault.operation in (operation, "any") and fault.pattern.search(name) and fault.left != 0:
+                if (
+                    fault.operation in (operation, "any")
+                    and fault.pattern.search(name)
+                    and fault.left != 0
+                ):
                     if fault.skip:
                         fault.skip -= 1
                         continue
@@ -171,7 +185,9 @@ class _Objects:
         with self.lock:
             found = self._bucket(bucket).get(name)
             self._check(found, query)
-            if found is None or query.get("generation", str(found.generation)) != str(found.generation):
+            if found is None or query.get("generation", str(found.generation)) != str(
+                found.generation
+            ):
                 raise Refused(404, f"No such object: {bucket}/{name}")
             return found
 
@@ -189,8 +205,14 @@ class _Objects:
         with self.lock:
             self._check(self._bucket(bucket).get(name), query)
             now = time.monotonic()
-            if self.writes_per_second and now - self._written.get(name, -1e9) < 1 / self.writes_per_second:
-                raise Refused(429, f"The object {bucket}/{name} exceeded the rate limit for object mutation operations")
+            if (
+                self.writes_per_second
+                and now - self._written.get(name, -1e9) < 1 / self.writes_per_second
+            ):
+                raise Refused(
+                    429,
+                    f"The object {bucket}/{name} exceeded the rate limit for object mutation operations",
+                )
             self._written[name] = now
             return self.put(name, content, about, bucket)
 
@@ -201,7 +223,9 @@ class _Objects:
 
     def copy(self, bucket, name, to_bucket, to_name, query, about):
         with self.lock:
-            source = {key.replace("Source", ""): value for key, value in query.items() if "Source" in key}
+            source = {
+                key.replace("Source", ""): value for key, value in query.items() if "Source" in key
+            }
             if "sourceGeneration" in query:
                 source["generation"] = query["sourceGeneration"]
             found = self.get(bucket, name, source)
@@ -218,7 +242,9 @@ class _Objects:
                     continue
                 if "endOffset" in query and name >= query["endOffset"]:
                     continue
-                head, cut, _ = name[len(prefix) :].partition(delimiter) if delimiter else (name, "", "")
+                head, cut, _ = (
+                    name[len(prefix) :].partition(delimiter) if delimiter else (name, "", "")
+                )
                 if cut:
                     entries[prefix + head + cut] = None
                 else:
@@ -278,7 +304,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         parts = [urllib.parse.unquote(part) for part in path.strip("/").split("/")]
         match [self.command, *parts]:
             case ["POST", "test", what]:
-                return self._json(getattr(self._store, what)(**json.loads(self._read_body() or b"{}")))
+                return self._json(
+                    getattr(self._store, what)(**json.loads(self._read_body() or b"{}"))
+                )
             case ["GET", "storage", "v1", "b"]:
                 return self._meet("bucket", "", lambda: self._buckets())
             case ["GET", "storage", "v1", "b", bucket]:
@@ -296,9 +324,26 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             case ["POST", "storage", "v1", "b", bucket, "o", name, "compose"]:
                 return self._meet("copy", name, lambda: self._compose(bucket, name))
             case ["POST", "storage", "v1", "b", bucket, "o", name, "moveTo", "o", to_name]:
-                return self._meet("copy", to_name, lambda: self._copy(bucket, name, bucket, to_name, is_move=True))
-            case ["POST", "storage", "v1", "b", bucket, "o", name, how, "b", to_bucket, "o", to_name]:
-                return self._meet("copy", to_name, lambda: self._copy(bucket, name, to_bucket, to_name, how))
+                return self._meet(
+                    "copy", to_name, lambda: self._copy(bucket, name, bucket, to_name, is_move=True)
+                )
+            case [
+                "POST",
+                "storage",
+                "v1",
+                "b",
+                bucket,
+                "o",
+                name,
+                how,
+                "b",
+                to_bucket,
+                "o",
+                to_name,
+            ]:
+                return self._meet(
+                    "copy", to_name, lambda: self._copy(bucket, name, to_bucket, to_name, how)
+                )
             case ["POST" | "PUT" | "DELETE", *_, "b", bucket, "o"] if "upload_id" in self._query:
                 return self._resume(bucket)
             case ["POST" | "PUT", "upload", "storage", "v1", "b", bucket, "o"]:
@@ -342,12 +387,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Hangs or drops, in the middle of the content where there is one."""
         if operation == "write" and self._body is None:
             length = int(self.headers.get("Content-Length", 0))
-            self._read_exactly(min(length, length // 2 if fault.after_bytes is None else fault.after_bytes))
+            self._read_exactly(
+                min(length, length // 2 if fault.after_bytes is None else fault.after_bytes)
+            )
         elif operation == "read":
             with contextlib.suppress(Refused):
                 status, headers, content = act()
                 self._start(status, headers, len(content))
-                self.wfile.write(content[: len(content) // 2 if fault.after_bytes is None else fault.after_bytes])
+                self.wfile.write(
+                    content[: len(content) // 2 if fault.after_bytes is None else fault.after_bytes]
+                )
                 self.wfile.flush()
         if fault.kind == "hang":
             fault.hits += 1
@@ -360,7 +409,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _bucket(self, bucket):
         self._store._bucket(bucket)
-        return self._json({"kind": "storage#bucket", "name": bucket, "id": bucket, "location": "US-CENTRAL1"})
+        return self._json(
+            {"kind": "storage#bucket", "name": bucket, "id": bucket, "location": "US-CENTRAL1"}
+        )
 
     def _listed(self):
         """The prefix that a listing is of; tensorstore gives a range of names instead."""
@@ -378,10 +429,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _compose(self, bucket, name):
         wanted = json.loads(self._body)
-        parts = [self._store.get(bucket, part["name"], {}).content for part in wanted["sourceObjects"]]
+        parts = [
+            self._store.get(bucket, part["name"], {}).content for part in wanted["sourceObjects"]
+        ]
         about = wanted.get("destination") or {}
         return self._json(
-            self._store.write(bucket, name, b"".join(parts), about, self._query).resource(bucket, name)
+            self._store.write(bucket, name, b"".join(parts), about, self._query).resource(
+                bucket, name
+            )
         )
 
     def _copy(self, bucket, name, to_bucket, to_name, how="rewriteTo", is_move=False):
@@ -405,10 +460,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         total = len(found.content)
         headers = {
             "Content-Type": found.about.get("contentType", "application/octet-stream"),
-            "x-goog-generation": str(found.generation), "x-goog-metageneration": "1", "ETag": f'"{found.generation}"',
-            "x-goog-stored-content-length": str(total), "Accept-Ranges": "bytes",
+            "x-goog-generation": str(found.generation),
+            "x-goog-metageneration": "1",
+            "ETag": f'"{found.generation}"',
+            "x-goog-stored-content-length": str(total),
+            "Accept-Ranges": "bytes",
             "Last-Modified": self.date_time_string(),
-        }  # fmt: skip
+        }
         wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
         if not wanted:
             return 200, headers, found.content
@@ -426,12 +484,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if kind == "media":
             about = {"contentType": self.headers.get("Content-Type", "application/octet-stream")}
             return self._meet("write", name, lambda: self._put(bucket, name, self._body, about))
-        if kind == "multipart" and name is None:  # its name stands in the body, which comes before any fault then
+        if (
+            kind == "multipart" and name is None
+        ):  # its name stands in the body, which comes before any fault then
             about, content = self._parts(self._peek_body())
             name = about["name"]
             return self._meet("write", name, lambda: self._put(bucket, name, content, about))
         if kind == "multipart":
-            return self._meet("write", name, lambda: self._put(bucket, name, *self._parts(self._body)[::-1]))
+            return self._meet(
+                "write", name, lambda: self._put(bucket, name, *self._parts(self._body)[::-1])
+            )
         if kind == "resumable":
             about = json.loads(self._peek_body() or b"{}")
             name = name or about["name"]
@@ -439,14 +501,22 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         raise Refused(400, f"uploadType={kind}")
 
     def _put(self, bucket, name, content, about):
-        about = {key: value for key, value in about.items() if key in ("contentType", "metadata", "cacheControl")}
-        return self._json(self._store.write(bucket, name, content, about, self._query).resource(bucket, name))
+        about = {
+            key: value
+            for key, value in about.items()
+            if key in ("contentType", "metadata", "cacheControl")
+        }
+        return self._json(
+            self._store.write(bucket, name, content, about, self._query).resource(bucket, name)
+        )
 
     def _parts(self, body):
         """(what the JSON part says, content) of a multipart upload."""
         boundary = re.search(r"boundary=[\"']?([^\"';]+)", self.headers["Content-Type"])[1].encode()
         _, about, rest = body.split(b"--" + boundary, 2)
-        line_end = b"\r\n" if about.startswith(b"\r\n") else b"\n"  # the sender's; content may end with any byte
+        line_end = (
+            b"\r\n" if about.startswith(b"\r\n") else b"\n"
+        )  # the sender's; content may end with any byte
         blank = re.search(rb"\r?\n\r?\n", about)
         about = json.loads(about[blank.end() :])
         content = rest[re.search(rb"\r?\n\r?\n", rest).end() : rest.rindex(b"--" + boundary)]
@@ -473,7 +543,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "DELETE":
             del self._store.uploads[self._query["upload_id"]]
             return 499, {}, b""
-        span = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", self.headers.get("Content-Range", "bytes */*"))
+        span = re.fullmatch(
+            r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", self.headers.get("Content-Range", "bytes */*")
+        )
         if span[1] is not None:
             begin = int(span[1])
             if begin > len(content):
@@ -505,7 +577,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._store.remove(urllib.parse.unquote(bucket), name, {})
                 answers.append("HTTP/1.1 204 No Content\r\n")
             except Refused as error:
-                answers.append(f'HTTP/1.1 {error.status} X\r\n\r\n{{"error": {{"message": "{error}"}}}}')
+                answers.append(
+                    f'HTTP/1.1 {error.status} X\r\n\r\n{{"error": {{"message": "{error}"}}}}'
+                )
         text = "".join(f"--batch\r\nContent-Type: application/http\r\n\r\n{a}\r\n" for a in answers)
         return 200, {"Content-Type": "multipart/mixed; boundary=batch"}, f"{text}--batch--".encode()
 
@@ -558,8 +632,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _error(self, status, message):
         if status == 304:
             return 304, {}, b""
-        reason = {429: "rateLimitExceeded", 412: "conditionNotMet", 404: "notFound"}.get(status, "backendError")
-        error = {"code": status, "message": message, "errors": [{"message": message, "reason": reason}]}
+        reason = {429: "rateLimitExceeded", 412: "conditionNotMet", 404: "notFound"}.get(
+            status, "backendError"
+        )
+        error = {
+            "code": status,
+            "message": message,
+            "errors": [{"message": message, "reason": reason}],
+        }
         return status, {"Content-Type": "application/json"}, json.dumps({"error": error}).encode()
 
     def _start(self, status, headers, length):
@@ -633,7 +713,10 @@ class Store:
 
     def objects(self, prefix=""):
         """Name -> content of what is in the bucket, sorted."""
-        return {name: base64.b64decode(text) for name, text in self.call("objects", prefix=prefix).items()}
+        return {
+            name: base64.b64decode(text)
+            for name, text in self.call("objects", prefix=prefix).items()
+        }
 
     def put(self, name, content):
         """Writes an object, as if another machine had."""
@@ -673,7 +756,9 @@ class Store:
 
     def call(self, what, **arguments):
         """What a method of the server returns."""
-        order = urllib.request.Request(f"{self.url}/test/{what}", json.dumps(arguments).encode(), method="POST")
+        order = urllib.request.Request(
+            f"{self.url}/test/{what}", json.dumps(arguments).encode(), method="POST"
+        )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(order, timeout=60) as answer:
             return json.load(answer)
@@ -683,7 +768,9 @@ class Store:
 def serve():
     """A running Store, empty."""
     command = [sys.executable, "-S", __file__, "stop with stdin"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         try:
             yield Store(re.search(r"STORAGE_EMULATOR_HOST=(\S+)", process.stdout.readline())[1])
         finally:

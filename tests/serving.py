@@ -26,7 +26,9 @@ class Server:
 
     def __init__(self, engine, *overrides, key=None, config=None):
         self.engine = engine
-        self.config = config or pyconfig.initialize(["configs/base.yml", "run_name=tiny", *overrides])
+        self.config = config or pyconfig.initialize(
+            ["configs/base.yml", "run_name=tiny", *overrides]
+        )
         app = serve.make_app(self.config, engine, key)
         self.service = app.state.service
         self.key = key
@@ -67,12 +69,16 @@ class Server:
 
     @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url, api_key=self.key or "none", max_retries=0, timeout=300)
+        return openai.OpenAI(
+            base_url=self.url, api_key=self.key or "none", max_retries=0, timeout=300
+        )
 
     @contextlib.contextmanager
     def streaming(self, **more) -> Iterator[socket.socket]:
         """A connection on which a reply has begun."""
-        body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "stream": True, **more}).encode()
+        body = json.dumps(
+            {"messages": [{"role": "user", "content": "hi"}], "stream": True, **more}
+        ).encode()
         with self.connection(f"Content-Length: {len(body)}\r\n\r\n".encode() + body) as connection:
             assert b" 200 " in connection.recv(1000)
             yield connection

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from MaxNano import attention, pyconfig
+from MaxNano import pyconfig
+from MaxNano.models import attention
 
 ROOT = Path(__file__).resolve().parents[1]
 RULES = (("activation_batch", "data", "fsdp"), ("activation_heads", "tensor"))
@@ -158,7 +159,9 @@ def test_unknown_kernel_names_the_choices():
 
 
 def device(platform, capability="9.0"):
-    return SimpleNamespace(platform=platform, device_kind="Some chip", compute_capability=capability)
+    return SimpleNamespace(
+        platform=platform, device_kind="Some chip", compute_capability=capability
+    )
 
 
 def resolve(kernel, platform, capability="9.0", dtype="bfloat16", head_dim=128):
@@ -183,7 +186,9 @@ def test_auto_picks_a_kernel_that_runs_on_the_device():
 )
 def test_where_cudnn_cannot_run_auto_takes_another_kernel_and_cudnn_is_refused(values, problem):
     assert resolve("auto", "gpu", **values) == "chunked"
-    with pytest.raises(ValueError, match=f"attention=cudnn .*{problem}: choose attention=auto") as error:
+    with pytest.raises(
+        ValueError, match=f"attention=cudnn .*{problem}: choose attention=auto"
+    ) as error:
         resolve("cudnn", "gpu", **values)
     assert "\n" not in str(error.value)
 

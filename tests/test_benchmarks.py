@@ -14,19 +14,30 @@ import pytest
 from byte_tokenizer import ByteTokenizer
 from test_model import random_params
 
-from MaxNano import compile_report, pyconfig, train
+from MaxNano import pyconfig, train
+from MaxNano.compile import costs
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks is no package to install
 
 from benchmarks import alternatives, common, input_pipeline, loss, pods, step_time, straightforward  # noqa: E402
 
-SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if "pyconfig.launch" in path.read_text())
+SCRIPTS = sorted(
+    path for path in (ROOT / "benchmarks").glob("*.py") if "pyconfig.launch" in path.read_text()
+)
 BASE = str(ROOT / "configs/base.yml")
 TINY = (
-    "num_decoder_layers=2", "emb_dim=32", "head_dim=16", "num_query_heads=2", "vocab_size=60", "max_target_length=32",
-    "short_window_multiple=8", "global_batch_tokens=128", "steps=20", "num_cpu_devices=1",
-)  # fmt: skip
+    "num_decoder_layers=2",
+    "emb_dim=32",
+    "head_dim=16",
+    "num_query_heads=2",
+    "vocab_size=60",
+    "max_target_length=32",
+    "short_window_multiple=8",
+    "global_batch_tokens=128",
+    "steps=20",
+    "num_cpu_devices=1",
+)
 
 
 def make_config(*words):
@@ -36,7 +47,11 @@ def make_config(*words):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_refuses_a_wrong_key_before_anything_slow(script, tmp_path):
     done = subprocess.run(
-        [sys.executable, str(script), BASE, "no_such_key=1"], capture_output=True, text=True, cwd=tmp_path, check=False
+        [sys.executable, str(script), BASE, "no_such_key=1"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert "no_such_key" in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -44,7 +59,15 @@ def test_a_script_refuses_a_wrong_key_before_anything_slow(script, tmp_path):
 
 def test_there_are_scripts():
     names = {path.stem for path in SCRIPTS}
-    assert {"step_time", "attention", "optimizer", "loss", "input_pipeline", "alternatives", "pods"} <= names
+    assert {
+        "step_time",
+        "attention",
+        "optimizer",
+        "loss",
+        "input_pipeline",
+        "alternatives",
+        "pods",
+    } <= names
 
 
 # ---- Alternatives: what is kept --------------------------------------------------------------------------------------
@@ -53,7 +76,10 @@ def test_there_are_scripts():
 def test_alternatives_are_valid_and_differ():
     configs = alternatives.configs([BASE, "model=d24"])
     assert len(configs) >= 10
-    values = {json.dumps({key: own[key] for key in pyconfig.keys_of(own)}, default=str) for own in configs.values()}
+    values = {
+        json.dumps({key: own[key] for key in pyconfig.keys_of(own)}, default=str)
+        for own in configs.values()
+    }
     assert len(values) == len(configs)
     assert all(own.per_device_batch_size for own in configs.values())
 
@@ -75,7 +101,9 @@ def test_alternatives_go_on_where_they_were_stopped(tmp_path, monkeypatch, capsy
         alternatives.main(make_config(*TINY, f"compile_report={path}"))
 
     monkeypatch.setattr(sys, "argv", ["alternatives.py", *words])
-    monkeypatch.setattr(alternatives, "ALTERNATIVES", dict(list(alternatives.ALTERNATIVES.items())[:4]))
+    monkeypatch.setattr(
+        alternatives, "ALTERNATIVES", dict(list(alternatives.ALTERNATIVES.items())[:4])
+    )
     monkeypatch.setattr(common, "compile_step", compile_step)
     with pytest.raises(KeyboardInterrupt):
         run()
@@ -89,7 +117,9 @@ def test_alternatives_go_on_where_they_were_stopped(tmp_path, monkeypatch, capsy
     out = capsys.readouterr().out
     assert "splash" in out and len(json.loads(out.splitlines()[-1])["rows"]) == 4
     monkeypatch.setattr(common, "source_hash", lambda: "another program")
-    monkeypatch.setattr(common, "compile_step", lambda config: compiled.append(config) or {"failure": "too large"})
+    monkeypatch.setattr(
+        common, "compile_step", lambda config: compiled.append(config) or {"failure": "too large"}
+    )
     run()
     assert len(compiled) == 4
     assert "too large" in capsys.readouterr().out
@@ -116,11 +146,15 @@ def test_the_straightforward_loss_is_the_products():
         assert jax.tree.structure(straightforward.stack(apart)) == jax.tree.structure(params)
         return straightforward.mean_loss(recipe, apart, batch["inputs"], batch["targets"])
 
-    (expected, grads), (got, others) = (jax.jit(jax.value_and_grad(f))(params) for f in (product, plain))
+    (expected, grads), (got, others) = (
+        jax.jit(jax.value_and_grad(f))(params) for f in (product, plain)
+    )
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     # Scalars' gradients are sums that all but cancel: they are compared with the size of what was summed.
     total = np.linalg.norm([np.linalg.norm(leaf) for leaf in jax.tree.leaves(grads)])
-    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(others), strict=True):
+    for (path, leaf), other in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(others), strict=True
+    ):
         assert np.linalg.norm(other - leaf) < 1e-4 * np.linalg.norm(leaf) + 1e-6 * total, path
 
 
@@ -128,7 +162,10 @@ def test_all_losses_are_one():
     config = make_config(*TINY, "vocab_size=3000")
     rng = np.random.default_rng(0)
     hidden, head, targets = (
-        np.asarray(rng.normal(size=x.shape) if x.dtype == np.float32 else rng.integers(0, 3000, x.shape), x.dtype)
+        np.asarray(
+            rng.normal(size=x.shape) if x.dtype == np.float32 else rng.integers(0, 3000, x.shape),
+            x.dtype,
+        )
         for x in loss.shapes(config, 8, "float32")
     )
     results = {
@@ -162,9 +199,13 @@ def test_a_layout_uses_every_chip_and_cuts_the_rows(topology, slices, rows, tens
 def test_a_step_is_put_together_of_its_parts():
     config = make_config("model=d24")
     whole = {
-        "step cycles": 1.75e6, "micro-step cycles": 0.875e6, "token cycles": 1.75e3, "working GiB": 1.0, "rows": 32,
+        "step cycles": 1.75e6,
+        "micro-step cycles": 0.875e6,
+        "token cycles": 1.75e3,
+        "working GiB": 1.0,
+        "rows": 32,
         "tensor": 2,
-    }  # fmt: skip
+    }
     seconds = {"fsdp ici": 0.002, "data dcn": 0.003, "tensor ici": 0.001}
     short = {"state GiB": 2.0, "seconds": seconds, "GB": {}}
     layout = pods.Layout(data=4, fsdp=8, tensor=2, slices=1)
@@ -182,11 +223,13 @@ def test_a_step_is_put_together_of_its_parts():
 
 def test_work_on_weights_is_told_from_work_on_tokens():
     def operation(kind, op_name):
-        return compile_report.Operation("x", kind, 1.0, 1, "compiler", "", "", op_name)
+        return costs.Operation("x", kind, 1.0, 1, "compiler", "", "", op_name)
 
     assert pods.unit_of(operation("matmul", "jit(train_step)/update/dot_general")) == "step"
     assert pods.unit_of(operation("table", "jit(train_step)/add")) == "micro-step"
-    assert pods.unit_of(operation("matmul", "jit(train_step)/shard_map/loss/dot_general")) == "token"
+    assert (
+        pods.unit_of(operation("matmul", "jit(train_step)/shard_map/loss/dot_general")) == "token"
+    )
 
 
 # ---- Measured on this machine ----------------------------------------------------------------------------------------
@@ -194,7 +237,12 @@ def test_work_on_weights_is_told_from_work_on_tokens():
 
 def test_step_time_takes_steps(monkeypatch, capsys):
     monkeypatch.setattr(step_time, "TURNS", 1)
-    plain = ("value_embed_gate_channels=0", "smear_gate_channels=0", "use_backout=false", "muon_iterations=1")
+    plain = (
+        "value_embed_gate_channels=0",
+        "smear_gate_channels=0",
+        "use_backout=false",
+        "muon_iterations=1",
+    )
     step_time.main(make_config(*TINY, *plain, "num_decoder_layers=1"))
     row = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][0]
     assert 0 < row["best s"] <= row["median s"] <= row["worst s"]
@@ -204,7 +252,9 @@ def test_step_time_takes_steps(monkeypatch, capsys):
 
 def test_step_time_of_a_large_model_is_an_estimate(monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(step_time.train_compile, "main", lambda config: asked.append(config.model) or 0)
+    monkeypatch.setattr(
+        step_time.train_compile, "main", lambda config: asked.append(config.model) or 0
+    )
     monkeypatch.delenv("NANOCHAT", raising=False)
     assert step_time.main(make_config("model=d24", "num_cpu_devices=1")) == 0
     assert asked == ["d24"] and capsys.readouterr().out.startswith("ESTIMATED for v6e-8")
@@ -221,9 +271,14 @@ def test_the_input_pipeline_says_what_a_million_tokens_need(tmp_path, monkeypatc
     monkeypatch.setattr(input_pipeline.os, "cpu_count", lambda: 1)
     monkeypatch.delenv("NANOCHAT", raising=False)
     input_pipeline.main(
-        make_config(*TINY, f"dataset_path={tmp_path}", "data_readers=2", "tokenize_batch_documents=5",
-                    "packing_buffer_documents=10")
-    )  # fmt: skip
+        make_config(
+            *TINY,
+            f"dataset_path={tmp_path}",
+            "data_readers=2",
+            "tokenize_batch_documents=5",
+            "packing_buffer_documents=10",
+        )
+    )
     out = capsys.readouterr().out
     rows = {row["what"]: row for row in json.loads(out.splitlines()[-1])["rows"]}
     assert {"encoding", "packing", "transfer", "loader, a thread", "loader, 1 process"} <= set(rows)
@@ -244,8 +299,17 @@ def test_a_small_model_is_compiled(script, tmp_path):
         "max_target_length=512 global_batch_tokens=262144 steps=100"
     ).split()
     done = subprocess.run(
-        [sys.executable, str(ROOT / f"benchmarks/{script}.py"), BASE, *words, f"compile_report={tmp_path}/rows.json"],
-        capture_output=True, text=True, cwd=tmp_path, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(ROOT / f"benchmarks/{script}.py"),
+            BASE,
+            *words,
+            f"compile_report={tmp_path}/rows.json",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ESTIMATED for" in done.stdout

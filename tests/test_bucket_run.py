@@ -26,24 +26,57 @@ class Place:
     def __init__(self, store, cache):
         self.store, self.cache = store, cache
         for shard in range(3):
-            texts = [" ".join(WORDS[(i * j + shard) % len(WORDS)] for j in range(3 + i % 60)) for i in range(300)]
+            texts = [
+                " ".join(WORDS[(i * j + shard) % len(WORDS)] for j in range(3 + i % 60))
+                for i in range(300)
+            ]
             content = io.BytesIO()
             pq.write_table(pa.table({"text": texts}), content, row_group_size=50)
             store.put(f"text/{shard}.parquet", content.getvalue())
 
     def start(self, program, run_name, *more, before=(), without=()):
         words = [
-            sys.executable, str(ROOT / program), *before, str(ROOT / "configs/base.yml"), "num_decoder_layers=2",
-            "emb_dim=32", "head_dim=16", "num_query_heads=2", "vocab_size=300", "max_target_length=32",
-            "short_window_multiple=16", "global_batch_tokens=256", f"steps={STEPS}", "data_readers=2",
-            "packing_buffer_documents=20", "dataset_path=gs://anonymous@ours/text", "tokenizer_path=gs://ours/tokenizer",
-            "base_output_directory=gs://ours/runs", "num_cpu_devices=1", "eval_interval=0", "eval_tokens=256",
-            "sample_interval=0", "checkpoint_interval_steps=2", "checkpoint_keep=2", "warmup_steps=2",
-            "embedding_lr=30", "tensorboard=false", f"jax_cache_dir={self.cache}", f"run_name={run_name}", *more,
-        ]  # fmt: skip
+            sys.executable,
+            str(ROOT / program),
+            *before,
+            str(ROOT / "configs/base.yml"),
+            "num_decoder_layers=2",
+            "emb_dim=32",
+            "head_dim=16",
+            "num_query_heads=2",
+            "vocab_size=300",
+            "max_target_length=32",
+            "short_window_multiple=16",
+            "global_batch_tokens=256",
+            f"steps={STEPS}",
+            "data_readers=2",
+            "packing_buffer_documents=20",
+            "dataset_path=gs://anonymous@ours/text",
+            "tokenizer_path=gs://ours/tokenizer",
+            "base_output_directory=gs://ours/runs",
+            "num_cpu_devices=1",
+            "eval_interval=0",
+            "eval_tokens=256",
+            "sample_interval=0",
+            "checkpoint_interval_steps=2",
+            "checkpoint_keep=2",
+            "warmup_steps=2",
+            "embedding_lr=30",
+            "tensorboard=false",
+            f"jax_cache_dir={self.cache}",
+            f"run_name={run_name}",
+            *more,
+        ]
         words = [word for word in words if word.split("=")[0] not in without]
-        env = {**os.environ, **self.store.env, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_TO_COMPILE}
-        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+        env = {
+            **os.environ,
+            **self.store.env,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": QUICK_TO_COMPILE,
+        }
+        return subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env
+        )
 
     def run(self, *arguments, **options):
         return self.finish(self.start(*arguments, **options))
@@ -60,7 +93,9 @@ class Place:
 
     def losses(self, run_name):
         """Step -> (loss, bpb, norm of the gradient), exact."""
-        text = self.store.objects(f"runs/{run_name}/metrics.jsonl")[f"runs/{run_name}/metrics.jsonl"].decode()
+        text = self.store.objects(f"runs/{run_name}/metrics.jsonl")[
+            f"runs/{run_name}/metrics.jsonl"
+        ].decode()
         rows = [row for row in map(json.loads, text.splitlines()) if "event" not in row]
         return {row["step"]: (row["loss"], row["bpb"], row["grad_norm"]) for row in rows}
 
@@ -69,7 +104,9 @@ class Place:
         prefix = f"runs/{run_name}/checkpoints/"
         names = [name.removeprefix(prefix) for name in self.names(prefix)]
         whole = [name for name in names if name.endswith("MANIFEST.json")]
-        return {int(name.split("/")[0]) for name in names}, {int(name.split("/")[0]) for name in whole}
+        return {int(name.split("/")[0]) for name in names}, {
+            int(name.split("/")[0]) for name in whole
+        }
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +157,16 @@ def test_killed_and_stopped_in_the_middle_of_uploads_it_goes_on_bit_for_bit_and_
     out = place.run("MaxNano/evaluate.py", "broken", "evals=bpb")
     assert "written to gs://ours/runs/broken/evals/step_000008.json" in out
     out = place.run("MaxNano/train.py", "next", "load_from=broken", "steps=1")
-    assert "starting from step 8 of gs://ours/runs/broken" in out and place.steps("next") == ({1}, {1})
+    assert "starting from step 8 of gs://ours/runs/broken" in out and place.steps("next") == (
+        {1},
+        {1},
+    )
     place.run("MaxNano/chat.py", "broken", "prompt=the quick", "max_new_tokens=4")
     out = place.run("MaxNano/report.py", "next")
-    assert "written to gs://ours/runs/next/report.html" in out and "runs/next/report.md" in place.names("runs/next/")
+    assert (
+        "written to gs://ours/runs/next/report.html" in out
+        and "runs/next/report.md" in place.names("runs/next/")
+    )
     assert "finished" in place.run("end_to_end/results.py", "broken", before=["state"])
 
 
@@ -135,7 +178,12 @@ def test_fine_tuning_starts_from_a_run_in_the_bucket(place, tmp_path):
     file.write_text(24 * (line + "\n"))
     mixture = [f"chat_{split}_mixture=[[json:{file}, 1]]" for split in ("train", "validation")]
     out = place.run(
-        "MaxNano/train.py", "tuned", "stage=sft", "load_from=whole", "chat_interval=0", *mixture,
+        "MaxNano/train.py",
+        "tuned",
+        "stage=sft",
+        "load_from=whole",
+        "chat_interval=0",
+        *mixture,
         without=("steps", "dataset_path"),
     )
     assert f"starting from step {STEPS} of gs://ours/runs/whole" in out
@@ -151,7 +199,10 @@ def test_two_processes_share_a_run_in_the_bucket(place):
         with socket.create_server(("127.0.0.1", 0)) as probe:
             address = f"127.0.0.1:{probe.getsockname()[1]}"
         more = [f"coordinator_address={address}", "num_processes=2", "dcn_data_parallelism=2"]
-        return [place.start("MaxNano/train.py", "two", *more, f"process_id={index}") for index in range(2)]
+        return [
+            place.start("MaxNano/train.py", "two", *more, f"process_id={index}")
+            for index in range(2)
+        ]
 
     fault = place.store.fail("hang", "write", r"runs/two/checkpoints/2/MANIFEST")
     processes = start()

@@ -18,7 +18,7 @@ from fake_engine import FakeEngine, byte_tokenizer
 
 from MaxNano import chat, pyconfig
 from MaxNano.chat import Chat, CommandError, Terminal
-from MaxNano.dialogue import Part
+from MaxNano.inference.dialogue import Part
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = byte_tokenizer()
@@ -47,10 +47,20 @@ def run(talk, *lines, is_styled=False):
 def test_an_answer_is_shown_and_remembered():
     talk = make("grüß dich 😀", step_tokens=1)
     assert run(talk, "hi", "again") == ("grüß dich 😀\n" * 2, "")
-    assert [message["content"] for message in talk.messages] == ["hi", "grüß dich 😀", "again", "grüß dich 😀"]
+    assert [message["content"] for message in talk.messages] == [
+        "hi",
+        "grüß dich 😀",
+        "again",
+        "grüß dich 😀",
+    ]
     first, second = talk.engine.requests
-    assert TOKENIZER.decode(first.prompt) == "<|bos|><|user_start|>hi<|user_end|><|assistant_start|>"
-    assert "<|assistant_start|>grüß dich 😀<|assistant_end|><|user_start|>again" in TOKENIZER.decode(second.prompt)
+    assert (
+        TOKENIZER.decode(first.prompt) == "<|bos|><|user_start|>hi<|user_end|><|assistant_start|>"
+    )
+    assert (
+        "<|assistant_start|>grüß dich 😀<|assistant_end|><|user_start|>again"
+        in TOKENIZER.decode(second.prompt)
+    )
     assert first.tools and first.seed != second.seed
     assert first.stop_ids == {SPECIAL.assistant_end, SPECIAL.bos}
 
@@ -63,9 +73,15 @@ def test_special_tokens_in_what_is_typed_stay_text():
 
 def test_calls_of_the_tool_stand_in_brackets():
     reply = [
-        *b"It is ", SPECIAL.python_start, *b"6*7", SPECIAL.python_end, SPECIAL.output_start, *b"42", SPECIAL.output_end,
+        *b"It is ",
+        SPECIAL.python_start,
+        *b"6*7",
+        SPECIAL.python_end,
+        SPECIAL.output_start,
+        *b"42",
+        SPECIAL.output_end,
         *b".",
-    ]  # fmt: skip
+    ]
     talk = make(reply)
     assert run(talk, "six by seven?")[0] == "It is [6*7 = 42].\n"
     assert talk.messages[-1]["content"] == [
@@ -103,14 +119,35 @@ def test_without_a_terminal_there_are_no_escapes():
 def test_commands():
     talk = make()
     out, notes = run(
-        talk, "hi", "/temperature 0", "/topk 5", "more", "/temperature hot", "/temperature 3", "/topk", "/topk -1",
-        "/what", "/clear", "new", "/help",
-    )  # fmt: skip
+        talk,
+        "hi",
+        "/temperature 0",
+        "/topk 5",
+        "more",
+        "/temperature hot",
+        "/temperature 3",
+        "/topk",
+        "/topk -1",
+        "/what",
+        "/clear",
+        "new",
+        "/help",
+    )
     assert out == "yes\n" * 3
     requests = talk.engine.requests
-    assert [(request.temperature, request.top_k) for request in requests] == [(0.6, 50), (0, 5), (0, 5)]
+    assert [(request.temperature, request.top_k) for request in requests] == [
+        (0.6, 50),
+        (0, 5),
+        (0, 5),
+    ]
     assert "hi" not in TOKENIZER.decode(requests[2].prompt)
-    for told in ("temperature 0", "top-k 5", "number from 0 to 2", "whole number", "/what is no command"):
+    for told in (
+        "temperature 0",
+        "top-k 5",
+        "number from 0 to 2",
+        "whole number",
+        "/what is no command",
+    ):
         assert told in notes
     assert all(command in notes for command in chat.COMMANDS)
     assert not chat.take(talk, terminal(), "/quit") and not chat.take(talk, terminal(), " exit ")
@@ -129,7 +166,9 @@ def test_save(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "saved talk.json" in run(talk, "hi", "/save talk.json")[1]
     saved = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
-    assert saved == {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "né"}]}
+    assert saved == {
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "né"}]
+    }
     TOKENIZER.render_conversation(saved)
     assert os.listdir(tmp_path) == ["talk.json"]
     assert "cannot be written" in run(talk, "/save no/such/folder")[1]
@@ -183,7 +222,8 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_came():
 SESSION = """
 import sys
 from fake_engine import FakeEngine
-from MaxNano import chat, engine, pyconfig
+from MaxNano import chat, pyconfig
+from MaxNano.inference import engine
 
 def last_words(request, sample):
     ids = list(request.prompt)
@@ -204,7 +244,12 @@ def command(*words):
 def environment():
     """Of a machine in an 8-bit locale, as minimal images have it."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return os.environ | {"PYTHONPATH": paths, "PYTHONIOENCODING": "utf-8", "TERM": "xterm", "JAX_PLATFORMS": "cpu"}
+    return os.environ | {
+        "PYTHONPATH": paths,
+        "PYTHONIOENCODING": "utf-8",
+        "TERM": "xterm",
+        "JAX_PLATFORMS": "cpu",
+    }
 
 
 def test_one_shot_and_piped_lines(environment):
@@ -224,7 +269,9 @@ def test_one_shot_and_piped_lines(environment):
 def test_at_a_terminal(environment):
     """History by the arrow key, Ctrl-C at the prompt and Ctrl-D, in a terminal of its own."""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(command(), env=environment, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True)
+    process = subprocess.Popen(
+        command(), env=environment, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
+    )
     os.close(theirs)
     seen = ""
 

@@ -15,9 +15,10 @@ import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from MaxNano import checkpointing, pyconfig
-from MaxNano.checkpointing import MANIFEST, Checkpointer, CheckpointError
-from MaxNano.train_state import TrainState
+from MaxNano import pyconfig
+from MaxNano.training import checkpointing
+from MaxNano.training.checkpointing import MANIFEST, Checkpointer, CheckpointError
+from MaxNano.training.state import TrainState
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,7 +86,10 @@ def test_restores_what_was_saved(tmp_path, asynchronous):
         assert extra["run"]["tokenizer"] == "abc"
         assert extra["run"]["config"]["emb_dim"] == config.emb_dim
         assert extra["run"]["versions"]["jax"] == jax.__version__
-        assert extra["run"]["devices"]["kind"] == "cpu" and extra["run"]["devices"]["count"] == jax.device_count()
+        assert (
+            extra["run"]["devices"]["kind"] == "cpu"
+            and extra["run"]["devices"]["count"] == jax.device_count()
+        )
         assert extra["run"]["step"] == 7
         params, extra = checkpointer.restore_params_only(abstract(make_state(0).params))
         assert_same(params, make_state(7).params)
@@ -128,7 +132,7 @@ def test_restores_onto_other_devices(tmp_path):
         jax.config.update("jax_num_cpu_devices", 8)
         jax.config.update("jax_platforms", "cpu")
         from jax.sharding import NamedSharding, PartitionSpec as P
-        from MaxNano.checkpointing import Checkpointer
+        from MaxNano.training.checkpointing import Checkpointer
         from tests.test_checkpointing import make_config, make_state
         mesh = jax.make_mesh((4, 2), ("a", "b"))
         specs = [P(), P("b"), P("a", "b"), P(None, "a", "b")]
@@ -147,7 +151,7 @@ def test_kill_during_save_leaves_an_intact_checkpoint(tmp_path):
     """kill -9 while a process saves, then while the one that resumes saves."""
     code = f"""
         import sys
-        from MaxNano.checkpointing import Checkpointer
+        from MaxNano.training.checkpointing import Checkpointer
         from tests.test_checkpointing import make_config, make_state
         checkpointer = Checkpointer(make_config(), {str(tmp_path)!r})
         step = checkpointer.latest_step() or 0

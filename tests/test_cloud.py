@@ -18,7 +18,16 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "end_to_end/cloud").glob("*.yaml"))
 # The fields used, of https://docs.skypilot.co/en/latest/reference/yaml-spec.html
 FIELDS = {"name", "workdir", "num_nodes", "resources", "envs", "setup", "run"}
-RESOURCES = {"infra", "any_of", "accelerators", "accelerator_args", "cpus", "memory", "disk_size", "use_spot"}
+RESOURCES = {
+    "infra",
+    "any_of",
+    "accelerators",
+    "accelerator_args",
+    "cpus",
+    "memory",
+    "disk_size",
+    "use_spot",
+}
 RESOURCES.add("job_recovery")
 
 place, cache, settings = scripts.place, scripts.cache, scripts.settings  # fixtures
@@ -38,14 +47,19 @@ def script_of(task):
 def knobs_of(script):
     """{knob: default} where nothing is set."""
     environment = {"PATH": os.environ["PATH"], "HOME": "/nowhere"}
-    said = subprocess.run(["bash", script, "--help"], env=environment, capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        ["bash", script, "--help"], env=environment, capture_output=True, text=True, check=True
+    )
     return dict(re.findall(r"^  ([A-Z_]+)=(.*?)(?:  |$| [a-z])", said.stdout, re.MULTILINE))
 
 
 def test_there_are_four_files_and_each_says_how_it_is_started():
     assert [path.stem for path in FILES] == ["cpu", "h100", "v6e-16", "v6e-8"]
     for path in FILES:
-        assert f"#   sky jobs launch end_to_end/cloud/{path.name} --env BUCKET=gs://" in path.read_text()
+        assert (
+            f"#   sky jobs launch end_to_end/cloud/{path.name} --env BUCKET=gs://"
+            in path.read_text()
+        )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -58,7 +72,9 @@ def test_a_task_names_what_is_there(path):
     script = script_of(task)
     knobs = knobs_of(script)
     exported = set(re.findall(r"([A-Z_]+)=\"\$BUCKET", task["run"]))
-    assert exported == {"OUTPUT", "TOKENIZER_PATH"}, "nothing may lie on a disk that goes with the machine"
+    assert exported == {"OUTPUT", "TOKENIZER_PATH"}, (
+        "nothing may lie on a disk that goes with the machine"
+    )
     assert set(task["envs"]) - {"BUCKET"} <= set(knobs) - exported
     assert task["envs"]["BUCKET"] is None, "sky asks for it"
 
@@ -75,9 +91,15 @@ def start(task, settings, **more):
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         return subprocess.Popen(
-            ["bash", "-c", task["run"]], env={**settings, **words, **more}, cwd=ROOT, text=True, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            ["bash", "-c", task["run"]],
+            env={**settings, **words, **more},
+            cwd=ROOT,
+            text=True,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -88,8 +110,10 @@ def test_the_cpu_task_stops_with_75_and_the_next_machine_resumes(settings, place
     task = read("cpu")
     steps = scripts.STEPS
     more = {
-        "BUCKET": f"{place}/bucket", "NUM_ITERATIONS": str(steps), "STAGES": "setup tokenizer training result",
-    }  # fmt: skip
+        "BUCKET": f"{place}/bucket",
+        "NUM_ITERATIONS": str(steps),
+        "STAGES": "setup tokenizer training result",
+    }
     folder = place / "bucket/runs/cpu_smoke"
     first = start(task, settings, **more)
     scripts.wait_for_step(folder, 5, first)
@@ -154,7 +178,9 @@ def test_a_slice_trains_one_run_stops_as_one_and_resumes(settings, place):
 def test_one_host_of_all_slices_is_the_first(environment, host):
     command = ["bash", ROOT / "end_to_end/tpu/d24_speedrun.sh", "--help"]
     environment = {"PATH": os.environ["PATH"], "HOME": "/nowhere", **environment}
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout
     assert f"  HOST_INDEX={host} " in said
 
 
@@ -170,16 +196,28 @@ def program_of(variable, module):
 
 def test_skypilot_loads_the_files_finds_machines_and_starts_again(tmp_path):
     python = program_of("SKYPILOT_PYTHON", "skypilot[gcp]")
-    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
+    }
     said = subprocess.run(
         [python, ROOT / "tests/with_skypilot.py", *FILES],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
     assert said.returncode == 0, said.stderr
     answers = json.loads(said.stdout)
     assert {name: each["machine"] for name, each in answers.items()} == {
-        "cpu": "n2-standard-4", "h100": "a3-highgpu-1g", "v6e-8": "TPU-VM", "v6e-16": "TPU-VM",
-    }  # fmt: skip
+        "cpu": "n2-standard-4",
+        "h100": "a3-highgpu-1g",
+        "v6e-8": "TPU-VM",
+        "v6e-16": "TPU-VM",
+    }
     for name, each in answers.items():
         assert each["spot"] and each["name"] == f"maxnano-{name}"
         assert each["restarts"] == [True, True, True, True, True, False]
@@ -197,20 +235,37 @@ def xpk_command():
 
 
 def test_the_xpk_command_names_what_is_there():
-    (job,) = [word.removeprefix("--command=") for word in xpk_command() if word.startswith("--command=")]
+    (job,) = [
+        word.removeprefix("--command=") for word in xpk_command() if word.startswith("--command=")
+    ]
     *words, bash, script = shlex.split(job)
     assert bash == "bash" and {word.split("=")[0] for word in words} <= set(knobs_of(ROOT / script))
 
 
 def test_xpk_makes_a_jobset_that_starts_again(tmp_path):
     python = program_of("XPK_PYTHON", "xpk")
-    words = [word for word in xpk_command()[1:] if not word.startswith(("--base-docker-image", "--script-dir"))]
+    words = [
+        word
+        for word in xpk_command()[1:]
+        if not word.startswith(("--base-docker-image", "--script-dir"))
+    ]
     said = subprocess.run(
-        [Path(python).parent / "xpk", *words, "--dry-run", "--quiet", "--skip-validation", "--docker-image=image",
-         "--output-manifest-file=jobset.yaml"],
-        cwd=tmp_path, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
-        capture_output=True, text=True, timeout=250, check=False,
-    )  # fmt: skip
+        [
+            Path(python).parent / "xpk",
+            *words,
+            "--dry-run",
+            "--quiet",
+            "--skip-validation",
+            "--docker-image=image",
+            "--output-manifest-file=jobset.yaml",
+        ],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
     assert said.returncode == 0, said.stdout + said.stderr
     jobset = yaml.safe_load((tmp_path / "jobset.yaml").read_text())["spec"]
     job = jobset["replicatedJobs"][0]["template"]["spec"]
@@ -218,6 +273,8 @@ def test_xpk_makes_a_jobset_that_starts_again(tmp_path):
     assert jobset["failurePolicy"]["maxRestarts"] == 50 and job["parallelism"] == 4
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["action"] == "FailJob" and rule["onExitCodes"]["operator"] == "NotIn"
-    assert {75, 143} <= set(rule["onExitCodes"]["values"]) and not {1, 2} & set(rule["onExitCodes"]["values"])
+    assert {75, 143} <= set(rule["onExitCodes"]["values"]) and not {1, 2} & set(
+        rule["onExitCodes"]["values"]
+    )
     assert pod["terminationGracePeriodSeconds"] == 120
     assert "end_to_end/tpu/d24_speedrun.sh" in pod["containers"][0]["command"][-1]

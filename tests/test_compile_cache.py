@@ -12,8 +12,9 @@ from pathlib import Path
 import object_store
 import pytest
 
-from MaxNano import compile_cache, pyconfig, runtime
-from MaxNano.bucket import Bucket
+from MaxNano import pyconfig
+from MaxNano.distributed import compile_cache, runtime
+from MaxNano.storage.bucket import Bucket
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = "gs://ours/runs/.jax_cache"
@@ -70,7 +71,9 @@ def test_another_machine_finds_a_program(store):
     other = programs_of_another_machine()
     assert get(other, "a-cache") == entry and get(other, "b-cache") is None
     operations = [operation for operation, *_ in store.requests]
-    assert operations.count("list") == 2 and operations.count("write") == 1, "no request for what is not there"
+    assert operations.count("list") == 2 and operations.count("write") == 1, (
+        "no request for what is not there"
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "emptied", "deleted", "not as ours"])
@@ -84,7 +87,9 @@ def test_a_damaged_program_is_none_and_is_replaced(store, damage, capfd):
         store.delete(name)
     else:
         changed = content[:50] + bytes([content[50] ^ 1]) + content[51:]
-        store.put(name, {"truncated": content[:-1], "changed": changed, "emptied": b""}.get(damage, entry))
+        store.put(
+            name, {"truncated": content[:-1], "changed": changed, "emptied": b""}.get(damage, entry)
+        )
     assert get(other, "a-cache") is None
     other.write("a-cache", entry)
     other.finish()
@@ -94,7 +99,9 @@ def test_a_damaged_program_is_none_and_is_replaced(store, damage, capfd):
 
 @pytest.mark.parametrize("operation", ["list", "read"])
 @pytest.mark.parametrize("fault", [503, 403, "hang"])
-def test_a_store_that_cannot_be_read_costs_one_time_limit_and_one_warning(store, operation, fault, monkeypatch, capfd):
+def test_a_store_that_cannot_be_read_costs_one_time_limit_and_one_warning(
+    store, operation, fault, monkeypatch, capfd
+):
     put()
     monkeypatch.setattr(compile_cache, "LIST_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(compile_cache, "READ_TIMEOUT_SECONDS", 0.5)
@@ -104,11 +111,15 @@ def test_a_store_that_cannot_be_read_costs_one_time_limit_and_one_warning(store,
     assert [get(other, "a-cache") for _ in range(50)] == [None] * 50
     assert time.monotonic() - began < 5
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"warning: compiled programs of {FOLDER} cannot be read, they are compiled anew: ")
+    assert line.startswith(
+        f"warning: compiled programs of {FOLDER} cannot be read, they are compiled anew: "
+    )
 
 
 @pytest.mark.parametrize("fault", [503, "hang"])
-def test_a_store_that_cannot_be_written_costs_one_warning_and_is_tried_again(store, fault, monkeypatch, capfd):
+def test_a_store_that_cannot_be_written_costs_one_warning_and_is_tried_again(
+    store, fault, monkeypatch, capfd
+):
     monkeypatch.setattr(compile_cache, "WRITE_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(compile_cache, "RETRY_SECONDS", 0.1)
     store.fail(fault, "write", count=None)
@@ -132,7 +143,9 @@ def compile_on_a_machine(store, folder, **limits):
     code = f"""
         import json, sys
         sys.path.insert(0, {str(ROOT)!r})
-        from MaxNano import compile_cache, pyconfig, runtime
+        from MaxNano import pyconfig
+        from MaxNano.distributed import compile_cache
+        from MaxNano.distributed import runtime
         vars(compile_cache).update(json.loads(sys.argv[1]))
         runtime.initialize(pyconfig.initialize([str(pyconfig.BASE), "base_output_directory=gs://ours/runs"]))
         import jax, jax.numpy as jnp
@@ -151,8 +164,12 @@ def compile_on_a_machine(store, folder, **limits):
     folder.mkdir()
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), json.dumps(limits)],
-        env={**os.environ, **store.env, "HOME": str(folder)}, capture_output=True, text=True, cwd=folder, check=False,
-    )  # fmt: skip
+        env={**os.environ, **store.env, "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert not any(folder.iterdir()), "nothing is kept on the machine"
     return json.loads(done.stdout), done.stderr
@@ -181,7 +198,8 @@ def test_no_folder_of_this_machine_is_in_a_cache_key(tmp_path):
     code = """
         import base64, re, sys
         sys.path.insert(0, sys.argv[1])
-        from MaxNano import pyconfig, runtime
+        from MaxNano import pyconfig
+        from MaxNano.distributed import runtime
         runtime.initialize(pyconfig.initialize([str(pyconfig.BASE), f"jax_cache_dir={sys.argv[2]}"]))
         import jax
         from jax.experimental import pallas
@@ -198,6 +216,9 @@ def test_no_folder_of_this_machine_is_in_a_cache_key(tmp_path):
     script.parent.mkdir()
     script.write_text(textwrap.dedent(code))
     done = subprocess.run(
-        [sys.executable, script, ROOT, tmp_path / "cache"], capture_output=True, text=True, check=False
+        [sys.executable, script, ROOT, tmp_path / "cache"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout.split() == ["user/script.py"], done.stderr

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from MaxNano import compile_report, hlo, runtime
+from MaxNano.compile import costs, hlo
+from MaxNano.distributed import runtime
 
 CHIP = runtime.CHIPS["TPU v6 lite"]
 
@@ -31,7 +32,7 @@ def computation(name, *lines, arguments="p: f32[8]", result="f32[8]"):
 
 
 def walk(text, **options):
-    return compile_report.walk(hlo.parse(text), CHIP, **options)
+    return costs.walk(hlo.parse(text), CHIP, **options)
 
 
 STATE = "(s32[], f32[4096])"
@@ -65,16 +66,23 @@ def loop(name, inside, trips=5, note=""):
 
 
 def fusion(name, operand, cycles, calls="fused"):
-    return f"%{name} = f32[4096]{{0}} fusion(%{operand}), kind=kLoop, calls=%{calls}, {cost(cycles)}"
+    return (
+        f"%{name} = f32[4096]{{0}} fusion(%{operand}), kind=kLoop, calls=%{calls}, {cost(cycles)}"
+    )
 
 
 def test_loops_multiply_by_the_constant_of_their_condition_and_by_each_other():
     inner, *parts = loop("inner", [fusion("f", "x", 100)], "constant(3)")
-    outer, *more = loop("outer", ["%state = (s32[], f32[4096]) tuple(%x)", inner, fusion("g", "x", 7)], "constant(5)")
+    outer, *more = loop(
+        "outer",
+        ["%state = (s32[], f32[4096]) tuple(%x)", inner, fusion("g", "x", 7)],
+        "constant(5)",
+    )
     result = walk(program(["%state = (s32[], f32[4096]) parameter(0)", outer], ADD, *parts, *more))
     assert {(o.name, o.count, o.cycles) for o in result.operations if o.basis == "compiler"} == {
-        ("f", 15, 100), ("g", 5, 7),
-    }  # fmt: skip
+        ("f", 15, 100),
+        ("g", 5, 7),
+    }
     assert result.cycles == pytest.approx(15 * 100 + 5 * 7, abs=1)
 
 
@@ -93,7 +101,12 @@ def test_a_loop_of_unknown_length_is_an_error():
 
 def test_of_branches_the_dearest_counts():
     parts = [
-        computation(f"branch{n}", "%x = f32[4096]{0} parameter(0)", fusion("f", "x", n), arguments="x: f32[4096]")
+        computation(
+            f"branch{n}",
+            "%x = f32[4096]{0} parameter(0)",
+            fusion("f", "x", n),
+            arguments="x: f32[4096]",
+        )
         for n in (100, 900, 300)
     ]
     line = "%c = f32[4096]{0} conditional(%i, %x), branch_computations={%branch100, %branch900, %branch300}"
@@ -125,7 +138,7 @@ def test_what_is_near_two_to_the_63_is_unknown_and_costed_by_its_rows():
         scatter,
     )
     rows = 64 * 512 * 2
-    per_byte = CHIP.clock_hz / CHIP.memory_bandwidth / compile_report.ROW_BANDWIDTH_SHARE
+    per_byte = CHIP.clock_hz / CHIP.memory_bandwidth / costs.ROW_BANDWIDTH_SHARE
     operations = {o.name: o for o in walk(text).operations}
     assert operations["g"].kind == operations["s"].kind == "gather/scatter"
     assert operations["g"].basis == operations["s"].basis == "bytes"
@@ -135,34 +148,63 @@ def test_what_is_near_two_to_the_63_is_unknown_and_costed_by_its_rows():
 
 def test_operations_are_told_apart_by_what_they_make():
     bodies = [
-        computation("product", "%p = f32[8,16]{1,0} parameter(0)",
-                    "ROOT %d = f32[8,8]{1,0} convolution(%p, %p), dim_labels=bf_oi->bf"),
-        computation("batch", "%p = f32[4,24]{1,0} parameter(0)", "ROOT %t = f32[4,24]{1,0} negate(%p)"),
+        computation(
+            "product",
+            "%p = f32[8,16]{1,0} parameter(0)",
+            "ROOT %d = f32[8,8]{1,0} convolution(%p, %p), dim_labels=bf_oi->bf",
+        ),
+        computation(
+            "batch", "%p = f32[4,24]{1,0} parameter(0)", "ROOT %t = f32[4,24]{1,0} negate(%p)"
+        ),
         computation("tanh", "%p = f32[4,8]{1,0} parameter(0)", "ROOT %t = f32[4,8]{1,0} tanh(%p)"),
-        computation("weight", "%p = f32[32,64]{1,0} parameter(0)", "ROOT %t = f32[3,32,64]{2,1,0} negate(%p)"),
-        computation("table", "%p = f32[100,64]{1,0} parameter(0)", "ROOT %t = f32[100,64]{1,0} negate(%p)"),
-        computation("move", "%p = f32[4,8]{1,0} parameter(0)", "%i = s32[] constant(1)", "%j = s32[] add(%i, %i)",
-                    "ROOT %t = f32[1,8]{1,0} dynamic-slice(%p, %j, %i), dynamic_slice_sizes={1,8}"),
-    ]  # fmt: skip
-    shapes = {"product": "f32[8,8]", "tanh": "f32[4,8]", "batch": "f32[4,24]", "weight": "f32[3,32,64]",
-              "table": "f32[100,64]", "move": "f32[1,8]"}  # fmt: skip
+        computation(
+            "weight",
+            "%p = f32[32,64]{1,0} parameter(0)",
+            "ROOT %t = f32[3,32,64]{2,1,0} negate(%p)",
+        ),
+        computation(
+            "table", "%p = f32[100,64]{1,0} parameter(0)", "ROOT %t = f32[100,64]{1,0} negate(%p)"
+        ),
+        computation(
+            "move",
+            "%p = f32[4,8]{1,0} parameter(0)",
+            "%i = s32[] constant(1)",
+            "%j = s32[] add(%i, %i)",
+            "ROOT %t = f32[1,8]{1,0} dynamic-slice(%p, %j, %i), dynamic_slice_sizes={1,8}",
+        ),
+    ]
+    shapes = {
+        "product": "f32[8,8]",
+        "tanh": "f32[4,8]",
+        "batch": "f32[4,24]",
+        "weight": "f32[3,32,64]",
+        "table": "f32[100,64]",
+        "move": "f32[1,8]",
+    }
     entry = [
         "%p = f32[8,16]{1,0} parameter(0)",
         "%w = f32[3,4,64]{2,1,0} parameter(1), sharding={devices=[1,8,1]<=[8]}",
         "%e = f32[25,64]{1,0} parameter(2), sharding={devices=[4,1,2]<=[8] last_tile_dim_replicate}",
         "%tokens = s32[4,24]{1,0} parameter(3)",
         "%token_weights = f32[4,24]{1,0} parameter(4)",
-        *(f"%{n} = {s}{{1,0}} fusion(%p), kind=kLoop, calls=%{n}, {cost(1)}" for n, s in shapes.items()),
+        *(
+            f"%{n} = {s}{{1,0}} fusion(%p), kind=kLoop, calls=%{n}, {cost(1)}"
+            for n, s in shapes.items()
+        ),
     ]
     kinds = {o.name: o.kind for o in walk(program(entry, *bodies), vocab_size=100).operations}
     assert kinds == {
-        "product": "matmul", "tanh": "activation", "batch": "activation", "weight": "weight", "table": "table",
+        "product": "matmul",
+        "tanh": "activation",
+        "batch": "activation",
+        "weight": "weight",
+        "table": "table",
         "move": "copy",
-    }  # fmt: skip
+    }
 
 
 GATHER = "replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}"
-RING = compile_report.RING_LINKS * CHIP.ici_link_bandwidth / CHIP.clock_hz  # bytes a cycle
+RING = costs.RING_LINKS * CHIP.ici_link_bandwidth / CHIP.clock_hz  # bytes a cycle
 
 
 @pytest.mark.parametrize("compute", [1000, 10_000_000])
@@ -179,7 +221,12 @@ def test_a_collective_costs_what_nothing_hides(compute):
     result = walk(text)
     (gather,) = result.collectives
     whole = 0.75 * 4096 * 1024 * 2 / RING
-    assert (gather.kind, gather.bytes, gather.group_size, gather.overlapped) == ("all-gather", 2**23, 4, True)
+    assert (gather.kind, gather.bytes, gather.group_size, gather.overlapped) == (
+        "all-gather",
+        2**23,
+        4,
+        True,
+    )
     assert gather.cycles == pytest.approx(whole)
     assert gather.exposed_cycles == pytest.approx(max(0, whole - compute))
     assert result.cycles == pytest.approx(max(whole, compute))
@@ -188,9 +235,14 @@ def test_a_collective_costs_what_nothing_hides(compute):
 def test_collectives_at_the_same_time_share_the_network():
     start = "(bf16[1024,1024]{1,0}, bf16[4096,1024]{1,0}) all-gather-start(%x), " + GATHER
     text = program(
-        ["%x = bf16[1024,1024]{1,0} parameter(0)", f"%s = {start}", f"%t = {start}",
-         "%d = bf16[4096,1024]{1,0} all-gather-done(%s)", "ROOT %e = bf16[4096,1024]{1,0} all-gather-done(%t)"],
-    )  # fmt: skip
+        [
+            "%x = bf16[1024,1024]{1,0} parameter(0)",
+            f"%s = {start}",
+            f"%t = {start}",
+            "%d = bf16[4096,1024]{1,0} all-gather-done(%s)",
+            "ROOT %e = bf16[4096,1024]{1,0} all-gather-done(%t)",
+        ],
+    )
     assert walk(text).cycles == pytest.approx(2 * 0.75 * 2**23 / RING)
 
 
@@ -205,7 +257,11 @@ def test_a_sum_of_which_a_slice_is_kept_is_a_reduce_scatter():
     line = "ROOT %f = bf16[512,1024]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter"
     result = walk(program(["%p = bf16[4096,1024]{1,0} parameter(0)", line], fused))
     (collective,) = result.collectives
-    assert (collective.kind, collective.bytes, collective.overlapped) == ("reduce-scatter", 2**23, False)
+    assert (collective.kind, collective.bytes, collective.overlapped) == (
+        "reduce-scatter",
+        2**23,
+        False,
+    )
     assert result.cycles == pytest.approx(7 / 8 * 2**23 / RING)
 
 
@@ -213,15 +269,27 @@ def test_a_collective_that_goes_on_inside_fusions_starts_and_ends_once():
     """As libtpu writes it with asynchronous collective fusion."""
     inside = "all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}"
     parts = [
-        computation("starting", "%p = bf16[1024,1024]{1,0} parameter(0)", f"%g = bf16[4096,1024]{{1,0}} {inside}",
-                    'ROOT %c = (bf16[1024,1024]{1,0}, bf16[4096,1024]{1,0:S(1)}) custom-call(%g), '
-                    'custom_call_target="AsyncCollectiveStart"'),
-        computation("going_on", "%p = bf16[1024,1024]{1,0} parameter(0)", f"%g = bf16[4096,1024]{{1,0}} {inside}",
-                    "%d = bf16[1024,1024]{1,0} convolution(%p, %p), dim_labels=bf_oi->bf",
-                    "ROOT %t = (bf16[1024,1024]{1,0}, bf16[4096,1024]{1,0}) tuple(%d, %g)"),
-        computation("ending", "%p = bf16[4096,1024]{1,0} parameter(0)", f"%g = bf16[4096,1024]{{1,0}} {inside}",
-                    'ROOT %c = bf16[4096,1024]{1,0} custom-call(%g), custom_call_target="AsyncCollectiveDone"'),
-    ]  # fmt: skip
+        computation(
+            "starting",
+            "%p = bf16[1024,1024]{1,0} parameter(0)",
+            f"%g = bf16[4096,1024]{{1,0}} {inside}",
+            "ROOT %c = (bf16[1024,1024]{1,0}, bf16[4096,1024]{1,0:S(1)}) custom-call(%g), "
+            'custom_call_target="AsyncCollectiveStart"',
+        ),
+        computation(
+            "going_on",
+            "%p = bf16[1024,1024]{1,0} parameter(0)",
+            f"%g = bf16[4096,1024]{{1,0}} {inside}",
+            "%d = bf16[1024,1024]{1,0} convolution(%p, %p), dim_labels=bf_oi->bf",
+            "ROOT %t = (bf16[1024,1024]{1,0}, bf16[4096,1024]{1,0}) tuple(%d, %g)",
+        ),
+        computation(
+            "ending",
+            "%p = bf16[4096,1024]{1,0} parameter(0)",
+            f"%g = bf16[4096,1024]{{1,0}} {inside}",
+            'ROOT %c = bf16[4096,1024]{1,0} custom-call(%g), custom_call_target="AsyncCollectiveDone"',
+        ),
+    ]
     text = program(
         [
             "%p = bf16[1024,1024]{1,0} parameter(0)",
@@ -282,7 +350,12 @@ def test_between_slices_the_receiving_half_stands_for_the_collective():
         ]
     )
     (reduce,) = walk(text).collectives
-    assert (reduce.kind, reduce.network, reduce.group_size, reduce.bytes) == ("all-reduce", "dcn", 4, 2**21)
+    assert (reduce.kind, reduce.network, reduce.group_size, reduce.bytes) == (
+        "all-reduce",
+        "dcn",
+        4,
+        2**21,
+    )
     assert reduce.cycles == pytest.approx(1.5 * 2**21 / CHIP.dcn_bandwidth * CHIP.clock_hz)
 
 
@@ -318,12 +391,17 @@ def test_collectives_know_their_mesh_axes_and_network():
     mesh = SimpleNamespace(devices=devices, axis_names=("data", "fsdp", "tensor"), size=8)
     lines = [
         f"%g{i} = bf16[64]{{0}} all-reduce(%p), replica_groups={groups}, to_apply=%sum"
-        for i, groups in enumerate(["[4,2]<=[8]", "[2,4]<=[8]", "[4,2]<=[2,4]T(1,0)", "{{0,1,2,3,4,5,6,7}}"])
+        for i, groups in enumerate(
+            ["[4,2]<=[8]", "[2,4]<=[8]", "[4,2]<=[2,4]T(1,0)", "{{0,1,2,3,4,5,6,7}}"]
+        )
     ]
     result = walk(program(["%p = bf16[64]{0} parameter(0)", *lines]), mesh=mesh)
     assert [(c.axes, c.network) for c in result.collectives] == [
-        (("tensor",), "ici"), (("fsdp", "tensor"), "ici"), (("data",), "dcn"), (("data", "fsdp", "tensor"), "dcn"),
-    ]  # fmt: skip
+        (("tensor",), "ici"),
+        (("fsdp", "tensor"), "ici"),
+        (("data",), "dcn"),
+        (("data", "fsdp", "tensor"), "dcn"),
+    ]
 
 
 def test_copies_beside_the_computation_are_listed_and_cost_nothing():
@@ -352,7 +430,7 @@ def pallas(attributes):
             [
                 "%q = bf16[4,2048,128]{2,1,0} parameter(0)",
                 "%m = s8[1,4,3]{2,1,0} parameter(1)",
-                "%o = bf16[4,2048,128]{2,1,0} custom-call(%m, %q, %q), custom_call_target=\"tpu_custom_call\", "
+                '%o = bf16[4,2048,128]{2,1,0} custom-call(%m, %q, %q), custom_call_target="tpu_custom_call", '
                 + attributes,
             ]
         )
@@ -361,9 +439,11 @@ def pallas(attributes):
 
 def test_a_kernel_that_says_what_it_costs():
     estimate = '"cost_estimate":{"flops":"%d","transcendentals":"7","bytes_accessed":"%d"}'
-    by_flops = pallas(f'backend_config={{"custom_call_config":{{"body":"",{estimate % (10**12, 10)}}}}}')
+    by_flops = pallas(
+        f'backend_config={{"custom_call_config":{{"body":"",{estimate % (10**12, 10)}}}}}'
+    )
     assert by_flops.pallas_flops == 10**12
-    peak = compile_report.PALLAS_FLOPS_SHARE * CHIP.peak_flops / CHIP.clock_hz
+    peak = costs.PALLAS_FLOPS_SHARE * CHIP.peak_flops / CHIP.clock_hz
     assert by_flops.cycles == pytest.approx(10**12 / peak)
     assert by_flops.operations[0].basis == "flops"
     by_bytes = pallas(f'backend_config={{"custom_call_config":{{{estimate % (10, 10**9)}}}}}')
@@ -372,7 +452,11 @@ def test_a_kernel_that_says_what_it_costs():
 
 def test_a_kernel_that_says_nothing_costs_its_bytes():
     result = pallas("metadata={}")
-    assert (result.pallas_flops, result.operations[0].kind, result.operations[0].basis) == (0, "pallas", "bytes")
+    assert (result.pallas_flops, result.operations[0].kind, result.operations[0].basis) == (
+        0,
+        "pallas",
+        "bytes",
+    )
     size = 3 * 4 * 2048 * 128 * 2 + 12
     assert result.cycles == pytest.approx(size / CHIP.memory_bandwidth * CHIP.clock_hz)
 
@@ -410,17 +494,43 @@ def test_flops_of_a_batched_dot(sizes):
     "left,right,out,window,expected",
     [
         # Heads as a window that reaches into the padding: of each place one element counts.
-        ("512,1,1,4096", "4,1,512,128", "4,1,128,4096",
-         "window={size=4x1 pad=3_3x0_0 rhs_reversal=1x0}, dim_labels=f01b_01io->01fb", 2 * 4096 * 512 * 4 * 128),
-        ("4,1024,512", "1,512,2048", "4,1024,2048",
-         "window={size=1}, dim_labels=0bf_0io->0bf", 2 * 4 * 1024 * 512 * 2048),
-        ("2048,4,512", "512,4,1024", "2048,7,1024",  # 16 pairs of four elements and a window of four meet
-         "window={size=4 pad=3_3 rhs_reversal=1}, dim_labels=b0f_i0o->b0f", 2 * 2048 * 512 * 1024 * 16),
-        ("2,16,8", "3,8,5", "2,7,5", "window={size=3 stride=2}, dim_labels=b0f_0io->b0f", 2 * 2 * 8 * 5 * 7 * 3),
-        ("2,4,8", "3,8,5", "2,5,5", "window={size=3 lhs_dilate=2}, dim_labels=b0f_0io->b0f",
-         2 * 2 * 8 * 5 * (2 + 1 + 2 + 1 + 2)),
+        (
+            "512,1,1,4096",
+            "4,1,512,128",
+            "4,1,128,4096",
+            "window={size=4x1 pad=3_3x0_0 rhs_reversal=1x0}, dim_labels=f01b_01io->01fb",
+            2 * 4096 * 512 * 4 * 128,
+        ),
+        (
+            "4,1024,512",
+            "1,512,2048",
+            "4,1024,2048",
+            "window={size=1}, dim_labels=0bf_0io->0bf",
+            2 * 4 * 1024 * 512 * 2048,
+        ),
+        (
+            "2048,4,512",
+            "512,4,1024",
+            "2048,7,1024",  # 16 pairs of four elements and a window of four meet
+            "window={size=4 pad=3_3 rhs_reversal=1}, dim_labels=b0f_i0o->b0f",
+            2 * 2048 * 512 * 1024 * 16,
+        ),
+        (
+            "2,16,8",
+            "3,8,5",
+            "2,7,5",
+            "window={size=3 stride=2}, dim_labels=b0f_0io->b0f",
+            2 * 2 * 8 * 5 * 7 * 3,
+        ),
+        (
+            "2,4,8",
+            "3,8,5",
+            "2,5,5",
+            "window={size=3 lhs_dilate=2}, dim_labels=b0f_0io->b0f",
+            2 * 2 * 8 * 5 * (2 + 1 + 2 + 1 + 2),
+        ),
     ],
-)  # fmt: skip
+)
 def test_flops_of_a_convolution(left, right, out, window, expected):
     counted = flops(
         f"%x = bf16[{left}]{{0}} parameter(0)",
@@ -435,8 +545,12 @@ def test_a_computation_of_another_core_is_read_to_its_end():
     lines = ("%p = f32[8]{0} parameter(0)", "%q = f32[8]{0} parameter(1)")
     dot = "ROOT %d = f32[] dot(%p, %q), lhs_contracting_dims={0}, rhs_contracting_dims={0}"
     text = program(
-        ["%p = f32[8]{0} parameter(0)", "ROOT %f = f32[] fusion(%p, %p), kind=kLoop, calls=%product"],
-        computation("offloaded", *lines, "ROOT %s = f32[8]{0} add(%p, %q)") + ', execution_thread="sparsecore"',
+        [
+            "%p = f32[8]{0} parameter(0)",
+            "ROOT %f = f32[] fusion(%p, %p), kind=kLoop, calls=%product",
+        ],
+        computation("offloaded", *lines, "ROOT %s = f32[8]{0} add(%p, %q)")
+        + ', execution_thread="sparsecore"',
         computation("product", *lines, dot),
     )
     module = hlo.parse(text)
@@ -453,8 +567,16 @@ def test_flops_count_fusions_and_trips():
     )
     call = f"%f = f32[64,64]{{1,0}} fusion(%x), kind=kOutput, calls=%product, {cost(10)}"
     line, *parts = loop("w", [call], "constant(9)")
-    text = program(["%state = (s32[], f32[4096]) parameter(0)", "%x = f32[64,64]{1,0} parameter(1)", call, line],
-                   product, *parts)  # fmt: skip
+    text = program(
+        [
+            "%state = (s32[], f32[4096]) parameter(0)",
+            "%x = f32[64,64]{1,0} parameter(1)",
+            call,
+            line,
+        ],
+        product,
+        *parts,
+    )
     assert walk(text).matmul_flops == 10 * 2 * 64**3
 
 
@@ -462,7 +584,7 @@ def test_flops_count_fusions_and_trips():
 
 FRAMES = """
 FileNames
-1 "/home/me/repository/MaxNano/model.py"
+1 "/home/me/repository/MaxNano/models/transformer.py"
 2 "/venv/site-packages/jax/numpy.py"
 3 "/home/me/benchmark.py"
 
@@ -485,7 +607,13 @@ StackFrames
 
 @pytest.mark.parametrize(
     "frame,line",
-    [(1, "benchmark.py:5"), (2, "model.py:77"), (3, "model.py:77"), (4, "benchmark.py:5"), (5, "numpy.py:900")],
+    [
+        (1, "benchmark.py:5"),
+        (2, "model.py:77"),
+        (3, "model.py:77"),
+        (4, "benchmark.py:5"),
+        (5, "numpy.py:900"),
+    ],
 )
 def test_operations_name_our_innermost_line(frame, line):
     line_of_f = fusion("f", "x", 5) + f", metadata={{stack_frame_id={frame}}}"
@@ -503,13 +631,25 @@ def compiled(text, **sizes):
 
 def test_the_report_of_a_compiled_function():
     entry = ["%x = f32[4096]{0} parameter(0)", *(fusion(f"f{i}", "x", 1750 * i) for i in range(30))]
-    report = compile_report.analyze(
-        compiled(program(entry, ADD), argument=100, output=70, alias=60, temp=9000, peak=1110, generated_code=5),
+    report = costs.analyze(
+        compiled(
+            program(entry, ADD),
+            argument=100,
+            output=70,
+            alias=60,
+            temp=9000,
+            peak=1110,
+            generated_code=5,
+        ),
         CHIP,
-        work=compile_report.Work(model_flops=1e9, tokens=87, steps=1000),
+        work=costs.Work(model_flops=1e9, tokens=87, steps=1000),
         compile_seconds=3.0,
     )
-    assert report.memory.temporaries == 1000 and report.memory.total == 1115 and report.memory.limit == 31.25 * 2**30
+    assert (
+        report.memory.temporaries == 1000
+        and report.memory.total == 1115
+        and report.memory.limit == 31.25 * 2**30
+    )
     assert report.cycles == 1750 * 435
     assert report.step_seconds == pytest.approx(435e-6)
     assert report.mfu == pytest.approx(1e9 / 435e-6 / 918e12)
@@ -529,7 +669,7 @@ def test_the_report_of_a_compiled_function():
 
 def test_what_is_not_known_is_null():
     text = program(["%x = f32[4096]{0} parameter(0)", fusion("f", "x", 10)], ADD)
-    report = compile_report.analyze(compiled(text), runtime.CHIPS["TPU v5 lite"])
+    report = costs.analyze(compiled(text), runtime.CHIPS["TPU v5 lite"])
     assert (report.mfu, report.run_seconds, report.run_price, report.model_flops) == (None,) * 4
     assert "unknown" in str(report.tables())
 

@@ -39,8 +39,15 @@ def test_import_contracts():
     "modules",
     [
         ["pyconfig", "scaling"],
-        ["tokenizer", "train_tokenizer", "data.packing", "data.sources", "data.workers", "data.conversations"],
-        ["data.download", "tasks", "tools", "sandbox", "dialogue"],
+        [
+            "tokenization.tokenizer",
+            "train_tokenizer",
+            "data.packing",
+            "data.sources",
+            "data.workers",
+            "data.conversations",
+        ],
+        ["data.download", "tasks", "tools.calculator", "tools.sandbox", "inference.dialogue"],
     ],
     ids=["configuration", "host", "tasks and tools"],
 )

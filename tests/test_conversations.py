@@ -11,8 +11,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from MaxNano import pyconfig, tasks, tokenizer
+from MaxNano import pyconfig, tasks
 from MaxNano.data import conversations, loader, packing
+from MaxNano.tokenization import tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tasks_packing.json").read_text())
 TOKENIZER = tokenizer.BpeTokenizer(tokenizer.NANOCHAT_PATTERN, {bytes([i]): i for i in range(256)})
@@ -211,8 +212,11 @@ def test_what_is_too_long_is_cut_behind_an_answer_and_counted():
     encoding = conversations.ConversationEncoding(config, TOKENIZER, "train")
     whole = [encoding.encode({"messages": messages}) for messages in LISTS["long"]]
     assert [(item.document is None, item.was_cut) for item in whole] == [
-        (False, True), (False, True), (True, False), (False, False),
-    ]  # fmt: skip
+        (False, True),
+        (False, True),
+        (True, False),
+        (False, False),
+    ]
     assert whole[0].document.tokens.tolist() == whole[3].document.tokens.tolist()
     assert whole[1].document.length == 41 and whole[1].document.tokens[-1] == ord("y")
     with loader.make_loader(config, TOKENIZER, "train", batch_rows=4) as batches:
@@ -251,9 +255,10 @@ def test_rows_that_are_no_conversations_are_left_out_and_counted():
 @given(
     tasks_of=st.lists(
         st.tuples(st.integers(0, 1000), st.floats(0, 9, allow_subnormal=False)),
-        min_size=1, max_size=6,
+        min_size=1,
+        max_size=6,
     )
-)  # fmt: skip
+)
 def test_weights_give_their_share_of_a_pass(tasks_of):
     lengths, weights = zip(*tasks_of, strict=True)
     counts = conversations.conversations_of_a_pass(lengths, weights, "weights")
@@ -303,10 +308,13 @@ def test_an_empty_task_changes_nothing(unit):
         ([["list:full", "1", "2", "3"]], "has a row"),
         ([["list:empty", 1]], r"chat_train_mixture \(list:empty\) has no conversation"),
         ([["list:full", 0]], "has no conversation"),
-        ([["list:full", 0.1]], "data_readers=8 is too many for .* 2 conversations; set data_readers=2"),
+        (
+            [["list:full", 0.1]],
+            "data_readers=8 is too many for .* 2 conversations; set data_readers=2",
+        ),
         ([["GSM9K/train", 1]], "no task 'GSM9K/train'; did you mean GSM8K"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_mixture_is_one_line(mixture, problem):
     LISTS.update(full=[dialogue(f"{n}", "x") for n in range(20)], empty=[])
     config = make_config(mixture, data_readers=8)
@@ -333,9 +341,12 @@ def chat_file(tmp_path_factory):
 def open_loader(chat_file, state=None, data_workers=0, **hosts):
     config = make_config(
         [[f"json:{chat_file}", 1.5], [f"json:{chat_file}", 1, 7]],
-        max_target_length=64, data_readers=4, packing_buffer_documents=6,
-        tokenize_batch_documents=3, data_workers=data_workers,
-    )  # fmt: skip
+        max_target_length=64,
+        data_readers=4,
+        packing_buffer_documents=6,
+        tokenize_batch_documents=3,
+        data_workers=data_workers,
+    )
     return loader.make_loader(config, TOKENIZER, "train", batch_rows=8, state=state, **hosts)
 
 
@@ -407,8 +418,11 @@ def test_saved_tokens_keep_their_mask(ids, data):
 
 def test_steps_of_a_pass_use_its_conversations_up(chat_file):
     config = make_config(
-        [[f"json:{chat_file}", 8]], max_target_length=64, global_batch_tokens=128, packing_buffer_documents=20
-    )  # fmt: skip
+        [[f"json:{chat_file}", 8]],
+        max_target_length=64,
+        global_batch_tokens=128,
+        packing_buffer_documents=20,
+    )
     with loader.make_loader(config, TOKENIZER, "train", batch_rows=2) as batches:
         consumed = 0
         while batches.position()["epoch"] == 1:

@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import tiktoken
 
-from MaxNano import convert, optim, pyconfig, sharding, tokenizer
-from MaxNano.checkpointing import Checkpointer
-from MaxNano.model import Numerics
-from MaxNano.train_state import abstract_state, architecture
+from MaxNano import convert, pyconfig
+from MaxNano.distributed import sharding
+from MaxNano.models.transformer import Numerics
+from MaxNano.optimizers import groups
+from MaxNano.tokenization import tokenizer
+from MaxNano.training.checkpointing import Checkpointer
+from MaxNano.training.state import abstract_state, architecture
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = str(pyconfig.BASE)
@@ -35,7 +38,9 @@ def golden_config(*words: str):
 
 def random_params(config, seed=0) -> dict:
     """Random values in the shapes and dtypes that the model itself declares."""
-    shapes = architecture(config, Numerics("float32", "bfloat16", "reference", "scatter", "cpu")).shapes
+    shapes = architecture(
+        config, Numerics("float32", "bfloat16", "reference", "scatter", "cpu")
+    ).shapes
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(s.dtype), shapes)
 
@@ -272,7 +277,7 @@ def test_command_imports_and_exports(tmp_path, nanochat):
         params, _ = checkpointer.restore_params_only()
         # Training can go on from it: the whole state has the form that train.py asks for.
         model = architecture(config, Numerics("float32", "bfloat16", "reference", "scatter", "cpu"))
-        optimizer = optim.make_optimizer(config, dtype="float32")
+        optimizer = groups.make_optimizer(config, dtype="float32")
         mesh = sharding.make_mesh(config, jax.devices()[:1])
         state, extra = checkpointer.restore(abstract_state(config, model, optimizer, mesh))
     assert_same(params, convert.nanochat_to_params(arrays, config))

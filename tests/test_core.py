@@ -22,13 +22,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_nanochat_reference import hashed
 
-from MaxNano import convert, pyconfig, runtime, tokenizer, train
-from MaxNano.evals import branches, core
+from MaxNano import convert, pyconfig, train
+from MaxNano.distributed import runtime
+from MaxNano.evals import core
+from MaxNano.inference import prefix_scoring
+from MaxNano.tokenization import tokenizer
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"
 # Compiling fast matters more here than running fast.
 QUICK = "xla_flag_groups=[[quick, cpu, xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=true]]"
+
 
 def set_up(*words):
     quick = ("num_cpu_devices=1", "xla_flags=[quick]", QUICK)
@@ -40,11 +44,15 @@ def from_formula(setup, scales):
     """Parameters by the formula of test_nanochat_reference, some of them larger."""
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), setup.model.shapes)
     arrays = {}
-    for index, (name, like) in enumerate(sorted(convert.params_to_nanochat(zeros, setup.config).items())):
+    for index, (name, like) in enumerate(
+        sorted(convert.params_to_nanochat(zeros, setup.config).items())
+    ):
         values = scales.get(name, 1) * hashed(like.size, index) + (name == "resid_lambdas")
         arrays[name] = values.reshape(like.shape).astype(np.float32)
     params = convert.nanochat_to_params(arrays, setup.config)
-    return jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), params, setup.abstract.params)
+    return jax.tree.map(
+        lambda leaf, like: jax.device_put(leaf, like.sharding), params, setup.abstract.params
+    )
 
 
 def whole_rows(setup, params, bos_id):
@@ -58,7 +66,9 @@ def whole_rows(setup, params, bos_id):
 
     def padded(tokens):  # few shapes to compile
         size = -(-tokens.shape[1] // 256) * 256
-        return forward(np.pad(tokens, ((0, -len(tokens) % 2), (0, size - tokens.shape[1]))))[: len(tokens)]
+        return forward(np.pad(tokens, ((0, -len(tokens) % 2), (0, size - tokens.shape[1]))))[
+            : len(tokens)
+        ]
 
     return core.logits_scorer(padded, bos_id)
 
@@ -69,8 +79,8 @@ def whole_rows(setup, params, bos_id):
 @pytest.fixture
 def few_shapes(monkeypatch):
     """Columns for everything, so that little is compiled."""
-    monkeypatch.setattr(branches, "SMALLEST_PREFIX", 1024)
-    monkeypatch.setattr(branches, "SMALLEST_BRANCH", 128)
+    monkeypatch.setattr(prefix_scoring, "SMALLEST_PREFIX", 1024)
+    monkeypatch.setattr(prefix_scoring, "SMALLEST_BRANCH", 128)
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +91,17 @@ def small(tmp_path_factory):
         archive.extract("tokenizer.json", folder)
     vocabulary = tokenizer.load_from("bpe", folder)
     setup = set_up(
-        "max_target_length=256", "vocab_size=320", "num_decoder_layers=4", "emb_dim=32", "num_query_heads=2",
-        "head_dim=16", "global_batch_tokens=512", "steps=1", "core_batch_tokens=4096",
+        "max_target_length=256",
+        "vocab_size=320",
+        "num_decoder_layers=4",
+        "emb_dim=32",
+        "num_query_heads=2",
+        "head_dim=16",
+        "global_batch_tokens=512",
+        "steps=1",
+        "core_batch_tokens=4096",
         "attention_chunk=640",
-    )  # fmt: skip
+    )
     params = from_formula(setup, {"lm_head.weight": 4, "transformer.wte.weight": 4})
     return setup, vocabulary, params
 
@@ -96,7 +113,7 @@ def test_every_answer_is_nanochats(small, few_shapes, limit):
     golden = json.loads((GOLDEN / "core_small.json").read_text())
     tasks = core.load_bundle(GOLDEN / "core_small.zip")
     assert [task.label for task in tasks] == list(golden["tasks"])
-    score = branches.Scorer(setup, vocabulary.bos_id).bind(params)
+    score = prefix_scoring.Scorer(setup, vocabulary.bos_id).bind(params)
     right = collections.Counter()
     for task in tasks:
         questions, expected = task.questions(), golden["tasks"][task.label]
@@ -117,26 +134,48 @@ def test_the_recorded_score_is_that_of_the_recorded_answers():
         correct = golden["tasks"][task.label]["correct"]
         assert len(correct) == len(task.questions())
         centered[task.label] = core.center(correct.count("1") / len(correct), task.baseline)
-        assert centered[task.label] == pytest.approx(golden["tasks"][task.label]["centered"], abs=1e-9)
+        assert centered[task.label] == pytest.approx(
+            golden["tasks"][task.label]["centered"], abs=1e-9
+        )
     assert core.summarize(centered)["core"] == pytest.approx(golden["core"], abs=1e-9)
 
 
 def test_the_shared_prefix_changes_no_number(few_shapes):
     """Layers in a loop, grouped heads, windows shorter than prompts, prompts of all lengths."""
     setup = set_up(
-        "max_target_length=24", "vocab_size=50", "num_decoder_layers=6", "window_pattern=SL", "emb_dim=32",
-        "num_query_heads=4", "num_kv_heads=2", "head_dim=8", "short_window_multiple=4", "attention_chunk=40",
+        "max_target_length=24",
+        "vocab_size=50",
+        "num_decoder_layers=6",
+        "window_pattern=SL",
+        "emb_dim=32",
+        "num_query_heads=4",
+        "num_kv_heads=2",
+        "head_dim=8",
+        "short_window_multiple=4",
+        "attention_chunk=40",
         "attention=reference",
-        "global_batch_tokens=48", "steps=1", "core_batch_tokens=600",
-    )  # fmt: skip
+        "global_batch_tokens=48",
+        "steps=1",
+        "core_batch_tokens=600",
+    )
     params = from_formula(setup, {})
     rng = np.random.default_rng(0)
     prompts = []
-    for prefix, *lengths in ((0, 5, 7), (3, 9, 4), (60, 12, 3), (200, 6, 2), (97, 30, 3), (20, 50, 8), (128, 2, 2)):
+    for prefix, *lengths in (
+        (0, 5, 7),
+        (3, 9, 4),
+        (60, 12, 3),
+        (200, 6, 2),
+        (97, 30, 3),
+        (20, 50, 8),
+        (128, 2, 2),
+    ):
         rows = [rng.integers(0, 49, length, np.int32) for length in lengths]
         rows[1][0] = rows[0][0]
-        prompts.append(core.Prompt(rng.integers(0, 49, prefix, np.int32), tuple(rows), (1, 1), (0, 1)))
-    own = branches.Scorer(setup, 49).bind(params)
+        prompts.append(
+            core.Prompt(rng.integers(0, 49, prefix, np.int32), tuple(rows), (1, 1), (0, 1))
+        )
+    own = prefix_scoring.Scorer(setup, 49).bind(params)
     expected = dict(whole_rows(setup, params, 49)(prompts, greedy=False))
     found = dict(own(prompts, greedy=False))
     assert found.keys() == expected.keys()
@@ -183,7 +222,9 @@ def prompts_of(task, **kwargs):
 
 
 def test_only_what_follows_the_common_beginning_is_scored():
-    task = task_of("multiple_choice", {"query": "Is", "choices": ["anna", "anton", "anna"], "gold": 1})
+    task = task_of(
+        "multiple_choice", {"query": "Is", "choices": ["anna", "anton", "anna"], "gold": 1}
+    )
     (prompt,) = prompts_of(task)
     assert text_of(prompt.prefix[1:]) == "Is a"
     assert [text_of(branch) for branch in prompt.branches] == ["nna", "nton"]
@@ -192,18 +233,29 @@ def test_only_what_follows_the_common_beginning_is_scored():
 
 
 def test_of_a_schema_the_common_end_is_scored():
-    question = {"context_options": ["The cat, as it", "The dog, as it"], "continuation": "ran.", "gold": 0}
+    question = {
+        "context_options": ["The cat, as it", "The dog, as it"],
+        "continuation": "ran.",
+        "gold": 0,
+    }
     (prompt,) = prompts_of(task_of("schema", question))
     assert text_of(prompt.prefix[1:]) == "The"
-    assert [text_of(branch[start:]) for branch, start in zip(prompt.branches, prompt.starts, strict=True)] == [
-        ", as it ran."
-    ] * 2
+    assert [
+        text_of(branch[start:])
+        for branch, start in zip(prompt.branches, prompt.starts, strict=True)
+    ] == [", as it ran."] * 2
 
 
 def test_of_a_text_the_continuation_is_scored_with_the_space_before_it():
-    task = task_of("language_modeling", {"context": " One two ", "continuation": "three"}, delimiter="\nAnswer: ")
+    task = task_of(
+        "language_modeling",
+        {"context": " One two ", "continuation": "three"},
+        delimiter="\nAnswer: ",
+    )
     (prompt,) = prompts_of(task)
-    assert text_of(np.concatenate([prompt.prefix, *prompt.branches])[1:]) == "One two\nAnswer: three"
+    assert (
+        text_of(np.concatenate([prompt.prefix, *prompt.branches])[1:]) == "One two\nAnswer: three"
+    )
     assert text_of(prompt.branches[0][prompt.starts[0] :]) == " three"
 
 
@@ -213,7 +265,9 @@ def test_examples_stand_before_the_question():
     asked = task.questions()
     first, second = (asked[i] for i in core.draw_shots(0, 4, 2))
     expected = "".join(f"{shot['query']}: {shot['choices'][1]}\n\n" for shot in (first, second))
-    assert core.render(task, asked, 0) == [f"{expected}{asked[0]['query']}: {c}" for c in asked[0]["choices"]]
+    assert core.render(task, asked, 0) == [
+        f"{expected}{asked[0]['query']}: {c}" for c in asked[0]["choices"]
+    ]
 
 
 def test_too_few_examples_are_all_shown():
@@ -228,7 +282,9 @@ def test_too_few_examples_are_all_shown():
 def test_examples_are_drawn_as_from_a_list_of_all_others(index, count, shots):
     if shots < count and index < count:
         others = [i for i in range(count) if i != index]
-        assert core.draw_shots(index, count, shots) == random.Random(1234 + index).sample(others, shots)
+        assert core.draw_shots(index, count, shots) == random.Random(1234 + index).sample(
+            others, shots
+        )
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=1, max_size=4))
@@ -244,7 +300,10 @@ def test_long_prompts_lose_their_beginning_only_where_asked():
     (prompt,) = prompts_of(task, max_length=6)
     rows = [text_of(np.concatenate([prompt.prefix, branch])) for branch in prompt.branches]
     assert rows == ["fgh xx", "gh yyy"]
-    scored = [text_of(branch[start:]) for branch, start in zip(prompt.branches, prompt.starts, strict=True)]
+    scored = [
+        text_of(branch[start:])
+        for branch, start in zip(prompt.branches, prompt.starts, strict=True)
+    ]
     assert scored == ["xx", "yyy"]
 
 
@@ -256,14 +315,21 @@ def test_the_first_of_equals_is_chosen():
 
 @pytest.mark.parametrize(("choices", "choice"), [(["no", "nothing"], 0), (["nothing", "no"], 0)])
 def test_an_answer_without_tokens_of_its_own_is_chosen_only_where_it_is_first(choices, choice):
-    (prompt,) = prompts_of(task_of("multiple_choice", {"query": "q", "choices": choices, "gold": 0}))
-    scores = [np.full(len(ids) - start, 2.0) for ids, start in zip(prompt.branches, prompt.starts, strict=True)]
+    (prompt,) = prompts_of(
+        task_of("multiple_choice", {"query": "q", "choices": choices, "gold": 0})
+    )
+    scores = [
+        np.full(len(ids) - start, 2.0)
+        for ids, start in zip(prompt.branches, prompt.starts, strict=True)
+    ]
     assert sorted(map(len, scores)) == [0, 5]
     assert core.decide(prompt, scores, gold=0).choice == choice
 
 
 def test_a_cut_comes_after_the_shuffle():
-    task = task_of("language_modeling", *({"context": str(i), "continuation": "a"} for i in range(50)))
+    task = task_of(
+        "language_modeling", *({"context": str(i), "continuation": "a"} for i in range(50))
+    )
     expected = [str(i) for i in range(50)]
     random.Random(1337).shuffle(expected)
     assert [question["context"] for question in task.questions(7)] == expected[:7]
@@ -280,11 +346,19 @@ def test_a_cut_comes_after_the_shuffle():
 def test_each_prompt_is_in_one_batch_that_holds_it(sizes, ways, tokens):
     field = 400
     prompts = [
-        core.Prompt(np.zeros(prefix, np.int32), (np.zeros(branch, np.int32),) * count, (1,) * count, (0,))
+        core.Prompt(
+            np.zeros(prefix, np.int32), (np.zeros(branch, np.int32),) * count, (1,) * count, (0,)
+        )
         for count, prefix, branch in sizes
     ]
-    batches = list(branches.plan_batches([branches.shape_of(p, field) for p in prompts], tokens, ways))
-    assert sorted(index for batch in batches for index in batch.prompts) == list(range(len(prompts)))
+    batches = list(
+        prefix_scoring.plan_batches(
+            [prefix_scoring.shape_of(p, field) for p in prompts], tokens, ways
+        )
+    )
+    assert sorted(index for batch in batches for index in batch.prompts) == list(
+        range(len(prompts))
+    )
     for batch in batches:
         assert len(batch.prompts) <= batch.rows
         assert batch.rows == ways * max(1, tokens // batch.shape.tokens)
@@ -296,7 +370,7 @@ def test_each_prompt_is_in_one_batch_that_holds_it(sizes, ways, tokens):
 
 @given(st.integers(0, 100_000), st.sampled_from([1, 8, 32]))
 def test_sizes_waste_little(count, smallest):
-    size = branches.round_up(count, smallest)
+    size = prefix_scoring.round_up(count, smallest)
     assert size >= max(count, smallest)
     assert size <= smallest or size <= (1.25 * count if size > 160 else 2 * count)
 
@@ -310,7 +384,10 @@ def test_the_scores_of_gpt2():
         *rows, score = csv.DictReader(file)
     assert len(rows) == 22
     for model in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
-        centered = {row["task"]: core.center(float(row[model]), 0.01 * float(row["guessing"])) for row in rows}
+        centered = {
+            row["task"]: core.center(float(row[model]), 0.01 * float(row["guessing"]))
+            for row in rows
+        }
         assert core.summarize(centered)["core"] == pytest.approx(float(score[model]), abs=1e-6)
 
 
@@ -336,7 +413,9 @@ def test_folder_and_archives_hold_the_same_bundle(tmp_path):
 
 
 def damaged(**changed):
-    files = {name: changed.get(Path(name).stem, content) for name, content in files_of_small().items()}
+    files = {
+        name: changed.get(Path(name).stem, content) for name, content in files_of_small().items()
+    }
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         for name, text in files.items():
@@ -395,22 +474,32 @@ def test_a_line_that_is_no_question_is_named(line, message):
 REAL = Path(os.environ.get("CORE_BUNDLE", ROOT.parent / "shared/data/core_eval_bundle.tar.xz"))
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="the real bundle is not there: CORE_BUNDLE=PATH says where it is")
+@pytest.mark.skipif(
+    not REAL.exists(), reason="the real bundle is not there: CORE_BUNDLE=PATH says where it is"
+)
 @pytest.mark.parametrize("limit", [4, pytest.param(None, marks=pytest.mark.long)])
 def test_every_answer_on_the_real_bundle_is_nanochats(limit, tmp_path, monkeypatch):
     """All 22 tasks, of each the first questions of a cut to 60: answers, and losses also of texts to go on with."""
     # The model is small: all prompts at once in few shapes.
-    monkeypatch.setitem(branches.LIMITS, "cpu", branches.Limits(tokens=8192, compilation=400_000))
+    monkeypatch.setitem(
+        prefix_scoring.LIMITS, "cpu", prefix_scoring.Limits(tokens=8192, compilation=400_000)
+    )
     with zipfile.ZipFile(GOLDEN / "core_real.zip") as archive:
         archive.extract("tokenizer.json", tmp_path)
         golden = json.loads(archive.read("answers.json"))
     vocabulary = tokenizer.load_from("bpe", tmp_path)
     setup = set_up(
-        "max_target_length=512", "vocab_size=4096", "num_decoder_layers=4", "emb_dim=32", "num_query_heads=2",
-        "head_dim=16", "global_batch_tokens=512", "steps=1",
-    )  # fmt: skip
+        "max_target_length=512",
+        "vocab_size=4096",
+        "num_decoder_layers=4",
+        "emb_dim=32",
+        "num_query_heads=2",
+        "head_dim=16",
+        "global_batch_tokens=512",
+        "steps=1",
+    )
     params = from_formula(setup, {"lm_head.weight": 4, "transformer.wte.weight": 4})
-    score = branches.Scorer(setup, vocabulary.bos_id).bind(params)
+    score = prefix_scoring.Scorer(setup, vocabulary.bos_id).bind(params)
 
     tasks = core.load_bundle(REAL)
     assert [task.label for task in tasks] == list(golden["tasks"])
@@ -418,7 +507,10 @@ def test_every_answer_on_the_real_bundle_is_nanochats(limit, tmp_path, monkeypat
     for task in tasks:
         questions = task.questions(golden["max_per_task"])
         prompts = core.build_prompts(task, questions, vocabulary, limit=limit)
-        asked += [(task, index, questions[index].get("gold"), prompt) for index, prompt in enumerate(prompts)]
+        asked += [
+            (task, index, questions[index].get("gold"), prompt)
+            for index, prompt in enumerate(prompts)
+        ]
     prompts = [prompt for *_, prompt in asked]
     losses = dict(score(prompts, greedy=False))
     likeliest = dict(score(prompts, greedy=True))
@@ -427,4 +519,6 @@ def test_every_answer_on_the_real_bundle_is_nanochats(limit, tmp_path, monkeypat
         answer = core.decide(prompt, likeliest[number] if gold is None else losses[number], gold)
         assert answer.correct == (expected["correct"][index] == "1"), (task.label, index)
         means = answer.losses or [np.mean(row) for row in losses[number]]
-        np.testing.assert_allclose(means, expected["losses"][index], atol=1e-4, err_msg=f"{task.label} {index}")
+        np.testing.assert_allclose(
+            means, expected["losses"][index], atol=1e-4, err_msg=f"{task.label} {index}"
+        )

@@ -10,26 +10,42 @@ import pytest
 from jax.sharding import AbstractMesh
 from test_model import random_params
 
-from MaxNano import decode, pyconfig
-from MaxNano.model import Numerics
-from MaxNano.train_state import architecture
+from MaxNano import pyconfig
+from MaxNano.inference import decode
+from MaxNano.models.transformer import Numerics
+from MaxNano.training.state import architecture
 
 ROOT = Path(__file__).parents[1]
 FLOAT32 = Numerics("float32", "float32", "chunked", "scatter", "cpu")
 CONTEXT, LONGEST = 32, 88
 TINY = (
-    "vocab_size=50", f"max_target_length={CONTEXT}", "emb_dim=32", "head_dim=8", "num_query_heads=4", "steps=20",
-    "short_window_multiple=8", "num_decoder_layers=2", "global_batch_tokens=256", "window_pattern=SL",
-)  # fmt: skip
+    "vocab_size=50",
+    f"max_target_length={CONTEXT}",
+    "emb_dim=32",
+    "head_dim=8",
+    "num_query_heads=4",
+    "steps=20",
+    "short_window_multiple=8",
+    "num_decoder_layers=2",
+    "global_batch_tokens=256",
+    "window_pattern=SL",
+)
 VARIANTS = {
     "short and long windows": ("num_decoder_layers=3",),
     "one loop of groups, and a tail": ("num_decoder_layers=5", "num_kv_heads=2"),
-    "long windows of several blocks": ("window_pattern=L", "num_decoder_layers=2", "num_kv_heads=1"),
+    "long windows of several blocks": (
+        "window_pattern=L",
+        "num_decoder_layers=2",
+        "num_kv_heads=1",
+    ),
     "plain": (
-        "value_embed_gate_channels=0", "smear_gate_channels=0", "use_backout=false", "logits_soft_cap=0",
+        "value_embed_gate_channels=0",
+        "smear_gate_channels=0",
+        "use_backout=false",
+        "logits_soft_cap=0",
         "num_decoder_layers=2",
     ),
-}  # fmt: skip
+}
 
 
 def make(*overrides):
@@ -45,7 +61,9 @@ def make(*overrides):
 
 def empty(plan, slots):
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), decode.cache_shapes(plan, mesh, slots))
+    return jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), decode.cache_shapes(plan, mesh, slots)
+    )
 
 
 def copies(*pairs):
@@ -66,7 +84,9 @@ def test_every_token_has_the_full_forwards_logits(variant):
     prompts = np.zeros((2, 64), np.int32)
     prompts[1, :40] = tokens[0, :40]
     cache = jax.tree.map(lambda x: x + 7, empty(plan, 3))  # left by somebody else
-    cache, hidden = prefill(weights, cache, prompts, np.array([1, 40], np.int32), copies((1, 1), (1, 0)))
+    cache, hidden = prefill(
+        weights, cache, prompts, np.array([1, 40], np.int32), copies((1, 1), (1, 0))
+    )
 
     @jax.jit
     def full(tokens):
@@ -79,8 +99,12 @@ def test_every_token_has_the_full_forwards_logits(variant):
     everyone = np.arange(3)
     for i in range(LONGEST - 40):
         positions = starts + i
-        logits, cache = step(weights, cache, tokens[everyone, positions], tokens[everyone, positions - 1], positions)
-        np.testing.assert_allclose(np.asarray(logits)[:, :50], expected[everyone, positions], atol=1e-4)
+        logits, cache = step(
+            weights, cache, tokens[everyone, positions], tokens[everyone, positions - 1], positions
+        )
+        np.testing.assert_allclose(
+            np.asarray(logits)[:, :50], expected[everyone, positions], atol=1e-4
+        )
         assert (np.asarray(logits)[:, 50:] == -np.inf).all()
 
 

@@ -7,8 +7,8 @@ from fake_engine import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from MaxNano import dialogue
-from MaxNano.dialogue import Part, ReplyDecoder, content_of, merge_parts, trim
+from MaxNano.inference import dialogue
+from MaxNano.inference.dialogue import Part, ReplyDecoder, content_of, merge_parts, trim
 
 TOKENIZER = byte_tokenizer()
 SPECIAL = TOKENIZER.special
@@ -57,7 +57,9 @@ def test_calls_and_results_are_parts_and_other_specials_are_silent():
     parts, _ = decode(ids)
     assert parts == [("text", "So "), ("python", "1+1"), ("python_output", "2"), ("text", ".")]
     message = {"role": "assistant", "content": content_of(parts)}
-    rendered, _ = TOKENIZER.render_conversation({"messages": [{"role": "user", "content": "?"}, message]})
+    rendered, _ = TOKENIZER.render_conversation(
+        {"messages": [{"role": "user", "content": "?"}, message]}
+    )
     assert rendered[5:-1] == [token for token in ids if token != SPECIAL.user_start]
 
 
@@ -83,7 +85,13 @@ def test_text_ends_before_the_first_stop_string(text, stops, pieces):
 def test_what_may_become_a_stop_string_waits():
     decoder = ReplyDecoder(TOKENIZER, ["END"])
     feed = lambda text: "".join(part.text for part in decoder.feed(TOKENIZER.encode(text)))  # noqa: E731
-    assert [feed("a E"), feed("N"), feed("T E"), feed("ND b"), feed("c")] == ["a ", "", "ENT ", "", ""]
+    assert [feed("a E"), feed("N"), feed("T E"), feed("ND b"), feed("c")] == [
+        "a ",
+        "",
+        "ENT ",
+        "",
+        "",
+    ]
     assert decoder.stopped and decoder.finish() == []
 
 
@@ -107,7 +115,11 @@ def test_one_message_that_is_too_long_is_told():
         trim(TOKENIZER, [*turn("a"), {"role": "user", "content": "x" * 100}], 64)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["text", "python"]), st.sampled_from(["", "a", "b"])), max_size=6))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["text", "python"]), st.sampled_from(["", "a", "b"])), max_size=6
+    )
+)
 def test_merged_parts_alternate_and_keep_the_text(pairs):
     merged = merge_parts([Part(*pair) for pair in pairs])
     assert "".join(part.text for part in merged) == "".join(text for _, text in pairs)

@@ -323,10 +323,14 @@ def partial(body=REST, stated=None, **headers):
 
 # Behind a cut in the middle, which leaves a part to go on from.
 RESUMED = {
-    "the wrong range": partial(CONTENT[HALF + 1 :], f"bytes {HALF + 1}-{len(CONTENT) - 1}/{len(CONTENT)}"),
+    "the wrong range": partial(
+        CONTENT[HALF + 1 :], f"bytes {HALF + 1}-{len(CONTENT) - 1}/{len(CONTENT)}"
+    ),
     "an earlier range": partial(CONTENT[5:], f"bytes 5-{len(CONTENT) - 1}/{len(CONTENT)}"),
     "a shorter range": partial(REST[:9], f"bytes {HALF}-{HALF + 8}/{len(CONTENT)}"),
-    "a range of a longer file": partial(REST, f"bytes {HALF}-{len(CONTENT) - 1}/{len(CONTENT) + 9}"),
+    "a range of a longer file": partial(
+        REST, f"bytes {HALF}-{len(CONTENT) - 1}/{len(CONTENT) + 9}"
+    ),
     "a range without bounds": partial(REST, ""),
     "a range in nonsense": partial(REST, "bytes ?-?/*"),
     "a range that is another": partial(CONTENT[: len(REST)]),
@@ -484,7 +488,9 @@ def test_one_file_that_cannot_be_had_does_not_take_the_others_along(server, tmp_
     server.answer = lambda handler: (
         handler.begin(None) if "good" in handler.path else handler.head(404, Content_Length=0)
     )
-    remotes = [remote(server, name=name) for name in ("good1.parquet", "bad.parquet", "good2.parquet")]
+    remotes = [
+        remote(server, name=name) for name in ("good1.parquet", "bad.parquet", "good2.parquet")
+    ]
     with pytest.raises(ValueError, match=r"bad.parquet is not there: the server answers 404"):
         get(tmp_path, *remotes, limits=LIMITS._replace(connections=1))
     assert visible(tmp_path) == ["good1.parquet", "manifest.json"]
@@ -524,7 +530,9 @@ class Hub:
             self.trees.append(handler.path)
             self.list(handler, parse_qs(url.query))
         elif parts[1] == "datasets":  # /datasets/OWNER/NAME/resolve/...
-            handler.head(302, Content_Length=0, Location=f"/cdn/{url.path.partition('/resolve/')[2]}")
+            handler.head(
+                302, Content_Length=0, Location=f"/cdn/{url.path.partition('/resolve/')[2]}"
+            )
         else:
             name = next(name for name in self.files if unquote(url.path).endswith(f"/{name}"))
             handler.server.content = self.files[name]
@@ -597,12 +605,19 @@ def test_shards_by_count_always_come_with_the_last_one(server, tmp_path):
 
 def test_a_part_of_a_repository_can_be_named(server, tmp_path):
     shard = next(iter(SHARDS.values()))
-    paths = ["data/train-0.parquet", "data/train-1.parquet", "data/test-0.parquet", "data/README.md"]
+    paths = [
+        "data/train-0.parquet",
+        "data/train-1.parquet",
+        "data/test-0.parquet",
+        "data/README.md",
+    ]
     hub = Hub(server, dict.fromkeys([*paths, "other/a.parquet"], shard))
     folder = quiet(make_config(server, tmp_path, dataset_name="someone/texts/data/train-*"))
     assert visible(folder) == [
-        "data--train-0.parquet", "data--train-1.parquet", "manifest.json",
-    ]  # fmt: skip
+        "data--train-0.parquet",
+        "data--train-1.parquet",
+        "manifest.json",
+    ]
     folder = quiet(make_config(server, tmp_path, dataset_name="hf:someone/texts/data"))
     assert folder.name == "someone--texts--data"
     assert len(visible(folder)) == 4

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from MaxNano import embedding
+from MaxNano.models import embedding
 
 DTYPES = (jnp.float32, jnp.bfloat16)
 WIDTH = 128

@@ -43,8 +43,13 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("end to end")  # a blank in the path, as users have it
     (folder / "text").mkdir()
     for shard in range(3):
-        texts = [" ".join(WORDS[(i * j + shard) % len(WORDS)] for j in range(3 + i % 60)) for i in range(300)]
-        pq.write_table(pa.table({"text": texts}), folder / "text" / f"{shard}.parquet", row_group_size=50)
+        texts = [
+            " ".join(WORDS[(i * j + shard) % len(WORDS)] for j in range(3 + i % 60))
+            for i in range(300)
+        ]
+        pq.write_table(
+            pa.table({"text": texts}), folder / "text" / f"{shard}.parquet", row_group_size=50
+        )
     return folder
 
 
@@ -57,7 +62,9 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def settings(place, cache):
     """The environment of a script."""
-    kept = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "TMPDIR", "LANG")}
+    kept = {
+        key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "TMPDIR", "LANG")
+    }
     return {
         **kept,
         "PATH": f"{ROOT}/tests/fake_gcloud:{Path(sys.executable).parent}:{kept['PATH']}",
@@ -84,9 +91,13 @@ def start(script, settings, *arguments, **more):
     try:
         return subprocess.Popen(
             ["bash", str(SCRIPTS / script), *arguments],
-            env={**settings, **more}, cwd="/", text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            env={**settings, **more},
+            cwd="/",
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -108,11 +119,15 @@ def steps_of(folder):
 
 
 def test_shellcheck_finds_nothing():
-    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    shellcheck = shutil.which(
+        "shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
     assert shellcheck, "shellcheck is missing: EXTRAS=dev bash setup.sh installs it"
     found = [ROOT / "setup.sh", ROOT / "tests/run.sh", ROOT / ".ci/run", *SCRIPTS.glob("**/*.sh")]
     assert len(found) > 10
-    run = subprocess.run([shellcheck, "-x", *found], cwd=ROOT, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [shellcheck, "-x", *found], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stdout
 
 
@@ -121,10 +136,16 @@ def test_help_lists_every_knob_that_is_read(script):
     text = script.read_text()
     if "parse_arguments" not in text or script.name == "cloud.sh":
         return  # no knobs of its own
-    listed = subprocess.run(["bash", script, "--help"], cwd="/", capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["bash", script, "--help"], cwd="/", capture_output=True, text=True, check=True
+    ).stdout
     for library in re.findall(r"^source (\S+)", text, re.MULTILINE):
         text += (ROOT / library).read_text()
-    names = set(subprocess.run(["bash", script, "--knobs"], capture_output=True, text=True, check=True).stdout.split())
+    names = set(
+        subprocess.run(
+            ["bash", script, "--knobs"], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
     assert {name for name in names if not re.search(rf"^  {name}=", listed, re.MULTILINE)} == set()
     uses = set(re.findall(r"\$\{?([A-Z][A-Z_]+)", script.read_text()))
     assert uses - names <= {"BASH_SOURCE", "SECONDS", "HOME", "PATH", "PWD", "TMPDIR"}
@@ -132,7 +153,9 @@ def test_help_lists_every_knob_that_is_read(script):
 
 def test_a_wrong_argument_is_one_line(settings):
     out = run("tpu/d24_speedrun.sh", settings, "--dryrun", status=2)
-    assert out.splitlines() == ["d24_speedrun.sh: --dryrun is no argument of this script: see --help"]
+    assert out.splitlines() == [
+        "d24_speedrun.sh: --dryrun is no argument of this script: see --help"
+    ]
 
 
 # ---- Preflight
@@ -141,17 +164,45 @@ def test_a_wrong_argument_is_one_line(settings):
 def test_the_preflight_says_what_is_missing_and_trains_nothing(settings, place):
     out = run("tpu/d24_speedrun.sh", settings, "--dry-run", OUTPUT=f"{place}/dry")
     assert re.findall(r"^(ok|FAIL) +(\w+)", out, re.MULTILINE) == [
-        ("ok", name) for name in ("disk", "python", "devices", "data", "tokenizer", "core", "chat", "output", "run")
+        ("ok", name)
+        for name in (
+            "disk",
+            "python",
+            "devices",
+            "data",
+            "tokenizer",
+            "core",
+            "chat",
+            "output",
+            "run",
+        )
     ]
     assert re.search(rf"horizon +{STEPS} steps", out), "train.py's plan"
     assert out.splitlines()[-1] == "ready; nothing was trained"
     assert not (place / "dry").exists() and not (place / "tokenizer").exists()
 
     more = {
-        "CHIPS": "8", "DATASET_PATH": f"{place}/nothing", "MIN_DISK_GB": "1000000000", "CHAT_DATA": f"{place}/nothing",
-    }  # fmt: skip
-    out = run("tpu/d24_speedrun.sh", settings, "--dry-run", status=2, EXTRA=f"{settings['EXTRA']} dtyp=1", **more)
-    assert re.findall(r"^FAIL +(\w+)", out, re.MULTILINE) == ["disk", "devices", "data", "core", "chat", "run"]
+        "CHIPS": "8",
+        "DATASET_PATH": f"{place}/nothing",
+        "MIN_DISK_GB": "1000000000",
+        "CHAT_DATA": f"{place}/nothing",
+    }
+    out = run(
+        "tpu/d24_speedrun.sh",
+        settings,
+        "--dry-run",
+        status=2,
+        EXTRA=f"{settings['EXTRA']} dtyp=1",
+        **more,
+    )
+    assert re.findall(r"^FAIL +(\w+)", out, re.MULTILINE) == [
+        "disk",
+        "devices",
+        "data",
+        "core",
+        "chat",
+        "run",
+    ]
     assert "JAX finds 1 cpu and CHIPS=8 are wanted" in out
 
 
@@ -186,7 +237,9 @@ def wait_for_step(folder, step, process):
 
 
 @pytest.mark.slow
-def test_speedrun_starts_a_preempted_training_again_by_itself_and_skips_what_is_done(settings, place):
+def test_speedrun_starts_a_preempted_training_again_by_itself_and_skips_what_is_done(
+    settings, place
+):
     folder = place / f"runs/d2_{STEPS}steps"
     settings = {**settings, "STAGES": "setup data tokenizer training result"}
     process = start("gpu/d12_speedrun.sh", settings)
@@ -200,7 +253,9 @@ def test_speedrun_starts_a_preempted_training_again_by_itself_and_skips_what_is_
     assert re.search(rf"^steps +{STEPS} of {STEPS}", out, re.MULTILINE)
 
     again = run("gpu/d12_speedrun.sh", settings, PRICE_PER_CHIP_HOUR="0.5")
-    assert "is finished" in again and "wrote" not in again, "neither tokenizer nor training once more"
+    assert "is finished" in again and "wrote" not in again, (
+        "neither tokenizer nor training once more"
+    )
     assert re.search(r"^price +1 chips x \d+\.\d\d h x 0.5 USD = ", again, re.MULTILINE)
 
 
@@ -211,10 +266,14 @@ class Hub(http.server.SimpleHTTPRequestHandler):
         if self.path.startswith("/api/datasets/us/text/tree/main"):
             files = sorted(Path(self.directory, "text").iterdir())
             listed = [
-                {"type": "file", "path": path.name, "size": path.stat().st_size,
-                 "lfs": {"oid": hashlib.sha256(path.read_bytes()).hexdigest()}}
+                {
+                    "type": "file",
+                    "path": path.name,
+                    "size": path.stat().st_size,
+                    "lfs": {"oid": hashlib.sha256(path.read_bytes()).hexdigest()},
+                }
                 for path in files
-            ]  # fmt: skip
+            ]
             content = json.dumps(listed).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
@@ -237,10 +296,16 @@ def hub(place, tmp_path):
         for name in full.namelist():
             content = full.read(name)
             if name.endswith("core.yaml"):
-                tasks = [t for t in yaml.safe_load(content)["icl_tasks"] if t["label"] in ("copa", "winograd")]
+                tasks = [
+                    t
+                    for t in yaml.safe_load(content)["icl_tasks"]
+                    if t["label"] in ("copa", "winograd")
+                ]
                 content = yaml.safe_dump({"icl_tasks": tasks})
             few.writestr(name, content)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, directory=str(tmp_path)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Hub, directory=str(tmp_path))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -255,7 +320,11 @@ RL_WORDS = (
 
 def tuning_words(folder):
     """For four steps of fine-tuning on conversations that are put into `folder`, and two problems of a chat task."""
-    said = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a in WORDS for b in WORDS[:4]]
+    said = [
+        [{"role": "user", "content": a}, {"role": "assistant", "content": b}]
+        for a in WORDS
+        for b in WORDS[:4]
+    ]
     (folder / "chat.jsonl").write_text("".join(json.dumps(messages) + "\n" for messages in said))
     return (
         f"chat_train_mixture=[[json:{folder}/chat.jsonl,1]] chat_validation_mixture=[[json:{folder}/chat.jsonl,1]]"
@@ -269,23 +338,48 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(settings, place, hub, 
     """The whole of d24_speedrun.sh; started again it asks the hub for nothing and does nothing twice."""
     extra = f"{settings['EXTRA']} hub_url={hub} core_bundle_url={hub}/core.zip core_max_per_task=2 sample_tokens=2"
     more = {
-        "DATASET_PATH": "", "DATASET_NAME": "us/text", "DOWNLOAD_SHARDS": "2", "DOWNLOAD_PATH": f"{place}/downloads",
-        "CORE_BUNDLE": "", "TOKENIZER_PATH": f"{place}/another tokenizer", "RUN_NAME": "downloaded",
-        "CHAT_DATA": str(tmp_path), "RL": "1", "SFT_EXTRA": tuning_words(tmp_path), "RL_EXTRA": RL_WORDS,
-    }  # fmt: skip
+        "DATASET_PATH": "",
+        "DATASET_NAME": "us/text",
+        "DOWNLOAD_SHARDS": "2",
+        "DOWNLOAD_PATH": f"{place}/downloads",
+        "CORE_BUNDLE": "",
+        "TOKENIZER_PATH": f"{place}/another tokenizer",
+        "RUN_NAME": "downloaded",
+        "CHAT_DATA": str(tmp_path),
+        "RL": "1",
+        "SFT_EXTRA": tuning_words(tmp_path),
+        "RL_EXTRA": RL_WORDS,
+    }
     out = run("tpu/d24_speedrun.sh", {**settings, **more}, EXTRA=extra)
     assert re.findall(r"^==== \d+/10 (\w+)", out, re.MULTILINE) == [
-        "setup", "data", "tokenizer", "training", "evaluation", "sft", "chat", "rl", "report", "result"
-    ]  # fmt: skip
+        "setup",
+        "data",
+        "tokenizer",
+        "training",
+        "evaluation",
+        "sft",
+        "chat",
+        "rl",
+        "report",
+        "result",
+    ]
     assert "3 of 3 files" in out
     found = json.loads((place / f"runs/downloaded/evals/step_{STEPS:06}.json").read_text())["evals"]
-    assert {"bpb train", "bpb validation", "core", "core copa", "core winograd", "samples"} == set(found)
+    assert {"bpb train", "bpb validation", "core", "core copa", "core winograd", "samples"} == set(
+        found
+    )
     assert f"CORE           {found['core']['values']['core']:.4f}" in out.splitlines()
-    for stage, start in (("sft", f"{STEPS} of {place}/runs/downloaded"), ("rl", f"4 of {place}/runs/downloaded_sft")):
+    for stage, start in (
+        ("sft", f"{STEPS} of {place}/runs/downloaded"),
+        ("rl", f"4 of {place}/runs/downloaded_sft"),
+    ):
         assert f"starting from step {start}\n" in out
         folder = place / f"runs/downloaded_{stage}"
         steps = steps_of(folder)
-        assert steps == list(range(len(steps))) and (folder / f"checkpoints/{len(steps)}/MANIFEST.json").exists()
+        assert (
+            steps == list(range(len(steps)))
+            and (folder / f"checkpoints/{len(steps)}/MANIFEST.json").exists()
+        )
         asked = json.loads((folder / f"evals/step_{len(steps):06}.json").read_text())["evals"]
         assert asked["chat SimpleSpelling/test"]["values"]["problems"] == 2
     assert "2 answers to each of 2 problems of SimpleSpelling/train" in out
@@ -294,12 +388,17 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(settings, place, hub, 
     extra = extra.replace(f"hub_url={hub}", "hub_url=http://127.0.0.1:9")
     more |= {"EXTRA": extra, "STAGES": "data evaluation sft rl", "EVALS": "core"}
     again = run("tpu/d24_speedrun.sh", {**settings, **more})
-    assert "2 of 2 CORE tasks are done already" in again and "SimpleSpelling/test is done already" in again
+    assert (
+        "2 of 2 CORE tasks are done already" in again
+        and "SimpleSpelling/test is done already" in again
+    )
     assert again.count("is finished") == 2 and "loss" not in again
 
     shutil.rmtree(place / "runs/downloaded_rl")
     out = run("tpu/d24_speedrun.sh", {**settings, **more}, STAGES="report")
-    assert f"written to {place}/runs/downloaded_sft/report.html" in out, "of the last run that there is"
+    assert f"written to {place}/runs/downloaded_sft/report.html" in out, (
+        "of the last run that there is"
+    )
 
 
 @pytest.mark.slow
@@ -307,15 +406,32 @@ def test_smoke_then_resume_after_preemption(settings, place):
     """The second script compares with the first one's run, which nothing interrupted."""
     out = run("tpu/d12_smoke.sh", settings, RUN_NAME="whole")
     assert f"sound: {STEPS} steps" in out
-    out = run("tpu/resume_after_preemption.sh", settings, UNBROKEN="whole", STOP_AT_STEP="6", GRACE_SECONDS="200")
+    out = run(
+        "tpu/resume_after_preemption.sh",
+        settings,
+        UNBROKEN="whole",
+        STOP_AT_STEP="6",
+        GRACE_SECONDS="200",
+    )
     assert "stopped with status 75" in out
     assert "every loss that of whole to the last bit" in out
 
     # What it would say of a run that began anew, or that lost a step.
     metrics = place / "runs/d12_preempted/metrics.jsonl"
     rows = metrics.read_text().splitlines(keepends=True)
-    words = ["configs/base.yml", "model=d2", f"steps={STEPS}", *EXTRA.split(), f"base_output_directory={place}/runs"]
-    command = [sys.executable, "end_to_end/results.py", "resumed", f"--before={metrics.parent}/metrics_before.jsonl"]
+    words = [
+        "configs/base.yml",
+        "model=d2",
+        f"steps={STEPS}",
+        *EXTRA.split(),
+        f"base_output_directory={place}/runs",
+    ]
+    command = [
+        sys.executable,
+        "end_to_end/results.py",
+        "resumed",
+        f"--before={metrics.parent}/metrics_before.jsonl",
+    ]
     for lines, reason in ((rows[:3] + rows[4:], "have changed"), (rows[:-2] + rows[-1:], "once")):
         metrics.write_text("".join(lines))
         check = [*command, *words, "run_name=d12_preempted"]
@@ -328,7 +444,10 @@ def test_miniseries_ends_with_a_table(settings, place):
     more = {"DEPTHS": "1 2", "RATIO": "0.2", "NUM_ITERATIONS": ""}
     out = run("tpu/miniseries.sh", settings, **more)
     table = [line.split() for line in out[out.rindex("====") :].splitlines()[1:4]]
-    assert table[0][:2] == ["run", "layers"] and [row[:2] for row in table[1:]] == [["d1", "1"], ["d2", "2"]]
+    assert table[0][:2] == ["run", "layers"] and [row[:2] for row in table[1:]] == [
+        ["d1", "1"],
+        ["d2", "2"],
+    ]
     lines = (place / "runs/miniseries/table.csv").read_text().splitlines()
     rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
     for row in rows:
@@ -359,7 +478,9 @@ class Cloud:
             del self.settings[name]
 
     def play(self, zones, location="US-EAST5", **more):
-        (self.folder / "scenario.json").write_text(json.dumps({"buckets": {"ours": location}, "zones": zones, **more}))
+        (self.folder / "scenario.json").write_text(
+            json.dumps({"buckets": {"ours": location}, "zones": zones, **more})
+        )
         self.settings["ZONES"] = " ".join(zones)
 
     def calls(self, command):
@@ -378,11 +499,15 @@ class Cloud:
         """What the stand-in does, for another one than launch.sh."""
         environment = {"PATH": self.settings["PATH"], "FAKE_GCLOUD": str(self.folder)}
         command = [ROOT / "tests/fake_gcloud/gcloud", *words, "--quiet"]
-        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            command, env=environment, check=True, capture_output=True, text=True
+        ).stdout
 
     def rent(self, name, zone):
         create = ("compute", "tpus", "queued-resources", "create", name, f"--zone={zone}")
-        self.gcloud(*create, "--node-id=x", "--accelerator-type=v6e-8", "--runtime-version=v2-alpha-tpuv6e")
+        self.gcloud(
+            *create, "--node-id=x", "--accelerator-type=v6e-8", "--runtime-version=v2-alpha-tpuv6e"
+        )
 
     def python(self, text):
         """An interpreter for the machine that does something else than to train."""
@@ -429,11 +554,13 @@ CROWDED = {"refuse": "There is no more capacity in the zone"}
 @pytest.mark.slow
 def test_launch_trains_on_through_a_preemption_and_leaves_nothing(cloud):
     """The first zone is full, the second one's machine is preempted, the third one's ends the run."""
-    cloud.play({
-        "us-east5-a": [FULL],
-        "us-east5-b": [{**ON_ITS_WAY, "preempt": {"step": 50, "after": 0}}, CROWDED],
-        "us-east5-c": [ON_ITS_WAY],
-    })  # fmt: skip
+    cloud.play(
+        {
+            "us-east5-a": [FULL],
+            "us-east5-b": [{**ON_ITS_WAY, "preempt": {"step": 50, "after": 0}}, CROWDED],
+            "us-east5-c": [ON_ITS_WAY],
+        }
+    )
     stages = "setup data tokenizer training result"  # the others have a test of their own
     out = cloud.launch(ZONE_WAIT_SECONDS="0", POLL_SECONDS="0.5", STAGES=stages)
     run_folder = cloud.folder / f"buckets/ours/maxnano-d24/runs/d2_{STEPS}steps"
@@ -448,8 +575,14 @@ def test_launch_trains_on_through_a_preemption_and_leaves_nothing(cloud):
     create = cloud.calls("create")[0]
     assert create["given"] == ["maxnano-d24"]
     flags = create["flags"]
-    assert (flags["zone"], flags["accelerator-type"], flags["node-id"]) == ("us-east5-a", "v6e-8", "maxnano-d24")
-    assert "spot" in flags and "valid-until-duration" in flags, "a request that nobody waits for any more expires"
+    assert (flags["zone"], flags["accelerator-type"], flags["node-id"]) == (
+        "us-east5-a",
+        "v6e-8",
+        "maxnano-d24",
+    )
+    assert "spot" in flags and "valid-until-duration" in flags, (
+        "a request that nobody waits for any more expires"
+    )
     every = cloud.calls("")
     logs = [call["command"] == "storage cp" and call["given"][0].endswith("/log") for call in every]
     copied = max(i for i, is_log in enumerate(logs) if is_log)
@@ -465,7 +598,9 @@ def losses_of(metrics):
 
 
 @pytest.mark.slow
-def test_five_preemptions_at_random_leave_the_losses_of_an_unbroken_run(cloud_with_bucket, place, settings):
+def test_five_preemptions_at_random_leave_the_losses_of_an_unbroken_run(
+    cloud_with_bucket, place, settings
+):
     """The first machine dies in set-up, the others while they train, two of them with a request that stays ACTIVE.
 
     Through launch.sh, d24_speedrun.sh and gcsfs into a loopback object store. MAXNANO_SEED repeats a failure.
@@ -480,8 +615,17 @@ def test_five_preemptions_at_random_leave_the_losses_of_an_unbroken_run(cloud_wi
         for step, gone in zip(steps, vanish, strict=True)
     ]
     print(f"MAXNANO_SEED={seed}", moments)
-    more = {"EXTRA": settings["EXTRA"].replace("checkpoint_interval_steps=50", "checkpoint_interval_steps=30")}
-    run("tpu/d24_speedrun.sh", {**settings, **more}, STAGES="tokenizer training", RUN_NAME="unbroken")
+    more = {
+        "EXTRA": settings["EXTRA"].replace(
+            "checkpoint_interval_steps=50", "checkpoint_interval_steps=30"
+        )
+    }
+    run(
+        "tpu/d24_speedrun.sh",
+        {**settings, **more},
+        STAGES="tokenizer training",
+        RUN_NAME="unbroken",
+    )
 
     cloud.play({"us-east5-a": [*({**ON_ITS_WAY, **moment} for moment in moments), ON_ITS_WAY]})
     for file in (place / "tokenizer").iterdir():
@@ -507,11 +651,15 @@ def test_five_preemptions_at_random_leave_the_losses_of_an_unbroken_run(cloud_wi
     ],
 )
 def test_only_zones_near_the_bucket_are_asked(quick, location, asked):
-    quick.play({zone: [ACTIVE] for zone in ("europe-west4-a", "us-east5-b", "us-central1-b")}, location)
+    quick.play(
+        {zone: [ACTIVE] for zone in ("europe-west4-a", "us-east5-b", "us-central1-b")}, location
+    )
     out = quick.launch("--dry-run", status=0 if asked else 2)
     if asked:
         assert f"zones {' '.join(asked)}\n" in out
-        assert "8 chips x 1.00 h x 0.540137 USD = 4.32 USD an hour" in quick.launch("--dry-run", CHIPS="8")
+        assert "8 chips x 1.00 h x 0.540137 USD = 4.32 USD an hour" in quick.launch(
+            "--dry-run", CHIPS="8"
+        )
     else:
         (line,) = out.splitlines()
         assert "ASIA-NORTHEAST1" in line and "ALLOW_OTHER_REGION" in line
@@ -523,30 +671,51 @@ def test_bucket_and_text_are_needed_and_must_be_there(quick):
     assert "BUCKET is needed" in quick.launch(status=2, BUCKET="")
     assert "cannot be looked at" in quick.launch(status=2, BUCKET="theirs").splitlines()[-1]
     assert "DATASET_PATH is needed" in quick.launch(status=2, DATASET_PATH="").splitlines()[-1]
-    assert "cannot be listed" in quick.launch(status=2, DATASET_PATH="gs://ours/tex").splitlines()[-1]
+    assert (
+        "cannot be listed" in quick.launch(status=2, DATASET_PATH="gs://ours/tex").splitlines()[-1]
+    )
     assert quick.calls("create") == []
 
 
 QUOTA = (
-    "HttpError 429: Quota limit 'TPUV6EPreemptiblePerProjectPerZoneForTPUAPI' has been exceeded. Limit: {} in zone {}."
+    "HttpError 429: Quota limit 'TPUV6EPreemptiblePerProjectPerZoneForTPUAPI' has been exceeded. "
+    "Limit: {} in zone {}."
 )
-INTERNAL = {"states": ["PROVISIONING", "SUSPENDING", "FAILED"], "reason": "an internal error has occurred"}
+INTERNAL = {
+    "states": ["PROVISIONING", "SUSPENDING", "FAILED"],
+    "reason": "an internal error has occurred",
+}
 
 
 def test_without_quota_it_stops_at_once_and_says_which_and_where_to_ask(quick):
     """Refused at once in one zone, FAILED with the same text in the other: neither is a matter of waiting."""
-    quick.play({
-        "us-east5-a": [{"refuse": f"RESOURCE_EXHAUSTED: {QUOTA.format(0, 'us-east5-a')}\n- '@type': rpc.Help"}],
-        "us-east5-b": [{"states": ["ACCEPTED", "FAILED"], "reason": QUOTA.format(0, "us-east5-b")}],
-    })  # fmt: skip
+    quick.play(
+        {
+            "us-east5-a": [
+                {
+                    "refuse": f"RESOURCE_EXHAUSTED: {QUOTA.format(0, 'us-east5-a')}\n- '@type': rpc.Help"
+                }
+            ],
+            "us-east5-b": [
+                {"states": ["ACCEPTED", "FAILED"], "reason": QUOTA.format(0, "us-east5-b")}
+            ],
+        }
+    )
     out = quick.launch(status=2)
-    assert "us-east5-a refuses: ERROR: (gcloud) RESOURCE_EXHAUSTED: HttpError 429: Quota limit" in out
+    assert (
+        "us-east5-a refuses: ERROR: (gcloud) RESOURCE_EXHAUSTED: HttpError 429: Quota limit" in out
+    )
     assert "- '@type': rpc.Help\n" in out, "the whole of gcloud's error"
     assert f"us-east5-b: FAILED: {QUOTA.format(0, 'us-east5-b')}\n" in out
     last = out.splitlines()[-1]
-    assert last.startswith("launch.sh: no zone accepts the request for v6e-8 spot: us-east5-a: ERROR")
+    assert last.startswith(
+        "launch.sh: no zone accepts the request for v6e-8 spot: us-east5-a: ERROR"
+    )
     assert "us-east5-b: HttpError 429" in last
-    assert "ask for more of TPUV6EPreemptiblePerProjectPerZoneForTPUAPI (Cloud TPU API) at https://" in last
+    assert (
+        "ask for more of TPUV6EPreemptiblePerProjectPerZoneForTPUAPI (Cloud TPU API) at https://"
+        in last
+    )
     assert [call["flags"]["zone"] for call in quick.calls("create")] == ["us-east5-a", "us-east5-b"]
     assert quick.left() == []
 
@@ -556,8 +725,17 @@ def test_a_zone_without_quota_is_left_out_and_another_one_waited_for(quick):
     plays = [{"refuse": QUOTA.format(8, "us-east5-b")}, CROWDED, INTERNAL, ACTIVE]
     quick.play({"us-east5-a": [{"refuse": QUOTA.format("0,8", "us-east5-a")}], "us-east5-b": plays})
     out = quick.launch()
-    assert "us-east5-a is left out from here on" in out and "us-east5-b: FAILED: an internal error has occurred" in out
-    assert [call["flags"]["zone"][-1] for call in quick.calls("create")] == ["a", "b", "b", "b", "b"]
+    assert (
+        "us-east5-a is left out from here on" in out
+        and "us-east5-b: FAILED: an internal error has occurred" in out
+    )
+    assert [call["flags"]["zone"][-1] for call in quick.calls("create")] == [
+        "a",
+        "b",
+        "b",
+        "b",
+        "b",
+    ]
     assert quick.left() == []
 
 
@@ -565,7 +743,10 @@ def test_a_quota_that_stays_used_up_is_not_waited_for_without_end(quick):
     quick.play({"us-east5-b": [{"refuse": QUOTA.format(8, "us-east5-b")}]})
     out = quick.launch(status=2, POLL_SECONDS="0.01")
     assert len(quick.calls("create")) == 10
-    assert "Limit: 8 in zone us-east5-b" in out.splitlines()[-1] and "ask for more of TPUV6E" in out.splitlines()[-1]
+    assert (
+        "Limit: 8 in zone us-east5-b" in out.splitlines()[-1]
+        and "ask for more of TPUV6E" in out.splitlines()[-1]
+    )
 
 
 def test_refused_everywhere_it_stops_at_once_and_full_everywhere_it_stops_in_time(quick):
@@ -573,7 +754,9 @@ def test_refused_everywhere_it_stops_at_once_and_full_everywhere_it_stops_in_tim
     quick.play({"us-east5-a": [denied], "us-east5-b": [denied]})
     out = quick.launch(status=2).splitlines()[-1]
     reason = f"ERROR: (gcloud) {denied['refuse']}"
-    assert out.endswith(f"no zone accepts the request for v6e-8 spot: us-east5-a: {reason} | us-east5-b: {reason}")
+    assert out.endswith(
+        f"no zone accepts the request for v6e-8 spot: us-east5-a: {reason} | us-east5-b: {reason}"
+    )
 
     quick.play({"us-east5-a": [CROWDED], "us-east5-b": [FULL]})
     out = quick.launch(status=2, MAX_HOURS="0.001")
@@ -583,11 +766,17 @@ def test_refused_everywhere_it_stops_at_once_and_full_everywhere_it_stops_in_tim
 
 @pytest.mark.parametrize("last", ["FAILED", "SUSPENDED", "DELETING"])
 def test_a_machine_that_never_comes_about_is_given_up(quick, last):
-    quick.play({"us-east5-a": [{"states": ["CREATING", last], "reason": "the interval is over"}, ACTIVE]})
+    quick.play(
+        {"us-east5-a": [{"states": ["CREATING", last], "reason": "the interval is over"}, ACTIVE]}
+    )
     if last == "DELETING":  # by somebody else; then it is gone
-        quick.play({"us-east5-a": [{"states": ["CREATING", "DELETING", "DELETING", "NONE"]}, ACTIVE]})
+        quick.play(
+            {"us-east5-a": [{"states": ["CREATING", "DELETING", "DELETING", "NONE"]}, ACTIVE]}
+        )
     out = quick.launch()
-    why = {"FAILED": ": the interval is over", "SUSPENDED": ": by the SERVICE", "DELETING": ""}[last]
+    why = {"FAILED": ": the interval is over", "SUSPENDED": ": by the SERVICE", "DELETING": ""}[
+        last
+    ]
     assert f"us-east5-a: {last}{why}\n" in out and "machines: 1," in out
     assert quick.left() == []
 
@@ -619,10 +808,17 @@ def test_teardown_deletes_what_it_can_and_names_the_zones_it_cannot_see(quick):
     quick.play(zones, closed=["us-east5-b"])
     assert "NOT KNOWN" in run("tpu/teardown.sh", quick.settings, "--dry-run", status=1)
     out = run("tpu/teardown.sh", quick.settings, status=1, YES="1")
-    assert out.count("us-east5-b cannot be looked into: ERROR: (gcloud) PERMISSION_DENIED: Location us-east5-b") == 1
+    assert (
+        out.count(
+            "us-east5-b cannot be looked into: ERROR: (gcloud) PERMISSION_DENIED: Location us-east5-b"
+        )
+        == 1
+    )
     assert out.splitlines()[-1] == "NOT KNOWN, for these zones cannot be looked into: us-east5-b"
     assert quick.left() == ["us-east5-b/maxnano-d24"]
-    assert "NOT KNOWN" in run("tpu/teardown.sh", quick.settings, status=1, YES="1"), "nothing there, but not known"
+    assert "NOT KNOWN" in run("tpu/teardown.sh", quick.settings, status=1, YES="1"), (
+        "nothing there, but not known"
+    )
 
 
 @pytest.mark.parametrize("right", ["write", "read"])
@@ -631,7 +827,10 @@ def test_a_machine_that_may_not_use_the_bucket_is_told_before_it_works(quick, ri
     out = quick.launch(status=2)
     place = {"write": "gs://ours/maxnano-d24", "read": "gs://ours/text"}[right]
     (line,) = [line for line in out.splitlines() if line.startswith("launch.sh: ")]
-    assert f"service account 123-compute@developer.gserviceaccount.com may not {right} {place} (ERROR" in line
+    assert (
+        f"service account 123-compute@developer.gserviceaccount.com may not {right} {place} (ERROR"
+        in line
+    )
     assert line.endswith(
         "gcloud storage buckets add-iam-policy-binding gs://ours"
         " --member=serviceAccount:123-compute@developer.gserviceaccount.com --role=roles/storage.objectAdmin"
@@ -650,11 +849,21 @@ def test_a_service_account_and_a_machine_without_an_address(quick):
     assert flags["scopes"].endswith("/cloud-platform")
     reached = [call for call in quick.calls("") if call["command"].endswith(("ssh", "scp"))]
     for call in reached:
-        assert call["command"].startswith("compute tpus queued-resources") and "tunnel-through-iap" in call["flags"]
+        assert (
+            call["command"].startswith("compute tpus queued-resources")
+            and "tunnel-through-iap" in call["flags"]
+        )
         options = call["flags"]["ssh-flag" if call["command"].endswith("ssh") else "scp-flag"]
-        assert "-oBatchMode=yes" in options and "-oConnectTimeout=" in options and "-oServerAliveInterval=" in options
+        assert (
+            "-oBatchMode=yes" in options
+            and "-oConnectTimeout=" in options
+            and "-oServerAliveInterval=" in options
+        )
     assert {call["command"][-3:] for call in reached} == {"ssh", "scp"}
-    assert "warning: without this computer the machine could not delete itself" in out and "roles/tpu.admin" in out
+    assert (
+        "warning: without this computer the machine could not delete itself" in out
+        and "roles/tpu.admin" in out
+    )
     assert quick.left() == []
 
 
@@ -669,7 +878,10 @@ def test_connections_that_hang_or_are_slow_are_failed_looks(quick):
 def test_a_machine_that_never_answers_is_replaced(quick):
     quick.play({"us-east5-a": [{**ACTIVE, "deaf": True}, ACTIVE]})
     out = quick.launch()
-    assert "the machine does not answer (10 of 10): ERROR: (gcloud) [255] ssh: connect to maxnano-d24" in out
+    assert (
+        "the machine does not answer (10 of 10): ERROR: (gcloud) [255] ssh: connect to maxnano-d24"
+        in out
+    )
     assert "the machine is lost" in out
     assert "machines: 2," in out and "==== done" in out and quick.left() == []
 
@@ -677,7 +889,9 @@ def test_a_machine_that_never_answers_is_replaced(quick):
 def test_a_machine_that_vanishes_is_replaced_though_its_request_says_active(quick):
     vanish = {"preempt": {"step": None, "after": 0, "vanish": True}}
     quick.play({"us-east5-a": [{**ACTIVE, **vanish}, ACTIVE]})
-    quick.python("""grep -q '"created": {"us-east5-a": 2' $FAKE_GCLOUD/world.json || exec sleep 1000; echo new""")
+    quick.python(
+        """grep -q '"created": {"us-east5-a": 2' $FAKE_GCLOUD/world.json || exec sleep 1000; echo new"""
+    )
     out = quick.launch()
     assert "the machine is lost" in out and "machines: 2," in out
     assert "(2 of 10)" not in out, "gcloud's words are enough; one look may have been under way"
@@ -722,7 +936,10 @@ def wait_until(condition, process=None, seconds=100):
 
 def training_began(cloud, process):
     logs = cloud.folder.glob
-    wait_until(lambda: any("training" in log.read_text() for log in logs("machines/*/*/MaxNano/log")), process)
+    wait_until(
+        lambda: any("training" in log.read_text() for log in logs("machines/*/*/MaxNano/log")),
+        process,
+    )
     (watched,) = cloud.folder.glob("machines/*/*/watch")
     return watched
 
@@ -814,7 +1031,14 @@ def test_a_machine_that_comes_when_nobody_waits_any_more_deletes_itself(quick):
     process.communicate()
     for _ in range(42):
         if quick.left():
-            quick.gcloud("compute", "tpus", "queued-resources", "describe", "maxnano-d24", "--zone=us-east5-a")
+            quick.gcloud(
+                "compute",
+                "tpus",
+                "queued-resources",
+                "describe",
+                "maxnano-d24",
+                "--zone=us-east5-a",
+            )
     wait_until(lambda: quick.left() == [])
     assert last_words(quick) == "none nothing runs here, and nobody has looked for 1 s\n"
 
@@ -845,7 +1069,12 @@ def test_without_a_network_it_waits_and_the_machine_trains_on(training):
     training.play({"us-east5-a": [ACTIVE]})
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0, out
-    assert out.count("gcloud cannot see the machine, trying again: ERROR: (gcloud) There was a problem") == 1
+    assert (
+        out.count(
+            "gcloud cannot see the machine, trying again: ERROR: (gcloud) There was a problem"
+        )
+        == 1
+    )
     assert "machines: 1," in out and training.left() == []
 
 
@@ -865,7 +1094,9 @@ def test_what_cannot_be_deleted_is_said_aloud(quick):
     quick.play({"us-east5-a": [ACTIVE]}, undeletable=["us-east5-a"])
     out = quick.launch(status=1)
     assert "STILL BE THERE AND COST MONEY" in out
-    assert "gcloud compute tpus queued-resources delete maxnano-d24 --zone=us-east5-a --force" in out
+    assert (
+        "gcloud compute tpus queued-resources delete maxnano-d24 --zone=us-east5-a --force" in out
+    )
 
 
 def test_teardown_deletes_all_of_its_name_and_nothing_else(quick):

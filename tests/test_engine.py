@@ -16,10 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import golden_overrides, named
 
-from MaxNano import convert, engine, pyconfig, runtime, sharding, train_state
-from MaxNano.checkpointing import Checkpointer
-from MaxNano.engine import Engine, Request, TextStream
-from MaxNano.tokenizer import SpecialIds, Tokenizer
+from MaxNano import convert, pyconfig
+from MaxNano.distributed import runtime, sharding
+from MaxNano.inference import engine
+from MaxNano.inference.engine import Engine, Request, TextStream
+from MaxNano.tokenization.tokenizer import SpecialIds, Tokenizer
+from MaxNano.training import state as train_state
+from MaxNano.training.checkpointing import Checkpointer
 
 ROOT = Path(__file__).parents[1]
 LONGEST, SLOTS, INTERVAL = 320, 4, 5
@@ -48,7 +51,11 @@ def golden():
 
 @pytest.fixture(scope="module")
 def words(golden):
-    return [str(ROOT / "configs/base.yml"), *golden_overrides(golden), f"stream_interval={INTERVAL}"]
+    return [
+        str(ROOT / "configs/base.yml"),
+        *golden_overrides(golden),
+        f"stream_interval={INTERVAL}",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +119,9 @@ def recorded():
 
 
 def test_greedy_tokens_are_nanochats(served, recorded):
-    requests = [Request(prompt=given, max_tokens=len(tokens), temperature=0) for given, tokens in recorded]
+    requests = [
+        Request(prompt=given, max_tokens=len(tokens), temperature=0) for given, tokens in recorded
+    ]
     for request, (_, tokens) in zip(requests, recorded, strict=True):
         assert one(served, request).tokens == tokens
     for [together], (_, tokens) in zip(served.generate(requests), recorded, strict=True):
@@ -122,7 +131,9 @@ def test_greedy_tokens_are_nanochats(served, recorded):
 def test_greedy_tokens_are_nanochats_with_many_slots(config, mesh, params, recorded):
     """With more rows than runtime.FEW_ROWS a CPU's products are others."""
     served = Engine(config, mesh, params, Letters(), slots=2 * runtime.FEW_ROWS, max_length=LONGEST)
-    requests = [Request(prompt=given, max_tokens=len(tokens), temperature=0) for given, tokens in recorded]
+    requests = [
+        Request(prompt=given, max_tokens=len(tokens), temperature=0) for given, tokens in recorded
+    ]
     for completions, (_, tokens) in zip(served.generate(requests), recorded, strict=True):
         assert completions[0].tokens == tokens
 
@@ -152,7 +163,9 @@ def test_a_prompt_can_be_scored_alone(served, logits):
     expected = row[np.arange(29), np.array(request.prompt[1:])]
     for completion in found:
         assert completion.tokens == [] and completion.finish == "length"
-        np.testing.assert_allclose([value for value, _ in completion.prompt_logprobs], expected, atol=1e-4)
+        np.testing.assert_allclose(
+            [value for value, _ in completion.prompt_logprobs], expected, atol=1e-4
+        )
     assert other[0].prompt_logprobs == [] and other[0].finish == "length"
 
 
@@ -190,7 +203,9 @@ def test_samples_differ_by_index_and_seed_and_are_the_same_again(served):
     assert len({tuple(sample.tokens) for sample in samples}) == 3
     assert served.generate([request]) == [samples]
     [others] = served.generate([replace(request, seed=8)])
-    assert {tuple(sample.tokens) for sample in samples}.isdisjoint(tuple(sample.tokens) for sample in others)
+    assert {tuple(sample.tokens) for sample in samples}.isdisjoint(
+        tuple(sample.tokens) for sample in others
+    )
 
 
 def test_one_prefill_serves_many_samples(served, monkeypatch):
@@ -215,8 +230,14 @@ def test_requests_join_and_leave_a_running_batch(served):
     take(served.step())
     short = served.submit(replace(GREEDY, max_tokens=2))
     take(served.step())
-    assert found[short, 0].finish == "length" and served.free_slots == 1 and served.running == SLOTS - 1
-    late = [served.submit(replace(GREEDY, prompt=prompt(5, seed), max_tokens=3)) for seed in range(3)]
+    assert (
+        found[short, 0].finish == "length"
+        and served.free_slots == 1
+        and served.running == SLOTS - 1
+    )
+    late = [
+        served.submit(replace(GREEDY, prompt=prompt(5, seed), max_tokens=3)) for seed in range(3)
+    ]
     assert served.waiting == 3
     while not served.is_idle:
         take(served.step())
@@ -238,7 +259,9 @@ def test_a_slot_is_refilled_at_once_when_somebody_waits(served):
         served.step()
 
 
-@pytest.mark.parametrize(("milliseconds", "gains"), [(0, [1] * 12), (1e6, [1, INTERVAL, INTERVAL, 1])])
+@pytest.mark.parametrize(
+    ("milliseconds", "gains"), [(0, [1] * 12), (1e6, [1, INTERVAL, INTERVAL, 1])]
+)
 def test_streamed_answers_come_by_the_clock(words, mesh, params, served, milliseconds, gains):
     """A token at a time to begin with; then as many as the newest round says there is time for."""
     own = pyconfig.initialize([*words, f"stream_milliseconds={milliseconds}"])
@@ -297,7 +320,11 @@ def test_a_stop_id_ends_a_sample_and_is_not_part_of_it(served):
     tokens = one(served, GREEDY).tokens
     stopped = one(served, replace(GREEDY, stop_ids=frozenset({tokens[7]}), logprobs=0))
     first = tokens.index(tokens[7])
-    assert stopped.tokens == tokens[:first] and stopped.finish == "stop" and len(stopped.logprobs) == first
+    assert (
+        stopped.tokens == tokens[:first]
+        and stopped.finish == "stop"
+        and len(stopped.logprobs) == first
+    )
 
 
 def test_a_stop_string_cuts_the_text(served):
@@ -350,7 +377,9 @@ def test_draws_follow_the_models_probabilities(served, logits):
     groups = np.argsort(-probability) % 8
     expected = 400 * np.bincount(groups, probability, 8)
     counted = np.bincount([groups[sample.tokens[0]] for sample in samples], minlength=8)
-    assert ((counted - expected) ** 2 / expected).sum() < 24.3  # one seed in a thousand is above, this one is not
+    assert (
+        (counted - expected) ** 2 / expected
+    ).sum() < 24.3  # one seed in a thousand is above, this one is not
 
 
 @pytest.mark.parametrize(
@@ -406,7 +435,9 @@ def test_a_call_of_the_calculator_is_answered(served, monkeypatch, logits):
 
 def test_a_call_without_an_answer_goes_on(served, monkeypatch):
     expected = one(served, GREEDY)
-    special = served.tokenizer.special._replace(python_start=expected.tokens[0], python_end=expected.tokens[3])
+    special = served.tokenizer.special._replace(
+        python_start=expected.tokens[0], python_end=expected.tokens[3]
+    )
     monkeypatch.setattr(served.tokenizer, "special", special)
     monkeypatch.setattr(engine.tools, "calculate", lambda text: None)
     assert one(served, replace(GREEDY, tools=True)) == expected
@@ -417,14 +448,18 @@ def test_a_call_without_an_answer_goes_on(served, monkeypatch):
 
 def test_loads_a_run(config, params, served, tmp_path, monkeypatch):
     config = pyconfig.replace(config, "test", base_output_directory=str(tmp_path), run_name="tiny")
-    state = train_state.TrainState(jnp.int32(3), jax.tree.map(jnp.asarray, params), {"unused": jnp.zeros(2)})
+    state = train_state.TrainState(
+        jnp.int32(3), jax.tree.map(jnp.asarray, params), {"unused": jnp.zeros(2)}
+    )
     with Checkpointer(config, tmp_path / "tiny", tokenizer_fingerprint="letters") as checkpointer:
         checkpointer.save(3, state, {})
         checkpointer.wait()
     monkeypatch.setattr(engine.tokenizers, "load", lambda config: Letters())
     loaded = Engine.load(config, devices=jax.devices()[:1])
     assert (loaded.slots, loaded.max_length) == (config.decode_slots, config.max_target_length)
-    for ours, theirs in zip(jax.tree.leaves(loaded._weights), jax.tree.leaves(served._weights), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves(loaded._weights), jax.tree.leaves(served._weights), strict=True
+    ):
         if ours.shape == theirs.shape:  # the rotary tables are as long as max_length
             np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(ValueError, match="4"):
@@ -444,7 +479,9 @@ def test_the_cache_is_never_copied(config, mesh, params, slots):
     config = pyconfig.replace(config, "test", num_decoder_layers=2)
     numerics = engine.numerics_of(config, mesh)
     target = engine.abstract_params(config, numerics, mesh)
-    programs = engine.Programs.build(config, mesh, numerics, target, slots=slots, max_length=LONGEST)
+    programs = engine.Programs.build(
+        config, mesh, numerics, target, slots=slots, max_length=LONGEST
+    )
     rings = {f"f32[{','.join(map(str, ring.shape))}]" for ring in jax.tree.leaves(programs.cache)}
     for lowered in (programs.lower_decode(), programs.lower_prefill(64)):
         text = lowered.compile().as_text()
@@ -482,11 +519,17 @@ def test_slots_and_heads_over_several_devices(served):
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path]),
     }
     result = subprocess.run(
-        [sys.executable, "-c", SEVERAL_DEVICES], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", SEVERAL_DEVICES],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     requests = [
-        replace(GREEDY, prompt=prompt(length, length), samples=2, temperature=t, top_k=k, logprobs=1)
+        replace(
+            GREEDY, prompt=prompt(length, length), samples=2, temperature=t, top_k=k, logprobs=1
+        )
         for length, t, k in ((3, 0, 0), (150, 1, 5), (40, 0.5, 0))
     ]
     samples = [sample for row in served.generate(requests) for sample in row]

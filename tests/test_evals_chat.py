@@ -12,10 +12,13 @@ import pytest
 from test_tasks import folder  # noqa: F401 (a fixture)
 from tuning import QUICK
 
-from MaxNano import evaluate, pyconfig, sandbox, tasks, tokenizer, train, train_state
-from MaxNano.checkpointing import Checkpointer
-from MaxNano.engine import Completion
+from MaxNano import evaluate, pyconfig, tasks, train
 from MaxNano.evals import chat, core
+from MaxNano.inference.engine import Completion
+from MaxNano.tokenization import tokenizer
+from MaxNano.tools import sandbox
+from MaxNano.training import state as train_state
+from MaxNano.training.checkpointing import Checkpointer
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "configs/base.yml")
@@ -37,7 +40,12 @@ class ListTask(tasks.Task):
 
     def conversation(self, index):
         question, answer = self.problems[index]
-        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        return {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
+        }
 
     def evaluate(self, conversation, completion):
         return conversation["messages"][-1]["content"] in completion
@@ -70,7 +78,10 @@ def test_the_likeliest_letter_of_the_problem_is_what_is_said(folder, name):  # n
     for record, conversation in zip(records, exam.conversations, strict=True):
         letters = list(conversation["letters"])
         assert record["said"] == max(letters, key=rank.get)
-        assert record["right"] == (record["said"] == record["answer"]) and list(record["losses"]) == letters
+        assert (
+            record["right"] == (record["said"] == record["answer"])
+            and list(record["losses"]) == letters
+        )
         assert record["messages"] == conversation["messages"][:-1]
 
 
@@ -84,23 +95,50 @@ class Engine:
     def generate(self, requests, on_step):
         self.requests = list(requests)
         on_step()
-        return [[Completion(TOKENIZER.encode(text), finish="stop") for text in self.texts[r.seed]] for r in requests]
+        return [
+            [Completion(TOKENIZER.encode(text), finish="stop") for text in self.texts[r.seed]]
+            for r in requests
+        ]
 
 
 def test_one_right_answer_of_several_is_enough_and_a_long_prompt_is_wrong():
     task = ListTask([("a?", "yes"), ("b" * 200, "yes"), ("c?", "yes")])
     conversations = [task.conversation(index) for index in range(3)]
-    exam = chat.Exam("list", task, conversations, [TOKENIZER.render_for_completion(c) for c in conversations])
+    exam = chat.Exam(
+        "list", task, conversations, [TOKENIZER.render_for_completion(c) for c in conversations]
+    )
     engine = Engine({7: ["no", "yes"], 9: ["no", "never"]})
     steps = []
     records = chat.answer_in_words(
-        exam, engine, samples=2, temperature=0.5, top_k=3, max_tokens=9, seed=7, on_step=lambda: steps.append(1)
+        exam,
+        engine,
+        samples=2,
+        temperature=0.5,
+        top_k=3,
+        max_tokens=9,
+        seed=7,
+        on_step=lambda: steps.append(1),
     )
     assert [record["right"] for record in records] == [True, False, False]
-    assert [[c["right"] for c in record["completions"]] for record in records] == [[False, True], [], [False, False]]
-    assert records[0]["completions"][1] == {"text": "yes", "tokens": 3, "finish": "stop", "right": True}
+    assert [[c["right"] for c in record["completions"]] for record in records] == [
+        [False, True],
+        [],
+        [False, False],
+    ]
+    assert records[0]["completions"][1] == {
+        "text": "yes",
+        "tokens": 3,
+        "finish": "stop",
+        "right": True,
+    }
     first = engine.requests[0]
-    assert (first.samples, first.temperature, first.top_k, first.max_tokens, first.tools) == (2, 0.5, 3, 9, True)
+    assert (first.samples, first.temperature, first.top_k, first.max_tokens, first.tools) == (
+        2,
+        0.5,
+        3,
+        9,
+        True,
+    )
     assert first.stop_ids == {TOKENIZER.special.assistant_end, TOKENIZER.special.bos} and steps
 
 
@@ -135,16 +173,36 @@ def place(tmp_path_factory):
     """A run with one checkpoint, saved by hand, that talks in turns."""
     base = tmp_path_factory.mktemp("place")
     TOKENIZER.save(base / "tokenizer")
-    config = pyconfig.initialize([
-        BASE, "model=d2", "emb_dim=32", "head_dim=16", "num_query_heads=2", "max_target_length=256", "stage=sft",
-        f"vocab_size={TOKENIZER.vocab_size}", "run_name=run", f"base_output_directory={base}/runs", "num_cpu_devices=1",
-        f"tokenizer_path={base}/tokenizer", "global_batch_tokens=256", "steps=1", "max_new_tokens=6", "chat_slots=4",
-        f"chat_tasks=[{', '.join((*LETTERED, *SPOKEN))}]", "xla_flags=[quick]", QUICK, "jax_cache_dir=''",
-    ])  # fmt: skip
+    config = pyconfig.initialize(
+        [
+            BASE,
+            "model=d2",
+            "emb_dim=32",
+            "head_dim=16",
+            "num_query_heads=2",
+            "max_target_length=256",
+            "stage=sft",
+            f"vocab_size={TOKENIZER.vocab_size}",
+            "run_name=run",
+            f"base_output_directory={base}/runs",
+            "num_cpu_devices=1",
+            f"tokenizer_path={base}/tokenizer",
+            "global_batch_tokens=256",
+            "steps=1",
+            "max_new_tokens=6",
+            "chat_slots=4",
+            f"chat_tasks=[{', '.join((*LETTERED, *SPOKEN))}]",
+            "xla_flags=[quick]",
+            QUICK,
+            "jax_cache_dir=''",
+        ]
+    )
     setup = train.set_up(config, jax.devices()[:1])
     state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
     params = state.params | {"lm_head": 30 * state.params["lm_head"]}  # opinions
-    with Checkpointer(config, base / "runs/run", tokenizer_fingerprint=TOKENIZER.fingerprint()) as checkpointer:
+    with Checkpointer(
+        config, base / "runs/run", tokenizer_fingerprint=TOKENIZER.fingerprint()
+    ) as checkpointer:
         checkpointer.save(7, train_state.TrainState(state.step, params, state.opt_state), {})
     pyconfig.save(config, base / "runs/run/config.yml")
     return base, setup, params
@@ -152,9 +210,14 @@ def place(tmp_path_factory):
 
 def run(place, folder, *more):  # noqa: F811
     argv = [
-        BASE, "model=d2", "run_name=run", f"base_output_directory={place}/runs", "evals=chat",
-        f"chat_data={folder}", *more,
-    ]  # fmt: skip
+        BASE,
+        "model=d2",
+        "run_name=run",
+        f"base_output_directory={place}/runs",
+        "evals=chat",
+        f"chat_data={folder}",
+        *more,
+    ]
     return pyconfig.launch(lambda config: evaluate.main(config, argv), argv)
 
 
@@ -205,7 +268,9 @@ def test_a_killed_evaluation_goes_on_with_the_task_that_was_under_way(evaluated,
         baseline = 0.25 if name in LETTERED else 0
         assert values["centered"] == pytest.approx((values["accuracy"] - baseline) / (1 - baseline))
     for name in judged:
-        completions = [one for record in records_of(directory, name) for one in record["completions"]]
+        completions = [
+            one for record in records_of(directory, name) for one in record["completions"]
+        ]
         assert completions and all(one["text"] and one["tokens"] <= 6 for one in completions)
 
 
@@ -224,7 +289,9 @@ def test_the_losses_of_letters_are_the_whole_models(place, evaluated, folder):  
         hidden = bound(tokens)[np.arange(len(tokens)), np.array(last)]
         return jax.nn.log_softmax(bound.logits(hidden[:, None])[:, 0])
 
-    for record, row in zip(records_of(evaluated[0], "ARC-Easy/test"), np.asarray(logprobs(params)), strict=True):
+    for record, row in zip(
+        records_of(evaluated[0], "ARC-Easy/test"), np.asarray(logprobs(params)), strict=True
+    ):
         for letter, loss in record["losses"].items():
             assert loss == pytest.approx(-row[ord(letter)], abs=1e-4)
         assert len({round(loss, 3) for loss in record["losses"].values()}) > 1

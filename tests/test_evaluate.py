@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 import yaml
 
-from MaxNano import evaluate, pyconfig, runtime, tokenizer, train, train_state
-from MaxNano.checkpointing import Checkpointer
+from MaxNano import evaluate, pyconfig, train
 from MaxNano.data import loader
+from MaxNano.distributed import runtime
 from MaxNano.evals import bpb, core
 from MaxNano.evals.results import Results
+from MaxNano.tokenization import tokenizer
+from MaxNano.training import state as train_state
+from MaxNano.training.checkpointing import Checkpointer
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "configs/base.yml")
@@ -36,16 +39,24 @@ def place(tmp_path_factory):
         archive.extractall(folder)
     bundle = folder / "eval_bundle/core.yaml"
     listed = yaml.safe_load(bundle.read_text())["icl_tasks"]
-    bundle.write_text(yaml.safe_dump({"icl_tasks": [task for task in listed if task["label"] in TASKS]}))
+    bundle.write_text(
+        yaml.safe_dump({"icl_tasks": [task for task in listed if task["label"] in TASKS]})
+    )
     (folder / "text").mkdir()
     for split in "ab":
-        lines = [f"document {split}{i}: " + "the kite is in the bucket. " * (i % 7) for i in range(80)]
-        (folder / "text" / f"{split}.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in lines))
+        lines = [
+            f"document {split}{i}: " + "the kite is in the bucket. " * (i % 7) for i in range(80)
+        ]
+        (folder / "text" / f"{split}.jsonl").write_text(
+            "".join(json.dumps({"text": x}) + "\n" for x in lines)
+        )
     config = pyconfig.initialize([BASE, *words(folder), *SHAPE])
     setup = train.set_up(config, jax.devices()[:1])
     state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
     fingerprint = tokenizer.load(config).fingerprint()
-    with Checkpointer(config, folder / "runs/run", tokenizer_fingerprint=fingerprint) as checkpointer:
+    with Checkpointer(
+        config, folder / "runs/run", tokenizer_fingerprint=fingerprint
+    ) as checkpointer:
         checkpointer.save(7, state, {})
     pyconfig.save(config, folder / "runs/run/config.yml")
     return folder
@@ -53,11 +64,25 @@ def place(tmp_path_factory):
 
 def words(folder):
     return [
-        "model=d2", "run_name=run", f"base_output_directory={folder}/runs", "num_cpu_devices=1",
-        f"tokenizer_path={folder}", "dataset_type=jsonl", f"dataset_path={folder}/text", "data_readers=1",
-        "packing_buffer_documents=10", "global_batch_tokens=64", "eval_tokens=512", "sample_tokens=2", "steps=1",
-        f"core_bundle={folder}/eval_bundle", "core_max_per_task=4", "xla_flags=[quick]", QUICK, "jax_cache_dir=''",
-    ]  # fmt: skip
+        "model=d2",
+        "run_name=run",
+        f"base_output_directory={folder}/runs",
+        "num_cpu_devices=1",
+        f"tokenizer_path={folder}",
+        "dataset_type=jsonl",
+        f"dataset_path={folder}/text",
+        "data_readers=1",
+        "packing_buffer_documents=10",
+        "global_batch_tokens=64",
+        "eval_tokens=512",
+        "sample_tokens=2",
+        "steps=1",
+        f"core_bundle={folder}/eval_bundle",
+        "core_max_per_task=4",
+        "xla_flags=[quick]",
+        QUICK,
+        "jax_cache_dir=''",
+    ]
 
 
 def command(folder, *more):
@@ -134,8 +159,11 @@ def killed_after(name, folder, *words):
     """What the command in a process of its own has printed when an evaluation is there, which is its end."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "MaxNano/evaluate.py"), *command(folder, *words)],
-        cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     path = folder / "runs/run/evals/step_000007.json"
     while not (path.exists() and any(found.startswith(name) for found in results(folder))):
         assert process.poll() is None, process.communicate()
@@ -149,14 +177,20 @@ def test_killed_twice_and_on_other_devices_it_has_the_same_numbers(place, capsys
     path = place / "runs/run/evals/step_000007.json"
     path.unlink(missing_ok=True)
     words = (
-        "evals=bpb,core,chat", "chat_tasks=[SimpleSpelling/test, SpellingBee/train]", "chat_max_per_task=40",
-        "max_new_tokens=2", "chat_slots=4",
-    )  # fmt: skip
+        "evals=bpb,core,chat",
+        "chat_tasks=[SimpleSpelling/test, SpellingBee/train]",
+        "chat_max_per_task=40",
+        "max_new_tokens=2",
+        "chat_slots=4",
+    )
     more = ("num_cpu_devices=2", f"jax_cache_dir={place}/cache")
     assert "on 2 x cpu" in killed_after("core ", place, *words, *more)
     assert "chat" not in " ".join(results(place))
     assert "CORE tasks are done already" in killed_after("chat ", place, *words, *more)
-    assert "chat SpellingBee/train" not in results(place) and {f"core {task}" for task in TASKS} < results(place).keys()
+    assert (
+        "chat SpellingBee/train" not in results(place)
+        and {f"core {task}" for task in TASKS} < results(place).keys()
+    )
     assert run(place, *words) == 0
     assert "SimpleSpelling/test is done already" in capsys.readouterr().out
     two = results(place)
@@ -165,8 +199,14 @@ def test_killed_twice_and_on_other_devices_it_has_the_same_numbers(place, capsys
     one = results(place)
     assert one.keys() == two.keys()
     for task in ("SimpleSpelling/test", "SpellingBee/train"):
-        assert one[f"chat {task}"]["values"]["problems"] == two[f"chat {task}"]["values"]["problems"] == 40
-        assert one[f"chat {task}"]["values"]["accuracy"] == two[f"chat {task}"]["values"]["accuracy"]
+        assert (
+            one[f"chat {task}"]["values"]["problems"]
+            == two[f"chat {task}"]["values"]["problems"]
+            == 40
+        )
+        assert (
+            one[f"chat {task}"]["values"]["accuracy"] == two[f"chat {task}"]["values"]["accuracy"]
+        )
     for split in ("train", "validation"):
         here, there = (found[f"bpb {split}"]["values"]["bpb"] for found in (one, two))
         assert here == pytest.approx(there, rel=1e-6)
@@ -224,7 +264,9 @@ def test_validation_rows_are_packed_once_and_kept():
 
 def test_bits_per_byte_are_of_all_batches_together():
     counts = iter([(np.float32(8), np.float32(4)), (np.float32(1), np.float32(5))])
-    assert bpb.evaluate_bpb(lambda batch: next(counts), range(2)) == {"bpb": pytest.approx(9 / 9 / math.log(2))}
+    assert bpb.evaluate_bpb(lambda batch: next(counts), range(2)) == {
+        "bpb": pytest.approx(9 / 9 / math.log(2))
+    }
     assert bpb.evaluate_bpb(lambda batch: (0.0, 0.0), range(1)) == {"bpb": math.inf}
 
 
@@ -250,7 +292,13 @@ class Preemption:
 
 def test_core_while_training(place, monkeypatch, capsys):
     """After the last step; stopped in the middle it goes on with the task that was under way; evaluate.py knows it."""
-    changed = ("run_name=trained", "core_interval=1", "num_decoder_layers=1", "eval_interval=0", "sample_interval=0")
+    changed = (
+        "run_name=trained",
+        "core_interval=1",
+        "num_decoder_layers=1",
+        "eval_interval=0",
+        "sample_interval=0",
+    )
     config = pyconfig.initialize([BASE, *words(place), *SHAPE, *changed])
     answered = []
     answer = core.answer
@@ -273,7 +321,9 @@ def test_core_while_training(place, monkeypatch, capsys):
     assert len(answered) == len(TASKS)
     printed = capsys.readouterr().out
     assert "1 of 3 CORE tasks are done already" in printed
-    rows = [json.loads(line) for line in (place / "runs/trained/metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (place / "runs/trained/metrics.jsonl").read_text().splitlines()
+    ]
     (event,) = (row for row in rows if row.get("event") == "core")
     assert event["step"] == 1
     assert event["core"] == pytest.approx(sum(event[label] for label in TASKS) / 3)

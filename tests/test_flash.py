@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from MaxNano import flash
-from MaxNano.layers import rotary_tables
+from MaxNano.models.kernels import flash
+from MaxNano.models.layers import rotary_tables
 
 HEAD_DIM, SCALE, EPSILON = 128, 1.2, 1e-6
 TOLERANCE = 2e-6  # of the largest number, float32
@@ -29,8 +29,12 @@ class Case(NamedTuple):
 CASES = (
     Case(256, 1000),  # a window longer than the row
     Case(256, 127),  # the window ends where tiles do
-    Case(384, 200, heads=6, kv_heads=2, embeds=True),  # it does not; tiles fall out of it; heads share keys
-    Case(256, 5, heads=2, kv_heads=2, embeds=True),  # both edges of the window in one tile; value embeddings
+    Case(
+        384, 200, heads=6, kv_heads=2, embeds=True
+    ),  # it does not; tiles fall out of it; heads share keys
+    Case(
+        256, 5, heads=2, kv_heads=2, embeds=True
+    ),  # both edges of the window in one tile; value embeddings
     Case(512, 300, block=256),  # tiles of several parts, some of them hidden
 )
 
@@ -85,10 +89,17 @@ def together(q, k, v):
 def by_kernel(q, k, v, *embeds, case: Case):
     tables = tuple(map(jnp.asarray, rotary_tables(case.length, HEAD_DIM, 1e5)))
     return flash.attention(
-        together(q, k, v), tables, group=case.heads // case.kv_heads, value_embed=embeds or None,
-        window=case.window, head_dim=HEAD_DIM, scale=SCALE, epsilon=EPSILON,
-        block=case.block, interpret=True,
-    )  # fmt: skip
+        together(q, k, v),
+        tables,
+        group=case.heads // case.kv_heads,
+        value_embed=embeds or None,
+        window=case.window,
+        head_dim=HEAD_DIM,
+        scale=SCALE,
+        epsilon=EPSILON,
+        block=case.block,
+        interpret=True,
+    )
 
 
 def output_and_gradients(function, arrays):
@@ -132,9 +143,16 @@ def test_the_largest_scores_overflow_nowhere():
 
     def attend(q, k, v):
         return flash.attention(
-            together(q, k, v), unrotated, group=1,
-            window=length, head_dim=HEAD_DIM, scale=scale, epsilon=0.0, block=length, interpret=True,
-        )  # fmt: skip
+            together(q, k, v),
+            unrotated,
+            group=1,
+            window=length,
+            head_dim=HEAD_DIM,
+            scale=scale,
+            epsilon=0.0,
+            block=length,
+            interpret=True,
+        )
 
     out, *grads = output_and_gradients(attend, (v, q, k, v))
     mean = np.cumsum(v, 1) / np.arange(1, length + 1)[:, None]

@@ -16,17 +16,28 @@ ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not list(Path("/dev").glob("nvidia[0-9]*")), reason="there is no NVIDIA GPU here"),
+    pytest.mark.skipif(
+        not list(Path("/dev").glob("nvidia[0-9]*")), reason="there is no NVIDIA GPU here"
+    ),
 ]
 
 
 def run(program: str, **environment: str) -> dict:
     """The JSON line that a program prints last."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": paths, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **environment}
+    env = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        **environment,
+    }
     env.pop("JAX_PLATFORMS", None)
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], env=env, text=True, capture_output=True, timeout=280
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -38,7 +49,8 @@ def test_cudnn_attention_equals_the_reference():
         import json
         import jax, jax.numpy as jnp
         import numpy as np
-        from MaxNano import attention, pyconfig
+        from MaxNano import pyconfig
+        from MaxNano.models import attention
 
         config = pyconfig.initialize([str(pyconfig.BASE)])
         settings = attention.Settings.from_config(config)
@@ -81,14 +93,16 @@ def test_cudnn_attention_equals_the_reference():
     print()
     for shape, errors, expected in found["rows"]:
         print(shape, [f"{x:.1e}" for x in errors], [f"{x:.1e}" for x in expected])
-        assert all(error <= max(2 * other, 5e-3) for error, other in zip(errors, expected, strict=True))
+        assert all(
+            error <= max(2 * other, 5e-3) for error, other in zip(errors, expected, strict=True)
+        )
 
 
 def test_auto_takes_cudnn_in_16_bits_and_chunked_in_float32():
     found = run("""
         import json
         import jax
-        from MaxNano import attention
+        from MaxNano.models import attention
 
         [device] = jax.devices()[:1]
         print(json.dumps({
@@ -103,7 +117,10 @@ LOSSES = """
     import sys
     import numpy as np
     import jax
-    from MaxNano import pyconfig, runtime, sharding, train, train_state
+    from MaxNano import pyconfig, train
+    from MaxNano.distributed import runtime
+    from MaxNano.distributed import sharding
+    from MaxNano.training import state as train_state
     from MaxNano.data.loader import put_global, to_batch
 
     config = pyconfig.initialize([

@@ -16,29 +16,56 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_convert import assert_same, random_params
 
-from MaxNano import convert, huggingface, pyconfig, tokenizer
-from MaxNano.checkpointing import Checkpointer
-from MaxNano.model import Numerics
-from MaxNano.train_state import architecture
+from MaxNano import convert, pyconfig
+from MaxNano.interop import huggingface
+from MaxNano.models.transformer import Numerics
+from MaxNano.tokenization import tokenizer
+from MaxNano.training.checkpointing import Checkpointer
+from MaxNano.training.state import architecture
 
 tokenizers = pytest.importorskip("tokenizers", reason="of the extra `export`")
 pytest.importorskip("safetensors", reason="of the extra `export`")
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = str(pyconfig.BASE)
-SIZES = ["model=d4", "emb_dim=64", "head_dim=16", "mlp_dim=96", "max_target_length=64", "short_window_multiple=4"]
+SIZES = [
+    "model=d4",
+    "emb_dim=64",
+    "head_dim=16",
+    "mlp_dim=96",
+    "max_target_length=64",
+    "short_window_multiple=4",
+]
 MODELS = {
     "windows": ["short_window_fraction=0.1"],
-    "groups": ["num_kv_heads=2", "model=d3", "window_pattern=SL", "temperature=0", "chat_turns=true"],
+    "groups": [
+        "num_kv_heads=2",
+        "model=d3",
+        "window_pattern=SL",
+        "temperature=0",
+        "chat_turns=true",
+    ],
     "plain": [
-        "value_embed_gate_channels=0", "smear_gate_channels=0", "use_backout=false", "logits_soft_cap=0",
-        "window_pattern=L", "rope_theta=10000", "qk_norm_scale=1", "vocab_multiple=1",
+        "value_embed_gate_channels=0",
+        "smear_gate_channels=0",
+        "use_backout=false",
+        "logits_soft_cap=0",
+        "window_pattern=L",
+        "rope_theta=10000",
+        "qk_norm_scale=1",
+        "vocab_multiple=1",
     ],
     "other": [
-        "value_embed_gate_channels=5", "value_embed_gate_range=2", "smear_gate_channels=7", "norm_epsilon=1e-3",
-        "logits_soft_cap=4", "num_kv_heads=1", "vocab_multiple=128", "model=d5",
+        "value_embed_gate_channels=5",
+        "value_embed_gate_range=2",
+        "smear_gate_channels=7",
+        "norm_epsilon=1e-3",
+        "logits_soft_cap=4",
+        "num_kv_heads=1",
+        "vocab_multiple=128",
+        "model=d5",
     ],
-}  # fmt: skip
+}
 CONVERSATION = [
     {"role": "system", "content": "Be short."},
     {"role": "user", "content": "What is 12 x 3?"},
@@ -57,7 +84,9 @@ CONVERSATION = [
 
 
 def words_of_text() -> str:
-    return (ROOT / "README.md").read_text() + (ROOT / "MaxNano/tasks/words.txt").read_text()[:50_000]
+    return (ROOT / "README.md").read_text() + (ROOT / "MaxNano/tasks/words.txt").read_text()[
+        :50_000
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +101,20 @@ def models(vocabulary, tmp_path_factory):
     vocabulary.save(place / "tokenizer")
     made = {}
     for name, words in MODELS.items():
-        config = pyconfig.initialize([
-            BASE, *SIZES, f"run_name={name}", f"base_output_directory={place / 'runs'}", "vocab_size=600",
-            f"tokenizer_path={place / 'tokenizer'}", *words,
-        ])  # fmt: skip
-        params = jax.tree.map(lambda leaf: (0.15 * leaf.astype(np.float32)).astype(leaf.dtype), random_params(config))
+        config = pyconfig.initialize(
+            [
+                BASE,
+                *SIZES,
+                f"run_name={name}",
+                f"base_output_directory={place / 'runs'}",
+                "vocab_size=600",
+                f"tokenizer_path={place / 'tokenizer'}",
+                *words,
+            ]
+        )
+        params = jax.tree.map(
+            lambda leaf: (0.15 * leaf.astype(np.float32)).astype(leaf.dtype), random_params(config)
+        )
         params["resid_lambdas"] += 1
         folder = place / name
         tensors = convert.from_params(params, config, convert.HUGGINGFACE)
@@ -119,7 +157,9 @@ def test_a_run_goes_out_and_comes_back_bit_for_bit(models, vocabulary, tmp_path,
         found, extra = checkpointer.restore_params_only()
     assert_same(found, params)
     assert extra["run"]["step"] == 12
-    assert tokenizer.load(back).fingerprint() == vocabulary.fingerprint() == extra["run"]["tokenizer"]
+    assert (
+        tokenizer.load(back).fingerprint() == vocabulary.fingerprint() == extra["run"]["tokenizer"]
+    )
 
     words = [f"temperature={config.temperature}", "run_name=back", runs]
     run_command(f"to_huggingface={tmp_path / 'out'}", *words)
@@ -146,8 +186,12 @@ def test_names_shapes_and_files(models):
         "mlp.down_proj.weight": (64, 96),
     }
     valued = {"self_attn.value_embed.weight": (640, 32), "self_attn.value_gate.weight": (2, 12)}
-    expected = {f"model.layers.{i}.{name}": shape for i in range(3) for name, shape in layer.items()}
-    expected |= {f"model.layers.{i}.{name}": shape for i in (0, 2) for name, shape in valued.items()}
+    expected = {
+        f"model.layers.{i}.{name}": shape for i in range(3) for name, shape in layer.items()
+    }
+    expected |= {
+        f"model.layers.{i}.{name}": shape for i in (0, 2) for name, shape in valued.items()
+    }
     expected |= {
         "model.embed_tokens.weight": (640, 64),
         "lm_head.weight": (640, 64),
@@ -159,18 +203,30 @@ def test_names_shapes_and_files(models):
     }
     assert shapes == expected
     content = json.loads((folder / "config.json").read_text())
-    assert content["hidden_size"] == 64 and content["vocab_size"] == 600 and content["num_key_value_heads"] == 2
+    assert (
+        content["hidden_size"] == 64
+        and content["vocab_size"] == 600
+        and content["num_key_value_heads"] == 2
+    )
     assert content["chat_turns"] is True and content["step"] == 12
     for target in content["auto_map"].values():
         module, name = target.split(".")
         assert f"class {name}(" in (folder / f"{module}.py").read_text()
     generation = json.loads((folder / "generation_config.json").read_text())
     special = tokenizer.SpecialIds(*range(591, 600))
-    assert generation["eos_token_id"] == [special.assistant_end, special.bos] and generation["do_sample"] is False
+    assert (
+        generation["eos_token_id"] == [special.assistant_end, special.bos]
+        and generation["do_sample"] is False
+    )
     assert sorted(contents(folder)) == [
-        "config.json", "configuration_maxnano.py", "generation_config.json", "model.safetensors",
-        "modeling_maxnano.py", "tokenizer.json", "tokenizer_config.json",
-    ]  # fmt: skip
+        "config.json",
+        "configuration_maxnano.py",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_maxnano.py",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
 
 
 def test_every_switch_of_the_model_is_in_the_code_that_travels(models):
@@ -203,7 +259,10 @@ def test_large_models_are_cut_into_files(models, vocabulary, tmp_path, monkeypat
 
 # ---- Tokenizer -------------------------------------------------------------------------------------------------------
 
-TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cn"]) | st.sampled_from("  \n\r\t'aeinorst0129.,_-é"))
+TEXT = st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cn"])
+    | st.sampled_from("  \n\r\t'aeinorst0129.,_-é")
+)
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +310,9 @@ def test_ids_of_any_vocabulary_are_the_same(joins, texts):
 def test_ids_that_are_left_out_keep_their_places(tmp_path):
     """As in published rank files: one id in the middle is a special's, another one nobody's."""
     ranks = {bytes([i]): i for i in range(256)} | {b"ab": 257, b"abc": 258}
-    made = tokenizer.BpeTokenizer(tokenizer.NANOCHAT_PATTERN, ranks, {"<|bos|>": 256, "<|user_start|>": 260})
+    made = tokenizer.BpeTokenizer(
+        tokenizer.NANOCHAT_PATTERN, ranks, {"<|bos|>": 256, "<|user_start|>": 260}
+    )
     content = huggingface.bpe_json(made)
     model = tokenizers.Tokenizer.from_str(json.dumps(content))
     assert model.encode("abc<|bos|>ab<|user_start|>").ids == [258, 256, 257, 260]
@@ -262,22 +323,37 @@ def test_ids_that_are_left_out_keep_their_places(tmp_path):
 
 def test_a_foreign_tokenizer_goes_out_and_comes_back(models, tmp_path):
     """Its own <|bos|> keeps its name; the special tokens that it lacks come behind."""
-    content = huggingface.bpe_json(tokenizer.BpeTokenizer(r"\S+|\s+", {bytes([i]): i for i in range(256)}))
+    content = huggingface.bpe_json(
+        tokenizer.BpeTokenizer(r"\S+|\s+", {bytes([i]): i for i in range(256)})
+    )
     begin = {**content["added_tokens"][0], "content": "<|endoftext|>"}
     path = tmp_path / "foreign.json"
     path.write_text(json.dumps(content | {"added_tokens": [begin]}))
     foreign = tokenizer.load_from("huggingface", path)
     assert (foreign.bos_id, foreign.vocab_size) == (256, 265)
-    config = pyconfig.initialize([
-        BASE, *SIZES, "vocab_size=265", "tokenizer_type=huggingface", f"tokenizer_path={path}",
-    ])  # fmt: skip
+    config = pyconfig.initialize(
+        [
+            BASE,
+            *SIZES,
+            "vocab_size=265",
+            "tokenizer_type=huggingface",
+            f"tokenizer_path={path}",
+        ]
+    )
     tensors = convert.from_params(random_params(config), config, convert.HUGGINGFACE)
     huggingface.write_folder(tmp_path / "out", config, 0, tensors, foreign)
     model = tokenizers.Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
     assert model.encode("a").ids == [256, 97]
-    assert [model.token_to_id(name) for name in tokenizer.SPECIAL_TOKENS[1:]] == list(range(257, 265))
-    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["bos_token"] == "<|endoftext|>"
-    run_command(f"from_huggingface={tmp_path / 'out'}", f"base_output_directory={tmp_path}", "run_name=back")
+    assert [model.token_to_id(name) for name in tokenizer.SPECIAL_TOKENS[1:]] == list(
+        range(257, 265)
+    )
+    assert (
+        json.loads((tmp_path / "out/tokenizer_config.json").read_text())["bos_token"]
+        == "<|endoftext|>"
+    )
+    run_command(
+        f"from_huggingface={tmp_path / 'out'}", f"base_output_directory={tmp_path}", "run_name=back"
+    )
     back = pyconfig.initialize([str(tmp_path / "back/config.yml")])
     found = tokenizer.load(back)
     assert back.tokenizer_type == "huggingface" and found.special == foreign.special
@@ -295,10 +371,17 @@ def test_a_folder_is_only_replaced_when_told_and_only_its_own_kind(models, vocab
     with pytest.raises(ValueError, match="already holds a model; .*convert_overwrite=true"):
         huggingface.write_folder(target, config, 13, tensors, vocabulary)
     assert contents(target) == contents(folder)
-    with pytest.raises(OSError), pytest.MonkeyPatch.context() as patch:  # what fails half-way leaves all as it was
-        patch.setattr(huggingface, "_write_tensors", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+    with (
+        pytest.raises(OSError),
+        pytest.MonkeyPatch.context() as patch,
+    ):  # what fails half-way leaves all as it was
+        patch.setattr(
+            huggingface, "_write_tensors", lambda *_: (_ for _ in ()).throw(OSError("no space"))
+        )
         huggingface.write_folder(target, config, 13, tensors, vocabulary, replace=True)
-    assert contents(target) == contents(folder) and [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert contents(target) == contents(folder) and [path.name for path in tmp_path.iterdir()] == [
+        "target"
+    ]
     huggingface.write_folder(target, config, 13, tensors, vocabulary, replace=True)
     assert json.loads((target / "config.json").read_text())["step"] == 13
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
@@ -315,16 +398,27 @@ def test_a_folder_is_only_replaced_when_told_and_only_its_own_kind(models, vocab
     [
         (lambda f: (f / "config.json").unlink(), "there is no .*config.json"),
         (lambda f: (f / "config.json").write_text("{"), "cannot read .*config.json"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "of type 'llama', not ours"),
+        (
+            lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),
+            "of type 'llama', not ours",
+        ),
         (lambda f: edit(f, hidden_size=None), "has shape|emb_dim"),
         (lambda f: edit(f, window_pattern="X"), "window_pattern"),
         (lambda f: edit(f, step=-1), "step -1"),
         (lambda f: edit(f, num_hidden_layers=5), "lacks 'model.layers.4"),
         (lambda f: edit(f, use_backout=False), "holds 'model.backout_lambda'"),
         (lambda f: edit(f, vocab_size=590), "tokenizer of .* has 600 tokens but the model has 590"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "cannot read .*model.safetensors"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"x" * 100),
+            "cannot read .*model.safetensors",
+        ),
         (lambda f: (f / "model.safetensors").unlink(), "there is no file .*model.safetensors"),
-        (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'), "names no files"),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": "../b"}}'
+            ),
+            "names no files",
+        ),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json is not a Hugging Face"),
     ],
 )
@@ -332,7 +426,11 @@ def test_broken_folders_are_one_line(models, tmp_path, change, message):
     shutil.copytree(models["windows"][2], tmp_path / "broken")
     change(tmp_path / "broken")
     with pytest.raises(ValueError, match=message) as caught:
-        run_command(f"from_huggingface={tmp_path / 'broken'}", f"base_output_directory={tmp_path}", "run_name=a")
+        run_command(
+            f"from_huggingface={tmp_path / 'broken'}",
+            f"base_output_directory={tmp_path}",
+            "run_name=a",
+        )
     assert "\n" not in str(caught.value) and not (tmp_path / "a").exists()
 
 
@@ -354,8 +452,11 @@ def test_the_command_line_says_so_in_one_line(models, tmp_path):
     def error_of(*words):
         done = subprocess.run(
             [sys.executable, "MaxNano/convert.py", "configs/base.yml", *words],
-            cwd=ROOT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
         return done.stderr
 
@@ -373,14 +474,22 @@ def python_with_transformers() -> str:
         return sys.executable
     named = os.environ.get("TRANSFORMERS_PYTHON")
     if not named:
-        pytest.skip("needs torch and transformers: here, or in the Python that TRANSFORMERS_PYTHON names")
+        pytest.skip(
+            "needs torch and transformers: here, or in the Python that TRANSFORMERS_PYTHON names"
+        )
     return named
 
 
 @pytest.fixture(scope="module")
 def answers(models, python_with_transformers, tmp_path_factory):
     """What transformers answers about each model: arrays and JSON; one process for all."""
-    texts = ["", "Hello world", "  two  spaces\n\n", "It's 12345 o'clock, naïve café — ☃", words_of_text()[:3000]]
+    texts = [
+        "",
+        "Hello world",
+        "  two  spaces\n\n",
+        "It's 12345 o'clock, naïve café — ☃",
+        words_of_text()[:3000],
+    ]
     rng = np.random.default_rng(0)
     for config, _, folder in models.values():
         ids = rng.integers(0, config.vocab_size, size=(2, config.max_target_length)).tolist()
@@ -390,15 +499,21 @@ def answers(models, python_with_transformers, tmp_path_factory):
     command = [python_with_transformers, ROOT / "tests/with_transformers.py", *folders]
     home = tmp_path_factory.mktemp("home")  # where transformers copies the code that travels
     done = subprocess.run(
-        list(map(str, command)), env={**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        list(map(str, command)),
+        env={**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
     def of(folder):
         with np.load(f"{folder}.npz") as file:
             arrays = {name: file[name] for name in file.files}
-        asked, found = (json.loads(Path(f"{folder}{end}").read_text()) for end in (".json", ".answers.json"))
+        asked, found = (
+            json.loads(Path(f"{folder}{end}").read_text()) for end in (".json", ".answers.json")
+        )
         return asked, found, arrays
 
     return {name: of(folder) for name, (_, _, folder) in models.items()}
@@ -446,7 +561,7 @@ def test_transformers_generates_what_we_do(models, answers, name):
 
 
 def test_the_engine_says_the_same(models, answers, tmp_path):
-    from MaxNano.engine import Engine, Request
+    from MaxNano.inference.engine import Engine, Request
 
     _, _, folder = models["groups"]
     asked, _, arrays = answers["groups"]
@@ -478,5 +593,7 @@ def test_what_transformers_saves_comes_back(models, answers, vocabulary, tmp_pat
     config = pyconfig.initialize([str(tmp_path / "a/config.yml")])
     with Checkpointer(config, tmp_path / "a", writer=False) as checkpointer:
         found, _ = checkpointer.restore_params_only()
-    assert_same(found, jax.tree.map(lambda leaf: leaf.astype(np.float32), params))  # it knows one dtype a model
+    assert_same(
+        found, jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
+    )  # it knows one dtype a model
     assert tokenizer.load(config).fingerprint() == vocabulary.fingerprint()

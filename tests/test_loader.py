@@ -19,8 +19,9 @@ from byte_tokenizer import BOS, ByteTokenizer, FailingTokenizer, JaxReportingTok
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from MaxNano import pyconfig, runtime
+from MaxNano import pyconfig
 from MaxNano.data import loader, packing, sources
+from MaxNano.distributed import runtime
 
 READERS = 4
 ROWS = 8
@@ -136,7 +137,10 @@ class Layout:
         ([(0, 3), (1, 2)], [(0, 2), (1, 2)]),  # a ring through the hosts
         ([(2, 3), (0, 1)], [(1, 2), (0, 2)]),
         ([(0, 0), (0, 0)], [(0, 1), (0, 1)]),  # nothing cuts the batch
-        ([(0, 0), (0, 0), (1, 1), (1, 1)], [(0, 2), (0, 2), (1, 2), (1, 2)]),  # tensor over two hosts
+        (
+            [(0, 0), (0, 0), (1, 1), (1, 1)],
+            [(0, 2), (0, 2), (1, 2), (1, 2)],
+        ),  # tensor over two hosts
     ],
 )
 def test_hosts_with_the_same_rows_share_their_part(monkeypatch, parts, shares):
@@ -260,7 +264,9 @@ def test_a_state_goes_on_exactly_when_more_shards_have_arrived(arriving, prompt)
         np.testing.assert_array_equal(take(batches, 13), prompt[2:15])
 
 
-def test_sigterm_ends_the_wait_for_a_shard_and_the_state_goes_on_exactly(arriving, prompt, monkeypatch):
+def test_sigterm_ends_the_wait_for_a_shard_and_the_state_goes_on_exactly(
+    arriving, prompt, monkeypatch
+):
     folder, bring = arriving
     wait = sources.Patience.wait
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from MaxNano.losses import soft_cap, token_losses, vocab_chunk
+from MaxNano.models.losses import soft_cap, token_losses, vocab_chunk
 
 VOCAB, PADDED = 50, 64
 
@@ -64,6 +64,8 @@ def test_chunks_leave_no_array_of_the_whole_vocabulary():
     assert "14x10x" in text and "14x50x" not in text
 
 
-@pytest.mark.parametrize("vocab, chunk, expected", [(4096, None, 0), (32768, None, 8192), (100, 0, 0), (100, 64, 64)])
+@pytest.mark.parametrize(
+    "vocab, chunk, expected", [(4096, None, 0), (32768, None, 8192), (100, 0, 0), (100, 64, 64)]
+)
 def test_null_keeps_a_small_vocabulary_whole(vocab, chunk, expected):
     assert vocab_chunk(vocab, chunk) == expected

@@ -19,8 +19,10 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter, masked_crc32c
 
-from MaxNano import metrics, pyconfig, remote
-from MaxNano.bucket import Bucket
+from MaxNano import pyconfig
+from MaxNano.storage import remote
+from MaxNano.storage.bucket import Bucket
+from MaxNano.training import metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -95,8 +97,11 @@ def test_numbers_that_an_event_fetched_still_reach_the_loop(config, tmp_path):
     assert logger.step(2, {"loss": 2.0, "skipped": 0}, {})["skipped"] == 0
     logger.close()
     assert [row.get("event", "step") for row in rows_of(tmp_path)] == [
-        "step", "validation", "step", "step",
-    ]  # fmt: skip
+        "step",
+        "validation",
+        "step",
+        "step",
+    ]
 
 
 @pytest.mark.parametrize("waits", [False, True])
@@ -271,7 +276,9 @@ def curve(files, tag):
         assert first.file_version == "brain.Event:2"
         for event in events:
             assert abs(event.wall_time - time.time()) < 1000
-            if event.session_log.status == SessionLog.START:  # a new process: what it does again is forgotten
+            if (
+                event.session_log.status == SessionLog.START
+            ):  # a new process: what it does again is forgotten
                 points = [point for point in points if point[0] < event.step]
             values = {value.tag: value.simple_value for value in event.summary.value}
             points += [(event.step, values[tag])] if tag in values else []
@@ -283,7 +290,9 @@ def test_an_event_file_is_framed_as_its_library_does(tmp_path):
     for data in (b"", b"x" * 1000):
         writer.write(data)
     writer.close()
-    assert (tmp_path / "events").read_bytes() == metrics._event_record(b"") + metrics._event_record(b"x" * 1000)
+    assert (tmp_path / "events").read_bytes() == metrics._event_record(b"") + metrics._event_record(
+        b"x" * 1000
+    )
 
 
 class FakeTracker(types.ModuleType):
@@ -435,8 +444,12 @@ def test_an_output_that_is_full_stops_nothing(tmp_path):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(code), tmp_path],
-            stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False,
-        )  # fmt: skip
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            check=False,
+        )
     assert (done.returncode, done.stderr) == (0, "")
     assert len(rows_of(tmp_path)) == 4
 
@@ -474,14 +487,23 @@ def test_an_object_store_gets_whole_files_now_and_then(store, monkeypatch):
     assert rows_in(store.objects("seldom/")["seldom/metrics.jsonl"]) == [{"step": 0}]
     assert count_rows(logger.state()) == 4  # which also asks for them to be written
     wait_until(lambda: logger.state()["rows"] == 4)
-    writes = [request for request in store.requests if request[:2] == ("write", "seldom/metrics.jsonl")]
+    writes = [
+        request for request in store.requests if request[:2] == ("write", "seldom/metrics.jsonl")
+    ]
     assert len(writes) == 2
-    assert [row["step"] for row in rows_in(store.objects("seldom/")["seldom/metrics.jsonl"])] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows_in(store.objects("seldom/")["seldom/metrics.jsonl"])] == [
+        0,
+        1,
+        2,
+        3,
+    ]
     logger.close()
 
 
 @pytest.mark.parametrize("fault", [503, 403, "hang"])
-def test_a_store_that_fails_for_ever_delays_no_step_and_loses_no_row(store, monkeypatch, caplog, fault):
+def test_a_store_that_fails_for_ever_delays_no_step_and_loses_no_row(
+    store, monkeypatch, caplog, fault
+):
     """The steps that a later process does, when the store works again, bring the earlier rows along."""
     monkeypatch.setattr(metrics, "UPLOAD_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(metrics, "RETRY_SECONDS", 0.1)
@@ -500,7 +522,11 @@ def test_a_store_that_fails_for_ever_delays_no_step_and_loses_no_row(store, monk
     assert (state["rows"], count_rows(state)) == (0, 201)
     logger.close()
     assert time.monotonic() - began < 10
-    assert caplog.text.count("cannot be written now") == caplog.text.count("does not have the last 201 rows") == 2
+    assert (
+        caplog.text.count("cannot be written now")
+        == caplog.text.count("does not have the last 201 rows")
+        == 2
+    )
     assert store.objects(name) == {}
 
     store.mend()
@@ -526,7 +552,9 @@ def test_a_store_that_works_again_gets_everything(store, monkeypatch, caplog):
     store.mend()
     wait_until(lambda: logger.state()["rows"] == 6)
     logger.close()
-    assert [row["step"] for row in rows_in(store.objects("back/")["back/metrics.jsonl"])] == list(range(6))
+    assert [row["step"] for row in rows_in(store.objects("back/")["back/metrics.jsonl"])] == list(
+        range(6)
+    )
     assert caplog.text.count("cannot be written now") == caplog.text.count("is written again") == 1
 
 
@@ -534,7 +562,12 @@ class Machine:
     """Where a process runs that can be killed: after that, none of its writes reaches the store."""
 
     def __init__(self, monkeypatch):
-        self._write, self._lock, self._dead, self._writing = remote.write, threading.Lock(), set(), set()
+        self._write, self._lock, self._dead, self._writing = (
+            remote.write,
+            threading.Lock(),
+            set(),
+            set(),
+        )
         monkeypatch.setattr(metrics.remote, "write", self._write_if_alive)
 
     def _write_if_alive(self, path, content, seconds):
@@ -564,7 +597,11 @@ def test_a_run_that_is_killed_and_resumed_has_every_row_once(store, monkeypatch,
     monkeypatch.setattr(metrics, "REMOTE_WRITE_SECONDS", 0.01)
     monkeypatch.setattr(metrics, "UPLOAD_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(metrics, "RETRY_SECONDS", 0.01)
-    config, name, state = make_config("tensorboard=true"), f"killed_{uploaded.split()[0]}_{fault}", None
+    config, name, state = (
+        make_config("tensorboard=true"),
+        f"killed_{uploaded.split()[0]}_{fault}",
+        None,
+    )
 
     def stop_at(what):
         """The store has all rows so far and gets no more."""
@@ -596,10 +633,16 @@ def test_a_run_that_is_killed_and_resumed_has_every_row_once(store, monkeypatch,
     rows = rows_in(store.objects(name)[f"{name}/metrics.jsonl"])
     expected = [(step, float(step // 4 * 4)) for step in range(14)]
     assert [(row["step"], row["loss"]) for row in rows if "event" not in row] == expected
-    assert [(row["step"], row["bpb"]) for row in rows if "event" in row] == [(4, 0.0), (8, 4.0), (12, 8.0)]
+    assert [(row["step"], row["bpb"]) for row in rows if "event" in row] == [
+        (4, 0.0),
+        (8, 4.0),
+        (12, 8.0),
+    ]
     assert curves_in(store, name, "train/loss") == expected
     assert curves_in(store, name, "validation/bpb") == [(4, 0.0), (8, 4.0), (12, 8.0)]
-    assert len(store.objects(f"{name}/tensorboard/")) >= 3  # no process overwrote the curves of another
+    assert (
+        len(store.objects(f"{name}/tensorboard/")) >= 3
+    )  # no process overwrote the curves of another
 
 
 def test_curves_that_are_behind_the_rows_lose_nothing(store, monkeypatch):
@@ -621,7 +664,9 @@ def test_curves_that_are_behind_the_rows_lose_nothing(store, monkeypatch):
     logger = start(config, f"{store.bucket}/behind", start_step=6, state=state)
     run(logger, [6])
     logger.close()
-    assert [row["step"] for row in rows_in(store.objects()["behind/metrics.jsonl"])] == list(range(7))
+    assert [row["step"] for row in rows_in(store.objects()["behind/metrics.jsonl"])] == list(
+        range(7)
+    )
     assert [step for step, _ in curves_in(store, "behind", "train/loss")] == list(range(7))
 
 
@@ -641,8 +686,12 @@ def test_kill_9_on_another_machine(store):
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **store.env}, capture_output=True, text=True, cwd=ROOT, check=False,
-    )  # fmt: skip
+        env={**os.environ, **store.env},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     state = json.loads(re.search("^STATE (.*)$", done.stdout, re.MULTILINE)[1])
     logger = start(make_config(), f"{store.bucket}/killed_9", start_step=8, state=state)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from MaxNano import convert, pyconfig, scaling
-from MaxNano.losses import token_losses
-from MaxNano.model import LayerKind, Numerics, repetition, scans_layers
-from MaxNano.train_state import architecture
+from MaxNano.models.losses import token_losses
+from MaxNano.models.transformer import LayerKind, Numerics, repetition, scans_layers
+from MaxNano.training.state import architecture
 
 ROOT = Path(__file__).parents[1]
 FLOAT32 = Numerics("float32", "float32", "reference", "scatter", "cpu")
@@ -44,7 +44,9 @@ def golden():
 
 
 def named(golden, prefix):
-    return {key.removeprefix(prefix): value for key, value in golden.items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): value for key, value in golden.items() if key.startswith(prefix)
+    }
 
 
 def loss_of(config, numerics, params, tokens, targets):
@@ -96,8 +98,13 @@ def test_logits_loss_and_gradients_are_nanochats(golden, variant):
 
 def small(*overrides):
     return make_config(
-        "vocab_size=50", "max_target_length=64", "emb_dim=32", "head_dim=16", "num_query_heads=2",
-        "short_window_multiple=16", *overrides,
+        "vocab_size=50",
+        "max_target_length=64",
+        "emb_dim=32",
+        "head_dim=16",
+        "num_query_heads=2",
+        "short_window_multiple=16",
+        *overrides,
     )
 
 
@@ -106,7 +113,8 @@ def random_params(model, seed=0):
     leaves, tree = jax.tree.flatten(model.shapes)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     values = [
-        0.1 * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)
+        0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        for key, leaf in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(tree, values)
 
@@ -120,14 +128,21 @@ LAYOUTS = {
     "all short but the last": ["num_decoder_layers=7", "window_pattern=S"],
     "grouped heads": ["num_decoder_layers=8", "num_query_heads=4", "head_dim=8", "num_kv_heads=2"],
     "nothing extra": [
-        "num_decoder_layers=8", "smear_gate_channels=0", "use_backout=false", "value_embed_gate_channels=0",
+        "num_decoder_layers=8",
+        "smear_gate_channels=0",
+        "use_backout=false",
+        "value_embed_gate_channels=0",
         "logits_soft_cap=0",
     ],
-}  # fmt: skip
+}
 
 
 def test_layers_are_unrolled_on_a_gpu_unless_the_config_says_otherwise():
-    for value, expected in {"null": [True, False, True], "true": [True] * 3, "false": [False] * 3}.items():
+    for value, expected in {
+        "null": [True, False, True],
+        "true": [True] * 3,
+        "false": [False] * 3,
+    }.items():
         config = small(f"scan_layers={value}")
         assert [scans_layers(config, backend) for backend in ("cpu", "gpu", "tpu")] == expected
     jaxpr = {}
@@ -155,14 +170,22 @@ def test_scanned_equals_unrolled(layout):
     (loss, grads), (unrolled_loss, unrolled_grads) = results
     np.testing.assert_allclose(loss, unrolled_loss, rtol=1e-6)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), grads, unrolled_grads
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()),
+        grads,
+        unrolled_grads,
     )
     assert all(np.any(g) for g in jax.tree.leaves(grads)), "every parameter takes part"
 
 
 @pytest.mark.parametrize(
     "windows, expected",
-    [("SSSLSSSL", (4, 2)), ("SSSLSL", (1, 3)), ("LLLL", (1, 4)), ("SSSSSSL", (1, 6)), ("SSLSSLSSL", (3, 3))],
+    [
+        ("SSSLSSSL", (4, 2)),
+        ("SSSLSL", (1, 3)),
+        ("LLLL", (1, 4)),
+        ("SSSSSSL", (1, 6)),
+        ("SSLSSLSSL", (3, 3)),
+    ],
 )
 def test_repetition_leaves_the_fewest_layers_to_compile(windows, expected):
     kinds = tuple(LayerKind(ord(letter), False) for letter in windows)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from MaxNano import tokenizer
+from MaxNano.tokenization import tokenizer
 
 ROOT = Path(__file__).parents[1]
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix strange and bright potions".split()
@@ -31,22 +31,47 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("multihost")
     (folder / "text").mkdir()
     for shard in range(3):
-        texts = [" ".join(WORDS[(i * j + shard) % len(WORDS)] for j in range(3 + i % 60)) for i in range(300)]
-        pq.write_table(pa.table({"text": texts}), folder / f"text/shard_{shard}.parquet", row_group_size=50)
+        texts = [
+            " ".join(WORDS[(i * j + shard) % len(WORDS)] for j in range(3 + i % 60))
+            for i in range(300)
+        ]
+        pq.write_table(
+            pa.table({"text": texts}), folder / f"text/shard_{shard}.parquet", row_group_size=50
+        )
     tokenizer.train_bpe(texts, 300).save(folder / "tokenizer")
     return folder
 
 
 def words_of(place, run_name, *more):
     return [
-        str(ROOT / "configs/base.yml"), "num_decoder_layers=2", "window_pattern=L", "muon_iterations=1",
-        "emb_dim=32", "head_dim=16", "num_query_heads=2", "vocab_size=300", "max_target_length=32",
-        "global_batch_tokens=512", f"steps={STEPS}", "data_readers=2", "packing_buffer_documents=20",
-        f"dataset_path={place}/text", f"tokenizer_path={place}/tokenizer", f"jax_cache_dir={place}/cache",
-        f"base_output_directory={place}/runs", "eval_interval=5", "eval_tokens=1024",
-        "sample_interval=10", "sample_tokens=4", "checkpoint_interval_steps=5", "warmup_steps=2", "embedding_lr=30",
-        "tensorboard=false", f"run_name={run_name}", *more,
-    ]  # fmt: skip
+        str(ROOT / "configs/base.yml"),
+        "num_decoder_layers=2",
+        "window_pattern=L",
+        "muon_iterations=1",
+        "emb_dim=32",
+        "head_dim=16",
+        "num_query_heads=2",
+        "vocab_size=300",
+        "max_target_length=32",
+        "global_batch_tokens=512",
+        f"steps={STEPS}",
+        "data_readers=2",
+        "packing_buffer_documents=20",
+        f"dataset_path={place}/text",
+        f"tokenizer_path={place}/tokenizer",
+        f"jax_cache_dir={place}/cache",
+        f"base_output_directory={place}/runs",
+        "eval_interval=5",
+        "eval_tokens=1024",
+        "sample_interval=10",
+        "sample_tokens=4",
+        "checkpoint_interval_steps=5",
+        "warmup_steps=2",
+        "embedding_lr=30",
+        "tensorboard=false",
+        f"run_name={run_name}",
+        *more,
+    ]
 
 
 ONE = ("num_cpu_devices=8",)
@@ -55,7 +80,9 @@ TWO = ("num_cpu_devices=4", "dcn_data_parallelism=2")
 
 def clean(**env):
     """This environment without what could tell JAX of other processes."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(BY_ENVIRONMENT)}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(BY_ENVIRONMENT)
+    }
     return {**kept, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_TO_COMPILE, **env}
 
 
@@ -81,8 +108,12 @@ def leave_none_behind():
 def start_python(*words, **env):
     process = subprocess.Popen(
         [sys.executable, *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=clean(**env),
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=clean(**env),
+    )
     STARTED.append(process)
     return process
 
@@ -139,7 +170,9 @@ def wait_for_step(place, run_name, step, processes):
         if path.exists() and f'"step": {step}' in path.read_text():
             return
         time.sleep(0.02)
-    raise AssertionError(f"never saw step {step}: {[process.communicate() for process in processes]}")
+    raise AssertionError(
+        f"never saw step {step}: {[process.communicate() for process in processes]}"
+    )
 
 
 def steps_saved(place, run_name):
@@ -190,7 +223,10 @@ def test_asked_to_stop_both_save_one_step_and_one_process_goes_on(place, one):
 IN_EACH_PROCESS = """
     import resource, sys
     import jax, numpy as np
-    from MaxNano import checkpointing, pyconfig, runtime, sharding
+    from MaxNano import pyconfig
+    from MaxNano.training import checkpointing
+    from MaxNano.distributed import runtime
+    from MaxNano.distributed import sharding
     from MaxNano.data import loader
 
     port, index, run = sys.argv[1:]
@@ -258,8 +294,12 @@ SAVING_IN_A_BUCKET = """
 def run_two(code, folder):
     """What each of two processes prints."""
     code, port = textwrap.dedent(IN_EACH_PROCESS) + textwrap.dedent(code), str(free_port())
-    written = finish([start_python("-c", code, port, str(index), str(folder)) for index in range(2)])
-    return [([line for line in out.splitlines() if "[Gloo]" not in line], err) for out, err in written]
+    written = finish(
+        [start_python("-c", code, port, str(index), str(folder)) for index in range(2)]
+    )
+    return [
+        ([line for line in out.splitlines() if "[Gloo]" not in line], err) for out, err in written
+    ]
 
 
 def test_hosts_read_the_rows_that_their_devices_need(tmp_path):
@@ -276,7 +316,9 @@ def test_two_processes_share_a_run_in_a_bucket(monkeypatch):
         kept = {name.split("/")[2] for name in store.objects("run/checkpoints/")}
     assert lines == other_lines == ["saved 3 0 True"]
     warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 1 and "the checkpoint of step 2 could not be written (" in warnings[0], err
+    assert (
+        len(warnings) == 1 and "the checkpoint of step 2 could not be written (" in warnings[0]
+    ), err
     assert {"1", "3"} <= kept
 
 
@@ -285,6 +327,8 @@ def test_what_one_process_cannot_write_all_of_them_know(tmp_path):
     assert lines == other_lines
     assert lines[0] == "saved 3 0"
     assert lines[1].startswith("refused: another process is writing to")
-    warnings = [line for line in err.splitlines() if line.startswith("warning: the checkpoint of step 2")]
+    warnings = [
+        line for line in err.splitlines() if line.startswith("warning: the checkpoint of step 2")
+    ]
     assert len(warnings) == 1 and "File too large" in warnings[0]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "3"]

@@ -10,17 +10,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from MaxNano import convert, pyconfig, train, train_state
-from MaxNano.losses import token_losses
+from MaxNano import convert, pyconfig, train
+from MaxNano.models.losses import token_losses
+from MaxNano.training import state as train_state
 
 ROOT = Path(__file__).parents[1]
 KEYS = (
-    "max_target_length=256", "vocab_size=50", "num_decoder_layers=4", "emb_dim=32", "num_query_heads=2", "head_dim=16",
-    "global_batch_tokens=512", "unembedding_lr=0.004", "embedding_lr=0.2", "matrix_lr=0.02", "scalar_lr=0.5",
-    "weight_decay=0.1", "learning_rate_scale=1", "weight_decay_scale=1", "weight_decay_schedule=constant",
-    "warmup_steps=0", "warmdown_ratio=0", "muon_momentum_start=0.95", "muon_momentum=0.95", "muon_momentum_final=0.95",
-    "steps=100", "num_cpu_devices=1",
-)  # fmt: skip
+    "max_target_length=256",
+    "vocab_size=50",
+    "num_decoder_layers=4",
+    "emb_dim=32",
+    "num_query_heads=2",
+    "head_dim=16",
+    "global_batch_tokens=512",
+    "unembedding_lr=0.004",
+    "embedding_lr=0.2",
+    "matrix_lr=0.02",
+    "scalar_lr=0.5",
+    "weight_decay=0.1",
+    "learning_rate_scale=1",
+    "weight_decay_scale=1",
+    "weight_decay_schedule=constant",
+    "warmup_steps=0",
+    "warmdown_ratio=0",
+    "muon_momentum_start=0.95",
+    "muon_momentum=0.95",
+    "muon_momentum_final=0.95",
+    "steps=100",
+    "num_cpu_devices=1",
+)
 
 
 def hashed(count, index):
@@ -79,11 +97,20 @@ def test_logits_losses_and_gradients(problem):
 
         grads = jax.grad(lambda params: losses(batch["targets"], params).mean())(params)
         ignored = jnp.asarray(batch["targets"]).at[:, :10].set(-1)
-        return bound.logits(bound(batch["inputs"])), losses(batch["targets"]), losses(ignored), grads
+        return (
+            bound.logits(bound(batch["inputs"])),
+            losses(batch["targets"]),
+            losses(ignored),
+            grads,
+        )
 
     logits, losses, without, grads = compute(params)
-    np.testing.assert_allclose(logits[0, 0, :4], [0.50951815, 0.16663089, -0.17953292, 0.32251650], atol=1e-5)
-    np.testing.assert_allclose(logits[1, 199, :4], [-0.99824131, 0.09638704, -0.69964713, -0.61625999], atol=1e-5)
+    np.testing.assert_allclose(
+        logits[0, 0, :4], [0.50951815, 0.16663089, -0.17953292, 0.32251650], atol=1e-5
+    )
+    np.testing.assert_allclose(
+        logits[1, 199, :4], [-0.99824131, 0.09638704, -0.69964713, -0.61625999], atol=1e-5
+    )
     logits = np.asarray(logits, np.float64)
     assert logits.sum() == pytest.approx(-96.660810, abs=1e-2)  # 20,000 numbers
     assert np.abs(logits).sum() == pytest.approx(10062.8603, rel=1e-6)

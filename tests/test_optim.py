@@ -13,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from MaxNano import convert, optim, pyconfig
+from MaxNano import convert, pyconfig
+from MaxNano.optimizers import groups
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,7 +62,7 @@ def golden():
 def test_first_step_is_nanochats(golden):
     config, tree = golden
     params, expected = tree("init/"), tree("step1/")
-    optimizer = optim.make_optimizer(config, dtype="float32")
+    optimizer = groups.make_optimizer(config, dtype="float32")
     updates, _ = jax.jit(optimizer.update)(tree("grad0/"), optimizer.init(params), params, step=0)
     got = paths(optax.apply_updates(params, updates))
     before = paths(params)
@@ -126,14 +127,20 @@ class ReferenceMuon:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_muon_over_several_steps(shape):
     config = make_config(
-        "steps=40", "warmup_steps=0", "muon_momentum_warmup_steps=10", "warmdown_ratio=0.0",
-        "weight_decay=0.3", "weight_decay_scale=1.0", "weight_decay_schedule=linear",
-        "matrix_lr=0.1", "learning_rate_scale=1.0",
-    )  # fmt: skip
+        "steps=40",
+        "warmup_steps=0",
+        "muon_momentum_warmup_steps=10",
+        "warmdown_ratio=0.0",
+        "weight_decay=0.3",
+        "weight_decay_scale=1.0",
+        "weight_decay_schedule=linear",
+        "matrix_lr=0.1",
+        "learning_rate_scale=1.0",
+    )
     weights = normal(shape)
     references = [ReferenceMuon(weight.T) for weight in weights]
     params = {"layers": {"mlp": {"wi": jnp.float32(weights)}}}
-    optimizer = optim.make_optimizer(config, dtype="float32")
+    optimizer = groups.make_optimizer(config, dtype="float32")
     state = optimizer.init(params)
     update = jax.jit(optimizer.update)
     for step in range(4):
@@ -160,7 +167,7 @@ def test_muon_over_several_steps(shape):
 def test_polar_express_makes_singular_values_one(shape):
     left, _, right = np.linalg.svd(normal(shape), full_matrices=False)
     matrix = jnp.float32((left * np.geomspace(1, 0.05, min(shape))) @ right)
-    x = optim.polar_express(matrix, iterations=5, norm_margin=1.01)
+    x = groups.polar_express(matrix, iterations=5, norm_margin=1.01)
     np.testing.assert_allclose(np.linalg.svd(x, compute_uv=False), 1, atol=0.15)
     # Singular vectors stay: the product with the exact polar factor is symmetric.
     product = np.asarray(x).T @ (left @ right)
@@ -169,16 +176,16 @@ def test_polar_express_makes_singular_values_one(shape):
 
 def test_polar_express_in_bfloat16_stays_close():
     matrix = jnp.float32(normal((2, 32, 128)))
-    exact = optim.polar_express(matrix, iterations=5, norm_margin=1.01)
-    x = optim.polar_express(matrix.astype(jnp.bfloat16), iterations=5, norm_margin=1.01)
+    exact = groups.polar_express(matrix, iterations=5, norm_margin=1.01)
+    x = groups.polar_express(matrix.astype(jnp.bfloat16), iterations=5, norm_margin=1.01)
     assert x.dtype == jnp.bfloat16
     assert jnp.linalg.norm(x - exact) < 0.02 * jnp.linalg.norm(exact)
 
 
 def test_fewer_iterations_are_the_first_ones():
     values = np.array([0.5, 0.1, 0.02])
-    x = optim.polar_express(jnp.diag(jnp.float32(values)), iterations=1, norm_margin=1.0)
-    a, b, c = optim.POLAR_EXPRESS[0]
+    x = groups.polar_express(jnp.diag(jnp.float32(values)), iterations=1, norm_margin=1.0)
+    a, b, c = groups.POLAR_EXPRESS[0]
     values = values / (np.linalg.norm(values) + 1e-6)
     np.testing.assert_allclose(
         np.diagonal(x), a * values + b * values**3 + c * values**5, rtol=1e-5
@@ -188,7 +195,7 @@ def test_fewer_iterations_are_the_first_ones():
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_equilibrated_rows_have_one_norm(shape):
     weights = normal(shape) * np.geomspace(1e-3, 1, shape[-1])
-    x = optim.equilibrate_rows(jnp.float32(weights))
+    x = groups.equilibrate_rows(jnp.float32(weights))
     total = np.linalg.norm(weights, axis=(1, 2))
     np.testing.assert_allclose(np.linalg.norm(x, axis=(1, 2)), total, rtol=1e-5)
     rows = np.linalg.norm(x, axis=1)
@@ -197,13 +204,13 @@ def test_equilibrated_rows_have_one_norm(shape):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_renormalized_like_a_semi_orthogonal_matrix(shape):
-    x = optim.renormalize(jnp.float32(normal(shape, scale=7.0)))
+    x = groups.renormalize(jnp.float32(normal(shape, scale=7.0)))
     np.testing.assert_allclose(np.linalg.norm(x, axis=(1, 2)), np.sqrt(min(shape[1:])), rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_neuron_variance_keeps_the_norm_and_evens_out_neurons(shape):
-    normuon = optim.scale_by_neuron_variance(0.9)
+    normuon = groups.scale_by_neuron_variance(0.9)
     longer = 1 if shape[1] > shape[2] else 2
     uneven = np.expand_dims(np.geomspace(0.1, 10, shape[longer]), 2 - longer)
     weights = jnp.float32(normal(shape) * uneven)
@@ -223,7 +230,7 @@ def test_neuron_variance_keeps_the_norm_and_evens_out_neurons(shape):
 
 
 def test_cautious_decay_spares_weights_that_grow():
-    decay = optim.add_cautious_weight_decay(lambda step: 0.1 * step)
+    decay = groups.add_cautious_weight_decay(lambda step: 0.1 * step)
     updates = jnp.array([[1.0, -1.0, 1.0, 0.0]])
     params = jnp.array([[2.0, 2.0, -2.0, 2.0]])
     got, _ = decay.update(updates, decay.init(params), params, step=2)
@@ -234,7 +241,7 @@ def test_cautious_decay_spares_weights_that_grow():
 def test_zero_gradient_decays_in_full():
     config = make_config("steps=10", "warmup_steps=0", "weight_decay=0.5", "weight_decay_scale=1.0")
     params = {"layers": {"attention": {"query": jnp.float32(normal((2, 8, 8)))}}}
-    optimizer = optim.make_optimizer(config, dtype="float32")
+    optimizer = groups.make_optimizer(config, dtype="float32")
     grads = optax.tree.zeros_like(params)
     updates, _ = optimizer.update(grads, optimizer.init(params), params, step=0)
     rate = config.matrix_lr * config.learning_rate_scale
@@ -250,7 +257,7 @@ def test_parts_of_muon_can_be_left_out(key):
 
     def first_update(*overrides):
         config = make_config("steps=10", "weight_decay=0.0", *overrides)
-        optimizer = optim.make_optimizer(config, dtype="float32")
+        optimizer = groups.make_optimizer(config, dtype="float32")
         return optimizer.update(params, optimizer.init(params), params, step=0)[0]
 
     different = jax.tree.map(
@@ -264,13 +271,18 @@ def test_parts_of_muon_can_be_left_out(key):
 
 def test_adamw_over_several_steps():
     config = make_config(
-        "emb_dim=768", "steps=40", "warmup_steps=0", "warmdown_ratio=0.0", "learning_rate_scale=2.0",
-        "unembedding_lr=0.05", "lm_head_weight_decay=0.4",
-    )  # fmt: skip
+        "emb_dim=768",
+        "steps=40",
+        "warmup_steps=0",
+        "warmdown_ratio=0.0",
+        "learning_rate_scale=2.0",
+        "unembedding_lr=0.05",
+        "lm_head_weight_decay=0.4",
+    )
     weights = normal((16, 8))
     want, mean, square = weights, 0.0, 0.0
     params = {"lm_head": jnp.float32(weights)}
-    optimizer = optim.make_optimizer(config, dtype="float32")
+    optimizer = groups.make_optimizer(config, dtype="float32")
     state = optimizer.init(params)
     beta1, beta2 = config.lm_head_betas
     for step in range(4):
@@ -291,7 +303,7 @@ def test_adamw_over_several_steps():
 
 def test_bfloat16_tables_are_computed_in_float32_and_rounded_once():
     config = make_config("steps=10", "warmup_steps=0")
-    optimizer = optim.make_optimizer(config, dtype="bfloat16")
+    optimizer = groups.make_optimizer(config, dtype="bfloat16")
     narrow = {"token_embed": jnp.asarray(normal((64, 8)), jnp.bfloat16)}
     wide = optax.tree.cast(narrow, jnp.float32)
     state, wide_state = optimizer.init(narrow), optimizer.init(wide)
@@ -338,7 +350,7 @@ def every_parameter():
 
 
 def test_every_parameter_has_its_group():
-    labels = paths(optim.label_params(every_parameter()))
+    labels = paths(groups.label_params(every_parameter()))
     muon = {name for name, group in labels.items() if group == "muon"}
     assert muon == {name for name in labels if name.startswith("layers/")} | {"value_gate"}
     smear = {name for name, group in labels.items() if group == "smear"}
@@ -350,19 +362,19 @@ def test_every_parameter_has_its_group():
 def test_uncovered_parameter_is_named():
     params = {"layers": {"attention": {"query": jnp.ones((1, 2, 2))}, "norm": jnp.ones(2)}}
     with pytest.raises(ValueError, match="layers/norm matches no group"):
-        optim.make_optimizer(make_config(), dtype="float32").init(params)
+        groups.make_optimizer(make_config(), dtype="float32").init(params)
 
 
 def test_doubly_covered_parameter_is_named(monkeypatch):
-    monkeypatch.setitem(optim.GROUPS, "smear", r"smear_gate|x0_\w+")
+    monkeypatch.setitem(groups.GROUPS, "smear", r"smear_gate|x0_\w+")
     with pytest.raises(ValueError, match="x0_lambdas matches x0_lambdas and smear"):
-        optim.label_params({"x0_lambdas": jnp.ones(2)})
+        groups.label_params({"x0_lambdas": jnp.ones(2)})
 
 
 def test_summary_of_the_record_recipe():
     # At width 1536 and a batch of 2^20 tokens, the width's and the batch's factors cancel for the tables.
     config = make_config("emb_dim=1536", "head_dim=128", "global_batch_tokens=1048576", "steps=10")
-    rows = optim.group_summary(every_parameter(), config)
+    rows = groups.group_summary(every_parameter(), config)
     assert [(row.group, row.parameters) for row in rows] == [
         ("lm_head", 32),
         ("token_embed", 32),
@@ -385,7 +397,7 @@ def test_summary_of_the_record_recipe():
 
 
 def test_summary_leaves_out_absent_groups():
-    rows = optim.group_summary({"lm_head": jnp.ones((4, 2))}, make_config())
+    rows = groups.group_summary({"lm_head": jnp.ones((4, 2))}, make_config())
     assert [row.group for row in rows] == ["lm_head"]
 
 
@@ -396,7 +408,8 @@ def test_layers_cut_over_devices_need_no_communication():
     code = """
         import re, jax, jax.numpy as jnp, numpy as np, optax
         from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-        from MaxNano import optim, pyconfig
+        from MaxNano import pyconfig
+        from MaxNano.optimizers import groups as optim
 
         config = pyconfig.initialize(["configs/base.yml", "steps=10", "warmup_steps=0", "muon_iterations=2"])
         optimizer = optim.make_optimizer(config, dtype="float32")

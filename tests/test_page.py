@@ -8,12 +8,18 @@ import pytest
 from fake_engine import FakeEngine, byte_tokenizer
 from serving import Server, wait_until
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright drives the browser")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="the package playwright drives the browser"
+)
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)"),
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)"
+    ),
 ]
 
 TOKENIZER = byte_tokenizer()
@@ -50,10 +56,15 @@ def opened(browser, reply=last_words, *overrides, size=(1100, 800), key=None, **
         page.set_default_timeout(60_000)
         faults = []
         page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("dialog", lambda dialog: (faults.append(f"dialog {dialog.message}"), dialog.dismiss()))
+        page.on(
+            "dialog", lambda dialog: (faults.append(f"dialog {dialog.message}"), dialog.dismiss())
+        )
         page.on(
             "request",
-            lambda request: request.url.startswith(f"http://127.0.0.1:{server.port}/") or faults.append(request.url),
+            lambda request: (
+                request.url.startswith(f"http://127.0.0.1:{server.port}/")
+                or faults.append(request.url)
+            ),
         )
         page.goto(f"http://127.0.0.1:{server.port}/")
         yield page, server
@@ -114,7 +125,10 @@ def test_regenerate_and_edit(browser):
         page.locator(".edit textarea").fill("changed")
         page.locator(".edit").get_by_text("Send").click()
         page.locator(REPLY).get_by_text("changed").wait_for()
-        assert page.locator(".message").count() == 2 and page.locator("#title").text_content() == "changed"
+        assert (
+            page.locator(".message").count() == 2
+            and page.locator("#title").text_content() == "changed"
+        )
         assert "one" not in TOKENIZER.decode(server.engine.requests[-1].prompt)
         page.locator(".message.assistant .actions").wait_for(state="attached")
         page.press("#input", "ArrowUp")
@@ -138,7 +152,10 @@ def test_conversations_are_kept(browser):
         page.get_by_role("button", name="Delete “first chat”").click()
         assert page.locator("#conversations li").count() == 1
         page.get_by_role("button", name="Undo").click()
-        assert page.locator("#conversations li").count() == 2 and page.locator(REPLY).text_content() == "first chat"
+        assert (
+            page.locator("#conversations li").count() == 2
+            and page.locator(REPLY).text_content() == "first chat"
+        )
         page.evaluate("localStorage.setItem('maxnano.chat.x', '{broken')")
         page.evaluate("localStorage.setItem('maxnano.settings', '7')")
         page.reload()
@@ -173,9 +190,15 @@ def test_settings_reach_the_server(browser):
 
 def test_calls_of_the_tool_are_shown(browser):
     reply = [
-        *b"It is ", SPECIAL.python_start, *b"6*7", SPECIAL.python_end, SPECIAL.output_start, *b"42", SPECIAL.output_end,
+        *b"It is ",
+        SPECIAL.python_start,
+        *b"6*7",
+        SPECIAL.python_end,
+        SPECIAL.output_start,
+        *b"42",
+        SPECIAL.output_end,
         *b", **so**.",
-    ]  # fmt: skip
+    ]
     with opened(browser, lambda request, sample: reply) as (page, server):
         say(page, "?")
         assert page.locator(f"{REPLY} p").count() == 1
@@ -244,10 +267,10 @@ XSS = [
     "[x](vbscript:window.hacked=1)",
     "![x](javascript:window.hacked=1)",
     "![x](https://evil.example/pixel.png)",
-    "<https://evil.example/\"onmouseover=window.hacked=1>",
+    '<https://evil.example/"onmouseover=window.hacked=1>',
     '[x](https://evil.example/"onmouseover="window.hacked=1)',
     "```html\n<script>window.hacked=1</script>\n```",
-    "```\"><img src=x onerror=window.hacked=1>\nx\n```",
+    '```"><img src=x onerror=window.hacked=1>\nx\n```',
     "`<img src=x onerror=window.hacked=1>`",
     "| <img src=x onerror=window.hacked=1> |\n|---|\n| <script>window.hacked=1</script> |",
     "<style>@import 'https://evil.example/x.css'</style><link rel=stylesheet href=https://evil.example/x.css>",
@@ -288,11 +311,16 @@ def test_no_text_becomes_code(browser):
             assert page.evaluate(FOUND) == [None, page.url, 0, 0], text
         assert page.locator("#conversations li").count() == len(XSS)
         html = "document.querySelector('#title').innerHTML = '<b>x</b>'"
-        assert page.evaluate(f"() => {{ try {{ {html} }} catch (error) {{ return error.name }} }}") == "TypeError"
+        assert (
+            page.evaluate(f"() => {{ try {{ {html} }} catch (error) {{ return error.name }} }}")
+            == "TypeError"
+        )
 
 
 def test_a_full_context_leaves_out_turns(browser):
-    with opened(browser, lambda request, sample: b"b" * 30, "max_new_tokens=64", max_length=240) as (page, server):
+    with opened(
+        browser, lambda request, sample: b"b" * 30, "max_new_tokens=64", max_length=240
+    ) as (page, server):
         for turn in range(4):
             say(page, f"{turn} " + "a" * 30, turn + 1)
         assert "first 2 messages were not seen" in page.locator(".note").text_content()
@@ -326,7 +354,15 @@ def test_a_key_is_asked_for(browser):
 
 
 def test_a_phone(browser):
-    text = "`" + "x" * 200 + "`\n\n```\n" + "y" * 300 + "\n```\n|a|b|c|d|\n|-|-|-|-|\n|" + "z" * 99 + "|2|3|4|"
+    text = (
+        "`"
+        + "x" * 200
+        + "`\n\n```\n"
+        + "y" * 300
+        + "\n```\n|a|b|c|d|\n|-|-|-|-|\n|"
+        + "z" * 99
+        + "|2|3|4|"
+    )
     with opened(browser, size=(360, 700)) as (page, _):
         say(page, text)
         assert page.evaluate("document.scrollingElement.scrollWidth") == 360
@@ -347,8 +383,19 @@ def test_the_whole_page_by_keyboard(browser):
         reached = set()
         for _ in range(20):
             page.keyboard.press("Tab")
-            reached.add(page.evaluate("document.activeElement.ariaLabel || document.activeElement.textContent.trim()"))
-        assert {"New chat", "typed at once", "Settings", "Edit and go on from here", "Regenerate", "Message"} <= reached
+            reached.add(
+                page.evaluate(
+                    "document.activeElement.ariaLabel || document.activeElement.textContent.trim()"
+                )
+            )
+        assert {
+            "New chat",
+            "typed at once",
+            "Settings",
+            "Edit and go on from here",
+            "Regenerate",
+            "Message",
+        } <= reached
         page.locator("#open-settings").focus()
         page.keyboard.press("/")
         assert page.evaluate("document.activeElement.id") == "input"

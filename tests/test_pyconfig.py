@@ -56,8 +56,13 @@ def test_command_line_wins_over_stage_over_model_over_base(tmp_path):
     assert (config.adam_epsilon, config.seed, config.matrix_lr) == (1e-4, 2, 0.3)
     keys = ("scalar_lr", "adam_epsilon", "seed", "matrix_lr", "model", "emb_dim")
     assert [config.origin[key] for key in keys] == [
-        "base", "mine.yml", "tune.yml", "command line", "command line", "derived"
-    ]  # fmt: skip
+        "base",
+        "mine.yml",
+        "tune.yml",
+        "command line",
+        "command line",
+        "derived",
+    ]
 
 
 @pytest.mark.parametrize("depth", range(2, 36, 2))
@@ -89,10 +94,25 @@ def test_every_key_is_there_and_those_of_the_backend_stay_null():
     }
     open_keys |= {"num_cpu_devices", "ici_data_parallelism", "jax_cache_dir", "scan_layers"}
     open_keys |= {"coordinator_address", "num_processes", "process_id"}
-    asked = {"stage", "target_flops", "dataset_name", "from_nanochat", "to_nanochat", "compile_report"}
+    asked = {
+        "stage",
+        "target_flops",
+        "dataset_name",
+        "from_nanochat",
+        "to_nanochat",
+        "compile_report",
+    }
     asked |= {"from_huggingface", "to_huggingface"}
     asked |= {"download_shards", "chat_data", "chat_word_list", "core_batch_tokens", "step"}
-    asked |= {"decode_max_length", "prefill_rows", "chat_turns", "prompt", "load_from", "chat_slots", "rl_row_tokens"}
+    asked |= {
+        "decode_max_length",
+        "prefill_rows",
+        "chat_turns",
+        "prompt",
+        "load_from",
+        "chat_slots",
+        "rl_row_tokens",
+    }
     assert {key for key in pyconfig.keys_of(config) if config[key] is None} == open_keys | asked
 
 
@@ -152,9 +172,10 @@ def test_every_model_file_builds_and_says_what_it_costs(path):
     assert all(word in head for word in (f"model={path.stem} ", "Cost:", "Expected:"))
     # A model file holds what differs from base.yml and nothing else.
     assert not {
-        key for key in yaml.safe_load(path.read_text())
+        key
+        for key in yaml.safe_load(path.read_text())
         if config[key] == pyconfig._parse_value(KEYS[key].default, KEYS[key])
-    }  # fmt: skip
+    }
 
 
 # Steps, batch, scaling parameters, FLOPs per token, short window.
@@ -286,7 +307,9 @@ def test_contradictions_name_both_sides():
     assert "dataset_name" in refusal("dataset_type=tfds")
     assert "needs dataset_name" in refusal("dataset_type=hf")
     assert "exclude each other" in refusal("from_nanochat=a", "to_nanochat=b")
-    assert "to_huggingface=b and from_nanochat exclude" in refusal("from_nanochat=a", "to_huggingface=b")
+    assert "to_huggingface=b and from_nanochat exclude" in refusal(
+        "from_nanochat=a", "to_huggingface=b"
+    )
     assert "mesh_axes=[data] lacks fsdp" in refusal("mesh_axes=[data]")
     assert "needs fsdp in mesh_axes" in refusal(
         "mesh_axes=[data]", "logical_axis_rules=[]", "ici_fsdp_parallelism=2"
@@ -301,7 +324,9 @@ def test_the_place_of_a_process_is_whole_or_left_to_the_environment():
     assert load(*whole).process_id == 1
     assert "num_processes=2 needs coordinator_address and process_id" in refusal(whole[1])
     assert "coordinator_address=" in (message := refusal(*whole[:2])) and "process_id" in message
-    assert "process_id=2 is none of the num_processes: they are 0 to 1" in refusal(*whole, "process_id=2")
+    assert "process_id=2 is none of the num_processes: they are 0 to 1" in refusal(
+        *whole, "process_id=2"
+    )
 
 
 GROUPS = "xla_flag_groups=[[fast, tpu, xla_a=1, xla_b=true], [slow, tpu, xla_a=2], [on_gpu, gpu, xla_a=3]]"
@@ -310,7 +335,10 @@ GROUPS = "xla_flag_groups=[[fast, tpu, xla_a=1, xla_b=true], [slow, tpu, xla_a=2
 @pytest.mark.parametrize(
     "words, problem",
     [
-        (["xla_flags=[fats]", GROUPS], "names fats, which is not in xla_flag_groups; did you mean fast?"),
+        (
+            ["xla_flags=[fats]", GROUPS],
+            "names fats, which is not in xla_flag_groups; did you mean fast?",
+        ),
         (["xla_flags=[fast,slow]", GROUPS], "sets xla_a twice: in fast and slow"),
         (["xla_flags=[fast,fast]", GROUPS], "sets xla_a twice"),
         (["xla_flag_groups=[[a,tpu,xla_x=1],[a,gpu,xla_y=1]]"], "two groups a"),
@@ -338,9 +366,22 @@ def test_errors_name_the_file_they_come_from(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["a: [", "- 1", "just words", "\tx: 1", "a: 1\n---\nb: 2", "? [a]\n: 1", "{" * 5000,
-             "a: &b *b", "model: d4", "stage: x", "seed: !!python/object:os.system {}", "\x00"]
-)  # fmt: skip
+    "text",
+    [
+        "a: [",
+        "- 1",
+        "just words",
+        "\tx: 1",
+        "a: 1\n---\nb: 2",
+        "? [a]\n: 1",
+        "{" * 5000,
+        "a: &b *b",
+        "model: d4",
+        "stage: x",
+        "seed: !!python/object:os.system {}",
+        "\x00",
+    ],
+)
 def test_malformed_files_are_one_line(tmp_path, text):
     base = model_folder(tmp_path, text)
     assert "mine.yml" in refusal("model=mine", first=base)
@@ -372,12 +413,14 @@ def test_unknown_model_names_its_nearest():
 def one_edit(word, draw):
     """`word` with one letter lost, added, changed, or swapped with the next."""
     i, letter = draw.randrange(len(word)), draw.choice(string.ascii_lowercase + "_")
-    return draw.choice([
-        word[:i] + word[i + 1 :],
-        word[:i] + letter + word[i:],
-        word[:i] + letter + word[i + 1 :],
-        word[:i] + word[i + 1 : i + 2] + word[i] + word[i + 2 :],
-    ])  # fmt: skip
+    return draw.choice(
+        [
+            word[:i] + word[i + 1 :],
+            word[:i] + letter + word[i:],
+            word[:i] + letter + word[i + 1 :],
+            word[:i] + word[i + 1 : i + 2] + word[i] + word[i + 2 :],
+        ]
+    )
 
 
 def test_nine_of_ten_misspelled_keys_get_the_right_hint_first():
@@ -500,7 +543,9 @@ def test_a_stage_has_a_folder_and_a_horizon_of_its_own(tmp_path, model, stage):
         assert (config.run_name, config.origin["steps"]) == (f"{model}_{stage}", pyconfig.DERIVED)
         assert config.qk_norm_scale == 2
     # Once it is the config of that stage, it stays as it is.
-    pyconfig.save(pyconfig.initialize([str(path), f"stage={stage}", "steps=5", "matrix_lr=1"]), path)
+    pyconfig.save(
+        pyconfig.initialize([str(path), f"stage={stage}", "steps=5", "matrix_lr=1"]), path
+    )
     again = pyconfig.initialize([str(path), f"stage={stage}"])
     assert (again.steps, again.matrix_lr) == (5, 1)
 
@@ -508,10 +553,19 @@ def test_a_stage_has_a_folder_and_a_horizon_of_its_own(tmp_path, model, stage):
 def test_a_batch_of_rollouts_is_all_answers_of_a_step():
     config = load("model=d2", "stage=rl", "rl_problems=3", "rl_samples=5", "rl_row_tokens=100")
     assert (config.global_batch_tokens, pyconfig.row_length(config)) == (1500, 100)
-    assert load("model=d2", "stage=rl", "rl_row_tokens=null", "max_target_length=64").global_batch_tokens == 2**14
+    assert (
+        load(
+            "model=d2", "stage=rl", "rl_row_tokens=null", "max_target_length=64"
+        ).global_batch_tokens
+        == 2**14
+    )
     assert pyconfig.row_length(load("rl_row_tokens=100")) == 2048
-    assert "global_batch_tokens=2048 is not rl_problems x" in refusal("stage=rl", "global_batch_tokens=2048")
-    assert "rl_row_tokens=512 is more than max_target_length=64" in refusal("stage=rl", "max_target_length=64")
+    assert "global_batch_tokens=2048 is not rl_problems x" in refusal(
+        "stage=rl", "global_batch_tokens=2048"
+    )
+    assert "rl_row_tokens=512 is more than max_target_length=64" in refusal(
+        "stage=rl", "max_target_length=64"
+    )
 
 
 # ---- The grammar of base.yml -------------------------------------------------------------------
@@ -539,11 +593,22 @@ def test_comments_go_on_and_banners_make_sections(tmp_path):
     assert pyconfig._parse_value(keys["c"].default, keys["c"]) == "a # b"
 
 
-@pytest.mark.parametrize("comment", [
-    "", "# help without a type", "# int", "# integer | help", "# int > x | help",
-    "# int 1.. | help", "# str >= 1 | help", "# int one of 1 2 | help",
-    "# int? >= 0 and more | help", "# list float | help", "# int >=0 | help",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "comment",
+    [
+        "",
+        "# help without a type",
+        "# int",
+        "# integer | help",
+        "# int > x | help",
+        "# int 1.. | help",
+        "# str >= 1 | help",
+        "# int one of 1 2 | help",
+        "# int? >= 0 and more | help",
+        "# list float | help",
+        "# int >=0 | help",
+    ],
+)
 def test_a_comment_that_does_not_parse_names_its_line(tmp_path, comment):
     with pytest.raises(pyconfig.ConfigError, match=r"line 2: the comment behind b"):
         keys_of_text(tmp_path, f"a: 1  # int | help\nb: 1  {comment}\n")
@@ -597,9 +662,17 @@ def test_a_process_ends_without_jax_and_without_a_traceback(words, status, error
 
 @pytest.mark.parametrize(
     "name, expected",
-    [("accel0", True), ("vfio/0", True), ("nvidia0", True), ("kfd", True), ("dxg", True),
-     ("nvidiactl", False), ("vfio/vfio", False), ("null", False)],
-)  # fmt: skip
+    [
+        ("accel0", True),
+        ("vfio/0", True),
+        ("nvidia0", True),
+        ("kfd", True),
+        ("dxg", True),
+        ("nvidiactl", False),
+        ("vfio/vfio", False),
+        ("null", False),
+    ],
+)
 def test_accelerators_are_seen_by_their_device_files(tmp_path, name, expected):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()

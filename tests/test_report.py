@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from MaxNano import charts, document, history, pyconfig, report
-from MaxNano.charts import Series
-from MaxNano.document import Missing
+from MaxNano import pyconfig, report
+from MaxNano.reporting import charts, document, run_history
+from MaxNano.reporting.charts import Series
+from MaxNano.reporting.document import Missing
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = str(ROOT / "configs" / "base.yml")
@@ -36,12 +37,19 @@ def rows_of(steps, **more):
     """Rows of train steps of two seconds each, with half a second beside each of them."""
     return [
         {
-            "step": step, "loss": 4.0 - 0.01 * step, "smoothed_loss": 4.0 - 0.005 * step, "bpb": 1.5,
-            "lr_multiplier": 1.0, "skipped_in_all": 1, "milliseconds": 2000.0, "tokens_per_second": 1e6,
-            "elapsed_seconds": 2.5 * (step + 1), **more,
+            "step": step,
+            "loss": 4.0 - 0.01 * step,
+            "smoothed_loss": 4.0 - 0.005 * step,
+            "bpb": 1.5,
+            "lr_multiplier": 1.0,
+            "skipped_in_all": 1,
+            "milliseconds": 2000.0,
+            "tokens_per_second": 1e6,
+            "elapsed_seconds": 2.5 * (step + 1),
+            **more,
         }
         for step in range(steps)
-    ]  # fmt: skip
+    ]
 
 
 def validation(step, bpb):
@@ -108,10 +116,11 @@ def chain(tmp_path_factory):
     runs = tmp_path_factory.mktemp("chain") / "runs"
     samples = {"step": 30, "event": "samples", "The capital of France is": " Paris <b>"}
     make_run(
-        runs / "base", "matrix_lr=0.01",
+        runs / "base",
+        "matrix_lr=0.01",
         rows=[validation(0, 3.0), *rows_of(30, mfu=0.4), validation(30, 1.25), samples],
         evals={30: core_entries() | chat_entries(0.25, stopped=0.0)},
-    )  # fmt: skip
+    )
     make_run(
         runs / "sft",
         "stage=sft",
@@ -138,13 +147,16 @@ def chain(tmp_path_factory):
         for at in (0, 30)
     ]
     make_run(
-        runs / "rl", "stage=rl", f"load_from={runs}/sft", rows=[passes[0], *rows_of(30, reward=0.5), passes[1]]
-    )  # fmt: skip
+        runs / "rl",
+        "stage=rl",
+        f"load_from={runs}/sft",
+        rows=[passes[0], *rows_of(30, reward=0.5), passes[1]],
+    )
     return runs
 
 
 def report_of(folder):
-    return report.make_report(*history.read_chain(epath.Path(folder)))
+    return report.make_report(*run_history.read_chain(epath.Path(folder)))
 
 
 def texts_of(made):
@@ -378,7 +390,7 @@ def test_an_unfinished_core_has_no_score(tmp_path):
 def test_runs_that_start_from_each_other_end(tmp_path):
     make_run(tmp_path / "a", "load_from=b")
     make_run(tmp_path / "b", "load_from=a")
-    runs, problem = history.read_chain(epath.Path(tmp_path / "a"))
+    runs, problem = run_history.read_chain(epath.Path(tmp_path / "a"))
     assert [run.name for run in runs] == ["b", "a"] and "started from a, which itself" in problem
 
 
@@ -411,7 +423,7 @@ NASTY = st.one_of(
             "</details><details open ontoggle=alert(1)>",
             "<!--",
             "\x1b]8;;https://evil.example\x07",
-        ]  # fmt: skip
+        ]
     ),
 ).filter(lambda text: charts.clean(text).strip())  # nothing leaves no paragraph
 
@@ -420,11 +432,16 @@ def document_of(text):
     """A document that holds a text wherever one can be."""
     points = [(0, 1.0), (1, 2.0)]
     blocks = [
-        document.Note(text), document.Missing(text), document.Heading(text), document.Tiles([(text, text, text)]),
-        document.Table([text, "b"], [[text, text]]), document.Table(["a", text], [[text, text]], numeric=False),
+        document.Note(text),
+        document.Missing(text),
+        document.Heading(text),
+        document.Tiles([(text, text, text)]),
+        document.Table([text, "b"], [[text, text]]),
+        document.Table(["a", text], [[text, text]], numeric=False),
         document.Curves(text, [Series(text, points, "dots"), Series(text, points, "faint")], text),
-        document.Speech(text, [("user", text), (text, text)], text), document.Folded(text, text),
-    ]  # fmt: skip
+        document.Speech(text, [("user", text), (text, text)], text),
+        document.Folded(text, text),
+    ]
     return document.Document(text, text, [document.Section(text, blocks)])
 
 
@@ -479,7 +496,7 @@ def test_every_text_is_escaped_in_markdown(text):
 
 def make_odd_run(text):
     """A run that has a text in all its files, read without files."""
-    return history.Run(
+    return run_history.Run(
         folder=epath.Path("/runs/x"),
         config=RUN_CONFIG | {"dataset_path": f"{text}!", "load_from": text},
         lines={"dataset_path": (text, f"{text}!")},

@@ -16,9 +16,13 @@ from hypothesis import strategies as st
 from toy_rl import Sums
 from tuning import GOLDEN, QUICK, check_gradients
 
-from MaxNano import losses, pyconfig, rl, tokenizer, train, train_state
-from MaxNano.checkpointing import Checkpointer
-from MaxNano.engine import Engine
+from MaxNano import pyconfig, train
+from MaxNano.inference.engine import Engine
+from MaxNano.models import losses
+from MaxNano.tokenization import tokenizer
+from MaxNano.training import rollouts
+from MaxNano.training import state as train_state
+from MaxNano.training.checkpointing import Checkpointer
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "configs/base.yml")
@@ -32,12 +36,12 @@ END = TOKENIZER.special.assistant_end
 def golden_batch(length):
     groups = [
         [
-            rl.Answer(question["prompt"], sample["tokens"], sample["forced"], False, reward)
+            rollouts.Answer(question["prompt"], sample["tokens"], sample["forced"], False, reward)
             for sample, reward in zip(question["samples"], question["rewards"], strict=True)
         ]
         for question in GOLDEN["rl"]["questions"]
     ]
-    batch = rl.make_batch(groups, length, END)
+    batch = rollouts.make_batch(groups, length, END)
     return {name: batch[name] for name in ("inputs", "targets", "weights")}
 
 
@@ -48,10 +52,19 @@ def test_gradients_are_nanochats():
 
 
 def test_where_nothing_has_changed_since_the_draw_clipping_and_divergence_change_no_gradient():
-    words = ["dataset_type=rollouts", "rl_problems=2", "rl_samples=4", "rl_row_tokens=96", "rl_clip=0.2", "rl_kl=0.5"]
+    words = [
+        "dataset_type=rollouts",
+        "rl_problems=2",
+        "rl_samples=4",
+        "rl_row_tokens=96",
+        "rl_clip=0.2",
+        "rl_kl=0.5",
+    ]
 
     def complete(setup, params, batch):
-        nll = jax.jit(lambda params, batch: train.score_step(params, batch, setup=setup))(params, batch)
+        nll = jax.jit(lambda params, batch: train.score_step(params, batch, setup=setup))(
+            params, batch
+        )
         drawn = jnp.where(jnp.arange(96) % 3, nll, jnp.nan)  # some are not known
         kl_weights = jnp.full_like(nll, 0.5)
         return {**batch, "drawn_losses": drawn, "reference_losses": nll, "kl_weights": kl_weights}
@@ -60,23 +73,33 @@ def test_where_nothing_has_changed_since_the_draw_clipping_and_divergence_change
 
 
 ANSWERS = st.builds(
-    lambda drawn, said, stopped, reward: rl.Answer(
-        [1, 2, 3], [5] * (drawn + said), [False] * drawn + [True] * said, stopped, reward, [-0.5] * (drawn + said)
+    lambda drawn, said, stopped, reward: rollouts.Answer(
+        [1, 2, 3],
+        [5] * (drawn + said),
+        [False] * drawn + [True] * said,
+        stopped,
+        reward,
+        [-0.5] * (drawn + said),
     ),
-    drawn=st.integers(1, 9), said=st.integers(0, 3), stopped=st.booleans(), reward=st.floats(-2, 2),
-)  # fmt: skip
+    drawn=st.integers(1, 9),
+    said=st.integers(0, 3),
+    stopped=st.booleans(),
+    reward=st.floats(-2, 2),
+)
 
 
 @given(groups=st.lists(st.lists(ANSWERS, min_size=2, max_size=5), min_size=1, max_size=4))
 def test_every_problem_counts_alike_and_what_was_drawn_is_trained(groups):
-    batch = rl.make_batch(groups, 16, END)
+    batch = rollouts.make_batch(groups, 16, END)
     is_target = batch["targets"] >= 0
     answers = [answer for group in groups for answer in group]
     for row, answer in enumerate(answers):
         drawn = len(answer.tokens) - sum(answer.forced)
         expected = [-1, -1, *[5] * drawn, *[-1] * sum(answer.forced), *[END] * answer.stopped]
         assert batch["targets"][row].tolist() == expected + [-1] * (16 - len(expected))
-        known = [1, 2, 3, *answer.tokens][: 2 + len(answer.tokens) + answer.stopped]  # nothing follows the last one
+        known = [1, 2, 3, *answer.tokens][
+            : 2 + len(answer.tokens) + answer.stopped
+        ]  # nothing follows the last one
         assert batch["inputs"][row].tolist() == known + [END] * (16 - len(known))
         assert np.isnan(batch["drawn_losses"][row]).sum() == 16 - len(answer.tokens)
     assert (batch["weights"][~is_target] == 0).all()
@@ -95,12 +118,15 @@ def test_every_problem_counts_alike_and_what_was_drawn_is_trained(groups):
 
 
 @pytest.mark.parametrize(
-    ("ratio", "advantage", "slope"), [(1.0, 2, 2), (1.3, 2, 0), (0.7, 2, 1.4), (1.3, -2, -2.6), (0.7, -2, 0)]
+    ("ratio", "advantage", "slope"),
+    [(1.0, 2, 2), (1.3, 2, 0), (0.7, 2, 1.4), (1.3, -2, -2.6), (0.7, -2, 0)],
 )
 def test_clipping_stops_what_has_gone_far_enough(ratio, advantage, slope):
     drawn = jnp.float32(1.5)
     now = drawn - jnp.log(ratio)
-    gradient = jax.grad(lambda x: losses.clipped_policy_losses(x, drawn, jnp.float32(advantage), 0.2))(now)
+    gradient = jax.grad(
+        lambda x: losses.clipped_policy_losses(x, drawn, jnp.float32(advantage), 0.2)
+    )(now)
     assert gradient == pytest.approx(slope, abs=1e-5)
 
 
@@ -117,17 +143,26 @@ def test_prompts_that_leave_no_room_are_left_out_and_counted():
             conversation["messages"][0]["content"] += "?" * 50 * (index % 2)
             return conversation
 
-    problems, position = rl.next_problems(Odd(None, "train"), TOKENIZER, rl.Position(97, 3), 4, 20)
-    assert [p.conversation["messages"][0]["content"] for p in problems] == ["9+8", "0+0", "0+2", "0+4"]
-    assert position == rl.Position(105, 7)
+    problems, position = rollouts.next_problems(
+        Odd(None, "train"), TOKENIZER, rollouts.Position(97, 3), 4, 20
+    )
+    assert [p.conversation["messages"][0]["content"] for p in problems] == [
+        "9+8",
+        "0+0",
+        "0+2",
+        "0+4",
+    ]
+    assert position == rollouts.Position(105, 7)
     with pytest.raises(ValueError, match="all prompts have 3 tokens or more; raise rl_row_tokens"):
-        rl.next_problems(Odd(None, "train"), TOKENIZER, rl.Position(0, 0), 4, 3)
+        rollouts.next_problems(Odd(None, "train"), TOKENIZER, rollouts.Position(0, 0), 4, 3)
 
 
 def test_pass_at_k_is_one_right_among_the_first_k():
     right = ([False, True, False], [False, False, False], [True, False, False])
-    records = [{"completions": [{"right": one} for one in row]} for row in right] + [{"completions": []}]
-    assert rl.pass_at_k(records, 3) == {"pass@1": 0.25, "pass@2": 0.5, "pass@3": 0.5}
+    records = [{"completions": [{"right": one} for one in row]} for row in right] + [
+        {"completions": []}
+    ]
+    assert rollouts.pass_at_k(records, 3) == {"pass@1": 0.25, "pass@2": 0.5, "pass@3": 0.5}
 
 
 # ---- Whole runs -----------------------------------------------------------------------------------------------------
@@ -135,10 +170,20 @@ def test_pass_at_k_is_one_right_among_the_first_k():
 
 def words_of(place, *more):
     return [
-        BASE, "model=d2", "emb_dim=32", "head_dim=16", "num_query_heads=2", "max_target_length=32",
-        f"vocab_size={TOKENIZER.vocab_size}", "num_cpu_devices=1", f"tokenizer_path={place}/tokenizer",
-        f"base_output_directory={place}/runs", f"jax_cache_dir={place}/cache", "tensorboard=false", *more,
-    ]  # fmt: skip
+        BASE,
+        "model=d2",
+        "emb_dim=32",
+        "head_dim=16",
+        "num_query_heads=2",
+        "max_target_length=32",
+        f"vocab_size={TOKENIZER.vocab_size}",
+        "num_cpu_devices=1",
+        f"tokenizer_path={place}/tokenizer",
+        f"base_output_directory={place}/runs",
+        f"jax_cache_dir={place}/cache",
+        "tensorboard=false",
+        *more,
+    ]
 
 
 def test_a_task_without_a_reward_is_refused_in_a_line(tmp_path):
@@ -146,17 +191,35 @@ def test_a_task_without_a_reward_is_refused_in_a_line(tmp_path):
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     path.write_text(json.dumps(talk) + "\n")
     config = pyconfig.initialize(["configs/base.yml", f"rl_task=json:{path}"])
-    with pytest.raises(ValueError, match="talk.jsonl is only trained on; choose a task that judges"):
-        rl.open_task(config)
+    with pytest.raises(
+        ValueError, match="talk.jsonl is only trained on; choose a task that judges"
+    ):
+        rollouts.open_task(config)
 
 
 def rl_words(place, *more):
     return words_of(
-        place, "stage=rl", "load_from=base", "xla_flags=[quick]", QUICK, "rl_task=Ascii/train", "rl_problems=2",
-        "rl_samples=8", "rl_row_tokens=24", "max_new_tokens=12", "rl_eval_task=Ascii/test", "rl_eval_problems=4",
-        "rl_eval_samples=2", "eval_interval=6", "steps=12", "embedding_lr=0.3", "unembedding_lr=0.02", "matrix_lr=0.02",
-        "checkpoint_interval_steps=2", *more,
-    )  # fmt: skip
+        place,
+        "stage=rl",
+        "load_from=base",
+        "xla_flags=[quick]",
+        QUICK,
+        "rl_task=Ascii/train",
+        "rl_problems=2",
+        "rl_samples=8",
+        "rl_row_tokens=24",
+        "max_new_tokens=12",
+        "rl_eval_task=Ascii/test",
+        "rl_eval_problems=4",
+        "rl_eval_samples=2",
+        "eval_interval=6",
+        "steps=12",
+        "embedding_lr=0.3",
+        "unembedding_lr=0.02",
+        "matrix_lr=0.02",
+        "checkpoint_interval_steps=2",
+        *more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +230,9 @@ def place(tmp_path_factory):
     config = pyconfig.initialize(words_of(folder))
     setup = train.set_up(config, jax.devices()[:1])
     state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
-    with Checkpointer(config, folder / "runs/base", tokenizer_fingerprint=TOKENIZER.fingerprint()) as checkpointer:
+    with Checkpointer(
+        config, folder / "runs/base", tokenizer_fingerprint=TOKENIZER.fingerprint()
+    ) as checkpointer:
         checkpointer.save(7, state, {})
     return folder
 
@@ -175,8 +240,10 @@ def place(tmp_path_factory):
 def start(*words):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tests/toy_rl.py"), *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def run(*words, status=0):
@@ -187,11 +254,16 @@ def run(*words, status=0):
 
 
 def rows_of(place, run_name):
-    return [json.loads(line) for line in (place / "runs" / run_name / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (place / "runs" / run_name / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def steps_of(place, run_name):
-    return [(r["step"], r["loss"], r["reward"]) for r in rows_of(place, run_name) if "event" not in r]
+    return [
+        (r["step"], r["loss"], r["reward"]) for r in rows_of(place, run_name) if "event" not in r
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -236,20 +308,54 @@ def test_killed_it_goes_on_bit_for_bit(place, whole):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_sums_by_the_calculator_are_learned_from_reward(place, tmp_path, seed):
     """Fine-tuning teaches to call the calculator with any digits, reinforcement learning with the right ones."""
-    common = [f"base_output_directory={tmp_path}/runs", f"seed={seed}", "emb_dim=64", "num_query_heads=4"]
-    run(*words_of(
-        place, *common, "stage=sft", "chat_train_mixture=[[Sums/guess, 1]]",
-        "chat_validation_mixture=[[Sums/guess, 1]]", "global_batch_tokens=2048", "learning_rate_scale=1",
-        "eval_tokens=2048", "data_readers=1", "chat_interval=0", "chat_epochs=3",
-    ))  # fmt: skip
-    out, _ = run(*words_of(
-        place, *common, "stage=rl", "load_from=d2_sft", "rl_task=Sums/train", "rl_problems=25", "rl_samples=16",
-        "rl_row_tokens=24", "max_new_tokens=14", "rl_eval_task=Sums/test", "rl_eval_problems=0", "rl_eval_samples=4",
-        "eval_interval=20", "steps=60", "chat_slots=64", "embedding_lr=0.02", "unembedding_lr=0.002", "matrix_lr=0.005",
-    ))  # fmt: skip
+    common = [
+        f"base_output_directory={tmp_path}/runs",
+        f"seed={seed}",
+        "emb_dim=64",
+        "num_query_heads=4",
+    ]
+    run(
+        *words_of(
+            place,
+            *common,
+            "stage=sft",
+            "chat_train_mixture=[[Sums/guess, 1]]",
+            "chat_validation_mixture=[[Sums/guess, 1]]",
+            "global_batch_tokens=2048",
+            "learning_rate_scale=1",
+            "eval_tokens=2048",
+            "data_readers=1",
+            "chat_interval=0",
+            "chat_epochs=3",
+        )
+    )
+    out, _ = run(
+        *words_of(
+            place,
+            *common,
+            "stage=rl",
+            "load_from=d2_sft",
+            "rl_task=Sums/train",
+            "rl_problems=25",
+            "rl_samples=16",
+            "rl_row_tokens=24",
+            "max_new_tokens=14",
+            "rl_eval_task=Sums/test",
+            "rl_eval_problems=0",
+            "rl_eval_samples=4",
+            "eval_interval=20",
+            "steps=60",
+            "chat_slots=64",
+            "embedding_lr=0.02",
+            "unembedding_lr=0.002",
+            "matrix_lr=0.005",
+        )
+    )
     first, *_ = (row for row in rows_of(tmp_path, "d2_rl") if "event" not in row)
     assert first["stopped"] > 0.9, "fine-tuning has taught it to end its turn"
     rewards = [reward for *_, reward in steps_of(tmp_path, "d2_rl")]
     assert rewards[0] < 0.2 and np.mean(rewards[-5:]) > 0.8, rewards
-    first, *_, last = [row["pass@1"] for row in rows_of(tmp_path, "d2_rl") if row.get("event") == "validation"]
+    first, *_, last = [
+        row["pass@1"] for row in rows_of(tmp_path, "d2_rl") if row.get("event") == "validation"
+    ]
     assert first < 0.2 and last > 0.8, out

@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from MaxNano import pyconfig, runtime
+from MaxNano import pyconfig
+from MaxNano.distributed import runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,7 +55,8 @@ def test_cpu_devices_share_the_rows_of_a_step(cores, rows, parallelism, expected
 
 def test_initialize_makes_devices_and_keeps_compiled_programs(tmp_path):
     code = f"""
-        from MaxNano import pyconfig, runtime
+        from MaxNano import pyconfig
+        from MaxNano.distributed import runtime
         words = ["num_cpu_devices=3", "jax_cache_dir={tmp_path}/a/b"]
         config = pyconfig.initialize(["configs/base.yml", *words])
         runtime.initialize(config)
@@ -93,7 +95,8 @@ def test_small_products_are_tiled_where_that_was_measured(monkeypatch, machine, 
 def test_forced_devices_stay_and_an_unusable_cache_is_one_warning(tmp_path):
     (tmp_path / "file").write_text("")
     code = f"""
-        from MaxNano import pyconfig, runtime
+        from MaxNano import pyconfig
+        from MaxNano.distributed import runtime
         words = ["configs/base.yml", "jax_cache_dir={tmp_path}/file/x"]
         runtime.initialize(pyconfig.initialize(words))
         import jax
@@ -189,7 +192,10 @@ def test_an_address_alone_is_not_enough(environment):
         ({"worker-network-endpoints": "10.0.0.1", "tpu-env": "ACCELERATOR_TYPE: 'v6e-8'"}, None),
         ({"worker-network-endpoints": "a:1:10.0.0.1,a:2:10.0.0.2", "tpu-env": ""}, CLUSTER),
         (
-            {"worker-network-endpoints": "10.0.0.1", "tpu-env": "MEGASCALE_COORDINATOR_ADDRESS: 'x'"},
+            {
+                "worker-network-endpoints": "10.0.0.1",
+                "tpu-env": "MEGASCALE_COORDINATOR_ADDRESS: 'x'",
+            },
             CLUSTER,
         ),
         ({}, None),
@@ -220,7 +226,8 @@ def test_processes_that_do_not_find_each_other_say_what_to_check(index):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     code = f"""
-        from MaxNano import pyconfig, runtime
+        from MaxNano import pyconfig
+        from MaxNano.distributed import runtime
         runtime.START_TIMEOUT_SECONDS = 1
         words = ["coordinator_address=127.0.0.1:{port}", "num_processes=2", "process_id={index}"]
         runtime.initialize(pyconfig.initialize(["configs/base.yml", *words]))
@@ -237,23 +244,30 @@ def test_devices_that_never_come_are_not_waited_for_without_end():
     code = """
         import time
         import jax
-        from MaxNano import pyconfig, runtime
+        from MaxNano import pyconfig
+        from MaxNano.distributed import runtime
         runtime.DEVICE_TIMEOUT_SECONDS = 0.5
         jax.devices = lambda: time.sleep(60)
         runtime.initialize(pyconfig.initialize(["configs/base.yml", "jax_cache_dir="]))
     """
     done = run_python(code)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: timed out after 0.5 s waiting for the devices: check that no other process")
+    assert done.stderr.startswith(
+        "error: timed out after 0.5 s waiting for the devices: check that no other process"
+    )
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_devices_that_cannot_be_used_are_told_with_the_reason(monkeypatch):
     def devices():
-        raise RuntimeError("Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by\nprocess 12")
+        raise RuntimeError(
+            "Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by\nprocess 12"
+        )
 
     monkeypatch.setattr(jax, "devices", devices)
-    with pytest.raises(ValueError, match=r"The TPU is already in use by process 12\): check that no other process"):
+    with pytest.raises(
+        ValueError, match=r"The TPU is already in use by process 12\): check that no other process"
+    ):
         runtime.find_devices()
 
 
@@ -269,9 +283,15 @@ def test_a_taken_port_is_told():
 
 
 def test_flags_of_the_named_groups_and_the_backend():
-    groups = "[[a,tpu,xla_x=12,xla_y=true],[b,gpu,xla_x=false],[c,tpu,xla_z=ENABLED],[d,tpu,xla_w=-1]]"
+    groups = (
+        "[[a,tpu,xla_x=12,xla_y=true],[b,gpu,xla_x=false],[c,tpu,xla_z=ENABLED],[d,tpu,xla_w=-1]]"
+    )
     config = config_of(f"xla_flag_groups={groups}", "xla_flags=[a,b,c]")
-    assert runtime.compiler_options(config, "tpu") == {"xla_x": 12, "xla_y": True, "xla_z": "ENABLED"}
+    assert runtime.compiler_options(config, "tpu") == {
+        "xla_x": 12,
+        "xla_y": True,
+        "xla_z": "ENABLED",
+    }
     assert runtime.compiler_options(config, "gpu") == {"xla_x": False}
     assert runtime.compiler_options(config, "cpu") == {}
 
@@ -292,7 +312,8 @@ COMPILE_FOR_TPU = """
     import jax.numpy as jnp
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
-    from MaxNano import pyconfig, runtime
+    from MaxNano import pyconfig
+    from MaxNano.distributed import runtime
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x4").devices
     mesh, cut = Mesh(devices, "d"), PartitionSpec("d")
@@ -391,7 +412,7 @@ def test_freeze_gc():
 
 PREEMPTED = """
     import sys, time
-    from MaxNano import runtime
+    from MaxNano.distributed import runtime
     with runtime.Preemption() as preemption:
         preemption.check(0)
         print("ready", flush=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from MaxNano import sampling
+from MaxNano.inference import sampling
 
 ROWS, SIZE = 4, 200
 
@@ -57,7 +57,9 @@ def test_draws_follow_the_probabilities():
     uniform = (np.arange(count, dtype=np.float32) + 0.5) / count
     tokens = np.asarray(draw(np.tile(scores, (count, 1)), uniform))
     probability = np.exp(scores) / np.exp(scores).sum()
-    np.testing.assert_allclose(np.bincount(tokens, minlength=SIZE) / count, probability, atol=2.5 / count)
+    np.testing.assert_allclose(
+        np.bincount(tokens, minlength=SIZE) / count, probability, atol=2.5 / count
+    )
 
 
 @settings(max_examples=60)
@@ -80,7 +82,9 @@ def test_likeliest_is_the_first_of_the_highest():
 def test_penalty_lowers_what_was_seen():
     logits = jnp.array([[2.0, -2.0, 2.0, -2.0]])
     seen = jnp.array([[True, True, False, False]])
-    np.testing.assert_array_equal(sampling.penalize(logits, seen, jnp.array([2.0])), [[1.0, -4.0, 2.0, -2.0]])
+    np.testing.assert_array_equal(
+        sampling.penalize(logits, seen, jnp.array([2.0])), [[1.0, -4.0, 2.0, -2.0]]
+    )
 
 
 @pytest.mark.parametrize("size", [7, SIZE])
@@ -89,7 +93,9 @@ def test_log_probabilities(size):
     expected = np.asarray(jax.nn.log_softmax(logits))
     tokens = np.arange(ROWS)
     np.testing.assert_allclose(
-        sampling.log_probabilities(jnp.asarray(logits), jnp.asarray(tokens)), expected[tokens, tokens], atol=1e-5
+        sampling.log_probabilities(jnp.asarray(logits), jnp.asarray(tokens)),
+        expected[tokens, tokens],
+        atol=1e-5,
     )
     values, ids = map(np.asarray, sampling.alternatives(jnp.asarray(logits)))
     assert values.shape == ids.shape == (ROWS, sampling.LARGEST_LOGPROBS)

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from MaxNano import confine, sandbox
-from MaxNano.sandbox import Limits, check_program, run_python
+from MaxNano.tools import confine, sandbox
+from MaxNano.tools.sandbox import Limits, check_program, run_python
 
 LIMITS = Limits(seconds=20.0, memory_mb=256)
 SHORT = Limits(seconds=0.5, memory_mb=256)
@@ -120,10 +120,21 @@ HARMLESS = {  # plain Python, outside, gets through with every one of these: so 
     "datagram": "import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', PORT))",
     "local socket": "import socket; socket.socket(socket.AF_UNIX).bind(chr(0) + NAME)",
     "talk to the kernel": "import socket; socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
-}  # fmt: skip
-NAMES = {"clone": (56, 220), "ptrace": (101, 117), "process_vm_readv": (310, 270), "io_uring_setup": (425, 425),
-         "bpf": (321, 280), "perf_event_open": (298, 241), "keyctl": (250, 219), "userfaultfd": (323, 282),
-         "clone3": (435, 435), "add_key": (248, 217), "mq_open": (180, 180), "shmget": (29, 194)}  # fmt: skip
+}
+NAMES = {
+    "clone": (56, 220),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "io_uring_setup": (425, 425),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "keyctl": (250, 219),
+    "userfaultfd": (323, 282),
+    "clone3": (435, 435),
+    "add_key": (248, 217),
+    "mq_open": (180, 180),
+    "shmget": (29, 194),
+}
 COLUMN = confine.ARCHITECTURES.get(os.uname().machine, (0,))[0]
 SYSCALL = {name: numbers[COLUMN] for name, numbers in NAMES.items()}
 DANGEROUS = {  # tried inside only
@@ -150,7 +161,8 @@ DANGEROUS = {  # tried inside only
     "delete a file": "import os; os.unlink(SECRET)",
     "open the kernel's memory": "open('/dev/mem', 'rb')",
     "io_uring": C + f"ok(libc.syscall({SYSCALL['io_uring_setup']}, 1, (ctypes.c_char * 120)()))",
-    "load a kernel program": C + f"ok(libc.syscall({SYSCALL['bpf']}, 0, (ctypes.c_char * 120)(), 120))",
+    "load a kernel program": C
+    + f"ok(libc.syscall({SYSCALL['bpf']}, 0, (ctypes.c_char * 120)(), 120))",
     "kernel keys": C + f"ok(libc.syscall({SYSCALL['keyctl']}, 0, -3, 0))",
     "catch page faults": C + f"ok(libc.syscall({SYSCALL['userfaultfd']}, 1))",
     "shared memory of old": C + f"ok(libc.syscall({SYSCALL['shmget']}, 0, 4096, 0o600))",
@@ -159,7 +171,7 @@ DANGEROUS = {  # tried inside only
     "lift a limit": "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))",
     "an inherited descriptor": "import os\nfor fd in range(3, 1024):\n"
     "    try: os.fstat(fd)\n    except OSError: continue\n    break\nelse: raise OSError('none')\n",
-}  # fmt: skip
+}
 ESCAPES = HARMLESS | DANGEROUS
 ATTEMPT = """
 VICTIM, SECRET, FOLDER, PORT, NAME = {values}
@@ -232,7 +244,10 @@ EXHAUSTING = {  # source, the statuses it may end with
     "the disk": ("f = open('/tmp/x', 'wb')\nwhile True: f.write(bytes(1 << 20))", {"failed"}),
     "output": ("while True: print('x' * 10000)", {"flood"}),
     "errors": ("import sys\nwhile True: sys.stderr.write('x' * 10000)", {"flood"}),
-    "output of no encoding": ("import sys; sys.stdout.buffer.write(bytes(range(256)))", {"finished"}),
+    "output of no encoding": (
+        "import sys; sys.stdout.buffer.write(bytes(range(256)))",
+        {"finished"},
+    ),
     "an endless loop": ("while True: pass", {"timeout"}),
     "sleep": ("import time; time.sleep(600)", {"timeout"}),
     "deaf to signals": (
@@ -242,10 +257,13 @@ EXHAUSTING = {  # source, the statuses it may end with
     ),
     "silent": ("import os, time\nfor fd in range(3): os.close(fd)\ntime.sleep(600)", {"timeout"}),
     "a crash": ("import ctypes; ctypes.string_at(0)", {"failed"}),
-    "deep recursion": ("import sys; sys.setrecursionlimit(1 << 30)\n(f := lambda: f())()", {"failed", "timeout"}),
+    "deep recursion": (
+        "import sys; sys.setrecursionlimit(1 << 30)\n(f := lambda: f())()",
+        {"failed", "timeout"},
+    ),
     "a deep source": ("(" * 100_000, {"failed", "flood"}),
     "a null character": ("\0", {"failed"}),
-}  # fmt: skip
+}
 
 
 def test_no_exhaustion(mechanism, subtests):
@@ -266,7 +284,7 @@ def test_dies_with_its_parent(mechanism, tmp_path):
     """A trainer that is killed leaves no program behind."""
     source = (
         f"import sys; sys.path.insert(0, {str(Path(sandbox.__file__).parents[1])!r})\n"
-        f"from MaxNano import sandbox\nsandbox.GUEST += '\\n# {MARKER}'\nprint(flush=True)\n"
+        f"from MaxNano.tools import sandbox\nsandbox.GUEST += '\\n# {MARKER}'\nprint(flush=True)\n"
         f"sandbox.run_python('import time; time.sleep(600)', mechanism={mechanism!r},\n"
         f"    limits=sandbox.Limits(600.0, 256))\n"
     )
@@ -366,8 +384,9 @@ FAKES = {
     "the verdict printed": "print('ready', '0' * 32, 'passed'); raise SystemExit(0)",
     "a fork that exits": "import os\nif os.fork(): os._exit(0)" + WRONG,
     "check replaced": "import threading, time\ndef swap():\n    import __main__\n    while True:\n"
-    "        __main__.check = lambda c: None\nthreading.Thread(target=swap, daemon=True).start()" + WRONG,
-}  # fmt: skip
+    "        __main__.check = lambda c: None\nthreading.Thread(target=swap, daemon=True).start()"
+    + WRONG,
+}
 LUCK = {"check replaced"}  # a race, which plain Python sometimes wins
 HANGS = {"asserts jumped over in the caller's frame"}  # its caller is the loop that answers calls
 
@@ -407,14 +426,20 @@ def test_right_programs_pass(mechanism):
     "program, error",
     [
         ("def add(a, b): return a - b", "AssertionError"),
-        ("def add(a, b):", "IndentationError: expected an indented block after function definition on line 1"),
+        (
+            "def add(a, b):",
+            "IndentationError: expected an indented block after function definition on line 1",
+        ),
         ("def sub(a, b): return a + b", "NameError: the program does not define add"),
         ("def add(a, b): return 1 / 0", "ZeroDivisionError: division by zero"),
-        ("def add(a, b): return iter([a])", "TypeError: a list_iterator cannot be passed between test and program"),
+        (
+            "def add(a, b): return iter([a])",
+            "TypeError: a list_iterator cannot be passed between test and program",
+        ),
         ("def add(a, b): print('x' * 1000000)", "more than 65536 bytes of output"),
         ("def add(a, b):\n    while True: pass", "not done after 1 s"),
     ],
-)  # fmt: skip
+)
 def test_wrong_programs_are_told_why(mechanism, program, error):
     limits = Limits(1.0, 256) if "while" in program else LIMITS
     result = check_program(program, TEST, "add", limits=limits, mechanism=mechanism)
@@ -452,9 +477,11 @@ keys = (
 keys |= st.tuples(keys, keys) | st.frozensets(keys, max_size=3)
 values = st.recursive(
     keys,
-    lambda v: st.lists(v, max_size=3) | st.dictionaries(keys, v, max_size=3) | st.sets(keys, max_size=3),
+    lambda v: (
+        st.lists(v, max_size=3) | st.dictionaries(keys, v, max_size=3) | st.sets(keys, max_size=3)
+    ),
     max_leaves=8,
-)  # fmt: skip
+)
 
 
 def shape(value):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from MaxNano import schedules
+from MaxNano.optimizers import schedules
 
 GOLDEN = Path(__file__).parent / "golden" / "nanochat_small.npz"
 

@@ -18,7 +18,8 @@ import pytest
 from fake_engine import SCORE, FakeEngine, byte_tokenizer
 from serving import Server, wait_until
 
-from MaxNano import openai_api, pyconfig, serve
+from MaxNano import pyconfig, serve
+from MaxNano.serving import openai_api
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = byte_tokenizer()
@@ -48,7 +49,9 @@ def server():
 
 def test_chat(server):
     answer = server.client.chat.completions.create(
-        model="tiny", messages=[{"role": "system", "content": "A"}, {"role": "user", "content": "né 😀"}], n=2
+        model="tiny",
+        messages=[{"role": "system", "content": "A"}, {"role": "user", "content": "né 😀"}],
+        n=2,
     )
     assert [choice.message.content for choice in answer.choices] == ["A\n\nné 😀"] * 2
     assert [choice.index for choice in answer.choices] == [0, 1]
@@ -68,14 +71,18 @@ def test_chat_streamed(server):
     *chunks, last = list(stream)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "grüß dich 😀" * 3
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["stop"]
+    assert [
+        chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason
+    ] == ["stop"]
     assert last.choices == [] and last.usage.completion_tokens == len(("grüß dich 😀" * 3).encode())
     assert len({chunk.id for chunk in [*chunks, last]}) == 1 and len(chunks) > 5
 
 
 def test_a_stream_is_events_and_ends_with_done(server):
     status, headers, content = server.request(
-        "POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+        "POST",
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "hi"}], "stream": True},
     )
     assert status == 200 and headers["content-type"].startswith("text/event-stream")
     events = content.decode().removesuffix("\n\n").split("\n\n")
@@ -86,7 +93,10 @@ def test_a_stream_is_events_and_ends_with_done(server):
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings_end_the_text(server, stream):
     answer = server.client.chat.completions.create(
-        model="tiny", messages=[{"role": "user", "content": "one two three"}], stop=[" th", "x"], stream=stream
+        model="tiny",
+        messages=[{"role": "user", "content": "one two three"}],
+        stop=[" th", "x"],
+        stream=stream,
     )
     if stream:
         chunks = [chunk.choices[0] for chunk in answer]
@@ -103,14 +113,22 @@ def test_chat_logprobs(server):
     content = answer.choices[0].logprobs.content
     assert [entry.token for entry in content] == ["bytes:\\xc3", "bytes:\\xa9", "!"]
     assert [entry.bytes for entry in content] == [[0xC3], [0xA9], [0x21]]
-    assert content[2].logprob == SCORE and [top.token for top in content[2].top_logprobs] == ["!", '"']
+    assert content[2].logprob == SCORE and [top.token for top in content[2].top_logprobs] == [
+        "!",
+        '"',
+    ]
 
 
 def test_completion_of_several_prompts(server):
-    answer = server.client.completions.create(model="tiny", prompt=["abcd", "efgh"], n=2, max_tokens=2)
+    answer = server.client.completions.create(
+        model="tiny", prompt=["abcd", "efgh"], n=2, max_tokens=2
+    )
     assert [(choice.index, choice.text, choice.finish_reason) for choice in answer.choices] == [
-        (0, "b", "stop"), (1, "b", "stop"), (2, "f", "stop"), (3, "f", "stop")
-    ]  # fmt: skip
+        (0, "b", "stop"),
+        (1, "b", "stop"),
+        (2, "f", "stop"),
+        (3, "f", "stop"),
+    ]
     assert answer.usage.prompt_tokens == 10
 
 
@@ -125,7 +143,14 @@ def test_completion_of_ids_is_that_of_their_text(server):
 def test_echo_scores_the_prompt_as_lm_eval_expects(server):
     """As lm-eval asks: the scores of the prompt's own tokens, then one drawn token, which it leaves away."""
     ids = TOKENIZER.encode("héy")
-    request = {"prompt": [ids], "model": "tiny", "temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True}
+    request = {
+        "prompt": [ids],
+        "model": "tiny",
+        "temperature": 0,
+        "max_tokens": 1,
+        "logprobs": 1,
+        "echo": True,
+    }
     [choice] = server.client.completions.create(**request, seed=1234).choices
     assert choice.text == "héyh" or choice.text.startswith("héy")
     scores = choice.logprobs
@@ -136,20 +161,32 @@ def test_echo_scores_the_prompt_as_lm_eval_expects(server):
     assert all(max(top.values()) == SCORE for top in scores.top_logprobs)
     assert server.engine.requests[-1].stop_ids == frozenset()
     # A prompt that brings its own first token has no score there.
-    [choice] = server.client.completions.create(**request | {"prompt": [SPECIAL.bos, *ids], "max_tokens": 0}).choices
+    [choice] = server.client.completions.create(
+        **request | {"prompt": [SPECIAL.bos, *ids], "max_tokens": 0}
+    ).choices
     assert choice.logprobs.token_logprobs == [None, *[SCORE] * 4] and choice.text == "héy"
 
 
 def test_echo_streamed(server):
-    stream = server.client.completions.create(model="tiny", prompt="abcdefgh", echo=True, stream=True)
+    stream = server.client.completions.create(
+        model="tiny", prompt="abcdefgh", echo=True, stream=True
+    )
     assert "".join(chunk.choices[0].text for chunk in stream) == "abcdefgh" + "bcdef"
 
 
 def test_calls_of_the_tool_are_parts_beside_the_text():
     reply = [
-        *b"So ", SPECIAL.python_start, *b"6*7", SPECIAL.python_end, SPECIAL.output_start, *b"42", SPECIAL.output_end,
-        *b".", SPECIAL.assistant_end, *b"never",
-    ]  # fmt: skip
+        *b"So ",
+        SPECIAL.python_start,
+        *b"6*7",
+        SPECIAL.python_end,
+        SPECIAL.output_start,
+        *b"42",
+        SPECIAL.output_end,
+        *b".",
+        SPECIAL.assistant_end,
+        *b"never",
+    ]
     parts = [
         {"type": "text", "text": "So "},
         {"type": "python", "text": "6*7"},
@@ -165,8 +202,11 @@ def test_calls_of_the_tool_are_parts_beside_the_text():
         running.request("POST", "/v1/chat/completions", {"messages": [*messages, messages[0]]})
         assert list(running.engine.requests[1].prompt[5:]) == [
             *reply[: reply.index(SPECIAL.assistant_end) + 1],
-            SPECIAL.user_start, *b"a", SPECIAL.user_end, SPECIAL.assistant_start,
-        ]  # fmt: skip
+            SPECIAL.user_start,
+            *b"a",
+            SPECIAL.user_end,
+            SPECIAL.assistant_start,
+        ]
 
 
 def test_what_is_asked_reaches_the_engine(server):
@@ -179,7 +219,12 @@ def test_what_is_asked_reaches_the_engine(server):
         max_completion_tokens=7,
         frequency_penalty=0,
         user="somebody",
-        extra_body={"top_k": 9, "min_p": 0.1, "repetition_penalty": 1.2, "response_format": {"type": "text"}},
+        extra_body={
+            "top_k": 9,
+            "min_p": 0.1,
+            "repetition_penalty": 1.2,
+            "response_format": {"type": "text"},
+        },
     )
     request = server.engine.requests[-1]
     assert (request.temperature, request.top_p, request.top_k, request.min_p) == (0.3, 0.9, 9, 0.1)
@@ -217,22 +262,36 @@ def test_the_tokenizer_as_lm_eval_reads_it(server):
     def post(path, body):
         return json.loads(server.request("POST", path, body)[2])
 
-    assert post("/tokenize", {"prompt": "hé", "add_special_tokens": False})["tokens"] == [104, 0xC3, 0xA9]
+    assert post("/tokenize", {"prompt": "hé", "add_special_tokens": False})["tokens"] == [
+        104,
+        0xC3,
+        0xA9,
+    ]
     assert post("/tokenize", {"prompt": "<|bos|>"})["tokens"] == [SPECIAL.bos]
     assert SPECIAL.bos not in post("/tokenize", {"prompt": "a <|bos|>"})["tokens"]
     assert post("/detokenize", {"tokens": [104, 0xC3, 0xA9]})["prompt"] == "hé"
 
 
 def test_the_page_and_what_every_answer_carries(server):
-    for path in ("/", "/static/app.js", "/static/markdown.js", "/static/style.css", "/static/icon.svg"):
+    for path in (
+        "/",
+        "/static/app.js",
+        "/static/markdown.js",
+        "/static/style.css",
+        "/static/icon.svg",
+    ):
         status, headers, content = server.request("GET", path)
         assert status == 200 and content
         assert headers["content-security-policy"].startswith("default-src 'self';")
         assert headers["x-content-type-options"] == "nosniff"
     page = server.request("GET", "/")[2].decode()
-    assert not re.search(r"<script(?![^>]*src=)|<style|style=|\son\w+=|https?:", page), "the policy forbids it"
+    assert not re.search(r"<script(?![^>]*src=)|<style|style=|\son\w+=|https?:", page), (
+        "the policy forbids it"
+    )
     scripts = b"".join((serve.STATIC / name).read_bytes() for name in ("app.js", "markdown.js"))
-    assert not re.search(rb"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|DOMParser", scripts)
+    assert not re.search(
+        rb"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|DOMParser", scripts
+    )
     assert "content-security-policy" in server.request("GET", "/nothing")[1]
 
 
@@ -279,7 +338,11 @@ ABUSE = [
     (400, CHAT, {"messages": [{"role": "tool", "content": "hi"}]}),
     (400, CHAT, {"messages": [{"role": "system", "content": "hi"}]}),
     (400, CHAT, {"messages": [USER, {"role": "assistant", "content": "hi"}]}),
-    (400, CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}),
+    (
+        400,
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+    ),
     (400, CHAT, {"messages": [{"role": "user", "content": [{"type": "python", "text": "1"}]}]}),
     (400, CHAT, {"messages": [{"role": "user", "content": [{"type": ["text"], "text": "1"}]}]}),
     (400, CHAT, {"messages": [{"role": "user", "content": "x" * 600}]}),
@@ -363,10 +426,17 @@ def test_openais_client_sees_its_own_errors(server):
 @pytest.mark.parametrize(
     "path",
     [
-        "/static/../serve.py", "/static/..%2f..%2fpyproject.toml", "/static/%2e%2e/serve.py", "//etc/passwd",
-        "/static//etc/passwd", "/static/", "/static/index.html%00.js", "/%c0%ae%c0%ae/etc/passwd", "/v1/models/../x",
+        "/static/../serve.py",
+        "/static/..%2f..%2fpyproject.toml",
+        "/static/%2e%2e/serve.py",
+        "//etc/passwd",
+        "/static//etc/passwd",
+        "/static/",
+        "/static/index.html%00.js",
+        "/%c0%ae%c0%ae/etc/passwd",
+        "/v1/models/../x",
     ],
-)  # fmt: skip
+)
 def test_no_path_leads_out(server, path):
     status, _, content = server.request("GET", path)
     assert status == 404 and b"error" in content
@@ -402,14 +472,19 @@ def test_a_name_of_a_special_token_is_text(server):
     prompt = server.engine.requests[-1].prompt
     assert prompt[2:-2] == tuple(injected.encode())
     assert [token for token in prompt if token > 255] == [
-        SPECIAL.bos, SPECIAL.user_start, SPECIAL.user_end, SPECIAL.assistant_start
-    ]  # fmt: skip
+        SPECIAL.bos,
+        SPECIAL.user_start,
+        SPECIAL.user_end,
+        SPECIAL.assistant_start,
+    ]
     server.request("POST", TEXT, {"prompt": injected})
     assert server.engine.requests[-1].prompt == (SPECIAL.bos, *injected.encode())
 
 
 def test_half_a_surrogate_pair_does_no_harm(server):
-    status, _, content = server.request("POST", CHAT, raw=rb'{"messages": [{"role": "user", "content": "a\ud800b"}]}')
+    status, _, content = server.request(
+        "POST", CHAT, raw=rb'{"messages": [{"role": "user", "content": "a\ud800b"}]}'
+    )
     assert status == 200 and json.loads(content)["choices"][0]["message"]["content"] == "a�b"
     status, _, content = server.request("POST", CHAT, raw=rb'{"messages": [], "\ud800": 1, "n": 1}')
     assert status == 400
@@ -420,7 +495,9 @@ def test_slow_clients_are_hung_up_on(monkeypatch):
     with Server(FakeEngine(echo)) as running:
         with running.connection(b"X-Slow: yes") as connection:  # a head without an end
             assert connection.recv(100) == b""
-        with running.connection(b"Content-Length: 100\r\n\r\n{") as connection:  # a body without an end
+        with running.connection(
+            b"Content-Length: 100\r\n\r\n{"
+        ) as connection:  # a body without an end
             assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
         wait_until(lambda: running.service.uploads == 0)
         assert running.chat()[0] == 200
@@ -450,8 +527,15 @@ def test_with_a_key():
         assert running.chat()[0] == 200
         assert running.request("GET", "/v1/models", headers={"Host": "example.org"})[0] == 200
         for wrong in ("", "Bearer", f"Bearer {KEY}x", f"Basic {KEY}", "Bearer \xff", KEY):
-            for method, path in (("GET", "/v1/models"), ("POST", CHAT), ("GET", "/metrics"), ("GET", "/nothing")):
-                status, headers, content = running.request(method, path, headers={"Authorization": wrong})
+            for method, path in (
+                ("GET", "/v1/models"),
+                ("POST", CHAT),
+                ("GET", "/metrics"),
+                ("GET", "/nothing"),
+            ):
+                status, headers, content = running.request(
+                    method, path, headers={"Authorization": wrong}
+                )
                 assert status == 401 and headers["www-authenticate"] == "Bearer"
                 assert json.loads(content)["error"]["code"] == "invalid_api_key"
         for path in ("/", "/static/app.js", "/health"):  # the page, in which the key is entered
@@ -465,7 +549,11 @@ def test_an_open_address_needs_a_key():
         config = pyconfig.initialize(["configs/base.yml", *overrides])
         return serve.api_key_of(config, environment)
 
-    assert key_of({}) is None and key_of({}, "serve_host=localhost") is None and key_of({}, "serve_host=::1") is None
+    assert (
+        key_of({}) is None
+        and key_of({}, "serve_host=localhost") is None
+        and key_of({}, "serve_host=::1") is None
+    )
     for host in ("0.0.0.0", "192.168.1.5", "::", "example.org"):
         with pytest.raises(ValueError, match="MAXNANO_API_KEY"):
             key_of({}, f"serve_host={host}")
@@ -491,7 +579,9 @@ def test_other_sites_only_where_the_config_says():
         headers = running.request("OPTIONS", CHAT, headers=preflight)[1]
         assert headers["access-control-allow-origin"] == "https://a.example"
         assert "access-control-allow-credentials" not in headers
-        other = running.request("OPTIONS", CHAT, headers=preflight | {"Origin": "https://b.example"})
+        other = running.request(
+            "OPTIONS", CHAT, headers=preflight | {"Origin": "https://b.example"}
+        )
         assert "access-control-allow-origin" not in other[1]
 
 
@@ -505,7 +595,9 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second():
             assert engine.running == 2
         wait_until(lambda: engine.running == 0, seconds=1)
         body = json.dumps(chat_with()).encode()
-        with running.connection(f"Content-Length: {len(body)}\r\n\r\n".encode() + body):  # not streamed
+        with running.connection(
+            f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+        ):  # not streamed
             wait_until(lambda: engine.running == 1)
         wait_until(lambda: engine.running == 0, seconds=1)
         with contextlib.ExitStack() as stack:  # and one that waits for a slot leaves the queue
@@ -567,7 +659,9 @@ def test_a_broken_engine_is_told(caplog):
 
 def test_deadlines():
     limits = ["serve_timeout=0.3", "max_new_tokens=1000000"]
-    with Server(FakeEngine(chatter, slots=2, max_length=1 << 30, step_seconds=0.01), *limits) as running:
+    with Server(
+        FakeEngine(chatter, slots=2, max_length=1 << 30, step_seconds=0.01), *limits
+    ) as running:
         status, answer = running.chat()
         assert status == 504 and answer["error"]["code"] == "timeout"
         _, _, content = running.request("POST", CHAT, chat_with(stream=True))
@@ -576,7 +670,9 @@ def test_deadlines():
 
 
 def test_a_client_that_does_not_read_holds_no_slot():
-    with Server(FakeEngine(chatter, slots=1, max_length=4096, step_tokens=64), "max_new_tokens=2000") as running:
+    with Server(
+        FakeEngine(chatter, slots=1, max_length=4096, step_tokens=64), "max_new_tokens=2000"
+    ) as running:
         with running.streaming():
             wait_until(lambda: running.engine.running == 0)
             assert running.chat(max_tokens=1)[0] == 200
@@ -608,13 +704,18 @@ print("left", engine.running, engine.waiting)
 
 def test_sigterm_lets_replies_end():
     """One that runs and one that waits for its slot; nobody new is let in, and the status is 0."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "PYTHONUNBUFFERED": "1",
+    }
     process = subprocess.Popen(
         [sys.executable, "-c", DRAINED], stdout=subprocess.PIPE, text=True, env=environment
     )
     try:
         port = int(re.search(r":(\d+) ", process.stdout.readline())[1])
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0
+        )
         create = client.chat.completions.create
         stream = create(model="tiny", messages=[USER], max_tokens=200, stream=True)
         first = next(stream)

@@ -18,18 +18,30 @@ import pytest
 from fake_engine import byte_tokenizer
 from serving import Server, wait_until
 
-from MaxNano import pyconfig, sharding, train_state
-from MaxNano.dialogue import ReplyDecoder, prompt_ids
-from MaxNano.engine import Engine, Request, numerics_of
+from MaxNano import pyconfig
+from MaxNano.distributed import sharding
+from MaxNano.inference.dialogue import ReplyDecoder, prompt_ids
+from MaxNano.inference.engine import Engine, Request, numerics_of
+from MaxNano.training import state as train_state
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = byte_tokenizer()
 BOS = TOKENIZER.bos_id
 TINY = (
-    "run_name=tiny", "vocab_size=265", "max_target_length=64", "num_decoder_layers=2", "emb_dim=32", "head_dim=16",
-    "num_query_heads=2", "steps=20", "short_window_multiple=8", "global_batch_tokens=256", "num_cpu_devices=1",
-    "top_k=0", "stream_interval=4",
-)  # fmt: skip
+    "run_name=tiny",
+    "vocab_size=265",
+    "max_target_length=64",
+    "num_decoder_layers=2",
+    "emb_dim=32",
+    "head_dim=16",
+    "num_query_heads=2",
+    "steps=20",
+    "short_window_multiple=8",
+    "global_batch_tokens=256",
+    "num_cpu_devices=1",
+    "top_k=0",
+    "stream_interval=4",
+)
 
 
 def make(slots, *overrides):
@@ -71,14 +83,18 @@ def test_replies_are_the_engines():
         chunks = [chunk.choices[0] for chunk in create(**asked, temperature=0, stream=True)]
         assert "".join(chunk.delta.content or "" for chunk in chunks) == text_of(greedy.tokens)
         both = create(**asked, temperature=1, seed=7, n=2)
-        assert [choice.message.content for choice in both.choices] == [text_of(each.tokens) for each in drawn]
+        assert [choice.message.content for choice in both.choices] == [
+            text_of(each.tokens) for each in drawn
+        ]
         [choice] = server.client.completions.create(
             model="tiny", prompt=list(scored), temperature=0, max_tokens=1, logprobs=1, echo=True
         ).choices
         reported = choice.logprobs
         given = [*scores.prompt_logprobs, *scores.logprobs]
         assert reported.token_logprobs[0] is None
-        np.testing.assert_allclose(reported.token_logprobs[1:], [score.logprob for score in given], rtol=1e-6)
+        np.testing.assert_allclose(
+            reported.token_logprobs[1:], [score.logprob for score in given], rtol=1e-6
+        )
         best = [max(top.values()) for top in reported.top_logprobs[1:]]
         np.testing.assert_allclose(best, [score.top[0][1] for score in given], rtol=1e-6)
         wait_until(lambda: server.service.taken == 0 and engine.is_idle)
@@ -90,7 +106,9 @@ def test_64_streams_are_each_as_alone():
     config, engine = make(16)
     prompts = [f"{'word ' * (i % 9)}number {i}" for i in range(64)]
     alone = [
-        engine.generate([Request((BOS, *prompt.encode()), 50, temperature=0, stop_ids=frozenset({BOS}))])[0][0]
+        engine.generate(
+            [Request((BOS, *prompt.encode()), 50, temperature=0, stop_ids=frozenset({BOS}))]
+        )[0][0]
         for prompt in prompts
     ]
     assert sum(len(completion.tokens) == 50 for completion in alone) > 50
@@ -120,9 +138,13 @@ serve.serve(serve.make_app(config, engine), serve.bind("127.0.0.1", 0), drain_se
 @pytest.mark.timeout(1800)
 def test_2000_requests_of_which_a_fifth_leave_keep_the_memory_flat():
     environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"
-    }  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-c", SERVING], stdout=subprocess.PIPE, text=True, env=environment)
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "PYTHONUNBUFFERED": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVING], stdout=subprocess.PIPE, text=True, env=environment
+    )
     try:
         port = int(re.search(r":(\d+) ", process.stdout.readline())[1])
         url = f"http://127.0.0.1:{port}/v1"
@@ -135,7 +157,11 @@ def test_2000_requests_of_which_a_fifth_leave_keep_the_memory_flat():
 
         def ask(leaves):
             body = json.dumps(
-                {"messages": [{"role": "user", "content": "tell me"}], "max_tokens": 50, "stream": leaves}
+                {
+                    "messages": [{"role": "user", "content": "tell me"}],
+                    "max_tokens": 50,
+                    "stream": leaves,
+                }
             ).encode()
             if not leaves:
                 return client.chat.completions.create(
@@ -181,7 +207,8 @@ def test_lm_eval_reads_the_engines_scores(tmp_path):
     if not program:
         pytest.skip("lm_eval is not installed (pip install lm_eval[api])")
     rows = [
-        {"question": f"Is {n} é even?", "choices": ["yes", "no, never"], "answer": n % 2} for n in range(12)
+        {"question": f"Is {n} é even?", "choices": ["yes", "no, never"], "answer": n % 2}
+        for n in range(12)
     ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "parity.yaml").write_text(TASK.format(data=tmp_path / "data.jsonl"))
@@ -197,16 +224,34 @@ def test_lm_eval_reads_the_engines_scores(tmp_path):
     with Server(engine, config=config) as server:
         arguments = f"model=tiny,base_url={server.url}/completions,num_concurrent=4,max_length=127"
         ran = subprocess.run(
-            [program, "--model", "local-completions", "--model_args", arguments, "--tasks", "parity",
-             "--include_path", tmp_path, "--output_path", tmp_path / "out", "--log_samples"],
+            [
+                program,
+                "--model",
+                "local-completions",
+                "--model_args",
+                arguments,
+                "--tasks",
+                "parity",
+                "--include_path",
+                tmp_path,
+                "--output_path",
+                tmp_path / "out",
+                "--log_samples",
+            ],
             env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
             check=False,
-        )  # fmt: skip
+        )
     assert ran.returncode == 0, ran.stderr[-3000:]
     [found] = tmp_path.glob("out/**/samples_parity_*.jsonl")
-    samples = sorted(map(json.loads, found.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    samples = sorted(
+        map(json.loads, found.read_text().splitlines()), key=lambda sample: sample["doc_id"]
+    )
     told = [answer for sample in samples for [answer] in sample["resps"]]
-    np.testing.assert_allclose([float(score) for score, _ in told], [score for score, _ in expected], rtol=1e-5)
-    assert [str(is_greedy) for _, is_greedy in told] == [str(is_greedy) for _, is_greedy in expected]
+    np.testing.assert_allclose(
+        [float(score) for score, _ in told], [score for score, _ in expected], rtol=1e-5
+    )
+    assert [str(is_greedy) for _, is_greedy in told] == [
+        str(is_greedy) for _, is_greedy in expected
+    ]

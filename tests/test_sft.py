@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from tuning import GOLDEN, PACKING, QUICK, check_gradients
 
-from MaxNano import pyconfig, tokenizer, train, train_state
-from MaxNano.checkpointing import Checkpointer
+from MaxNano import pyconfig, train
+from MaxNano.tokenization import tokenizer
+from MaxNano.training import state as train_state
+from MaxNano.training.checkpointing import Checkpointer
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "configs/base.yml")
@@ -24,20 +26,43 @@ CONTEXT = 256
 def words_of(place, *more):
     """A model with the data of `place`, for every stage."""
     return [
-        BASE, "model=d2", "emb_dim=32", "head_dim=16", "num_query_heads=2", f"max_target_length={CONTEXT}",
-        "vocab_size=288", "global_batch_tokens=1024", "learning_rate_scale=1", "data_readers=2", "num_cpu_devices=1",
-        "packing_buffer_documents=10", f"tokenizer_path={place}/tokenizer", f"base_output_directory={place}/runs",
-        f"jax_cache_dir={place}/cache", "tensorboard=false", "xla_flags=[quick]", QUICK, *more,
-    ]  # fmt: skip
+        BASE,
+        "model=d2",
+        "emb_dim=32",
+        "head_dim=16",
+        "num_query_heads=2",
+        f"max_target_length={CONTEXT}",
+        "vocab_size=288",
+        "global_batch_tokens=1024",
+        "learning_rate_scale=1",
+        "data_readers=2",
+        "num_cpu_devices=1",
+        "packing_buffer_documents=10",
+        f"tokenizer_path={place}/tokenizer",
+        f"base_output_directory={place}/runs",
+        f"jax_cache_dir={place}/cache",
+        "tensorboard=false",
+        "xla_flags=[quick]",
+        QUICK,
+        *more,
+    ]
 
 
 def sft_words(place, *more):
     return words_of(
-        place, "stage=sft", "load_from=base", "chat_interval=0",
+        place,
+        "stage=sft",
+        "load_from=base",
+        "chat_interval=0",
         f"chat_train_mixture=[[json:{place}/chat.jsonl, 1], [json:{place}/empty.jsonl, 3]]",
-        f"chat_validation_mixture=[[json:{place}/held_out.jsonl, 1]]", "eval_interval=4", "eval_tokens=4096",
-        "checkpoint_interval_steps=2", "embedding_lr=1", "load_optimizer=false", *more,
-    )  # fmt: skip
+        f"chat_validation_mixture=[[json:{place}/held_out.jsonl, 1]]",
+        "eval_interval=4",
+        "eval_tokens=4096",
+        "checkpoint_interval_steps=2",
+        "embedding_lr=1",
+        "load_optimizer=false",
+        *more,
+    )
 
 
 def say(number, count=None):
@@ -83,8 +108,10 @@ def set_up(place, *more):
 def start(*words):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "MaxNano/train.py"), *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def run(*words, status=0):
@@ -95,7 +122,10 @@ def run(*words, status=0):
 
 
 def rows_of(place, run_name):
-    return [json.loads(line) for line in (place / "runs" / run_name / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (place / "runs" / run_name / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def losses_of(place, run_name):
@@ -114,9 +144,13 @@ def test_a_run_starts_with_another_ones_checkpoint(base, load_optimizer):
     assert int(state.step) == 0
     jax.tree.map(np.testing.assert_array_equal, state.params, fresh.params)
     jax.tree.map(
-        lambda x, y: np.testing.assert_array_equal(x, y + load_optimizer), state.opt_state, fresh.opt_state
+        lambda x, y: np.testing.assert_array_equal(x, y + load_optimizer),
+        state.opt_state,
+        fresh.opt_state,
     )
-    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, setup.abstract)
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(
+        lambda x: x.sharding, setup.abstract
+    )
 
 
 def test_a_path_names_a_run_too(place):
@@ -128,13 +162,22 @@ def test_a_path_names_a_run_too(place):
     ("words", "problem"),
     [
         (["load_from=nowhere"], "nowhere holds no finished checkpoint"),
-        (["load_from=base", "run_name=base"], "load_from=base is the folder of this run itself; choose another"),
+        (
+            ["load_from=base", "run_name=base"],
+            "load_from=base is the folder of this run itself; choose another",
+        ),
         (["load_from=base", "mlp_dim=64"], "mlp_dim is 128 in the checkpoint of .*base but 64 now"),
         (["load_from=base", "rope_theta=1000"], "rope_theta is 100000.0 in the checkpoint"),
-        (["load_from=base", "window_pattern=L"], r"are \(256, 256\) .* window_pattern=SSSL short_window_fraction=0.5"),
-        (["load_from=base", "max_target_length=512", "short_window_fraction=0.5"], "short_window_fraction=0.25$"),
+        (
+            ["load_from=base", "window_pattern=L"],
+            r"are \(256, 256\) .* window_pattern=SSSL short_window_fraction=0.5",
+        ),
+        (
+            ["load_from=base", "max_target_length=512", "short_window_fraction=0.5"],
+            "short_window_fraction=0.25$",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_start_that_cannot_be_is_one_line(place, words, problem):
     _, setup = set_up(place, *words)
     with pytest.raises(ValueError, match=problem) as error:
@@ -160,7 +203,9 @@ def test_the_context_may_change_if_the_windows_stay(place, length):
 def test_a_run_goes_on_only_from_where_it_started(place):
     config = pyconfig.initialize(sft_words(place))
     train.check_start(config, {"load_from": "base"})
-    with pytest.raises(ValueError, match="d2_sft was started from other, not from base; choose another run_name"):
+    with pytest.raises(
+        ValueError, match="d2_sft was started from other, not from base; choose another run_name"
+    ):
         train.check_start(config, {"load_from": "other"})
     with pytest.raises(ValueError, match="from random parameters, not from base"):
         train.check_start(config, {})
@@ -182,7 +227,12 @@ def test_a_run_that_goes_on_need_not_be_told_again_where_it_started(place, tmp_p
 @pytest.fixture(scope="module")
 def whole(place):
     """A run that nothing interrupted; 160 conversations, of which 18 are longer than the context."""
-    chat = ["chat_interval=8", "chat_tasks=[SimpleSpelling/test]", "chat_interval_generative=2", "max_new_tokens=4"]
+    chat = [
+        "chat_interval=8",
+        "chat_tasks=[SimpleSpelling/test]",
+        "chat_interval_generative=2",
+        "max_new_tokens=4",
+    ]
     out, _ = run(*sft_words(place, "chat_epochs=2", *chat, "chat_slots=2"))
     return out
 
@@ -200,16 +250,22 @@ def test_fine_tuning_lowers_the_loss_of_conversations(place, whole):
     assert last["conversations_cut"] >= 18
     assert "starting from step 7 of" in whole and "conversations cut" in whole
     assert "chat_epochs" in whole and f"{len(losses)} steps" in whole
-    assert (place / "runs/base/checkpoints/7").exists() and not (place / "runs/base/metrics.jsonl").exists()
+    assert (place / "runs/base/checkpoints/7").exists() and not (
+        place / "runs/base/metrics.jsonl"
+    ).exists()
 
 
 def test_chat_tasks_are_asked_at_intervals(place, whole):
     rows = rows_of(place, "d2_sft")
     last = max(row["step"] for row in rows)
     told = {row["step"]: row["SimpleSpelling/test"] for row in rows if row.get("event") == "chat"}
-    assert told == dict.fromkeys(range(8, last, 8), 0.0) | {last: 0.0}, "nobody spells in four tokens"
+    assert told == dict.fromkeys(range(8, last, 8), 0.0) | {last: 0.0}, (
+        "nobody spells in four tokens"
+    )
     records = place / f"runs/d2_sft/evals/step_{last:06}/SimpleSpelling-test.jsonl"
-    asked = [json.loads(line)["messages"][0]["content"] for line in records.read_text().splitlines()]
+    asked = [
+        json.loads(line)["messages"][0]["content"] for line in records.read_text().splitlines()
+    ]
     assert len(asked) == 2 and all(question.startswith("Spell the word: ") for question in asked)
 
 
@@ -250,7 +306,8 @@ def test_the_base_runs_own_config_can_come_first(place):
 
 def test_passes_decide_the_steps(place):
     steps = [
-        train.with_horizon(pyconfig.initialize(sft_words(place, f"chat_epochs={passes}"))).steps for passes in (1, 3)
+        train.with_horizon(pyconfig.initialize(sft_words(place, f"chat_epochs={passes}"))).steps
+        for passes in (1, 3)
     ]
     assert steps[1] == pytest.approx(3 * steps[0], abs=2)
     asked = pyconfig.initialize(sft_words(place, "steps=5"))

@@ -6,7 +6,8 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from MaxNano import pyconfig, sharding
+from MaxNano import pyconfig
+from MaxNano.distributed import sharding
 
 RULES = (("layers", "fsdp"), ("heads", "tensor"), ("embed",), ("activation_batch", "data", "fsdp"))
 
@@ -43,7 +44,9 @@ def test_an_axis_takes_only_mesh_axes_that_divide_it():
 
 
 def device(index, *, process=0, platform="cpu", **more):
-    return SimpleNamespace(id=index, process_index=process, platform=platform, device_kind=platform, **more)
+    return SimpleNamespace(
+        id=index, process_index=process, platform=platform, device_kind=platform, **more
+    )
 
 
 CPUS = [device(i) for i in range(8)]
@@ -82,7 +85,9 @@ IN_ORDER = list(range(8))
         ),
     ],
 )
-def test_a_mesh_has_slices_outside_and_their_devices_inside(monkeypatch, devices, words, shape, order):
+def test_a_mesh_has_slices_outside_and_their_devices_inside(
+    monkeypatch, devices, words, shape, order
+):
     monkeypatch.setattr(sharding, "Mesh", lambda grid, axes, axis_types: FakeMesh(grid, axes))
     assert grid_of(devices, *words) == (shape, order)
 
@@ -100,7 +105,11 @@ class FakeMesh:
         (CPUS[:1], ["ici_data_parallelism=2"], "data 2 x fsdp 1 x tensor 1 does not fit 1 devices"),
         (CPUS[:1], ["ici_fsdp_parallelism=2"], "does not fit 1 devices"),
         (CPUS, ["ici_tensor_parallelism=3"], "data 2 x fsdp 1 x tensor 3 does not fit 8 devices"),
-        (CPUS, ["dcn_data_parallelism=2"], "dcn_data 2 x dcn_fsdp 1 x dcn_tensor 1 does not fit 1 processes"),
+        (
+            CPUS,
+            ["dcn_data_parallelism=2"],
+            "dcn_data 2 x dcn_fsdp 1 x dcn_tensor 1 does not fit 1 processes",
+        ),
         (PROCESSES, ["dcn_data_parallelism=4"], "does not fit 2 processes: change the dcn_"),
         (SLICES, ["dcn_data_parallelism=4"], "does not fit 2 slices: change the dcn_"),
         (TPU_SLICES, [], "does not fit 2 slices: change the dcn_"),

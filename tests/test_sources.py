@@ -126,7 +126,9 @@ def test_an_epoch_without_documents_is_an_error_not_an_endless_loop(tmp_path):
 
 def write_manifest(folder, done):
     """A manifest of some files: {name: whether it has arrived}."""
-    files = {name: {"size": 1, "sha256": None, "etag": None, "done": here} for name, here in done.items()}
+    files = {
+        name: {"size": 1, "sha256": None, "etag": None, "done": here} for name, here in done.items()
+    }
     (folder / sources.MANIFEST).write_text(json.dumps({"source": "test", "files": files}))
 
 
@@ -225,7 +227,9 @@ def test_a_data_set_of_the_hub_is_read_where_downloads_are_kept(shards, tmp_path
     config = make_config(
         "hf", "unused", download_path=folder, dataset_name="hf:some-one/texts.v2/data/train-*"
     )
-    with pytest.raises(ValueError, match=r"hf:some-one/texts.v2/data/train-\* is not in .*download.py"):
+    with pytest.raises(
+        ValueError, match=r"hf:some-one/texts.v2/data/train-\* is not in .*download.py"
+    ):
         sources.HubSource(config, "train")
     # Put there by hand, without a manifest.
     place = folder / "some-one--texts.v2--data--train"
@@ -275,7 +279,10 @@ def test_a_mixture_gives_each_part_its_share_in_its_own_order(several):
     source = sources.open_source(config, "train")
     lists = sources.read_lists(source, 0, 1, 2, sources.beginning(source, 0))
     texts = [text for _, some in itertools.islice(lists, 1000) for text in some]
-    by_part = {kind: [text for text in texts if text.startswith(kind)] for kind in ("file", "jsonl", "text")}
+    by_part = {
+        kind: [text for text in texts if text.startswith(kind)]
+        for kind in ("file", "jsonl", "text")
+    }
     total = sum(len(text) + 1 for text in texts)
     shares = [sum(len(text) + 1 for text in own) / total for own in by_part.values()]
     # No part is ever further off than one list of its documents.
@@ -319,7 +326,9 @@ def test_every_document_of_a_mixture_comes_once_for_the_tokenizer(several):
     config = mixture_of(several, 1, 8)
     texts = list(sources.iterate_texts(config, "train"))
     assert len(texts) == len(set(texts)) == 17 + 60
-    assert sum(text.startswith("jsonl") for text in texts[:10]) >= 6  # in their shares as long as both last
+    assert (
+        sum(text.startswith("jsonl") for text in texts[:10]) >= 6
+    )  # in their shares as long as both last
 
 
 def test_a_mixture_waits_for_a_part_instead_of_taking_another(arriving, tmp_path_factory):

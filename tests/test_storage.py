@@ -22,9 +22,11 @@ import pytest
 from etils import epath
 from test_checkpointing import abstract, assert_same, make_config, make_state
 
-from MaxNano import bucket, checkpointing, history, storage
-from MaxNano.checkpointing import MANIFEST, Checkpointer, CheckpointError
 from MaxNano.data import sources
+from MaxNano.reporting import run_history
+from MaxNano.storage import bucket, files
+from MaxNano.training import checkpointing
+from MaxNano.training.checkpointing import MANIFEST, Checkpointer, CheckpointError
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,30 +67,32 @@ def restore(run, like=None, **options):
 def test_what_a_bucket_does_not_do_is_made_up_for(store, run):
     run.mkdir(parents=True)
     assert not run.exists(), "a bucket has no folders"
-    assert storage.names(run) == [] and storage.sizes(run) == {}
-    storage.write_whole(run / "a" / "b.txt", "ä")
-    storage.write_whole(run / "c.txt", b"12")
-    assert storage.names(run) == ["a", "c.txt"]
-    assert storage.sizes(run) == {"a/b.txt": 2, "c.txt": 2}
+    assert files.names(run) == [] and files.sizes(run) == {}
+    files.write_whole(run / "a" / "b.txt", "ä")
+    files.write_whole(run / "c.txt", b"12")
+    assert files.names(run) == ["a", "c.txt"]
+    assert files.sizes(run) == {"a/b.txt": 2, "c.txt": 2}
     assert names(store, run) == {"a/b.txt": "ä".encode(), "c.txt": b"12"}
 
 
 def test_the_same_on_a_disk(tmp_path):
     folder = epath.Path(tmp_path) / "x"
-    assert storage.names(folder) == [] and storage.sizes(folder) == {}
-    storage.write_whole(folder / "a" / "b.txt", "ä")
-    storage.write_whole(folder / "c.txt", b"12")
-    assert storage.names(folder) == ["a", "c.txt"]
-    assert storage.sizes(folder) == {"a/b.txt": 2, "c.txt": 2}
+    assert files.names(folder) == [] and files.sizes(folder) == {}
+    files.write_whole(folder / "a" / "b.txt", "ä")
+    files.write_whole(folder / "c.txt", b"12")
+    assert files.names(folder) == ["a", "c.txt"]
+    assert files.sizes(folder) == {"a/b.txt": 2, "c.txt": 2}
 
 
 def test_a_reader_sees_what_another_machine_wrote_after_it_looked(store, run):
-    storage.write_whole(run / "a", "1")
-    assert storage.names(run) == ["a"] and not (run / "b").exists()
+    files.write_whole(run / "a", "1")
+    assert files.names(run) == ["a"] and not (run / "b").exists()
     key = f"{run}/".removeprefix(f"{store.bucket}/")
     store.put(f"{key}b", b"2")
     store.put(f"{key}a", b"123")
-    assert storage.names(run) == ["a", "b"] and (run / "b").exists() and (run / "a").stat().length == 3
+    assert (
+        files.names(run) == ["a", "b"] and (run / "b").exists() and (run / "a").stat().length == 3
+    )
     store.delete(f"{key}a")
     assert not (run / "a").exists()
 
@@ -101,12 +105,16 @@ LARGE = bytes(range(256)) * (12 << 12)  # 12 MiB, of which gcsfs sends 5 at a ti
 def test_what_passes_is_tried_again(store, run, kind, operation):
     fault = store.fail(kind, operation, skip=1)
     content = LARGE if operation == "write" and kind == "drop" else b"some text"
-    storage.write_whole(run / "a", content)
+    files.write_whole(run / "a", content)
     assert (run / "a").read_bytes() == content
-    assert (run / "a").exists() and (run / "a").exists() and storage.names(run) == storage.names(run) == ["a"]
+    assert (
+        (run / "a").exists()
+        and (run / "a").exists()
+        and files.names(run) == files.names(run) == ["a"]
+    )
     (run / "a").read_bytes()
     (run / "a").unlink()
-    storage.write_whole(run / "a", content)
+    files.write_whole(run / "a", content)
     if (kind, operation) == ("lose", "delete"):
         with pytest.raises(FileNotFoundError):  # it was deleted, but nobody heard
             (run / "a").unlink()
@@ -116,15 +124,17 @@ def test_what_passes_is_tried_again(store, run, kind, operation):
     assert names(store, run) == {}
 
 
-@pytest.mark.parametrize("kind,words", [(403, "Forbidden"), (412, "precondition failed"), (400, "400 on demand")])
+@pytest.mark.parametrize(
+    "kind,words", [(403, "Forbidden"), (412, "precondition failed"), (400, "400 on demand")]
+)
 @pytest.mark.parametrize("operation", ["write", "read", "list"])
 def test_what_lasts_is_one_line_that_names_the_object(store, run, kind, words, operation):
-    storage.write_whole(run / "a", "1")
+    files.write_whole(run / "a", "1")
     store.fail(kind, operation, count=None)
     acts = {
-        "write": lambda: storage.write_whole(run / "a", "2"),
+        "write": lambda: files.write_whole(run / "a", "2"),
         "read": (run / "a").read_text,
-        "list": lambda: storage.names(run),
+        "list": lambda: files.names(run),
     }
     with pytest.raises(bucket.BucketError, match=words) as caught:
         acts[operation]()
@@ -137,11 +147,13 @@ def test_what_lasts_is_one_line_that_names_the_object(store, run, kind, words, o
 def test_a_store_that_never_answers_is_given_up(store, run, operation, monkeypatch):
     monkeypatch.setattr(bucket, "SILENCE_SECONDS", 0.2)
     monkeypatch.setattr(bucket.Bucket, "cachable", False)
-    monkeypatch.setattr(epath.backend.fsspec_backend, "_get_filesystem", lambda name: bucket.Bucket())
-    storage.write_whole(run / "a", "1")
+    monkeypatch.setattr(
+        epath.backend.fsspec_backend, "_get_filesystem", lambda name: bucket.Bucket()
+    )
+    files.write_whole(run / "a", "1")
     fault = store.fail("hang", operation, count=None)
     acts = {
-        "write": lambda: storage.write_whole(run / "a", LARGE),
+        "write": lambda: files.write_whole(run / "a", LARGE),
         "read": (run / "a").read_text,
         "list": lambda: list(run.iterdir()),
     }
@@ -160,7 +172,10 @@ def test_shards_in_a_bucket_that_fails_are_told_in_a_line(store, operation, monk
     for shard in range(2):
         store.put(f"shards/{shard}.parquet", content.getvalue())
     config = types.SimpleNamespace(
-        dataset_type="parquet", dataset_path="gs://anonymous@ours/shards", text_column="text", data_wait_seconds=0
+        dataset_type="parquet",
+        dataset_path="gs://anonymous@ours/shards",
+        text_column="text",
+        data_wait_seconds=0,
     )
     store.fail(503, operation, "shards", count=1)
     source = sources.SOURCES["parquet"](config, "train")
@@ -183,18 +198,21 @@ def test_a_new_run_saves_keeps_and_restores(store, run):
         for step in (1, 2, 10, 11):
             checkpointer.save(step, make_state(step), {"step": step})
         checkpointer.wait()
-        assert storage.names(run / "checkpoints") == ["10", "11"]
+        assert files.names(run / "checkpoints") == ["10", "11"]
         state, extra = checkpointer.restore(abstract(make_state(0)))
         assert_same(state, make_state(11))
         assert extra["step"] == 11
-    files = json.loads((run / "checkpoints/11" / MANIFEST).read_text())["files"]
+    recorded = json.loads((run / "checkpoints/11" / MANIFEST).read_text())["files"]
     stored = {name.removeprefix("checkpoints/11/") for name in names(store, run) if "/11/" in name}
-    assert set(files) == stored - {MANIFEST}
-    assert history._newest_extra(run / "checkpoints")["run"]["step"] == 11
+    assert set(recorded) == stored - {MANIFEST}
+    assert run_history._newest_extra(run / "checkpoints")["run"]["step"] == 11
 
 
 def test_a_reader_that_stays_sees_the_next_checkpoint(store, run):
-    with Checkpointer(make_config(), run) as writer, Checkpointer(make_config(), run, writer=False) as reader:
+    with (
+        Checkpointer(make_config(), run) as writer,
+        Checkpointer(make_config(), run, writer=False) as reader,
+    ):
         assert reader.latest_step() is None
         for step in (1, 2):
             writer.save(step, make_state(step), {})
@@ -203,7 +221,14 @@ def test_a_reader_that_stays_sees_the_next_checkpoint(store, run):
             assert_same(reader.restore(abstract(make_state(0)))[0], make_state(step))
 
 
-WRITES = (r"process_0/d/", r"state/d/", "manifest.ocdbt", "extra/metadata", "_METADATA", "_sharding")
+WRITES = (
+    r"process_0/d/",
+    r"state/d/",
+    "manifest.ocdbt",
+    "extra/metadata",
+    "_METADATA",
+    "_sharding",
+)
 WRITES += ("commit_success", "array_metadatas", "MANIFEST")
 
 
@@ -232,7 +257,10 @@ def test_a_save_that_fails_is_told_and_harms_nothing(store, run, kind, name, cap
         checkpointer.check()
         warning = capfd.readouterr().err.strip().splitlines()[-1]
         assert warning.startswith("warning: the checkpoint of step 2 could not be written (")
-        assert warning.endswith("; trying again at the next interval") and "tensorstore_spec" not in warning
+        assert (
+            warning.endswith("; trying again at the next interval")
+            and "tensorstore_spec" not in warning
+        )
         assert checkpointer.latest_step() == 1
         assert_same(checkpointer.restore(abstract(make_state(0)))[0], make_state(1))
         store.mend()
@@ -245,7 +273,9 @@ def test_a_save_that_fails_is_told_and_harms_nothing(store, run, kind, name, cap
 
 def test_the_first_save_may_fail_and_the_third_failure_in_a_row_stops_the_run(store, run):
     store.fail(403, "write", "manifest.ocdbt", count=None)
-    with pytest.raises(CheckpointError, match=r"3 checkpoints in a row could not be written to gs://.*403"):
+    with pytest.raises(
+        CheckpointError, match=r"3 checkpoints in a row could not be written to gs://.*403"
+    ):
         with Checkpointer(make_config("async_checkpointing=false"), run) as checkpointer:
             for step in (1, 2, 3):
                 checkpointer.save(step, make_state(step), {})
@@ -262,7 +292,7 @@ def test_old_checkpoints_that_cannot_be_deleted_fail_no_save(store, run, capfd):
         store.mend()
         checkpointer.save(3, make_state(3), {})
         checkpointer.wait()
-        assert storage.names(run / "checkpoints") == ["3"]
+        assert files.names(run / "checkpoints") == ["3"]
 
 
 def test_half_a_checkpoint_is_never_taken_for_a_whole_one_and_is_cleared_away(store, run, capfd):
@@ -270,12 +300,17 @@ def test_half_a_checkpoint_is_never_taken_for_a_whole_one_and_is_cleared_away(st
         for step in (1, 2):
             checkpointer.save(step, make_state(step), {})
         checkpointer.wait()
-    (run / "checkpoints/2" / MANIFEST).unlink()  # as a process leaves it that is killed before the end
+    (
+        run / "checkpoints/2" / MANIFEST
+    ).unlink()  # as a process leaves it that is killed before the end
     assert_same(restore(run)[0], make_state(1))
     with Checkpointer(make_config(), run) as checkpointer:
         assert checkpointer.latest_step() == 1
-    assert f"warning: the checkpoint of step 2 in {run} was never finished; removed" in capfd.readouterr().err
-    assert storage.names(run / "checkpoints") == ["1"]
+    assert (
+        f"warning: the checkpoint of step 2 in {run} was never finished; removed"
+        in capfd.readouterr().err
+    )
+    assert files.names(run / "checkpoints") == ["1"]
 
 
 def test_a_damaged_checkpoint_is_set_aside_but_a_silent_store_damages_none(store, run, capfd):
@@ -284,12 +319,19 @@ def test_a_damaged_checkpoint_is_set_aside_but_a_silent_store_damages_none(store
             checkpointer.save(step, make_state(step), {})
     for operation in ("read", "list"):
         store.fail(503, operation, "/2/", count=None)
-        with Checkpointer(make_config(), run) as checkpointer, pytest.raises(CheckpointError, match="cannot"):
+        with (
+            Checkpointer(make_config(), run) as checkpointer,
+            pytest.raises(CheckpointError, match="cannot"),
+        ):
             checkpointer.restore(abstract(make_state(0)))
         store.mend()
     assert_same(restore(run)[0], make_state(2))
 
-    gone = next(name for name in store.objects() if f"{run.name}/checkpoints/2/state/ocdbt.process_0/d/" in name)
+    gone = next(
+        name
+        for name in store.objects()
+        if f"{run.name}/checkpoints/2/state/ocdbt.process_0/d/" in name
+    )
     store.delete(gone)
     with Checkpointer(make_config(), run) as checkpointer:
         assert_same(checkpointer.restore(abstract(make_state(0)))[0], make_state(1))
@@ -318,7 +360,9 @@ def test_the_process_that_came_last_owns_the_run(store, run):
 
 def test_a_bucket_that_refuses_is_told_before_training(store, run):
     store.fail(403, "write", count=None)
-    with pytest.raises(CheckpointError, match=rf"cannot write to {run} \(.*Forbidden.*\); set base_output") as caught:
+    with pytest.raises(
+        CheckpointError, match=rf"cannot write to {run} \(.*Forbidden.*\); set base_output"
+    ) as caught:
         Checkpointer(make_config(), run)
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="cannot write to gs://elsewhere/run"):
@@ -329,14 +373,20 @@ def test_a_bucket_that_refuses_is_told_before_training(store, run):
 def test_a_save_outlasts_a_store_that_does_not_answer(store, run):
     """In a process of its own, since tensorstore reads its limit once."""
     code = f"""
-        from MaxNano.checkpointing import Checkpointer
+        from MaxNano.training.checkpointing import Checkpointer
         from tests.test_checkpointing import make_config, make_state
         with Checkpointer(make_config(), {str(run)!r}) as checkpointer:
             checkpointer.save(1, make_state(1), {{}})
     """
     fault = store.fail("hang", "write", "manifest.ocdbt")
     env = {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "1", "PYTHONPATH": str(ROOT / "tests")}
-    command = ["env", *(f"{key}={value}" for key, value in env.items()), sys.executable, "-c", textwrap.dedent(code)]
+    command = [
+        "env",
+        *(f"{key}={value}" for key, value in env.items()),
+        sys.executable,
+        "-c",
+        textwrap.dedent(code),
+    ]
     subprocess.run(command, cwd=ROOT, check=True, timeout=100)
     assert fault.hits == 1
     assert_same(restore(run)[0], make_state(1))

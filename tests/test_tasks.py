@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from MaxNano import sandbox, tasks, tokenizer
+from MaxNano import tasks
 from MaxNano.tasks import humaneval, spelling
+from MaxNano.tokenization import tokenizer
+from MaxNano.tools import sandbox
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tasks_conversations.json").read_text())
 NANOCHAT_ROWS = sorted(GOLDEN["conversations"])
@@ -226,11 +228,14 @@ def test_a_conversation_may_be_changed_without_harm(tmp_path):
         ('[{"role": "user"}]', "line 3: message 0 must be"),
         (json.dumps(HELLO[1:]), "line 3: message 0 is from 'assistant' but must be from 'user'"),
         (json.dumps([*HELLO, HELLO[1]]), "line 3: message 2 is from 'assistant'"),
-        (json.dumps([HELLO[0], {"role": "assistant", "content": 5}]), "line 3: .* message 1 must be a text"),
+        (
+            json.dumps([HELLO[0], {"role": "assistant", "content": 5}]),
+            "line 3: .* message 1 must be a text",
+        ),
         (json.dumps(HELLO[:1]), "line 3: no message is from 'assistant'"),
         ("[" * 100_000, "line 3: nested too deeply"),
     ],
-)  # fmt: skip
+)
 def test_an_error_names_the_line(tmp_path, line, problem):
     path = tmp_path / "a.jsonl"
     path.write_text(f"{json.dumps(HELLO)}\n\n{line}\n{json.dumps(HELLO)}\n")

@@ -13,8 +13,9 @@ import tiktoken_ext.openai_public
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from MaxNano import pyconfig, tokenizer
-from MaxNano.tokenizer import NANOCHAT_PATTERN, SPECIAL_TOKENS, BpeTokenizer
+from MaxNano import pyconfig
+from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import NANOCHAT_PATTERN, SPECIAL_TOKENS, BpeTokenizer
 
 BYTE_RANKS = {bytes([i]): i for i in range(256)}
 CORPUS = [
@@ -386,8 +387,11 @@ def test_huggingface_special_tokens_may_be_unmarked_and_truncation_is_dropped(tm
     for entry in content["added_tokens"]:
         entry["special"] = False
     content["truncation"] = {
-        "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0
-    }  # fmt: skip
+        "direction": "Right",
+        "max_length": 2,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
     t = load_huggingface(tmp_path, content)
     text = "a text of more than two tokens <|user_start|>"
     ids = t.encode(text)
@@ -399,24 +403,51 @@ def test_huggingface_metaspace_and_byte_fallback(tmp_path):
     bytes_ = {f"<0x{i:02X}>": i + 3 for i in range(256)}
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **bytes_, "▁": 259, "a": 260, "▁a": 261, "b": 262}
     content = {
-        "version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "pre_tokenizer": None,
         "added_tokens": [
-            {"id": i, "content": c, "single_word": False, "lstrip": False, "rstrip": False,
-             "normalized": False, "special": True}
+            {
+                "id": i,
+                "content": c,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
             for i, c in enumerate(["<unk>", "<s>", "</s>"])
         ],
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "▁"},
-            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        },
         "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-            {"type": "ByteFallback"}, {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "fuse_unk": True,
-                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "byte_fallback": True, "vocab": vocab, "merges": ["▁ a"]},
-    }  # fmt: skip
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "fuse_unk": True,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "byte_fallback": True,
+            "vocab": vocab,
+            "merges": ["▁ a"],
+        },
+    }
     t = load_huggingface(tmp_path, content)
     assert t.bos_id == 1
     assert t.encode("a bé") == [261, 259, 262, 3 + 0xC3, 3 + 0xA9]

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from MaxNano import tokenizer
+from MaxNano.tokenization import tokenizer
 
 ROOT = Path(__file__).parents[1]
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix strange and bright potions".split()
@@ -25,7 +25,8 @@ def place(tmp_path_factory):
     (folder / "text").mkdir()
     for shard in range(3):
         texts = [
-            " ".join(WORDS[(i * j + shard) % len(WORDS)] for j in range(3 + i % 60)) for i in range(300)
+            " ".join(WORDS[(i * j + shard) % len(WORDS)] for j in range(3 + i % 60))
+            for i in range(300)
         ]
         table = pa.table({"text": texts})
         pq.write_table(table, folder / "text" / f"shard_{shard}.parquet", row_group_size=50)
@@ -35,20 +36,43 @@ def place(tmp_path_factory):
 
 def words_of(place, run_name, *more):
     return [
-        str(ROOT / "configs/base.yml"), "num_decoder_layers=2", "emb_dim=32", "head_dim=16", "num_query_heads=2",
-        "vocab_size=300", "max_target_length=32", "short_window_multiple=16", "global_batch_tokens=256", "steps=14",
-        "data_readers=2", "packing_buffer_documents=20", f"dataset_path={place}/text",
-        f"tokenizer_path={place}/tokenizer", f"jax_cache_dir={place}/cache", f"base_output_directory={place}/runs",
-        "num_cpu_devices=1", "eval_interval=7", "eval_tokens=1024", "sample_interval=7", "sample_tokens=4",
-        "checkpoint_interval_steps=3", "warmup_steps=2", "embedding_lr=30", f"run_name={run_name}", *more,
-    ]  # fmt: skip
+        str(ROOT / "configs/base.yml"),
+        "num_decoder_layers=2",
+        "emb_dim=32",
+        "head_dim=16",
+        "num_query_heads=2",
+        "vocab_size=300",
+        "max_target_length=32",
+        "short_window_multiple=16",
+        "global_batch_tokens=256",
+        "steps=14",
+        "data_readers=2",
+        "packing_buffer_documents=20",
+        f"dataset_path={place}/text",
+        f"tokenizer_path={place}/tokenizer",
+        f"jax_cache_dir={place}/cache",
+        f"base_output_directory={place}/runs",
+        "num_cpu_devices=1",
+        "eval_interval=7",
+        "eval_tokens=1024",
+        "sample_interval=7",
+        "sample_tokens=4",
+        "checkpoint_interval_steps=3",
+        "warmup_steps=2",
+        "embedding_lr=30",
+        f"run_name={run_name}",
+        *more,
+    ]
 
 
 def start(*words, cwd=ROOT):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "MaxNano/train.py"), *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+    )
 
 
 def run(*words, cwd=ROOT, status=0):
@@ -83,7 +107,17 @@ def test_a_run_trains_evaluates_and_says_so(place, whole):
     assert [r["step"] for r in validation] == [0, 7, 14]
     assert validation[-1]["bpb"] < validation[0]["bpb"]
     assert [r["step"] for r in rows_of(place, "whole") if r.get("event") == "samples"] == [7, 14]
-    for word in ("token_embed", "muon", "command line", "derived", "14/14", "tok/s", "bpb", "left", "epoch"):
+    for word in (
+        "token_embed",
+        "muon",
+        "command line",
+        "derived",
+        "14/14",
+        "tok/s",
+        "bpb",
+        "left",
+        "epoch",
+    ):
         assert word in whole, word
     assert (place / "runs/whole/checkpoints/14/MANIFEST.json").exists()
     assert len(list((place / "runs/whole/checkpoints").iterdir())) == 2, "checkpoint_keep"
@@ -151,7 +185,16 @@ def test_it_goes_on_with_other_devices_and_workers(place, whole):
 
 
 def test_accumulation_and_devices_do_not_change_the_tokens(place, whole):
-    run(*words_of(place, "spread", "num_cpu_devices=2", "per_device_batch_size=1", "steps=3", "tensorboard=false"))
+    run(
+        *words_of(
+            place,
+            "spread",
+            "num_cpu_devices=2",
+            "per_device_batch_size=1",
+            "steps=3",
+            "tensorboard=false",
+        )
+    )
     for got, expected in zip(losses_of(place, "spread"), losses_of(place, "whole"), strict=False):
         # The first steps, before the schedules of a shorter run differ.
         if got[0] < 2:
@@ -193,11 +236,23 @@ def test_bad_input_is_one_line_and_status_2(place, case):
 def test_a_typo_is_told_before_jax_is_imported(tmp_path, program):
     (tmp_path / "jax.py").write_text("raise SystemExit('jax was imported')")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "MaxNano" / program), str(ROOT / "configs/base.yml"), "modle=d4"],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(ROOT / "MaxNano" / program),
+            str(ROOT / "configs/base.yml"),
+            "modle=d4",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=False,
+    )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and "model" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("error: ")
+        and "model" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_a_second_run_on_the_same_folder_is_refused(place):
@@ -211,6 +266,8 @@ def test_a_second_run_on_the_same_folder_is_refused(place):
 
 def test_another_tokenizer_cannot_go_on_with_a_run(place, whole):
     other = place / "other"
-    tokenizer.train_bpe([" ".join(reversed(WORDS)) + " some other words altogether"] * 9, 300).save(other)
+    tokenizer.train_bpe([" ".join(reversed(WORDS)) + " some other words altogether"] * 9, 300).save(
+        other
+    )
     _, err = run(*words_of(place, "whole", f"tokenizer_path={other}", "steps=20"), status=2)
     assert "tokenizer" in err and err.count("\n") == 1, err

@@ -20,13 +20,27 @@ LEAST_EFFORT = {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"}  # of the compiler,
 
 def run(tmp_path, *words, status=0, **own):
     """(stdout, stderr) of train_compile.py, which finds nothing in its environment that concerns TPUs but `own`."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("TPU", "JAX", "LIBTPU"))}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("TPU", "JAX", "LIBTPU"))
+    }
     environment |= own
     done = subprocess.run(
-        [sys.executable, str(ROOT / "MaxNano/train_compile.py"), str(ROOT / "configs/base.yml"),
-         f"base_output_directory={tmp_path}", f"compile_report={tmp_path}/report.json", *words],
-        capture_output=True, text=True, env=environment, cwd=tmp_path, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(ROOT / "MaxNano/train_compile.py"),
+            str(ROOT / "configs/base.yml"),
+            f"base_output_directory={tmp_path}",
+            f"compile_report={tmp_path}/report.json",
+            *words,
+        ],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
+    )
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout, done.stderr
 
@@ -43,19 +57,31 @@ def report(tmp_path, *words, **own):
 @pytest.mark.parametrize(
     "name,shape",
     [
-        ("v6e-1", (1, 1)), ("v6e-4", (2, 2)), ("v6e-8", (2, 4)), ("v6e-16", (4, 4)), ("v6e-32", (4, 8)),
-        ("v6e-64", (8, 8)), ("v5e-128", (8, 16)), ("v6e-256", (16, 16)),
-        ("v5p-8", (2, 2, 1)), ("v5p-16", (2, 2, 2)), ("v4-32", (2, 2, 4)), ("v4-64", (2, 4, 4)), ("v5p-128", (4, 4, 4)),
+        ("v6e-1", (1, 1)),
+        ("v6e-4", (2, 2)),
+        ("v6e-8", (2, 4)),
+        ("v6e-16", (4, 4)),
+        ("v6e-32", (4, 8)),
+        ("v6e-64", (8, 8)),
+        ("v5e-128", (8, 16)),
+        ("v6e-256", (16, 16)),
+        ("v5p-8", (2, 2, 1)),
+        ("v5p-16", (2, 2, 2)),
+        ("v4-32", (2, 2, 4)),
+        ("v4-64", (2, 4, 4)),
+        ("v5p-128", (4, 4, 4)),
         ("v5p-2048", (8, 8, 16)),
     ],
-)  # fmt: skip
+)
 def test_slices_have_the_shapes_of_cloud_tpu(name, shape):
     from MaxNano import train_compile
 
     assert train_compile.slice_shape(name) == (name.partition("-")[0], shape)
 
 
-@pytest.mark.parametrize("name", ["v6e-2", "v6e-12", "v6e-512", "v5p-4", "v4-9", "v7x-8", "v6e", "v6e-", "8"])
+@pytest.mark.parametrize(
+    "name", ["v6e-2", "v6e-12", "v6e-512", "v5p-4", "v4-9", "v7x-8", "v6e", "v6e-", "8"]
+)
 def test_other_names_are_refused_with_what_would_do(name):
     from MaxNano import train_compile
 
@@ -103,7 +129,9 @@ def test_both_programs_compile_for_a_slice(tmp_path):
     assert evaluate["run_seconds"] is None
     kinds = {c["kind"] for c in train["collectives"]}
     assert kinds & {"all-reduce", "reduce-scatter"}, "gradients of eight chips are summed"
-    assert all(c["axes"] and c["group_size"] > 1 and c["network"] == "ici" for c in train["collectives"])
+    assert all(
+        c["axes"] and c["group_size"] > 1 and c["network"] == "ici" for c in train["collectives"]
+    )
     assert train["cycles"] > evaluate["cycles"]
     check_that_weights_travel_once(train["collectives"], keys)
 
@@ -122,12 +150,16 @@ def check_that_weights_travel_once(collectives, keys):
     def moved(*kinds):
         # Where the compiler has joined several, it names no source.
         of_step = (
-            c for c in collectives if c["kind"] in kinds and (c["source"] or "sharding.py").startswith("sharding.py")
+            c
+            for c in collectives
+            if c["kind"] in kinds and (c["source"] or "sharding.py").startswith("sharding.py")
         )
         return sum(c["bytes"] * c["count"] for c in of_step)
 
     assert moved("all-gather") == pytest.approx(2 * every, rel=0.02)
-    assert moved("reduce-scatter", "all-reduce") == pytest.approx(4 * every - 2 * embeddings, rel=0.02)
+    assert moved("reduce-scatter", "all-reduce") == pytest.approx(
+        4 * every - 2 * embeddings, rel=0.02
+    )
 
 
 @pytest.mark.tpu_compile
@@ -147,7 +179,9 @@ def test_prefill_and_decode_compile_for_a_slice(tmp_path):
     assert prefill["tokens_per_second"] == pytest.approx(8 * 256 / prefill["step_seconds"])
     for program in (prefill, decode):
         assert program["chips"] == 8
-        assert all(c["bytes"] < 2**16 for c in program["collectives"]), "only what the host reads travels"
+        assert all(c["bytes"] < 2**16 for c in program["collectives"]), (
+            "only what the host reads travels"
+        )
         assert 0 < program["cycles_by_class"]["matmul"] < program["cycles"]
         assert program["memory"]["aliased"] > 0, "the cache is taken over"
         assert program["run_seconds"] is None
@@ -157,7 +191,13 @@ def test_prefill_and_decode_compile_for_a_slice(tmp_path):
 @pytest.mark.timeout(900)
 def test_decoding_finds_the_cache_as_it_wants_it(tmp_path):
     """Else each round would copy all of it twice, which is what has the shape of weights here."""
-    words = ("compile_programs=[decode]", "decode_slots=64", "stream_interval=4", "num_query_heads=8", "emb_dim=1024")
+    words = (
+        "compile_programs=[decode]",
+        "decode_slots=64",
+        "stream_interval=4",
+        "num_query_heads=8",
+        "emb_dim=1024",
+    )
     _, values = report(tmp_path, *TINY, *words)
     cycles = values["programs"]["decode"]["cycles_by_class"]
     assert 0 < cycles["weight"] < 0.1 * cycles["matmul"]

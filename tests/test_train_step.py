@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from test_model import random_params
 
-from MaxNano import convert, pyconfig, train, train_state
+from MaxNano import convert, pyconfig, train
+from MaxNano.training import state as train_state
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,15 +22,25 @@ def make_config(*overrides):
 
 
 TINY = (
-    "vocab_size=50", "max_target_length=32", "emb_dim=32", "head_dim=16", "num_query_heads=2", "steps=20",
-    "short_window_multiple=8", "num_decoder_layers=4", "global_batch_tokens=256", "warmup_steps=2",
-)  # fmt: skip
+    "vocab_size=50",
+    "max_target_length=32",
+    "emb_dim=32",
+    "head_dim=16",
+    "num_query_heads=2",
+    "steps=20",
+    "short_window_multiple=8",
+    "num_decoder_layers=4",
+    "global_batch_tokens=256",
+    "warmup_steps=2",
+)
 
 
 def batch_of(config, step=0):
     rng = np.random.default_rng(step)
     rows = config.global_batch_tokens // config.max_target_length
-    tokens = rng.integers(0, config.vocab_size, (rows, config.max_target_length + 1), dtype=np.int32)
+    tokens = rng.integers(
+        0, config.vocab_size, (rows, config.max_target_length + 1), dtype=np.int32
+    )
     return {
         "inputs": tokens[:, :-1],
         "targets": tokens[:, 1:],
@@ -41,7 +52,9 @@ def start(config, devices=None):
     devices = devices or jax.devices()[:1]
     setup = train.set_up(config, devices)
     state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
-    programs = train.build_programs(setup, train.jit_train(setup), np.ones(config.vocab_size, np.int32))
+    programs = train.build_programs(
+        setup, train.jit_train(setup), np.ones(config.vocab_size, np.int32)
+    )
     return setup, state, programs
 
 
@@ -68,16 +81,21 @@ def test_eight_updates_are_nanochats():
         f"scalar_lr={rates['scalar_lr']}",
         f"weight_decay={rates['weight_decay']}",
         # What the recording scaled by hand, and its schedules over 60 steps.
-        "learning_rate_scale=1", "weight_decay_scale=1", "steps=60", "warmup_steps=5",
+        "learning_rate_scale=1",
+        "weight_decay_scale=1",
+        "steps=60",
+        "warmup_steps=5",
         "muon_momentum_warmup_steps=12",
-    )  # fmt: skip
+    )
     setup, state, programs = start(config)
 
     def named(prefix):
         return {k.removeprefix(prefix): v for k, v in golden.items() if k.startswith(prefix)}
 
     params = convert.nanochat_to_params(named("init/"), config)
-    state = train_state.TrainState(state.step, jax.tree.map(jax.numpy.asarray, params), state.opt_state)
+    state = train_state.TrainState(
+        state.step, jax.tree.map(jax.numpy.asarray, params), state.opt_state
+    )
 
     def check(prefix):
         got = convert.params_to_nanochat(jax.device_get(state.params), config)
@@ -85,7 +103,11 @@ def test_eight_updates_are_nanochats():
             assert relative(got[name], value) < 1e-3, name
 
     for step, (inputs, targets) in enumerate(zip(golden["idx"], golden["targets"], strict=True)):
-        batch = {"inputs": inputs, "targets": targets, "weights": np.ones(targets.shape, np.float32)}
+        batch = {
+            "inputs": inputs,
+            "targets": targets,
+            "weights": np.ones(targets.shape, np.float32),
+        }
         state, metrics = programs.train(state, batch)
         np.testing.assert_allclose(metrics["loss"], golden["losses"][step], atol=1e-5)
         if step == 0:
@@ -187,12 +209,18 @@ def test_parameters_left_whole_on_every_device_are_refused():
     """Unless the rules ask for it."""
     mesh = jax.sharding.AbstractMesh((3, 1, 1), ("data", "fsdp", "tensor"))
     odd = make_config(*TINY)
-    architecture = train_state.architecture(odd, train.Numerics("float32", "float32", "reference", "scatter", "cpu"))
+    architecture = train_state.architecture(
+        odd, train.Numerics("float32", "float32", "reference", "scatter", "cpu")
+    )
     optimizer = train.optim.make_optimizer(odd, dtype="float32")
     abstract = train_state.abstract_state(odd, architecture, optimizer, mesh)
-    with pytest.raises(ValueError, match=r"100% of the parameters would lie whole on each of 3 devices"):
+    with pytest.raises(
+        ValueError, match=r"100% of the parameters would lie whole on each of 3 devices"
+    ):
         train.check_sharding(odd, mesh, abstract)
-    train.check_sharding(make_config(*TINY, "logical_axis_rules=[[activation_batch, data, fsdp]]"), mesh, abstract)
+    train.check_sharding(
+        make_config(*TINY, "logical_axis_rules=[[activation_batch, data, fsdp]]"), mesh, abstract
+    )
 
 
 LAYOUTS = {
@@ -208,7 +236,7 @@ sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import test_train_step as t
-from MaxNano import sharding
+from MaxNano.distributed import sharding
 from MaxNano.data.loader import put_global
 
 def losses(devices, *overrides):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from MaxNano import tokenizer, train_tokenizer
+from MaxNano import train_tokenizer
+from MaxNano.tokenization import tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["The cat sat on the mat, and the dog sat on the log."] * 3
@@ -76,8 +77,12 @@ def run(*words, script=True):
     env.pop("TIKTOKEN_CACHE_DIR", None)
     return subprocess.run(
         [sys.executable, *program, "configs/base.yml", "dataset_type=jsonl", *words],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,9 @@ class Sums(Task):
         first, second = called = divmod(index % 100, 10)
         if self.is_guess:
             draw = random.Random(index)
-            called = tuple(digit if draw.random() < 0.25 else draw.randrange(10) for digit in called)
+            called = tuple(
+                digit if draw.random() < 0.25 else draw.randrange(10) for digit in called
+            )
         call, result = f"{called[0]}+{called[1]}", str(sum(called))
         parts = [{"type": "python", "text": call}, {"type": "python_output", "text": result}]
         return dialogue(f"{first}+{second}", parts)

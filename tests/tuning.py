@@ -11,7 +11,8 @@ import optax
 import pytest
 from test_nanochat_reference import hashed
 
-from MaxNano import convert, pyconfig, train, train_state
+from MaxNano import convert, pyconfig, train
+from MaxNano.training import state as train_state
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = json.loads((ROOT / "tests/golden/tuning_gradients.json").read_text())
@@ -28,13 +29,21 @@ def check_gradients(batch, expected, *words, complete=None):
     """
     fields = GOLDEN["config"]
     rows = len(batch["inputs"])
-    config = pyconfig.initialize([
-        str(ROOT / "configs/base.yml"), f"max_target_length={fields['sequence_len']}", "num_cpu_devices=1",
-        f"vocab_size={fields['vocab_size']}", f"num_decoder_layers={fields['n_layer']}",
-        f"emb_dim={fields['n_embd']}", f"num_query_heads={fields['n_head']}",
-        f"head_dim={fields['n_embd'] // fields['n_head']}", "xla_flags=[quick]", QUICK,
-        *(words or [f"global_batch_tokens={rows * fields['sequence_len']}"]),
-    ])  # fmt: skip
+    config = pyconfig.initialize(
+        [
+            str(ROOT / "configs/base.yml"),
+            f"max_target_length={fields['sequence_len']}",
+            "num_cpu_devices=1",
+            f"vocab_size={fields['vocab_size']}",
+            f"num_decoder_layers={fields['n_layer']}",
+            f"emb_dim={fields['n_embd']}",
+            f"num_query_heads={fields['n_head']}",
+            f"head_dim={fields['n_embd'] // fields['n_head']}",
+            "xla_flags=[quick]",
+            QUICK,
+            *(words or [f"global_batch_tokens={rows * fields['sequence_len']}"]),
+        ]
+    )
     setup = train.set_up(config, jax.devices()[:1])
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), setup.model.shapes)
     arrays = {}
@@ -44,7 +53,8 @@ def check_gradients(batch, expected, *words, complete=None):
     params = jax.tree.map(jnp.asarray, convert.nanochat_to_params(arrays, config))
 
     optimizer = optax.GradientTransformationExtraArgs(
-        lambda params: (), lambda grads, state, params, *, step: (jax.tree.map(lambda g: LARGE * g, grads), state)
+        lambda params: (),
+        lambda grads, state, params, *, step: (jax.tree.map(lambda g: LARGE * g, grads), state),
     )
     abstract = train_state.abstract_state(config, setup.model, optimizer, setup.mesh)
     setup = replace(setup, optimizer=optimizer, abstract=abstract)

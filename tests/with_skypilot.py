@@ -84,7 +84,9 @@ def answer(path: str) -> dict:
         "region": best.region,
         "price": best.get_cost(3600),
         # Stopped and saved: always again. A crash: once. In this order, for the rule counts.
-        "restarts": [rule.should_restart_on_failure(exit_codes=[code]) for code in (75, 75, 75, 1, 75, 2)],
+        "restarts": [
+            rule.should_restart_on_failure(exit_codes=[code]) for code in (75, 75, 75, 1, 75, 2)
+        ],
     }
 
 

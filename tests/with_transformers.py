@@ -42,20 +42,28 @@ def answer(folder: Path) -> None:
         mask[0, :5] = 0
         padded = torch.cat([short, rows[1:]])
         found["padded"] = model(padded, attention_mask=mask).logits
-        found["greedy"] = model.generate(rows[:, :8], attention_mask=mask[1:, :8].repeat(len(rows), 1), **greedy)
+        found["greedy"] = model.generate(
+            rows[:, :8], attention_mask=mask[1:, :8].repeat(len(rows), 1), **greedy
+        )
         found["uncached"] = model.generate(
             rows[:, :8], attention_mask=torch.ones_like(rows[:, :8]), use_cache=False, **greedy
         )
-        found["padded_greedy"] = model.generate(padded[:, :13], attention_mask=mask[:, :13], **greedy)
+        found["padded_greedy"] = model.generate(
+            padded[:, :13], attention_mask=mask[:, :13], **greedy
+        )
         beams = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
         found["beams"] = model.generate(rows[:1, :8], **beams)
         found["uncached_beams"] = model.generate(rows[:1, :8], use_cache=False, **beams)
     model.save_pretrained(f"{folder}.again", max_shard_size="200KB")
     vocabulary.save_pretrained(f"{folder}.again")
-    half = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
+    half = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, dtype=torch.bfloat16
+    )
     answers = {
         "ids": [vocabulary(text, add_special_tokens=False)["input_ids"] for text in asked["texts"]],
-        "decoded": [vocabulary.decode(vocabulary(text)["input_ids"][1:]) for text in asked["texts"]],
+        "decoded": [
+            vocabulary.decode(vocabulary(text)["input_ids"][1:]) for text in asked["texts"]
+        ],
         "first": vocabulary("x")["input_ids"][0],
         "rendered": vocabulary.apply_chat_template(asked["conversation"], return_dict=False),
         "prompt": vocabulary.apply_chat_template(

@@ -260,7 +260,9 @@ def _make_encoding(config: Any, tokenizer: Any, split: str) -> workers.Encoding:
     if config.dataset_type == "chat":
         return conversations.ConversationEncoding(config, tokenizer, split)
     if config.dataset_type == "rollouts":
-        raise ValueError("dataset_type=rollouts has no text to measure bits per byte on; give evals=chat")
+        raise ValueError(
+            "dataset_type=rollouts has no text to measure bits per byte on; give evals=chat"
+        )
     source = sources.open_source(config, split)
     sources.check_readers(source, config.data_readers)
     return workers.TextEncoding(

@@ -496,9 +496,7 @@ class _ParquetRowGroups:
     def __init__(self, filesystem: pafs.FileSystem, path: str, column: str):
         self._path, self._column = path, column
         with _naming(path):
-            self._file = pq.ParquetFile(
-                _open(filesystem, path), page_checksum_verification=True
-            )
+            self._file = pq.ParquetFile(_open(filesystem, path), page_checksum_verification=True)
         schema = self._file.schema_arrow
         if column not in schema.names:
             raise ValueError(

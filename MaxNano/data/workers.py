@@ -64,9 +64,7 @@ class TextEncoding(NamedTuple):
     padding: None = None
 
     def lists(self, reader: int, position: Any) -> Iterator[Reply]:
-        lists = sources.read_lists(
-            self.source, reader, self.readers, self.list_documents, position
-        )
+        lists = sources.read_lists(self.source, reader, self.readers, self.list_documents, position)
         for item in lists:
             if isinstance(item, sources.NotArrived):
                 yield item
@@ -98,9 +96,7 @@ class Reading(Protocol):
     def close(self) -> None: ...
 
 
-def start(
-    encoding: Encoding, positions: Mapping[int, Any], data_workers: int
-) -> Reading:
+def start(encoding: Encoding, positions: Mapping[int, Any], data_workers: int) -> Reading:
     """Begin to read behind `positions` ({reader: position}), with `data_workers` processes."""
     if data_workers == 0:
         return _LocalReading(encoding, positions)
@@ -119,9 +115,7 @@ class _LocalReading:
 
 
 class _WorkerReading:
-    def __init__(
-        self, encoding: Encoding, positions: Mapping[int, Any], data_workers: int
-    ):
+    def __init__(self, encoding: Encoding, positions: Mapping[int, Any], data_workers: int):
         workers = min(data_workers, len(positions))
         shares: list[dict[int, sources.Position]] = [{} for _ in range(workers)]
         for index, (reader, position) in enumerate(sorted(positions.items())):
@@ -188,9 +182,7 @@ class _Worker:
             self._process.join()
 
 
-def _serve(
-    connection: Connection, encoding: Encoding, positions: Mapping[int, Any]
-) -> None:
+def _serve(connection: Connection, encoding: Encoding, positions: Mapping[int, Any]) -> None:
     """A worker's life: answer (reader, reply) for every reader number until the pipe closes."""
     # A Ctrl-C or a group-wide SIGTERM is for the trainer, which saves and then closes the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -37,7 +37,9 @@ def _rows_of(batch: Batch) -> np.ndarray:
     return np.concatenate([inputs[:, :1], np.where(targets < 0, ~ids, ids)], axis=1)
 
 
-def evaluate_bpb(count_bits: Callable[[Batch], tuple[float, float]], batches: Iterable[Batch]) -> dict[str, float]:
+def evaluate_bpb(
+    count_bits: Callable[[Batch], tuple[float, float]], batches: Iterable[Batch]
+) -> dict[str, float]:
     """{"bpb": bits per byte} over batches; infinite if there is no byte.
 
     `count_bits(batch)` gives the nats of the targets that stand for bytes, and the number of those bytes;

@@ -17,11 +17,12 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
-from MaxNano import sharding, tasks
-from MaxNano.engine import Completion, Engine, Request
+from MaxNano import tasks
+from MaxNano.distributed import sharding
 from MaxNano.evals import core
 from MaxNano.evals.results import Results
-from MaxNano.tokenizer import Tokenizer
+from MaxNano.inference.engine import Completion, Engine, Request
+from MaxNano.tokenization.tokenizer import Tokenizer
 
 SLOTS = {"cpu": 8, "other": 16}  # of a device, where chat_slots leaves it open
 CHATCORE = ("ARC-Easy/test", "ARC-Challenge/test", "MMLU/test", "GSM8K/test", "HumanEval/test")
@@ -42,7 +43,9 @@ class Exam(NamedTuple):
         return hashlib.sha256(json.dumps(self.conversations, sort_keys=True).encode()).hexdigest()
 
 
-def make_exam(config: FrozenConfigDict, name: str, vocabulary: Tokenizer, limits: Mapping[str, int]) -> Exam:
+def make_exam(
+    config: FrozenConfigDict, name: str, vocabulary: Tokenizer, limits: Mapping[str, int]
+) -> Exam:
     """The exam of a task, at most limits[its kind] of its problems if that is not 0.
 
     Raises ValueError for a task that is only trained on, one without problems, and where data are missing.
@@ -59,7 +62,11 @@ def make_exam(config: FrozenConfigDict, name: str, vocabulary: Tokenizer, limits
 
 
 def make_engine(
-    config: FrozenConfigDict, mesh: Mesh, params: Any, vocabulary: Tokenizer, max_length: int | None = None
+    config: FrozenConfigDict,
+    mesh: Mesh,
+    params: Any,
+    vocabulary: Tokenizer,
+    max_length: int | None = None,
 ) -> Engine:
     """The engine that answers, on all devices of a mesh; max_length as of Engine."""
     each = SLOTS.get(mesh.devices.flat[0].platform, SLOTS["other"])
@@ -71,7 +78,10 @@ def make_engine(
 
 
 def choose_letters(
-    exam: Exam, vocabulary: Tokenizer, score: core.Scorer, on_answer: Callable[[], Any] = lambda: None
+    exam: Exam,
+    vocabulary: Tokenizer,
+    score: core.Scorer,
+    on_answer: Callable[[], Any] = lambda: None,
 ) -> list[Record]:
     """A record for each problem: the likeliest of its letters is what the model says."""
     prompts = []
@@ -79,7 +89,9 @@ def choose_letters(
         letters = [vocabulary.encode(letter) for letter in conversation["letters"]]
         branches = tuple(np.array([ids[-1], *letter], np.int32) for letter in letters)
         several = range(len(letters))
-        prompts.append(core.Prompt(np.array(ids[:-1], np.int32), branches, (1,) * len(letters), tuple(several)))
+        prompts.append(
+            core.Prompt(np.array(ids[:-1], np.int32), branches, (1,) * len(letters), tuple(several))
+        )
     records: dict[int, Record] = {}
     for index, losses in score(prompts, greedy=False):
         conversation = exam.conversations[index]
@@ -128,7 +140,9 @@ def answer_in_words(
     answers = dict(zip(posed, engine.generate(requests, on_step), strict=True))
 
     def judge(index: int) -> Record:
-        completions = [_judged(exam, index, one, engine.tokenizer) for one in answers.get(index, ())]
+        completions = [
+            _judged(exam, index, one, engine.tokenizer) for one in answers.get(index, ())
+        ]
         right = any(completion["right"] for completion in completions)
         return {**_asked(exam, index), "completions": completions, "right": right}
 
@@ -143,9 +157,16 @@ def _asked(exam: Exam, index: int) -> Record:
 
 
 def _judged(exam: Exam, index: int, completion: Completion, vocabulary: Tokenizer) -> Record:
-    text = vocabulary.decode(completion.tokens)  # with the names of special tokens, as nanochat's graders see it
+    text = vocabulary.decode(
+        completion.tokens
+    )  # with the names of special tokens, as nanochat's graders see it
     right = exam.task.evaluate(exam.conversations[index], text)
-    return {"text": text, "tokens": len(completion.tokens), "finish": completion.finish, "right": right}
+    return {
+        "text": text,
+        "tokens": len(completion.tokens),
+        "finish": completion.finish,
+        "right": right,
+    }
 
 
 # ---- All tasks -------------------------------------------------------------------------------------------------------
@@ -198,9 +219,15 @@ def evaluate_exams(
             else:
                 engine = engine or make_engine()
                 records = answer_in_words(
-                    exam, engine, samples=config.chat_samples, temperature=config.chat_temperature,
-                    top_k=config.top_k, max_tokens=config.max_new_tokens, seed=config.seed, on_step=on_step,
-                )  # fmt: skip
+                    exam,
+                    engine,
+                    samples=config.chat_samples,
+                    temperature=config.chat_temperature,
+                    top_k=config.top_k,
+                    max_tokens=config.max_new_tokens,
+                    seed=config.seed,
+                    on_step=on_step,
+                )
             accuracy = sum(record["right"] for record in records) / len(records)
             values = {
                 "problems": len(records),
@@ -210,7 +237,9 @@ def evaluate_exams(
             }
             completions = [one for record in records for one in record.get("completions", ())]
             if completions:  # by a token that ends a turn, not by max_new_tokens
-                values["stopped"] = sum(one["finish"] == "stop" for one in completions) / len(completions)
+                values["stopped"] = sum(one["finish"] == "stop" for one in completions) / len(
+                    completions
+                )
             write_records(results, exam.name, records)
             results.put(f"chat {exam.name}", of, values)
             say(
@@ -233,8 +262,13 @@ def summarize(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 def write_records(results: Results, name: str, records: Sequence[Record]) -> epath.Path:
     """Write a task's records, a JSON object a line, into the folder beside the results; returns the file."""
-    path = results.path.with_suffix("") / f"{''.join(c if c.isalnum() or c in '-_' else '-' for c in name)}.jsonl"
-    results.write(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    path = (
+        results.path.with_suffix("")
+        / f"{''.join(c if c.isalnum() or c in '-_' else '-' for c in name)}.jsonl"
+    )
+    results.write(
+        path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    )
     return path
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import yaml
 from etils import epath
 
-from MaxNano.tokenizer import Tokenizer
+from MaxNano.tokenization.tokenizer import Tokenizer
 
 SHUFFLE_SEED = 1337  # of a task's questions, before a cut
 SHOTS_SEED = 1234  # of a question's examples; its index is added
@@ -57,7 +57,9 @@ class Task(NamedTuple):
         """
         lines = list(enumerate(self.content.decode("utf-8", "replace").rstrip("\n").split("\n"), 1))
         random.Random(SHUFFLE_SEED).shuffle(lines)
-        return [self._question(number, line) for number, line in (lines[:limit] if limit else lines)]
+        return [
+            self._question(number, line) for number, line in (lines[:limit] if limit else lines)
+        ]
 
     def fingerprint(self) -> str:
         """sha256, in hex, of everything that decides the prompts and the score."""
@@ -75,7 +77,9 @@ class Task(NamedTuple):
         except (KeyError, TypeError) as error:
             problem = f"lacks {error}" if isinstance(error, KeyError) else "is no question"
         if problem:
-            raise ValueError(f"line {number} of the CORE task {self.label} {problem}; get the bundle again")
+            raise ValueError(
+                f"line {number} of the CORE task {self.label} {problem}; get the bundle again"
+            )
         return question
 
 
@@ -88,14 +92,18 @@ def _problem_of_choice(question: Question, options: str, *texts: str) -> str | N
 
 
 def _problem_of_texts(*texts: Any) -> str | None:
-    return None if all(isinstance(text, str) for text in texts) else "holds something else than texts"
+    return (
+        None if all(isinstance(text, str) for text in texts) else "holds something else than texts"
+    )
 
 
 # The kinds of tasks -> what is wrong with a question of that kind.
 FIELDS: dict[str, Callable[[Question], str | None]] = {
     "multiple_choice": lambda question: _problem_of_choice(question, "choices", "query"),
     "schema": lambda question: _problem_of_choice(question, "context_options", "continuation"),
-    "language_modeling": lambda question: _problem_of_texts(question["context"], question["continuation"]),
+    "language_modeling": lambda question: _problem_of_texts(
+        question["context"], question["continuation"]
+    ),
 }
 
 
@@ -125,10 +133,14 @@ def load_bundle(path: epath.PathLike) -> list[Task]:
         raise ValueError(f"core_bundle={path} has no {error}") from None
     except (KeyError, TypeError, IndexError, AttributeError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"core.yaml and eval_meta_data.csv of core_bundle={path} are damaged: {reason}") from None
+        raise ValueError(
+            f"core.yaml and eval_meta_data.csv of core_bundle={path} are damaged: {reason}"
+        ) from None
     for task in tasks:
         if task.kind not in FIELDS:
-            raise ValueError(f"the CORE task {task.label} is of kind {task.kind}: there are {', '.join(FIELDS)}")
+            raise ValueError(
+                f"the CORE task {task.label} is of kind {task.kind}: there are {', '.join(FIELDS)}"
+            )
     return tasks
 
 
@@ -150,7 +162,9 @@ def _open_archive(path: epath.Path) -> Callable[[str], bytes]:
     try:
         files = dict(_files_of_archive(path.read_bytes()))
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError):
-        raise ValueError(f"core_bundle={path} is no .zip or .tar.* archive, or is damaged; get it again") from None
+        raise ValueError(
+            f"core_bundle={path} is no .zip or .tar.* archive, or is damaged; get it again"
+        ) from None
     # The bundle may lie in a folder of any name.
     tops = [PurePosixPath(name).parent for name in files if PurePosixPath(name).name == "core.yaml"]
 
@@ -205,8 +219,13 @@ def render(task: Task, questions: Sequence[Question], index: int) -> list[str]:
         before = "".join(f"{s['query']}{delimiter}{s['choices'][s['gold']]}\n\n" for s in shots)
         return [f"{before}{question['query']}{delimiter}{choice}" for choice in question["choices"]]
     if task.kind == "schema":
-        before = "".join(f"{s['context_options'][s['gold']]}{delimiter}{s['continuation']}\n\n" for s in shots)
-        return [f"{before}{option}{delimiter}{question['continuation']}" for option in question["context_options"]]
+        before = "".join(
+            f"{s['context_options'][s['gold']]}{delimiter}{s['continuation']}\n\n" for s in shots
+        )
+        return [
+            f"{before}{option}{delimiter}{question['continuation']}"
+            for option in question["context_options"]
+        ]
     before = "".join(f"{s['context'].strip()}{delimiter}{s['continuation']}\n\n" for s in shots)
     asked = f"{before}{question['context'].strip()}{delimiter}"
     # Spaces before the answer belong to its first token.
@@ -214,7 +233,12 @@ def render(task: Task, questions: Sequence[Question], index: int) -> list[str]:
 
 
 def build_prompts(
-    task: Task, questions: Sequence[Question], tokenizer: Tokenizer, *, max_length: int = 0, limit: int | None = None
+    task: Task,
+    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int = 0,
+    limit: int | None = None,
 ) -> list[Prompt]:
     """The prompts of the first `limit` questions, or of all, with examples from all of them.
 
@@ -240,11 +264,17 @@ def _prompt(task: Task, rows: list[np.ndarray], max_length: int) -> Prompt:
         rows = rows if task.kind == "multiple_choice" else rows[1:]
         starts = [same] * len(rows)
     if max_length:
-        starts = [max(1, start - max(0, len(row) - max_length)) for start, row in zip(starts, rows, strict=True)]
+        starts = [
+            max(1, start - max(0, len(row) - max_length))
+            for start, row in zip(starts, rows, strict=True)
+        ]
         rows = [row[-max_length:] for row in rows]
     cut = max(0, min(common_length(rows), *starts) - 1)
     unique: dict[tuple[int, bytes], int] = {}
-    answers = [unique.setdefault((start, row.tobytes()), len(unique)) for start, row in zip(starts, rows, strict=True)]
+    answers = [
+        unique.setdefault((start, row.tobytes()), len(unique))
+        for start, row in zip(starts, rows, strict=True)
+    ]
     kept = [answers.index(branch) for branch in range(len(unique))]
     return Prompt(
         prefix=rows[0][:cut],
@@ -269,7 +299,9 @@ def common_length(rows: Sequence[np.ndarray]) -> int:
 class Scorer(Protocol):
     """How likely the scored tokens of prompts are."""
 
-    def __call__(self, prompts: Sequence[Prompt], *, greedy: bool) -> Iterable[tuple[int, list[np.ndarray]]]:
+    def __call__(
+        self, prompts: Sequence[Prompt], *, greedy: bool
+    ) -> Iterable[tuple[int, list[np.ndarray]]]:
         """(index of a prompt, an array over the scored tokens of each of its branches), in any order.
 
         The arrays are losses in nats, float32; or, if `greedy`, whether each token is the likeliest, bool.
@@ -384,9 +416,14 @@ def evaluate(
             answers = answer(task, questions, prompts, score, progress)
             accuracy = sum(given.correct for given in answers) / len(answers)
             yield Result(
-                task.label, task.shots, len(answers), accuracy, center(accuracy, task.baseline),
-                time.monotonic() - started, answers,
-            )  # fmt: skip
+                task.label,
+                task.shots,
+                len(answers),
+                accuracy,
+                center(accuracy, task.baseline),
+                time.monotonic() - started,
+                answers,
+            )
     finally:
         pool.shutdown(cancel_futures=True)
 

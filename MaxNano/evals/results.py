@@ -13,9 +13,11 @@ import jax
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import runtime, storage
-from MaxNano.evals import branches, core
-from MaxNano.tokenizer import Tokenizer
+from MaxNano.distributed import runtime
+from MaxNano.evals import core
+from MaxNano.inference import prefix_scoring
+from MaxNano.storage import files
+from MaxNano.tokenization.tokenizer import Tokenizer
 
 PROBE_QUESTIONS = 8  # of each task, whose tokens say how much work it is
 
@@ -41,7 +43,11 @@ class Results:
     def get(self, name: str, of: Mapping[str, Any]) -> dict[str, Any] | None:
         """The values of an evaluation, if it is finished and was of the same things."""
         entry = self._evals.get(name)
-        return entry["values"] if entry and entry["of"] == json.loads(json.dumps(self._complete(of))) else None
+        return (
+            entry["values"]
+            if entry and entry["of"] == json.loads(json.dumps(self._complete(of)))
+            else None
+        )
 
     def put(self, name: str, of: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         """Keep an evaluation, in the file too."""
@@ -51,7 +57,7 @@ class Results:
     def write(self, path: epath.Path, text: str) -> None:
         """Write a file, whole or not at all; only process 0 does."""
         if self._writes:
-            storage.write_whole(path, text)
+            files.write_whole(path, text)
 
     def _complete(self, of: Mapping[str, Any]) -> dict[str, Any]:
         return {"run": self._run, **of}
@@ -69,7 +75,7 @@ def evaluate_tasks(
     config: FrozenConfigDict,
     tasks: Sequence[core.Task],
     vocabulary: Tokenizer,
-    scorer: branches.Scorer,
+    scorer: prefix_scoring.Scorer,
     params: Any,
     results: Results,
     *,
@@ -103,12 +109,20 @@ def evaluate_tasks(
         progress(done, total)
 
     found = core.evaluate(
-        left, vocabulary, scorer.bind(params),
-        max_per_task=config.core_max_per_task, max_length=config.core_max_length, progress=count,
-    )  # fmt: skip
+        left,
+        vocabulary,
+        scorer.bind(params),
+        max_per_task=config.core_max_per_task,
+        max_length=config.core_max_length,
+        progress=count,
+    )
     started = time.monotonic()
     for task, result in zip(left, found, strict=True):
-        values = {name: value for name, value in result._asdict().items() if name not in ("label", "answers")}
+        values = {
+            name: value
+            for name, value in result._asdict().items()
+            if name not in ("label", "answers")
+        }
         results.put(f"core {task.label}", of(task), values)
         rest = (time.monotonic() - started) * max(0, total / done - 1)
         say(
@@ -124,7 +138,10 @@ def evaluate_tasks(
 
 
 def _work(
-    tasks: Sequence[core.Task], vocabulary: Tokenizer, scorer: branches.Scorer, config: FrozenConfigDict
+    tasks: Sequence[core.Task],
+    vocabulary: Tokenizer,
+    scorer: prefix_scoring.Scorer,
+    config: FrozenConfigDict,
 ) -> int:
     """Tokens that tasks are about to be, guessed from a few questions of each."""
     total = 0.0

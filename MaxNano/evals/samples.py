@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from MaxNano.tokenizer import Tokenizer
+from MaxNano.tokenization.tokenizer import Tokenizer
 
 PROMPTS = (
     "The capital of France is",

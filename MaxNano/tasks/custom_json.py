@@ -13,8 +13,8 @@ from typing import Any
 
 from etils import epath
 
-from MaxNano import tokenizer
 from MaxNano.tasks.base import Conversation, Task
+from MaxNano.tokenization import tokenizer
 
 
 class CustomJson(Task):

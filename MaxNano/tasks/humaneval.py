@@ -5,8 +5,8 @@ Data: openai/openai_humaneval (MIT). Source: nanochat/tasks/humaneval.py@92d63d4
 
 import re
 
-from MaxNano import sandbox
 from MaxNano.tasks.base import Conversation, HubTask, dialogue
+from MaxNano.tools import sandbox
 
 # Source: nanochat/execution.py@92d63d4.
 LIMITS = sandbox.Limits(seconds=5.0, memory_mb=256)

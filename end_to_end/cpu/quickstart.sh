@@ -39,7 +39,8 @@ $python end_to_end/cpu/prepare_text.py "$text" ${own:+"$own"}
 stage "3/4 tokenizer"
 if $python - "${config[@]}" 2>/dev/null <<'PY'; then
 import sys
-from MaxNano import pyconfig, tokenizer
+from MaxNano import pyconfig
+from MaxNano.tokenization import tokenizer
 tokenizer.load(pyconfig.initialize(sys.argv[1:]))  # raises where it is missing, damaged or of another size
 PY
   echo "$tokenizer is already there"

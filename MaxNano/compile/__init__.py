@@ -1,0 +1,1 @@
+"""Reads compiled programs: HLO, the estimated cost of a step, and the TPU slices to compile for."""

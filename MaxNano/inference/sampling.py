@@ -1,0 +1,132 @@
+"""Drawing tokens from logits: temperature, top-k, top-p, min-p, repetition penalty, log-probabilities.
+
+A row's token is a function of its own logits, settings and random number, whoever shares the batch.
+
+Legend: B rows, V vocab.
+"""
+
+import jax
+import jax.numpy as jnp
+
+LARGEST_LOGPROBS = 20  # alternatives that can be reported a token
+SMALLEST_TEMPERATURE = 1e-4  # below it float32 tells too few temperatures apart; 0 is greedy
+
+_SPAN = 64  # tokens whose probabilities are summed before the running sum over all
+_BITS = 32
+
+
+def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Logits (B, V) with those of `seen` (B, V) tokens moved down: divided by penalty (B,) above 0, multiplied below.
+
+    Source: Keskar et al. 2019, CTRL (https://arxiv.org/abs/1909.05858), as vLLM and transformers have it.
+    """
+    penalty = penalty[:, None]
+    lower = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    return jnp.where(seen, lower, logits)
+
+
+def likeliest(logits: jax.Array) -> jax.Array:
+    """The first token (B,) of the highest logit (B, V)."""
+    # As two plain reductions, which compilers cut into vectors; an argmax they do not.
+    tokens = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    highest = jnp.max(logits, axis=1, keepdims=True)
+    return jnp.min(jnp.where(logits == highest, tokens, logits.shape[1] - 1), axis=1)
+
+
+def scale(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Logits (B, V) by temperature (B,), the highest of each row 0."""
+    scores = logits / jnp.maximum(temperature, SMALLEST_TEMPERATURE)[:, None]
+    return scores - jnp.max(scores, axis=1, keepdims=True)
+
+
+def lowest_kept(scores: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The lowest score (B,) that top-k, then top-p among what that leaves, keep; equal scores stay together.
+
+    scores (B, V); top_k (B,), 0 keeps all; top_p (B,), 1 keeps all: the fewest of the likeliest tokens whose
+    probability is at least top_p.
+    Found by bisecting the bits of the score: no sort, and no limit on k.
+    """
+    order = _ordered_bits(scores)
+    every = jnp.min(order, axis=1)
+    size = scores.shape[1]
+    wanted = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
+    by_count = _largest(every, order, lambda t: jnp.sum(order >= t[:, None], axis=1) >= wanted)
+    mass = jnp.where(order >= by_count[:, None], jnp.exp(scores), 0)
+    enough = top_p * jnp.sum(mass, axis=1)
+    by_mass = _largest(
+        by_count,
+        order,
+        lambda t: jnp.sum(jnp.where(order >= t[:, None], mass, 0), axis=1) >= enough,
+    )
+    bits = jnp.where(top_p < 1, by_mass, by_count)
+    return _float_of(jnp.where((top_k > 0) | (top_p < 1), bits, every))
+
+
+def draw(scores: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Tokens (B,) with probability proportional to exp(scores) (B, V), by inverting the running sum at uniform (B,).
+
+    uniform is in [0, 1 - 2^-23]. One random number a token, and two short running sums instead of a long one.
+    """
+    rows, size = scores.shape
+    mass = jnp.exp(jnp.pad(scores, ((0, 0), (0, -size % _SPAN)), constant_values=-jnp.inf))
+    mass = mass.reshape(rows, -1, _SPAN)
+    sums = jnp.sum(mass, axis=2)
+    ends = jnp.cumsum(sums, axis=1)
+    aim = uniform * ends[:, -1]
+    span = _first(ends > aim[:, None], sums > 0)
+    before = jnp.where(span > 0, _at(ends, jnp.maximum(span - 1, 0)), 0)
+    own = jnp.take_along_axis(mass, span[:, None, None], axis=1)[:, 0]
+    token = _first(jnp.cumsum(own, axis=1) > (aim - before)[:, None], own > 0)
+    return span * _SPAN + token
+
+
+def _first(passed, possible):
+    """Index (B,) of the first possible place (B, M) that is passed; rounding may pass none: then the last possible."""
+    places = jnp.arange(possible.shape[1], dtype=jnp.int32)
+    last = jnp.max(jnp.where(possible, places, 0), axis=1)
+    return jnp.min(jnp.where(passed & possible, places, last[:, None]), axis=1)
+
+
+def log_probabilities(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Log-probability (B,) in nats of tokens (B,) under logits (B, V)."""
+    return _at(logits, tokens) - jax.nn.logsumexp(logits, axis=1)
+
+
+def alternatives(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The LARGEST_LOGPROBS likeliest tokens: their log-probabilities and ids, each (B, LARGEST_LOGPROBS)."""
+    count = min(LARGEST_LOGPROBS, logits.shape[1])
+    values, tokens = jax.lax.top_k(logits, count)
+    padding = ((0, 0), (0, LARGEST_LOGPROBS - count))
+    values = values - jax.nn.logsumexp(logits, axis=1)[:, None]
+    return jnp.pad(values, padding, constant_values=-jnp.inf), jnp.pad(
+        tokens.astype(jnp.int32), padding
+    )
+
+
+def _at(x, index):
+    """x (B, M) at index (B,)."""
+    return jnp.take_along_axis(x, index[:, None], axis=1)[:, 0]
+
+
+def _ordered_bits(x):
+    """float32 -> int32 in the same order."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return bits ^ ((bits >> (_BITS - 1)) & 0x7FFFFFFF)
+
+
+def _float_of(order):
+    """The inverse of _ordered_bits."""
+    bits = order ^ ((order >> (_BITS - 1)) & 0x7FFFFFFF)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _largest(low, order, holds):
+    """The largest t (B,), from `low`, where it holds, to the row's highest `order`, for which holds(t)."""
+
+    def halve(_, ends):
+        low, high = ends
+        middle = (low | high) - ((low ^ high) >> 1)  # their mean, rounded up, without an overflow
+        kept = holds(middle)
+        return jnp.where(kept, middle, low), jnp.where(kept, high, middle - 1)
+
+    return jax.lax.fori_loop(0, _BITS, halve, (low, jnp.max(order, axis=1)))[0]

@@ -1,0 +1,339 @@
+"""Attention: one signature, several kernels. To add one, write a function and give it a row in KERNELS.
+
+Legend: B batch, L length, N heads, K kv_heads, G query heads a kv head, H head_dim.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import AxisType, PartitionSpec
+from ml_collections import FrozenConfigDict
+
+from MaxNano.distributed import sharding
+from MaxNano.models.kernels import flash
+from MaxNano.models.layers import apply_rotary, rms_norm
+
+SPLASH_RESIDUALS = "attention_out"
+"""Name under which a remat policy can keep splash's output and log-sum-exp, so that its forward runs once."""
+
+_LANES = 128
+_HEAD_AXES = ("activation_batch", "activation_heads", None, None)
+_FLAT_AXES = ("activation_batch", None, "activation_heads")
+_GATE_AXES = ("activation_batch", "activation_heads", None)
+
+
+class Settings(NamedTuple):
+    """What the kernels can be tuned by; each uses its own part. Block sizes are (q, kv, kv computed at a time)."""
+
+    chunk: int
+    splash_long_forward: tuple[int, int, int]
+    splash_long_backward: tuple[int, int, int]
+    splash_short_window: int
+    splash_short_forward: tuple[int, int, int]
+    splash_short_backward: tuple[int, int, int]
+    splash_fused_backward: bool
+    flash_block: int
+    interpret: bool
+
+    @classmethod
+    def from_config(cls, config: FrozenConfigDict, backend: str | None = None) -> Self:
+        """The config's keys; Pallas kernels are interpreted wherever the backend (the default one) is no TPU."""
+        return cls(
+            chunk=config.attention_chunk,
+            splash_long_forward=tuple(config.splash_long_forward),
+            splash_long_backward=tuple(config.splash_long_backward),
+            splash_short_window=config.splash_short_window,
+            splash_short_forward=tuple(config.splash_short_forward),
+            splash_short_backward=tuple(config.splash_short_backward),
+            splash_fused_backward=config.splash_fused_backward,
+            flash_block=config.flash_block,
+            interpret=(backend or jax.default_backend()) != "tpu",
+        )
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    window: int,
+    kernel: str,
+    settings: Settings,
+    rules: sharding.Rules,
+) -> jax.Array:
+    """Causal attention in which position t sees keys t - window ... t, window + 1 of them.
+
+    q (B, N, L, H); k, v (B, K, L, H), N a multiple of K -> (B, N, L, H) in q's dtype. Scores are scaled by
+    1 / sqrt(H); softmax is in float32. `rules` say how the heads and rows lie over the ambient mesh, for kernels that
+    the compiler cannot cut up itself. Raises ValueError for a kernel that does not exist.
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"attention={kernel} is unknown: choose one of {', '.join(KERNELS)}")
+    return KERNELS[kernel](q, k, v, window, settings, rules)
+
+
+def attend(
+    qkv: jax.Array,
+    tables: tuple[jax.Array, jax.Array],
+    *,
+    group: int,
+    window: int,
+    kernel: str,
+    settings: Settings,
+    head_dim: int,
+    scale: float,
+    epsilon: float,
+    rules: sharding.Rules,
+    value_embed: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """The model's attention: rotary embedding, QK norm times `scale`, value embeddings, then `attention`.
+
+    qkv (B, L, K x (G + 2) x H), as projected: for each kv head its `group` = G query heads, its keys and its values.
+    tables: cosines and sines (L, H / 2). value_embed: rows (B, L, K x H) and their gates (B, K, L) float32, whose
+    product is added to the values. Returns (B, L, N x H).
+    """
+    batch, length, width = qkv.shape
+    kv_heads = width // ((group + 2) * head_dim)
+    if kernel == "flash":
+        embeds = value_embed or ()
+
+        def own(qkv, *embeds):
+            return flash.attention(
+                qkv,
+                tables,
+                group=group,
+                value_embed=embeds or None,
+                window=window,
+                head_dim=head_dim,
+                scale=scale,
+                epsilon=epsilon,
+                block=settings.flash_block,
+                interpret=settings.interpret,
+            )
+
+        axes = (_FLAT_AXES, _FLAT_AXES, _GATE_AXES)[: 1 + len(embeds)]
+        return _on_local_blocks(own, (qkv, *embeds), axes, _FLAT_AXES, rules, kv_heads)
+
+    parts = qkv.reshape(batch, length, kv_heads, group + 2, head_dim)
+    q = parts[:, :, :, :group].reshape(batch, length, kv_heads * group, head_dim)
+    k, v = parts[:, :, :, group], parts[:, :, :, group + 1].swapaxes(1, 2)
+    if value_embed is not None:
+        rows, gate = value_embed
+        rows = rows.reshape(batch, length, kv_heads, head_dim).swapaxes(1, 2)
+        v = (v.astype(jnp.float32) + gate[..., None] * rows.astype(jnp.float32)).astype(v.dtype)
+    q, k = (scale * rms_norm(apply_rotary(x, tables), epsilon).swapaxes(1, 2) for x in (q, k))
+    y = attention(q, k, v, window=window, kernel=kernel, settings=settings, rules=rules)
+    y = checkpoint_name(y, "attention_out")
+    return y.swapaxes(1, 2).reshape(batch, length, -1)
+
+
+def resolve(kernel: str, device: jax.Device, *, dtype: str, head_dim: int) -> str:
+    """The kernel to use on a device; attention=auto picks the fastest that runs there.
+
+    dtype: of the activations; head_dim: what the model has. Raises ValueError where the requested kernel cannot run.
+    """
+    backend = device.platform
+    if kernel == "auto":
+        if backend == "gpu" and cudnn_problem(device, dtype, head_dim):
+            return "chunked"
+        return {"tpu": "flash", "gpu": "cudnn"}.get(backend, "chunked")
+    if kernel not in (*KERNELS, "flash"):
+        raise ValueError(
+            f"attention={kernel} is unknown: choose auto, flash or one of {', '.join(KERNELS)}"
+        )
+    if kernel == "cudnn" and (problem := cudnn_problem(device, dtype, head_dim)):
+        raise ValueError(f"attention=cudnn {problem}: choose attention=auto")
+    if kernel in ("flash", "splash") and backend == "gpu":
+        raise ValueError(f"attention={kernel} is a TPU kernel, this is gpu: choose attention=auto")
+    return kernel
+
+
+def cudnn_problem(device: jax.Device, dtype: str, head_dim: int) -> str | None:
+    """Why cuDNN's attention cannot run on a device, None if it can.
+
+    Source: https://docs.nvidia.com/deeplearning/cudnn (fused flash attention), and the checks that JAX makes
+    (jax/_src/cudnn/fused_attention_stablehlo.py).
+    """
+    if device.platform != "gpu":
+        return f"needs an NVIDIA GPU, this is {device.platform}"
+    if dtype not in ("bfloat16", "float16"):
+        return f"computes in 16 bits, not in dtype={dtype}"
+    # JAX names the capability of NVIDIA's GPUs "9.0", the architecture of AMD's "gfx942".
+    capability = getattr(device, "compute_capability", "")
+    major, _, minor = capability.partition(".")
+    if not (major.isdigit() and minor.isdigit()):
+        return f"needs an NVIDIA GPU, this is a {device.device_kind}"
+    if int(major) < 8:
+        return f"needs compute capability 8.0 (Ampere) or newer, this {device.device_kind} has {capability}"
+    most = 256 if int(major) >= 9 else 128
+    if head_dim % 8 or head_dim > most:
+        return f"takes a head_dim that is a multiple of 8 up to {most} here, not {head_dim}"
+    return None
+
+
+def reference(q, k, v, window, settings, rules):
+    """All scores at once, masked: the definition, right anywhere, and the one to test others against."""
+    del settings, rules
+    return _block(q, k, v, window, first_query=0, first_key=0)
+
+
+def chunked(q, k, v, window, settings, rules):
+    """Blocks of `chunk` queries, each against only the keys that it can see.
+
+    The work falls from L x L to what causality and the window leave, rounded up to blocks.
+    """
+    del rules
+    length = q.shape[2]
+    blocks = []
+    for start in range(0, length, settings.chunk):
+        stop = min(start + settings.chunk, length)
+        low = max(0, start - window)
+        keys, values = k[:, :, low:stop], v[:, :, low:stop]
+        blocks.append(
+            _block(q[:, :, start:stop], keys, values, window, first_query=start, first_key=low)
+        )
+    return jnp.concatenate(blocks, axis=2)
+
+
+def splash(q, k, v, window, settings, rules):
+    """JAX's block-sparse flash kernel for TPU, forward and backward; elsewhere Pallas interprets it, slowly.
+
+    Blocks that a window hides are not visited. Lengths are padded up to whole tiles at the end, where causality
+    hides the padding from every real row. The compiler cannot cut a Pallas kernel up, so it runs on the local rows
+    and heads of each device.
+    Source: jax.experimental.pallas.ops.tpu.splash_attention.
+    """
+    length, head_dim = q.shape[2:]
+    padding = ((0, 0), (0, 0), (0, -length % _LANES), (0, 0))
+    q = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
+    q, k, v = (jnp.pad(x, padding) for x in (q, k, v)) if length % _LANES else (q, k, v)
+    kernel = splash_kernel(q.shape[2], min(window, q.shape[2] - 1), settings)
+    axes = (_HEAD_AXES,) * 3
+    out = _on_local_blocks(jax.vmap(kernel), (q, k, v), axes, _HEAD_AXES, rules, k.shape[1])
+    return out[:, :, :length]
+
+
+def cudnn(q, k, v, window, settings, rules):
+    """cuDNN's fused kernel for NVIDIA GPUs, in 16-bit types."""
+    del settings, rules
+    length = q.shape[2]
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    local = (window, 0) if window < length - 1 else None
+    out = jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, local_window_size=local, implementation="cudnn"
+    )
+    return out.swapaxes(1, 2)
+
+
+KERNELS: dict[str, Callable[..., jax.Array]] = {
+    "reference": reference,
+    "chunked": chunked,
+    "splash": splash,
+    "cudnn": cudnn,
+}
+
+
+def splash_blocks(length: int, window: int, settings: Settings) -> splash_attention.BlockSizes:
+    """The blocks for a window, each cut down to a multiple of 128 that divides what it is a part of."""
+
+    def fit(size, whole):
+        return max(n for n in range(_LANES, min(size, whole) + 1, _LANES) if whole % n == 0)
+
+    short = window <= settings.splash_short_window
+    forward = settings.splash_short_forward if short else settings.splash_long_forward
+    backward = settings.splash_short_backward if short else settings.splash_long_backward
+    (q, kv), (q_dkv, kv_dkv) = (
+        [fit(size, length) for size in part[:2]] for part in (forward, backward)
+    )
+    fused = settings.splash_fused_backward
+    return splash_attention.BlockSizes(
+        block_q=q,
+        block_kv=kv,
+        block_kv_compute=fit(forward[2], kv),
+        block_q_dkv=q_dkv,
+        block_kv_dkv=kv_dkv,
+        block_kv_dkv_compute=fit(backward[2], kv_dkv),
+        block_q_dq=None if fused else q_dkv,
+        block_kv_dq=None if fused else fit(backward[2], kv_dkv),
+        use_fused_bwd_kernel=fused,
+    )
+
+
+@functools.lru_cache
+def splash_kernel(length: int, window: int, settings: Settings):
+    """One sequence's kernel, q (N, L, H), k and v (K, L, H). All heads share one mask; its tables are NumPy arrays,
+    so that the kernel outlives the trace that asked for it first."""
+    shape = (length, length)
+    if window >= length - 1:
+        mask = splash_attention.CausalMask(shape)
+    else:
+        mask = splash_attention.LocalMask(shape, window_size=(window, 0), offset=0)
+    with jax.ensure_compile_time_eval():
+        kernel = splash_attention.make_splash_mha(
+            splash_attention.MultiHeadMask([mask]),
+            block_sizes=splash_blocks(length, window, settings),
+            head_shards=1,
+            q_seq_shards=1,
+            residual_checkpoint_name=SPLASH_RESIDUALS,
+            interpret=settings.interpret,
+        )
+        return jax.tree.map(np.asarray, kernel)
+
+
+def _on_local_blocks(kernel, arrays, logical_axes, out_axes, rules, kv_heads):
+    """Call kernel(*arrays) on each device's rows and heads, over the axes of the ambient mesh not yet manual.
+
+    logical_axes: of each array; out_axes: of the result. Heads are cut where that divides the kv heads.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    ]
+    if not axes:
+        return kernel(*arrays)
+    sizes = {"activation_batch": len(arrays[0]), "activation_heads": kv_heads}
+
+    def dividing(part, size):
+        names = (part,) if isinstance(part, str) else part or ()
+        while size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        return names
+
+    def spec(logical):
+        parts = sharding.partition_spec(logical, rules, axes)
+        return PartitionSpec(
+            *(dividing(part, sizes.get(axis, 1)) for part, axis in zip(parts, logical, strict=True))
+        )
+
+    local = jax.shard_map(
+        kernel,
+        in_specs=tuple(map(spec, logical_axes)),
+        out_specs=spec(out_axes),
+        axis_names=set(axes),
+        check_vma=False,
+    )
+    return local(*arrays)
+
+
+def _block(q, k, v, window, *, first_query: int, first_key: int):
+    """Queries at first_query ... against keys at first_key ...: one masked softmax."""
+    batch, heads, queries, head_dim = q.shape
+    kv_heads = k.shape[1]
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, queries, head_dim)
+    scores = jnp.einsum("BKGQH,BKSH->BKGQS", grouped, k, preferred_element_type=jnp.float32)
+    position = first_query + jnp.arange(queries)[:, None]
+    key_position = first_key + jnp.arange(k.shape[2])[None, :]
+    visible = (key_position <= position) & (key_position >= position - window)
+    scores = jnp.where(visible, scores * head_dim**-0.5, -jnp.inf)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("BKGQS,BKSH->BKGQH", probabilities, v)
+    return out.reshape(q.shape)

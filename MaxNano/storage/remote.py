@@ -1,0 +1,69 @@
+"""Calls to a bucket that end within a time limit, whatever the bucket does.
+
+For what a run can do without for a while, such as curves and compiled programs: a call that hangs, or that is refused
+and repeated, is given up. Checkpoints, which a run cannot do without, use storage.py, which is more patient.
+"""
+
+import concurrent.futures
+import threading
+import time
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+
+from MaxNano.storage import files  # noqa: F401 (makes fsspec open gs:// with bucket.Bucket)
+
+
+def read(path: Any, seconds: float) -> bytes:
+    """The object's content. Raises FileNotFoundError, TimeoutError after `seconds`, or what the store answers."""
+    return _call("cat_file", path, seconds=seconds)
+
+
+def write(path: Any, content: bytes, seconds: float) -> None:
+    """Make `content` the object's content. Raises TimeoutError after `seconds`, or what the store answers."""
+    _call("pipe_file", path, content, seconds=seconds)
+
+
+def names(folder: Any, seconds: float) -> set[str]:
+    """Names of what is in a folder, empty where there is none. Raises TimeoutError, or what the store answers."""
+    try:
+        return {PurePosixPath(path).name for path in _call("ls", folder, False, seconds=seconds)}
+    except FileNotFoundError:
+        return set()
+
+
+def _call(method: str, path: Any, *arguments: Any, seconds: float) -> Any:
+    """The method of the path's file system, called in a thread that can be left behind."""
+    deadline = time.monotonic() + seconds
+
+    def call() -> Any:
+        filesystem, name = fsspec.core.url_to_fs(str(path))  # may ask for credentials
+        left = deadline - time.monotonic()
+        if left <= 0:  # nobody waits any more, and a later write may have come first
+            raise TimeoutError
+        if not filesystem.async_impl:
+            return getattr(filesystem, method)(name, *arguments)
+        # The time limit ends the request itself.
+        method_async = getattr(filesystem, f"_{method}")
+        return fsspec.asyn.sync(filesystem.loop, method_async, name, *arguments, timeout=left)
+
+    try:
+        return run_in_thread(call).result(seconds + 1)
+    except TimeoutError:
+        raise TimeoutError(f"no answer within {seconds:g} s for {path}") from None
+
+
+def run_in_thread(function: Callable[[], Any]) -> concurrent.futures.Future:
+    """The future result of `function`, which does not keep the process from ending."""
+    future: concurrent.futures.Future = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # noqa: BLE001 (whoever waits for the result gets it)
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future

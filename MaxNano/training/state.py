@@ -1,0 +1,102 @@
+"""The training state: what it holds, its abstract shapes and shardings, and its birth in place on the mesh."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import FrozenConfigDict
+
+from MaxNano.distributed.sharding import named_sharding
+from MaxNano.models.transformer import Numerics, Transformer
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything a step changes: the number of updates tried, parameters (nested dict) and optimizer state."""
+
+    step: jax.Array
+    params: dict[str, Any]
+    opt_state: Any
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The model without its arrays: graph, parameter shapes and logical axes, both as nested dicts."""
+
+    graph: nnx.GraphDef
+    shapes: dict[str, Any]
+    axes: dict[str, Any] = field(repr=False)
+
+    def bind(self, params: dict[str, Any]) -> Transformer:
+        """The callable model around a tree of arrays."""
+        return nnx.merge(self.graph, nnx.State(params))
+
+
+def architecture(config: FrozenConfigDict, numerics: Numerics) -> Architecture:
+    """The model's structure, found without allocating anything."""
+    model = nnx.eval_shape(lambda: Transformer(config, numerics, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    # PartitionSpec is a leaf to jax.tree, which a tuple of names is not.
+    axes = jax.tree.map(
+        lambda variable: PartitionSpec(*variable.get_metadata("logical_axes")),
+        state,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
+    return Architecture(graph, nnx.to_pure_dict(state), nnx.to_pure_dict(axes))
+
+
+def abstract_state(
+    config: FrozenConfigDict,
+    model: Architecture,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> TrainState:
+    """TrainState of ShapeDtypeStructs with shardings: the target of initialisation and of restore.
+
+    An optimizer leaf lies like the parameter whose path its own path ends with; a factored moment keeps
+    the parameter's axes with size 1 where it was reduced, and an axis of size 1 is never cut.
+    """
+    axes = {_names(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(model.axes)}
+
+    def place(path, leaf):
+        names = _names(path)
+        spec = next((axes[names[i:]] for i in range(len(names)) if names[i:] in axes), None)
+        if spec is None or len(spec) != leaf.ndim:
+            sharding = NamedSharding(mesh, PartitionSpec())
+        else:
+            sharding = named_sharding(mesh, leaf.shape, tuple(spec), config.logical_axis_rules)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    state = TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32),
+        params=model.shapes,
+        opt_state=jax.eval_shape(optimizer.init, model.shapes),
+    )
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def initialize(
+    config: FrozenConfigDict,
+    numerics: Numerics,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+) -> TrainState:
+    """A fresh state, every array made where it will live; the same values for every mesh."""
+
+    def init():
+        model = Transformer(config, numerics, rngs=nnx.Rngs(config.seed))
+        params = nnx.to_pure_dict(nnx.split(model)[1])
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(init, out_shardings=shardings)()
+
+
+def _names(path) -> tuple[str, ...]:
+    """The dictionary keys on a tree path."""
+    return tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))

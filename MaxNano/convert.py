@@ -41,7 +41,14 @@ from MaxNano import pyconfig, scaling
 from MaxNano.interop import huggingface
 from MaxNano.optimizers import groups
 from MaxNano.storage import files
-from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import (
+    FILE_NAME,
+    SPECIAL_TOKENS,
+    BpeTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    load_tokenizer_from,
+)
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.state import TrainState
 
@@ -462,7 +469,7 @@ class _TokenizerUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to objects outside")
 
 
-def read_tokenizer(path: epath.PathLike) -> tokenizer.BpeTokenizer:
+def read_tokenizer(path: epath.PathLike) -> BpeTokenizer:
     """nanochat's tokenizer.pkl; ValueError with one line where it is anything else."""
     try:
         with epath.Path(path).open("rb") as file:
@@ -473,10 +480,10 @@ def read_tokenizer(path: epath.PathLike) -> tokenizer.BpeTokenizer:
             raise ValueError("its ranks are not a table from bytes to int")
         if not all(type(name) is str and type(i) is int for name, i in special.items()):
             raise ValueError("its special tokens are not a table from str to int")
-        unknown = sorted(special.keys() - set(tokenizer.SPECIAL_TOKENS))
+        unknown = sorted(special.keys() - set(SPECIAL_TOKENS))
         if unknown:
             raise ValueError(f"it has a special token {unknown[0]!r} that nanochat has not")
-        return tokenizer.BpeTokenizer(state["pat_str"], ranks, special)
+        return BpeTokenizer(state["pat_str"], ranks, special)
     except Exception as error:  # noqa: BLE001 (a damaged pickle can raise anything)
         raise ValueError(f"{path} is not nanochat's tokenizer: {_first_line(error)}") from None
 
@@ -505,7 +512,7 @@ class Source(NamedTuple):
     names: Names
     values: dict[str, Any]  # config keys that the checkpoint decides
     arrays: dict[str, np.ndarray]
-    encoder: tokenizer.Tokenizer | None
+    encoder: Tokenizer | None
     step: int
 
 
@@ -525,23 +532,23 @@ def import_run(config: FrozenConfigDict, argv: list[str]) -> None:
             f"the tokenizer of {source.path} has {encoder.vocab_size} tokens but the model has"
             f" {values['vocab_size']}"
         )
-    if isinstance(encoder, tokenizer.BpeTokenizer):
+    if isinstance(encoder, BpeTokenizer):
         values["tokenizer_type"] = "bpe"
         values["tokenizer_path"] = _tokenizer_place(config, run, encoder)
     elif encoder:
         values["tokenizer_type"] = "huggingface"
-        values["tokenizer_path"] = str(run / tokenizer.FILE_NAME)
+        values["tokenizer_path"] = str(run / FILE_NAME)
     config = _resolve(config, argv, source.format, values)
     params = to_params(source.arrays, config, source.names)
     state = _fresh_state(params, config, source.step)
     del params
 
     run.mkdir(parents=True, exist_ok=True)
-    if isinstance(encoder, tokenizer.BpeTokenizer):
+    if isinstance(encoder, BpeTokenizer):
         encoder.save(config.tokenizer_path)
     elif encoder:
-        text = (epath.Path(source.path) / tokenizer.FILE_NAME).read_bytes()
-        files.write_whole(run / tokenizer.FILE_NAME, text)
+        text = (epath.Path(source.path) / FILE_NAME).read_bytes()
+        files.write_whole(run / FILE_NAME, text)
     pyconfig.save(config, run / "config.yml")
     fingerprint = encoder.fingerprint() if encoder else ""
     with Checkpointer(config, run, tokenizer_fingerprint=fingerprint) as checkpointer:
@@ -569,11 +576,11 @@ def _huggingface_source(config: FrozenConfigDict) -> Source:
     arrays: dict[str, np.ndarray] = {}
     for file in found.weights:
         arrays |= read_tensors(file)
-    encoder: tokenizer.Tokenizer | None = None
-    if (folder / tokenizer.FILE_NAME).exists():
+    encoder: Tokenizer | None = None
+    if (folder / FILE_NAME).exists():
         # Of another kind than ours it is taken as it is.
-        encoder = huggingface.read_tokenizer(folder) or tokenizer.load_from(
-            "huggingface", folder / tokenizer.FILE_NAME
+        encoder = huggingface.read_tokenizer(folder) or load_tokenizer_from(
+            "huggingface", folder / FILE_NAME
         )
     return Source(
         str(folder), "huggingface", HUGGINGFACE, found.values, arrays, encoder, found.step
@@ -637,15 +644,13 @@ def _table_dtype(source: Source) -> str:
     return "bfloat16" if dtypes == {"bfloat16"} else "float32"
 
 
-def _tokenizer_place(
-    config: FrozenConfigDict, run: epath.Path, encoder: tokenizer.BpeTokenizer
-) -> str:
+def _tokenizer_place(config: FrozenConfigDict, run: epath.Path, encoder: BpeTokenizer) -> str:
     """Where the imported tokenizer goes: into the run, or where the command line says."""
     if config.origin["tokenizer_path"] != pyconfig.COMMAND_LINE:
         return str(run / "tokenizer")
     place = epath.Path(config.tokenizer_path).expanduser()
-    if (place / tokenizer.FILE_NAME).exists():
-        there = tokenizer.load_from("bpe", place)
+    if (place / FILE_NAME).exists():
+        there = load_tokenizer_from("bpe", place)
         if there.fingerprint() != encoder.fingerprint():
             raise ValueError(f"tokenizer_path={place} holds another tokenizer; choose another path")
     return str(place)
@@ -724,7 +729,7 @@ def export_folder(config: FrozenConfigDict) -> None:
     target = huggingface.check_target(config.to_huggingface, config.convert_overwrite)
     run = _run_directory(config)
     saved, params, step = _read_run(config)
-    encoder = tokenizer.load(saved)
+    encoder = load_tokenizer(saved)
     tensors = from_params(params, saved, HUGGINGFACE)
     huggingface.write_folder(
         target, saved, step, tensors, encoder, replace=config.convert_overwrite

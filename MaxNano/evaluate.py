@@ -35,7 +35,7 @@ from MaxNano.distributed import runtime, sharding
 from MaxNano.evals import bpb, chat, core, samples
 from MaxNano.evals.results import Results, evaluate_tasks, run_id
 from MaxNano.inference import prefix_scoring
-from MaxNano.tokenization.tokenizer import Tokenizer
+from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.metrics import print_table
 
@@ -45,14 +45,14 @@ EVALS = ("bpb", "core", "chat", "samples")
 # ---- Bits per byte --------------------------------------------------------------------------------------------------
 
 
-def evaluate_bpb(setup: train.Setup, vocabulary: Tokenizer, params: Any, results: Results) -> None:
+def evaluate_bpb(setup: train.Setup, tokenizer: Tokenizer, params: Any, results: Results) -> None:
     """Bits per byte on the beginning of both splits, eval_tokens of each, the same rows for any number of devices."""
     config, plan = setup.config, setup.plan
     count = max(1, config.eval_tokens // config.global_batch_tokens)
     rows = sharding.batch_sharding(setup.mesh, config.logical_axis_rules)
     evaluate = train.jit_evaluate(setup)
     token_bytes = jax.device_put(
-        vocabulary.token_bytes(), NamedSharding(setup.mesh, PartitionSpec())
+        tokenizer.token_bytes(), NamedSharding(setup.mesh, PartitionSpec())
     )
     table = []
     for split in ("train", "validation"):
@@ -65,14 +65,14 @@ def evaluate_bpb(setup: train.Setup, vocabulary: Tokenizer, params: Any, results
                 config.max_target_length,
                 config.data_readers,
             ],
-            "tokenizer": vocabulary.fingerprint(),
+            "tokenizer": tokenizer.fingerprint(),
             "dtype": setup.numerics.dtype,
         }
         values = results.get(f"bpb {split}", of)
         if values is None:
             started = time.monotonic()
             with (
-                train.open_loader(config, plan, vocabulary, split) as batches,
+                train.open_loader(config, plan, tokenizer, split) as batches,
                 _progress() as shown,
             ):
                 batches = shown.track(
@@ -105,17 +105,17 @@ def _data_of(config: FrozenConfigDict, split: str) -> list[Any]:
 # ---- CORE -----------------------------------------------------------------------------------------------------------
 
 
-def evaluate_core(setup: train.Setup, vocabulary: Tokenizer, params: Any, results: Results) -> None:
+def evaluate_core(setup: train.Setup, tokenizer: Tokenizer, params: Any, results: Results) -> None:
     """CORE, task by task, in a table."""
     config = setup.config
     tasks = core.load_bundle(config.core_bundle)
-    scorer = prefix_scoring.Scorer(setup, vocabulary.bos_id)
+    scorer = prefix_scoring.Scorer(setup, tokenizer.bos_id)
     with _progress() as shown:
         bar = shown.add_task("CORE", total=None)
         score, rows = evaluate_tasks(
             config,
             tasks,
-            vocabulary,
+            tokenizer,
             scorer,
             params,
             results,
@@ -134,26 +134,26 @@ def evaluate_core(setup: train.Setup, vocabulary: Tokenizer, params: Any, result
         for label, v in rows.items()
     ]
     seconds = sum(values["seconds"] for values in rows.values())
-    header = ("task", "shots", "questions", "accuracy", "centred", "seconds")
+    header = ("task", "shots", "questions", "accuracy", "centered", "seconds")
     _show("CORE", header, [*lines, ("CORE", "", "", "", f"{score:.6f}", f"{seconds:.1f}")])
 
 
 # ---- Chat tasks -----------------------------------------------------------------------------------------------------
 
 
-def evaluate_chat(setup: train.Setup, vocabulary: Tokenizer, params: Any, results: Results) -> None:
+def evaluate_chat(setup: train.Setup, tokenizer: Tokenizer, params: Any, results: Results) -> None:
     """The chat tasks, task by task, in a table."""
     config = setup.config
     limits = dict.fromkeys(("categorical", "generative"), config.chat_max_per_task)
-    exams = [chat.make_exam(config, name, vocabulary, limits) for name in config.chat_tasks]
+    exams = [chat.make_exam(config, name, tokenizer, limits) for name in config.chat_tasks]
     with _progress() as shown:
         bar = shown.add_task("chat tasks", total=None)
         found = chat.evaluate_exams(
             config,
             exams,
-            vocabulary,
-            prefix_scoring.Scorer(setup, vocabulary.bos_id).bind(params),
-            lambda: chat.make_engine(config, setup.mesh, params, vocabulary),
+            tokenizer,
+            prefix_scoring.Scorer(setup, tokenizer.bos_id).bind(params),
+            lambda: chat.make_engine(config, setup.mesh, params, tokenizer),
             results,
             dtype=setup.numerics.dtype,
             say=_say,
@@ -173,18 +173,18 @@ def evaluate_chat(setup: train.Setup, vocabulary: Tokenizer, params: Any, result
         for name, v in found.items()
     ]
     lines += [(name, "", "", f"{score:.6f}", "", "") for name, score in scores.items()]
-    _show("chat tasks", ("task", "problems", "accuracy", "centred", "stopped", "seconds"), lines)
+    _show("chat tasks", ("task", "problems", "accuracy", "centered", "stopped", "seconds"), lines)
 
 
 # ---- Samples --------------------------------------------------------------------------------------------------------
 
 
 def evaluate_samples(
-    setup: train.Setup, vocabulary: Tokenizer, params: Any, results: Results
+    setup: train.Setup, tokenizer: Tokenizer, params: Any, results: Results
 ) -> None:
     """Greedy continuations of a few prompts."""
-    programs = train.build_programs(setup, None, vocabulary.token_bytes())
-    texts = samples.sample(partial(programs.greedy, params), vocabulary, setup.config.sample_tokens)
+    programs = train.build_programs(setup, None, tokenizer.token_bytes())
+    texts = samples.sample(partial(programs.greedy, params), tokenizer, setup.config.sample_tokens)
     results.put("samples", {}, texts)
     _show(
         "samples",
@@ -227,10 +227,10 @@ def evaluate(config: FrozenConfigDict) -> None:
         core.load_bundle(config.core_bundle)  # what is wrong with it is told now
     runtime.initialize(config)
     setup = train.set_up(config)
-    vocabulary = train.load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
     with jax.set_mesh(setup.mesh):
         with Checkpointer(
-            config, directory, tokenizer_fingerprint=vocabulary.fingerprint(), writer=False
+            config, directory, tokenizer_fingerprint=tokenizer.fingerprint(), writer=False
         ) as checkpointer:
             params, extra = checkpointer.restore_params_only(setup.abstract.params, config.step)
         step = extra["run"]["step"]
@@ -242,13 +242,13 @@ def evaluate(config: FrozenConfigDict) -> None:
             if name not in names:
                 continue
             if name == "bpb":
-                evaluate_bpb(setup, vocabulary, params, results)
+                evaluate_bpb(setup, tokenizer, params, results)
             elif name == "core":
-                evaluate_core(setup, vocabulary, params, results)
+                evaluate_core(setup, tokenizer, params, results)
             elif name == "chat":
-                evaluate_chat(setup, vocabulary, params, results)
+                evaluate_chat(setup, tokenizer, params, results)
             else:
-                evaluate_samples(setup, vocabulary, params, results)
+                evaluate_samples(setup, tokenizer, params, results)
     _say(f"written to {results.path}")
 
 

@@ -85,7 +85,7 @@ class Key(NamedTuple):
 
 
 def _short(value: Any) -> str:
-    """A value as the user may recognise it in a message: one line, not too long."""
+    """A value as the user may recognize it in a message: one line, not too long."""
     text = value if isinstance(value, str) and value.isprintable() and value else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -84,7 +84,7 @@ GPT2 = {
 
 
 def gpt2_scores(label: str) -> tuple[float, float] | None:
-    """Centred accuracies of the small and of the largest GPT-2 on a task, None where it is none of CORE's."""
+    """Centered accuracies of the small and of the largest GPT-2 on a task, None where it is none of CORE's."""
     if label not in GPT2:
         return None
     guessing, small, largest = GPT2[label]
@@ -580,7 +580,7 @@ def core_section(runs: Sequence[Run]) -> Section:
             bar = _core_bar("CORE", one.score, (small, largest))
             scores = [f"{score:z.4f}" for score in (one.score, small, largest)]
             rows.append(["CORE", bar, "", "", "", *scores])
-        header = ["task", "", "shots", "questions", "accuracy", "centred", "GPT-2", "GPT-2 XL"]
+        header = ["task", "", "shots", "questions", "accuracy", "centered", "GPT-2", "GPT-2 XL"]
         limited = (
             f" Only {one.limit} questions of each task were asked; GPT-2's numbers are of all."
             if one.limit
@@ -589,7 +589,7 @@ def core_section(runs: Sequence[Run]) -> Section:
         blocks += [
             Table(header, rows),
             Note(
-                f"After step {one.step:,}. Centred: 0 is guessing and 1 is knowing all; CORE is the mean. The bar is "
+                f"After step {one.step:,}. Centered: 0 is guessing and 1 is knowing all; CORE is the mean. The bar is "
                 "this model, the thin mark GPT-2 (124 M parameters), the thick one GPT-2 XL (1.6 B)."
                 + limited
             ),
@@ -692,7 +692,7 @@ def _before_and_after(values: Sequence[Mapping[str, Any] | None], key: str) -> l
 
 
 def _guessing(values: Mapping[str, Any]) -> str:
-    """Accuracy of guessing, from an accuracy and what it is when centred."""
+    """Accuracy of guessing, from an accuracy and what it is when centered."""
     if values["centered"] == 1:
         return "–"
     share = (values["accuracy"] - values["centered"]) / (1 - values["centered"])

@@ -44,7 +44,7 @@ from MaxNano.models import losses, quantization
 from MaxNano.models.transformer import Numerics, kept_residuals
 from MaxNano.optimizers import groups, schedules
 from MaxNano.reporting import run_history
-from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
 from MaxNano.training import rollouts
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.metrics import MetricLogger, print_table
@@ -653,12 +653,12 @@ def due(step: int, interval: int) -> bool:
 
 
 def open_loader(
-    config: FrozenConfigDict, plan: BatchPlan, vocabulary, split: str, state=None
+    config: FrozenConfigDict, plan: BatchPlan, tokenizer, split: str, state=None
 ) -> Loader:
     """This host's part of the batches of a split."""
     return make_loader(
         config,
-        vocabulary,
+        tokenizer,
         split,
         batch_rows=plan.rows,
         state=state,
@@ -671,14 +671,14 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
     """Train from the run's last checkpoint, or from the start, to config.steps; returns the exit status."""
     config = setup.config
     directory = run_directory(config)
-    vocabulary = load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
     core_tasks = core.load_bundle(config.core_bundle) if config.core_interval else []
-    exams = make_exams(config, vocabulary) if config.chat_interval else []
+    exams = make_exams(config, tokenizer) if config.chat_interval else []
     rows_sharding = sharding.batch_sharding(setup.mesh, config.logical_axis_rules)
 
     with contextlib.ExitStack() as cleanup:
         checkpointer = cleanup.enter_context(
-            Checkpointer(config, directory, tokenizer_fingerprint=vocabulary.fingerprint())
+            Checkpointer(config, directory, tokenizer_fingerprint=tokenizer.fingerprint())
         )
 
         # ---- State: from the last checkpoint, from that of another run, or new
@@ -693,7 +693,7 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
             state, extra = checkpointer.restore(setup.abstract)
             check_start(config, extra["run"]["config"])
         elif config.load_from is not None:
-            state = load_start(setup, vocabulary.fingerprint())
+            state = load_start(setup, tokenizer.fingerprint())
         else:
             state = initialize(config, setup.numerics, setup.optimizer, setup.abstract)
         start = int(state.step)
@@ -701,23 +701,23 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
             checkpointer.check_free_space(setup.abstract)
         setup, step = compile_train(setup)
         plan = setup.plan
-        programs = build_programs(setup, step, vocabulary.token_bytes())
+        programs = build_programs(setup, step, tokenizer.token_bytes())
 
         # ---- Data, metrics
         if config.dataset_type == "rollouts":
             batches = rollouts.Rollouts(
                 config,
                 setup.mesh,
-                vocabulary,
+                tokenizer,
                 lambda: state.params,
                 rows_sharding,
                 state=extra["data"],
-                score_reference=reference_scorer(setup, vocabulary),
+                score_reference=reference_scorer(setup, tokenizer),
                 on_step=preemption.check,
             )
         else:
             batches = DevicePrefetch(
-                open_loader(config, plan, vocabulary, "train", extra["data"]),
+                open_loader(config, plan, tokenizer, "train", extra["data"]),
                 rows_sharding,
                 config.prefetch_batches,
             )
@@ -756,7 +756,7 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
         evaluated_step, core_step, chat_step = (
             extra.get(f"{what}_step") for what in ("evaluated", "core", "chat")
         )
-        scorer = prefix_scoring.Scorer(setup, vocabulary.bos_id)
+        scorer = prefix_scoring.Scorer(setup, tokenizer.bos_id)
         skipped_in_a_row = 0
         try:
             for step in itertools.count(start):
@@ -770,7 +770,7 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
                         else:
                             if held_out is None:
                                 with preemption.at_once():
-                                    held_out = read_held_out(setup, vocabulary)
+                                    held_out = read_held_out(setup, tokenizer)
                             results = bpb.evaluate_bpb(
                                 lambda batch, params=state.params: programs.evaluate(
                                     params, put_global(batch, rows_sharding)
@@ -782,7 +782,7 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
                         last or (step and due(step, config.sample_interval))
                     ):
                         texts = samples.sample(
-                            partial(programs.greedy, state.params), vocabulary, config.sample_tokens
+                            partial(programs.greedy, state.params), tokenizer, config.sample_tokens
                         )
                         logger.event(step, "samples", texts)
                     evaluated_step = step
@@ -794,7 +794,7 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
                     score, rows = evaluate_tasks(
                         config,
                         core_tasks,
-                        vocabulary,
+                        tokenizer,
                         scorer,
                         state.params,
                         Results(directory, step, logger.state()["run_id"]),
@@ -812,9 +812,9 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
                     found = chat.evaluate_exams(
                         config,
                         exams,
-                        vocabulary,
+                        tokenizer,
                         scorer.bind(state.params),
-                        partial(chat.make_engine, config, setup.mesh, state.params, vocabulary),
+                        partial(chat.make_engine, config, setup.mesh, state.params, tokenizer),
                         Results(directory, step, logger.state()["run_id"]),
                         dtype=setup.numerics.dtype,
                         say=logger.message,
@@ -861,37 +861,24 @@ def train(setup: Setup, preemption: runtime.Preemption) -> int:
     return 0
 
 
-def load_tokenizer(config: FrozenConfigDict) -> tokenizer.Tokenizer:
-    """The run's tokenizer. Raises ValueError where its size is not the model's."""
-    vocabulary = tokenizer.load(config)
-    if vocabulary.vocab_size != config.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {config.tokenizer_path} has {vocabulary.vocab_size} tokens but vocab_size is "
-            f"{config.vocab_size}: set vocab_size={vocabulary.vocab_size} or train another tokenizer"
-        )
-    return vocabulary
-
-
-def read_held_out(setup: Setup, vocabulary: tokenizer.Tokenizer) -> bpb.PackedRows:
+def read_held_out(setup: Setup, tokenizer: Tokenizer) -> bpb.PackedRows:
     """The validation batches: config.eval_tokens, rounded down to whole batches, at least one."""
     config, plan = setup.config, setup.plan
     count = max(1, config.eval_tokens // config.global_batch_tokens)
-    with open_loader(config, plan, vocabulary, "validation") as batches:
+    with open_loader(config, plan, tokenizer, "validation") as batches:
         return bpb.PackedRows(batches, count, config.vocab_size)
 
 
-def make_exams(config: FrozenConfigDict, vocabulary: tokenizer.Tokenizer) -> list[chat.Exam]:
+def make_exams(config: FrozenConfigDict, tokenizer: Tokenizer) -> list[chat.Exam]:
     """What chat_tasks ask at intervals."""
     limits = {
         "categorical": config.chat_interval_categorical,
         "generative": config.chat_interval_generative,
     }
-    return [chat.make_exam(config, name, vocabulary, limits) for name in config.chat_tasks]
+    return [chat.make_exam(config, name, tokenizer, limits) for name in config.chat_tasks]
 
 
-def reference_scorer(
-    setup: Setup, vocabulary: tokenizer.Tokenizer
-) -> Callable[[dict], jax.Array] | None:
+def reference_scorer(setup: Setup, tokenizer: Tokenizer) -> Callable[[dict], jax.Array] | None:
     """What rl_kl compares with: the losses of a batch by load_from's model; None where it is off."""
     config = setup.config
     if not config.rl_kl:
@@ -901,7 +888,7 @@ def reference_scorer(
     with Checkpointer(
         config,
         start_directory(config),
-        tokenizer_fingerprint=vocabulary.fingerprint(),
+        tokenizer_fingerprint=tokenizer.fingerprint(),
         writer=False,
     ) as source:
         params, _ = source.restore_params_only(setup.abstract.params)

@@ -78,7 +78,7 @@ def slice_shape(name: str) -> tuple[str, tuple[int, ...]]:
     """(generation, chips along each axis) of a slice as Cloud TPU names it.
 
     Raises ValueError for a name that none has.
-    Source: https://cloud.google.com/tpu/docs/v6e and its neighbours for the other generations.
+    Source: https://cloud.google.com/tpu/docs/v6e and its neighbors for the other generations.
     """
     kind, _, size = name.partition("-")
     generation = GENERATIONS.get(kind)

@@ -23,7 +23,13 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
 from MaxNano.data import sources
-from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import (
+    BpeTokenizer,
+    Tokenizer,
+    cut_long_space,
+    train_bpe,
+    valid_unicode,
+)
 
 PROGRESS_SECONDS = 5.0  # between progress lines
 REFERENCES = ("gpt2", "cl100k_base")  # vocabularies of tiktoken to compare with
@@ -121,14 +127,12 @@ def with_progress(texts: Iterable[str], characters: int) -> Iterator[str]:
     show()
 
 
-def train(config: FrozenConfigDict) -> tokenizer.BpeTokenizer:
+def train(config: FrozenConfigDict) -> BpeTokenizer:
     """The tokenizer of the config's training documents, not yet written."""
     characters = config.tokenizer_train_characters
     texts = sources.iterate_texts(config, split="train")
     texts = capped(texts, characters, config.tokenizer_train_document_characters)
-    return tokenizer.train_bpe(
-        with_progress(texts, characters), config.vocab_size, config.tokenizer_threads
-    )
+    return train_bpe(with_progress(texts, characters), config.vocab_size, config.tokenizer_threads)
 
 
 # ---- Compression ------------------------------------------------------------------------------
@@ -155,7 +159,7 @@ def reference_encodings(names: Sequence[str], seconds: float) -> dict[str, tikto
 
 
 def compression_table(
-    ours: tokenizer.Tokenizer,
+    ours: Tokenizer,
     references: Mapping[str, tiktoken.Encoding],
     texts: Mapping[str, Sequence[str]],
 ) -> list[str]:
@@ -163,7 +167,7 @@ def compression_table(
     header = f"{'bytes per token':<16}{'bytes':>12}{'ours':>12}"
     lines = [header + "".join(f"{name:>14}" for name in references)]
     for name, group in texts.items():
-        group = [tokenizer.valid_unicode(text) for text in group]
+        group = [valid_unicode(text) for text in group]
         size = sum(len(text.encode()) for text in group)
         rows = ours.encode_batch(group, bos=False)
         assert [ours.decode(row) for row in rows] == group, "decoding must undo encoding"
@@ -173,7 +177,7 @@ def compression_table(
             tokens = sum(
                 len(encoding.encode_ordinary(piece))
                 for text in group
-                for piece in tokenizer.cut_long_space(text)
+                for piece in cut_long_space(text)
             )
             line += f"{size / max(tokens, 1):>14.2f}"
         lines.append(line)

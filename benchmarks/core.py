@@ -34,7 +34,7 @@ from MaxNano import convert, evaluate, pyconfig, train
 from MaxNano.distributed import runtime
 from MaxNano.evals import core
 from MaxNano.inference import prefix_scoring
-from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
 
 
@@ -62,7 +62,7 @@ def start_nanochat(
         facts = {
             "model": common.nanochat_model(config),
             "parameters": f"{folder}/model.npz",
-            "tokenizer": str(Path(config.tokenizer_path).expanduser() / tokenizer.FILE_NAME),
+            "tokenizer": str(Path(config.tokenizer_path).expanduser() / FILE_NAME),
             "bos_id": bos_id,
             "max_per_task": config.core_max_per_task,
             "shuffle_seed": core.SHUFFLE_SEED,
@@ -105,12 +105,10 @@ def start_nanochat(
             process.stdin.close()
 
 
-def measure(
-    task: core.Task, vocabulary: tokenizer.Tokenizer, score: core.Scorer, limit: int
-) -> Result:
-    """A task in MaxNano, tokenising and all; what is compiled on the way counts."""
+def measure(task: core.Task, tokenizer: Tokenizer, score: core.Scorer, limit: int) -> Result:
+    """A task in MaxNano, tokenizing and all; what is compiled on the way counts."""
     wall, cpu = time.perf_counter(), time.process_time()
-    (result,) = core.evaluate([task], vocabulary, score, max_per_task=limit)
+    (result,) = core.evaluate([task], tokenizer, score, max_per_task=limit)
     correct = "".join("01"[answer.correct] for answer in result.answers)
     return Result(correct, time.perf_counter() - wall, time.process_time() - cpu)
 
@@ -119,7 +117,7 @@ def main(config: FrozenConfigDict) -> None:
     """Measure and compare."""
     config = evaluate.config_of_run(config, sys.argv[1:])
     runtime.initialize(config)
-    setup, vocabulary = train.set_up(config), train.load_tokenizer(config)
+    setup, tokenizer = train.set_up(config), load_tokenizer(config)
     tasks = core.load_bundle(config.core_bundle)
     if os.environ.get("NANOCHAT") and 0 < config.core_max_per_task <= max(
         task.shots for task in tasks
@@ -130,17 +128,17 @@ def main(config: FrozenConfigDict) -> None:
     with jax.set_mesh(setup.mesh):
         with Checkpointer(config, train.run_directory(config), writer=False) as checkpointer:
             params, _ = checkpointer.restore_params_only(setup.abstract.params, config.step)
-        score = prefix_scoring.Scorer(setup, vocabulary.bos_id).bind(params)
+        score = prefix_scoring.Scorer(setup, tokenizer.bos_id).bind(params)
         print(
             f"MaxNano: jax {jax.__version__}, {setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}"
         )
         table, share = [], 0.0
-        with start_nanochat(config, params, vocabulary.bos_id) as nanochat:
+        with start_nanochat(config, params, tokenizer.bos_id) as nanochat:
             for task in tasks:
-                first = measure(task, vocabulary, score, config.core_max_per_task)
+                first = measure(task, tokenizer, score, config.core_max_per_task)
                 # Of two, because a second pass may find that another shape is worth compiling.
                 later = [
-                    measure(task, vocabulary, score, config.core_max_per_task) for _ in range(2)
+                    measure(task, tokenizer, score, config.core_max_per_task) for _ in range(2)
                 ]
                 again = min(later, key=lambda result: result.cpu)
                 questions = len(first.correct)

@@ -3,7 +3,7 @@
     python benchmarks/decode.py configs/base.yml model=d24
     python benchmarks/decode.py configs/base.yml model=d4 max_target_length=512 vocab_size=4096 num_cpu_devices=1
 
-Weights are the run's, where run_name has a checkpoint, else random; tokens are greedy. Utilisation is of the chip's
+Weights are the run's, where run_name has a checkpoint, else random; tokens are greedy. Utilization is of the chip's
 memory bandwidth and FLOP/s, where the chip is known: bytes are the matrices and the cached keys and values that a step
 has to read, FLOPs those of the model. Where decoding is too much for the CPU and there is nothing else, it prints what
 train_compile.py says of compile_topology instead: an estimate, nothing is run. With a nanochat checkout in NANOCHAT and

@@ -41,7 +41,7 @@ from ml_collections import FrozenConfigDict
 from benchmarks import common
 from MaxNano import pyconfig
 from MaxNano.data import loader, packing, sources
-from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 
 WARM_TOKENS = 1_000_000
 MEASURED_TOKENS = 6_000_000
@@ -93,7 +93,7 @@ def measure(batches: Iterator[loader.Batch]) -> Result:
 
 def measure_encoding(config: FrozenConfigDict, texts: list[list[str]]) -> Result:
     """Lists of documents into tokens, with one thread."""
-    encoder = tokenizer.load(pyconfig.replace(config, "benchmark", tokenizer_threads=1))
+    encoder = load_tokenizer(pyconfig.replace(config, "benchmark", tokenizer_threads=1))
     encoder.encode_batch(texts[0], bos=True)
     tokens, begin, cpu = 0, time.perf_counter(), cpu_seconds()
     for documents in texts:
@@ -140,7 +140,7 @@ def measure_packing(config: FrozenConfigDict, lists: list[list[np.ndarray]], row
     return measure(batches())
 
 
-def measure_loader(config: FrozenConfigDict, encoder: tokenizer.Tokenizer, rows: int) -> Result:
+def measure_loader(config: FrozenConfigDict, encoder: Tokenizer, rows: int) -> Result:
     """Files into batches: reading, encoding, packing, in the background."""
     with loader.make_loader(config, encoder, "train", batch_rows=rows) as batches:
         return measure(batches)
@@ -173,7 +173,7 @@ def start_nanochat(config: FrozenConfigDict, rows: int) -> Iterator[Callable[[st
     source = sources.ParquetSource(config, "train")
     task = {
         "files": [str(Path(config.dataset_path).expanduser() / name) for name in source.files],
-        "tokenizer": str(Path(config.tokenizer_path).expanduser() / tokenizer.FILE_NAME),
+        "tokenizer": str(Path(config.tokenizer_path).expanduser() / FILE_NAME),
         "length": config.max_target_length,
         "rows": rows,
         "buffer_documents": config.packing_buffer_documents,
@@ -261,7 +261,7 @@ def needed(rows: dict[str, common.Row]) -> str:
 
 def main(config: FrozenConfigDict) -> None:
     """Measure the pipeline that a config describes."""
-    encoder = tokenizer.load(config)
+    encoder = load_tokenizer(config)
     rows = 2 * config.data_readers
     one_reader = pyconfig.replace(config, "benchmark", data_readers=1)
     texts = text_pool(config)

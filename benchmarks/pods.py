@@ -48,7 +48,7 @@ QUICK = ("xla_flags=[]", "muon_iterations=1", "window_pattern=L")
 LEAST_EFFORT = {
     "exec_time_optimization_effort": -1.0
 }  # no search for fast code, which nobody looks at
-# State is cut among eight neighbours and repeated over all others: Muon then needs no communication whatever the number
+# State is cut among eight neighbors and repeated over all others: Muon then needs no communication whatever the number
 # of chips (24 and 32 layers divide by 8), a step gathers over few links, and no weight travels between slices.
 FSDP = 8
 RULES = (

@@ -145,15 +145,15 @@ def chat_tasks(config: FrozenConfigDict, options: dict[str, str]) -> None:
 
 
 def has_tokenizer(config: FrozenConfigDict, options: dict[str, str]) -> None:
-    from MaxNano.tokenization import tokenizer
+    from MaxNano.tokenization.tokenizer import load_tokenizer
 
     try:
-        vocabulary = tokenizer.load(config)
+        tokenizer = load_tokenizer(config)
     except ValueError as error:
         raise No(str(error)) from None
-    if vocabulary.vocab_size != config.vocab_size:
+    if tokenizer.vocab_size != config.vocab_size:
         raise No(
-            f"{config.tokenizer_path} has {vocabulary.vocab_size} tokens, not {config.vocab_size}"
+            f"{config.tokenizer_path} has {tokenizer.vocab_size} tokens, not {config.vocab_size}"
         )
     print(f"{config.tokenizer_path} is there")
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from MaxNano import pyconfig, tasks
 from MaxNano.data import conversations, loader, packing
-from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import NANOCHAT_PATTERN, BpeTokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tasks_packing.json").read_text())
-TOKENIZER = tokenizer.BpeTokenizer(tokenizer.NANOCHAT_PATTERN, {bytes([i]): i for i in range(256)})
+TOKENIZER = BpeTokenizer(NANOCHAT_PATTERN, {bytes([i]): i for i in range(256)})
 BOS = TOKENIZER.bos_id
 
 

@@ -17,7 +17,7 @@ from MaxNano import convert, pyconfig
 from MaxNano.distributed import sharding
 from MaxNano.models.transformer import Numerics
 from MaxNano.optimizers import groups
-from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import NANOCHAT_PATTERN, SPECIAL_TOKENS, load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.state import abstract_state, architecture
 
@@ -193,10 +193,10 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, evil_file, suffix):
 
 def encoding(**changes) -> tiktoken.Encoding:
     ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257}
-    special = {name: 258 + i for i, name in enumerate(tokenizer.SPECIAL_TOKENS)}
+    special = {name: 258 + i for i, name in enumerate(SPECIAL_TOKENS)}
     parts = {
         "name": "rustbpe",
-        "pat_str": tokenizer.NANOCHAT_PATTERN,
+        "pat_str": NANOCHAT_PATTERN,
         "mergeable_ranks": ranks,
         "special_tokens": special,
     }
@@ -309,7 +309,7 @@ def test_command_brings_the_tokenizer(tmp_path, nanochat):
     convert.write_nanochat(path, arrays, meta)
     run_command(tmp_path, f"from_nanochat={path}", "run_name=a")
     config = pyconfig.initialize([str(tmp_path / "runs/a/config.yml")])
-    found = tokenizer.load(config)
+    found = load_tokenizer(config)
     assert found.encode("the") == [257]
     with Checkpointer(config, tmp_path / "runs/a", writer=False) as checkpointer:
         assert checkpointer.read_extra()["run"]["tokenizer"] == found.fingerprint()

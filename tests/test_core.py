@@ -26,7 +26,7 @@ from MaxNano import convert, pyconfig, train
 from MaxNano.distributed import runtime
 from MaxNano.evals import core
 from MaxNano.inference import prefix_scoring
-from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import load_tokenizer_from
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"
@@ -89,7 +89,7 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     with zipfile.ZipFile(GOLDEN / "core_small.zip") as archive:
         archive.extract("tokenizer.json", folder)
-    vocabulary = tokenizer.load_from("bpe", folder)
+    tokenizer = load_tokenizer_from("bpe", folder)
     setup = set_up(
         "max_target_length=256",
         "vocab_size=320",
@@ -103,21 +103,21 @@ def small(tmp_path_factory):
         "attention_chunk=640",
     )
     params = from_formula(setup, {"lm_head.weight": 4, "transformer.wte.weight": 4})
-    return setup, vocabulary, params
+    return setup, tokenizer, params
 
 
 @pytest.mark.parametrize("limit", [7, pytest.param(None, marks=pytest.mark.long)])
 def test_every_answer_is_nanochats(small, few_shapes, limit):
     """All 22 tasks; of each the first questions, with examples from all of them."""
-    setup, vocabulary, params = small
+    setup, tokenizer, params = small
     golden = json.loads((GOLDEN / "core_small.json").read_text())
     tasks = core.load_bundle(GOLDEN / "core_small.zip")
     assert [task.label for task in tasks] == list(golden["tasks"])
-    score = prefix_scoring.Scorer(setup, vocabulary.bos_id).bind(params)
+    score = prefix_scoring.Scorer(setup, tokenizer.bos_id).bind(params)
     right = collections.Counter()
     for task in tasks:
         questions, expected = task.questions(), golden["tasks"][task.label]
-        prompts = core.build_prompts(task, questions, vocabulary, limit=limit)
+        prompts = core.build_prompts(task, questions, tokenizer, limit=limit)
         answers = core.answer(task, questions, prompts, score)
         found = "".join("01"[answer.correct] for answer in answers)
         assert found == expected["correct"][:limit], task.label
@@ -487,7 +487,7 @@ def test_every_answer_on_the_real_bundle_is_nanochats(limit, tmp_path, monkeypat
     with zipfile.ZipFile(GOLDEN / "core_real.zip") as archive:
         archive.extract("tokenizer.json", tmp_path)
         golden = json.loads(archive.read("answers.json"))
-    vocabulary = tokenizer.load_from("bpe", tmp_path)
+    tokenizer = load_tokenizer_from("bpe", tmp_path)
     setup = set_up(
         "max_target_length=512",
         "vocab_size=4096",
@@ -499,14 +499,14 @@ def test_every_answer_on_the_real_bundle_is_nanochats(limit, tmp_path, monkeypat
         "steps=1",
     )
     params = from_formula(setup, {"lm_head.weight": 4, "transformer.wte.weight": 4})
-    score = prefix_scoring.Scorer(setup, vocabulary.bos_id).bind(params)
+    score = prefix_scoring.Scorer(setup, tokenizer.bos_id).bind(params)
 
     tasks = core.load_bundle(REAL)
     assert [task.label for task in tasks] == list(golden["tasks"])
     asked = []
     for task in tasks:
         questions = task.questions(golden["max_per_task"])
-        prompts = core.build_prompts(task, questions, vocabulary, limit=limit)
+        prompts = core.build_prompts(task, questions, tokenizer, limit=limit)
         asked += [
             (task, index, questions[index].get("gold"), prompt)
             for index, prompt in enumerate(prompts)

@@ -59,14 +59,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.requests.append((self.path, self.headers.get("Range")))
-        behaviour = next(self.server.script, None)
+        behavior = next(self.server.script, None)
         with contextlib.suppress(ConnectionError, ValueError):
-            if behaviour is None or not self.path.endswith((".parquet", ".zip")):
+            if behavior is None or not self.path.endswith((".parquet", ".zip")):
                 self.server.answer(self)
             else:
-                behaviour(self)
+                behavior(self)
 
-    # What behaviours are made of.
+    # What behaviors are made of.
 
     def head(self, status=200, **headers):
         self.send_response_only(status)
@@ -132,7 +132,7 @@ def server():
         thread.join()
 
 
-# ---- Misbehaviour: each a function of the place in the file, giving what a handler does --------
+# ---- Misbehavior: each a function of the place in the file, giving what a handler does --------
 
 
 def cut(place):

@@ -15,14 +15,14 @@ from tuning import QUICK
 from MaxNano import evaluate, pyconfig, tasks, train
 from MaxNano.evals import chat, core
 from MaxNano.inference.engine import Completion
-from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import NANOCHAT_PATTERN, BpeTokenizer
 from MaxNano.tools import sandbox
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "configs/base.yml")
-TOKENIZER = tokenizer.BpeTokenizer(tokenizer.NANOCHAT_PATTERN, {bytes([i]): i for i in range(256)})
+TOKENIZER = BpeTokenizer(NANOCHAT_PATTERN, {bytes([i]): i for i in range(256)})
 LETTERED, SPOKEN = ("ARC-Easy/test", "MMLU/test"), ("GSM8K/test", "HumanEval/test")
 NO_LIMITS = {"categorical": 0, "generative": 0}
 
@@ -63,8 +63,8 @@ def exam_of(folder, name):  # noqa: F811
 def test_the_likeliest_letter_of_the_problem_is_what_is_said(folder, name):  # noqa: F811
     """Likelier tokens that are none of its letters do not count; the letters may be digits, and two to five."""
     exam = exam_of(folder, name)
-    favourite = iter([0.5, 0.7, 0.6, 0.9, 0.8] * 2)
-    rank = {letter: next(favourite) for letter in "ABCDE1234"}
+    favorite = iter([0.5, 0.7, 0.6, 0.9, 0.8] * 2)
+    rank = {letter: next(favorite) for letter in "ABCDE1234"}
 
     def forward(tokens):
         logits = np.zeros((*tokens.shape, TOKENIZER.vocab_size), np.float32)
@@ -142,7 +142,7 @@ def test_one_right_answer_of_several_is_enough_and_a_long_prompt_is_wrong():
     assert first.stop_ids == {TOKENIZER.special.assistant_end, TOKENIZER.special.bos} and steps
 
 
-def test_chatcore_is_the_mean_of_its_five_tasks_centred_on_guessing():
+def test_chatcore_is_the_mean_of_its_five_tasks_centered_on_guessing():
     centered = dict(zip(chat.CHATCORE, (0.1, 0.2, 0.3, 0.4, 0.5), strict=True))
     found = {name: {"centered": value} for name, value in centered.items()}
     assert chat.summarize({**found, "SpellingBee/test": {"centered": 1.0}}) == pytest.approx(

@@ -20,7 +20,7 @@ from MaxNano.data import loader
 from MaxNano.distributed import runtime
 from MaxNano.evals import bpb, core
 from MaxNano.evals.results import Results
-from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer
 
@@ -53,7 +53,7 @@ def place(tmp_path_factory):
     config = pyconfig.initialize([BASE, *words(folder), *SHAPE])
     setup = train.set_up(config, jax.devices()[:1])
     state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
-    fingerprint = tokenizer.load(config).fingerprint()
+    fingerprint = load_tokenizer(config).fingerprint()
     with Checkpointer(
         config, folder / "runs/run", tokenizer_fingerprint=fingerprint
     ) as checkpointer:

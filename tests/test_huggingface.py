@@ -19,7 +19,15 @@ from test_convert import assert_same, random_params
 from MaxNano import convert, pyconfig
 from MaxNano.interop import huggingface
 from MaxNano.models.transformer import Numerics
-from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import (
+    NANOCHAT_PATTERN,
+    SPECIAL_TOKENS,
+    BpeTokenizer,
+    SpecialIds,
+    load_tokenizer,
+    load_tokenizer_from,
+    train_bpe,
+)
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.state import architecture
 
@@ -90,15 +98,15 @@ def words_of_text() -> str:
 
 
 @pytest.fixture(scope="module")
-def vocabulary() -> tokenizer.BpeTokenizer:
-    return tokenizer.train_bpe([words_of_text()], 600)
+def tokenizer() -> BpeTokenizer:
+    return train_bpe([words_of_text()], 600)
 
 
 @pytest.fixture(scope="module")
-def models(vocabulary, tmp_path_factory):
+def models(tokenizer, tmp_path_factory):
     """name -> (config, parameters, exported folder), each a run of its own that has gone out."""
     place = tmp_path_factory.mktemp("models")
-    vocabulary.save(place / "tokenizer")
+    tokenizer.save(place / "tokenizer")
     made = {}
     for name, words in MODELS.items():
         config = pyconfig.initialize(
@@ -118,7 +126,7 @@ def models(vocabulary, tmp_path_factory):
         params["resid_lambdas"] += 1
         folder = place / name
         tensors = convert.from_params(params, config, convert.HUGGINGFACE)
-        huggingface.write_folder(folder, config, 12, tensors, vocabulary)
+        huggingface.write_folder(folder, config, 12, tensors, tokenizer)
         made[name] = config, params, folder
     return made
 
@@ -145,7 +153,7 @@ def test_parameters_come_back_bit_for_bit(models, name):
 
 
 @pytest.mark.parametrize("name", ["windows", "groups"])
-def test_a_run_goes_out_and_comes_back_bit_for_bit(models, vocabulary, tmp_path, name):
+def test_a_run_goes_out_and_comes_back_bit_for_bit(models, tokenizer, tmp_path, name):
     config, params, folder = models[name]
     runs = f"base_output_directory={tmp_path / 'runs'}"
     run_command(f"from_huggingface={folder}", runs, "run_name=back")
@@ -158,7 +166,7 @@ def test_a_run_goes_out_and_comes_back_bit_for_bit(models, vocabulary, tmp_path,
     assert_same(found, params)
     assert extra["run"]["step"] == 12
     assert (
-        tokenizer.load(back).fingerprint() == vocabulary.fingerprint() == extra["run"]["tokenizer"]
+        load_tokenizer(back).fingerprint() == tokenizer.fingerprint() == extra["run"]["tokenizer"]
     )
 
     words = [f"temperature={config.temperature}", "run_name=back", runs]
@@ -213,7 +221,7 @@ def test_names_shapes_and_files(models):
         module, name = target.split(".")
         assert f"class {name}(" in (folder / f"{module}.py").read_text()
     generation = json.loads((folder / "generation_config.json").read_text())
-    special = tokenizer.SpecialIds(*range(591, 600))
+    special = SpecialIds(*range(591, 600))
     assert (
         generation["eos_token_id"] == [special.assistant_end, special.bos]
         and generation["do_sample"] is False
@@ -238,11 +246,11 @@ def test_every_switch_of_the_model_is_in_the_code_that_travels(models):
         assert used.count(f"config.{field}") + used.count(f"self.{field}") > 1, field
 
 
-def test_large_models_are_cut_into_files(models, vocabulary, tmp_path, monkeypatch):
+def test_large_models_are_cut_into_files(models, tokenizer, tmp_path, monkeypatch):
     config, params, folder = models["other"]
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 100_000)
     tensors = convert.from_params(params, config, convert.HUGGINGFACE)
-    huggingface.write_folder(tmp_path / "cut", config, 12, tensors, vocabulary)
+    huggingface.write_folder(tmp_path / "cut", config, 12, tensors, tokenizer)
     index = json.loads((tmp_path / "cut/model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "cut").glob("*.safetensors"))
     assert set(index["weight_map"].values()) == set(files) and len(files) > 3
@@ -272,19 +280,19 @@ def as_file(models):
 
 @settings(max_examples=200)
 @given(text=TEXT)
-def test_ids_are_the_same(as_file, vocabulary, text):
-    ids = vocabulary.encode(text)
+def test_ids_are_the_same(as_file, tokenizer, text):
+    ids = tokenizer.encode(text)
     assert as_file.encode(text, add_special_tokens=False).ids == ids
-    assert as_file.encode(text).ids == [vocabulary.bos_id, *ids]
-    assert as_file.decode(ids) == vocabulary.decode(ids)
+    assert as_file.encode(text).ids == [tokenizer.bos_id, *ids]
+    assert as_file.decode(ids) == tokenizer.decode(ids)
 
 
-def test_ids_are_the_same_on_long_text_and_special_tokens_are_tokens(as_file, vocabulary):
+def test_ids_are_the_same_on_long_text_and_special_tokens_are_tokens(as_file, tokenizer):
     text = words_of_text()
-    assert as_file.encode(text, add_special_tokens=False).ids == vocabulary.encode(text)
-    for name, i in zip(tokenizer.SPECIAL_TOKENS, vocabulary.special, strict=True):
+    assert as_file.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
+    for name, i in zip(SPECIAL_TOKENS, tokenizer.special, strict=True):
         assert as_file.encode(name, add_special_tokens=False).ids == [i]
-    assert as_file.get_vocab_size() == vocabulary.vocab_size
+    assert as_file.get_vocab_size() == tokenizer.vocab_size
 
 
 @settings(max_examples=40)
@@ -301,7 +309,7 @@ def test_ids_of_any_vocabulary_are_the_same(joins, texts):
             pieces.append(joined)
     rest = [bytes([byte]) for byte in range(256) if byte not in b"ab c"]
     ranks = {piece: i for i, piece in enumerate(pieces + rest)}
-    made = tokenizer.BpeTokenizer(r" ?\S+|\s+", ranks)
+    made = BpeTokenizer(r" ?\S+|\s+", ranks)
     model = tokenizers.Tokenizer.from_str(json.dumps(huggingface.bpe_json(made)))
     for text in texts:
         assert model.encode(text).ids == made.encode(text)
@@ -310,26 +318,22 @@ def test_ids_of_any_vocabulary_are_the_same(joins, texts):
 def test_ids_that_are_left_out_keep_their_places(tmp_path):
     """As in published rank files: one id in the middle is a special's, another one nobody's."""
     ranks = {bytes([i]): i for i in range(256)} | {b"ab": 257, b"abc": 258}
-    made = tokenizer.BpeTokenizer(
-        tokenizer.NANOCHAT_PATTERN, ranks, {"<|bos|>": 256, "<|user_start|>": 260}
-    )
+    made = BpeTokenizer(NANOCHAT_PATTERN, ranks, {"<|bos|>": 256, "<|user_start|>": 260})
     content = huggingface.bpe_json(made)
     model = tokenizers.Tokenizer.from_str(json.dumps(content))
     assert model.encode("abc<|bos|>ab<|user_start|>").ids == [258, 256, 257, 260]
-    assert [model.token_to_id(name) for name in tokenizer.SPECIAL_TOKENS] == list(made.special)
+    assert [model.token_to_id(name) for name in SPECIAL_TOKENS] == list(made.special)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     assert huggingface.read_tokenizer(tmp_path).fingerprint() == made.fingerprint()
 
 
 def test_a_foreign_tokenizer_goes_out_and_comes_back(models, tmp_path):
     """Its own <|bos|> keeps its name; the special tokens that it lacks come behind."""
-    content = huggingface.bpe_json(
-        tokenizer.BpeTokenizer(r"\S+|\s+", {bytes([i]): i for i in range(256)})
-    )
+    content = huggingface.bpe_json(BpeTokenizer(r"\S+|\s+", {bytes([i]): i for i in range(256)}))
     begin = {**content["added_tokens"][0], "content": "<|endoftext|>"}
     path = tmp_path / "foreign.json"
     path.write_text(json.dumps(content | {"added_tokens": [begin]}))
-    foreign = tokenizer.load_from("huggingface", path)
+    foreign = load_tokenizer_from("huggingface", path)
     assert (foreign.bos_id, foreign.vocab_size) == (256, 265)
     config = pyconfig.initialize(
         [
@@ -344,9 +348,7 @@ def test_a_foreign_tokenizer_goes_out_and_comes_back(models, tmp_path):
     huggingface.write_folder(tmp_path / "out", config, 0, tensors, foreign)
     model = tokenizers.Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
     assert model.encode("a").ids == [256, 97]
-    assert [model.token_to_id(name) for name in tokenizer.SPECIAL_TOKENS[1:]] == list(
-        range(257, 265)
-    )
+    assert [model.token_to_id(name) for name in SPECIAL_TOKENS[1:]] == list(range(257, 265))
     assert (
         json.loads((tmp_path / "out/tokenizer_config.json").read_text())["bos_token"]
         == "<|endoftext|>"
@@ -355,7 +357,7 @@ def test_a_foreign_tokenizer_goes_out_and_comes_back(models, tmp_path):
         f"from_huggingface={tmp_path / 'out'}", f"base_output_directory={tmp_path}", "run_name=back"
     )
     back = pyconfig.initialize([str(tmp_path / "back/config.yml")])
-    found = tokenizer.load(back)
+    found = load_tokenizer(back)
     assert back.tokenizer_type == "huggingface" and found.special == foreign.special
     assert found.encode("ab\n") == foreign.encode("ab\n")
 
@@ -363,13 +365,13 @@ def test_a_foreign_tokenizer_goes_out_and_comes_back(models, tmp_path):
 # ---- What is refused -------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_only_replaced_when_told_and_only_its_own_kind(models, vocabulary, tmp_path):
+def test_a_folder_is_only_replaced_when_told_and_only_its_own_kind(models, tokenizer, tmp_path):
     config, params, folder = models["plain"]
     target = tmp_path / "target"
     shutil.copytree(folder, target)
     tensors = convert.from_params(params, config, convert.HUGGINGFACE)
     with pytest.raises(ValueError, match="already holds a model; .*convert_overwrite=true"):
-        huggingface.write_folder(target, config, 13, tensors, vocabulary)
+        huggingface.write_folder(target, config, 13, tensors, tokenizer)
     assert contents(target) == contents(folder)
     with (
         pytest.raises(OSError),
@@ -378,11 +380,11 @@ def test_a_folder_is_only_replaced_when_told_and_only_its_own_kind(models, vocab
         patch.setattr(
             huggingface, "_write_tensors", lambda *_: (_ for _ in ()).throw(OSError("no space"))
         )
-        huggingface.write_folder(target, config, 13, tensors, vocabulary, replace=True)
+        huggingface.write_folder(target, config, 13, tensors, tokenizer, replace=True)
     assert contents(target) == contents(folder) and [path.name for path in tmp_path.iterdir()] == [
         "target"
     ]
-    huggingface.write_folder(target, config, 13, tensors, vocabulary, replace=True)
+    huggingface.write_folder(target, config, 13, tensors, tokenizer, replace=True)
     assert json.loads((target / "config.json").read_text())["step"] == 13
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
@@ -390,7 +392,7 @@ def test_a_folder_is_only_replaced_when_told_and_only_its_own_kind(models, vocab
     (tmp_path / "precious/thesis.txt").write_text("all of it")
     for other in (tmp_path / "precious", tmp_path / "precious/thesis.txt"):
         with pytest.raises(ValueError, match="exists and is no model of this kind"):
-            huggingface.write_folder(other, config, 13, tensors, vocabulary, replace=True)
+            huggingface.write_folder(other, config, 13, tensors, tokenizer, replace=True)
 
 
 @pytest.mark.parametrize(
@@ -441,7 +443,7 @@ def edit(folder: Path, **fields) -> None:
 
 def test_what_a_sentencepiece_model_does_has_no_equal(models):
     class Foreign:
-        special = tokenizer.SpecialIds(*range(9))
+        special = SpecialIds(*range(9))
 
     config = pyconfig.replace(models["plain"][0], "test", tokenizer_type="sentencepiece")
     with pytest.raises(ValueError, match="tokenizer_type=sentencepiece has no tokenizer.json"):
@@ -575,17 +577,17 @@ def test_the_engine_says_the_same(models, answers, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_transformers_has_our_ids_and_turns(models, answers, vocabulary, name):
+def test_transformers_has_our_ids_and_turns(models, answers, tokenizer, name):
     asked, found, _ = answers[name]
-    assert found["ids"] == [vocabulary.encode(text) for text in asked["texts"]]
-    assert found["decoded"] == asked["texts"] and found["first"] == vocabulary.bos_id
-    assert found["rendered"] == vocabulary.render_conversation({"messages": CONVERSATION})[0]
-    assert found["prompt"] == vocabulary.render_for_completion({"messages": CONVERSATION})
+    assert found["ids"] == [tokenizer.encode(text) for text in asked["texts"]]
+    assert found["decoded"] == asked["texts"] and found["first"] == tokenizer.bos_id
+    assert found["rendered"] == tokenizer.render_conversation({"messages": CONVERSATION})[0]
+    assert found["prompt"] == tokenizer.render_for_completion({"messages": CONVERSATION})
     assert found["eos"] == ("<|assistant_end|>" if name == "groups" else "<|bos|>")
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_transformers_saves_comes_back(models, answers, vocabulary, tmp_path, name):
+def test_what_transformers_saves_comes_back(models, answers, tokenizer, tmp_path, name):
     _, params, folder = models[name]
     again = Path(f"{folder}.again")
     assert (again / "model.safetensors.index.json").exists()
@@ -596,4 +598,4 @@ def test_what_transformers_saves_comes_back(models, answers, vocabulary, tmp_pat
     assert_same(
         found, jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
     )  # it knows one dtype a model
-    assert tokenizer.load(config).fingerprint() == vocabulary.fingerprint()
+    assert load_tokenizer(config).fingerprint() == tokenizer.fingerprint()

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import train_bpe
 
 ROOT = Path(__file__).parents[1]
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix strange and bright potions".split()
@@ -38,7 +38,7 @@ def place(tmp_path_factory):
         pq.write_table(
             pa.table({"text": texts}), folder / f"text/shard_{shard}.parquet", row_group_size=50
         )
-    tokenizer.train_bpe(texts, 300).save(folder / "tokenizer")
+    train_bpe(texts, 300).save(folder / "tokenizer")
     return folder
 
 

@@ -692,7 +692,7 @@ def test_in_a_browser(chain, tmp_path):
     page_file.write_text(document.to_html(report_of(chain / "rl")))
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        colours = set()
+        colors = set()
         for width, scheme in ((1100, "light"), (360, "dark")):
             page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
             faults = []
@@ -702,6 +702,6 @@ def test_in_a_browser(chain, tmp_path):
             assert faults == [page_file.as_uri()]
             assert page.evaluate("document.documentElement.scrollWidth") == width
             assert page.locator("svg.chart").first.bounding_box()["width"] > 0.4 * min(width, 800)
-            colours.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-        assert len(colours) == 2
+            colors.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert len(colors) == 2
         browser.close()

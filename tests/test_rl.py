@@ -19,14 +19,14 @@ from tuning import GOLDEN, QUICK, check_gradients
 from MaxNano import pyconfig, train
 from MaxNano.inference.engine import Engine
 from MaxNano.models import losses
-from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import NANOCHAT_PATTERN, BpeTokenizer
 from MaxNano.training import rollouts
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "configs/base.yml")
-TOKENIZER = tokenizer.BpeTokenizer(tokenizer.NANOCHAT_PATTERN, {bytes([i]): i for i in range(256)})
+TOKENIZER = BpeTokenizer(NANOCHAT_PATTERN, {bytes([i]): i for i in range(256)})
 END = TOKENIZER.special.assistant_end
 
 

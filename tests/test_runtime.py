@@ -201,7 +201,7 @@ def test_an_address_alone_is_not_enough(environment):
         ({}, None),
     ],
 )
-def test_a_tpu_machine_is_asked_for_its_neighbours(environment, attributes, expected):
+def test_a_tpu_machine_is_asked_for_its_neighbors(environment, attributes, expected):
     class Metadata(BaseHTTPRequestHandler):
         def do_GET(self):
             prefix, _, name = self.path.rpartition("/")

@@ -13,7 +13,7 @@ import pytest
 from tuning import GOLDEN, PACKING, QUICK, check_gradients
 
 from MaxNano import pyconfig, train
-from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import load_tokenizer, train_bpe
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer
 
@@ -83,12 +83,12 @@ def base(tmp_path_factory):
     (folder / "chat.jsonl").write_text("".join(json.dumps(say(n)) + "\n" for n in range(160)))
     (folder / "held_out.jsonl").write_text("".join(json.dumps(say(n, 7)) + "\n" for n in range(30)))
     (folder / "empty.jsonl").write_text("")
-    tokenizer.train_bpe([" ".join(WORDS)] * 9, 288).save(folder / "tokenizer")
+    train_bpe([" ".join(WORDS)] * 9, 288).save(folder / "tokenizer")
     config, setup = set_up(folder)
     state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
     opt_state = jax.tree.map(lambda x: x + np.ones((), x.dtype), state.opt_state)
     with Checkpointer(
-        config, folder / "runs/base", tokenizer_fingerprint=tokenizer.load(config).fingerprint()
+        config, folder / "runs/base", tokenizer_fingerprint=load_tokenizer(config).fingerprint()
     ) as checkpointer:
         checkpointer.save(7, train_state.TrainState(state.step + 7, state.params, opt_state), {})
     return folder, jax.device_get(state)
@@ -140,7 +140,7 @@ def test_a_run_starts_with_another_ones_checkpoint(base, load_optimizer):
     place, fresh = base
     config, setup = set_up(place, "stage=sft", "load_from=base", f"load_optimizer={load_optimizer}")
     assert config.run_name == "d2_sft"
-    state = train.load_start(setup, tokenizer.load(config).fingerprint())
+    state = train.load_start(setup, load_tokenizer(config).fingerprint())
     assert int(state.step) == 0
     jax.tree.map(np.testing.assert_array_equal, state.params, fresh.params)
     jax.tree.map(

@@ -542,8 +542,8 @@ def test_tfds_is_read_in_blocks_without_tensorflow(tfds_folder):
     assert len(list(sources.iterate_texts(config, "validation"))) == 3
     source = sources.TfdsSource(config, "train")
     sources.check_readers(source, 3)
-    travelled = pickle.loads(pickle.dumps(source))
-    assert documents_of(travelled) == documents_of(source)
+    traveled = pickle.loads(pickle.dumps(source))
+    assert documents_of(traveled) == documents_of(source)
 
 
 def test_tfds_is_a_part_of_a_mixture(tfds_folder):

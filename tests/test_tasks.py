@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from MaxNano import tasks
 from MaxNano.tasks import humaneval, spelling
-from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import turns
 from MaxNano.tools import sandbox
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tasks_conversations.json").read_text())
@@ -274,7 +274,7 @@ def test_any_json_is_a_conversation_or_an_error_with_its_line(tmp_path_factory, 
     except ValueError as error:
         assert str(error).startswith(f"{path}, line 1: ")
     else:
-        assert tokenizer.turns(conversation)
+        assert turns(conversation)
 
 
 # ---- Errors -------------------------------------------------------------------------------------

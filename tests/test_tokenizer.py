@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 
 from MaxNano import pyconfig
 from MaxNano.tokenization import tokenizer
-from MaxNano.tokenization.tokenizer import NANOCHAT_PATTERN, SPECIAL_TOKENS, BpeTokenizer
+from MaxNano.tokenization.tokenizer import (
+    NANOCHAT_PATTERN,
+    SPECIAL_TOKENS,
+    BpeTokenizer,
+    cut_long_space,
+    load_tokenizer,
+    load_tokenizer_from,
+    train_bpe,
+    valid_unicode,
+)
 
 BYTE_RANKS = {bytes([i]): i for i in range(256)}
 CORPUS = [
@@ -25,7 +34,7 @@ CORPUS = [
     "def add(a, b):\n    return a + b\n\n\nprint(add(1, 2))\n",
 ] * 3
 TYPES = ("bpe", "tiktoken", "sentencepiece", "huggingface")
-LOSSLESS = ("bpe", "tiktoken", "huggingface")  # a SentencePiece model normalises spaces
+LOSSLESS = ("bpe", "tiktoken", "huggingface")  # a SentencePiece model normalizes spaces
 
 few = settings(max_examples=60)
 # Text that is full of what must not become a special token.
@@ -82,7 +91,7 @@ def huggingface_json() -> dict:
 def paths(tmp_path_factory):
     """A vocabulary of each type."""
     folder = tmp_path_factory.mktemp("tokenizers")
-    trained = tokenizer.train_bpe(CORPUS, 330)
+    trained = train_bpe(CORPUS, 330)
     trained.save(folder / "bpe")
     ranks = {trained.decode_bytes([i]): i for i in range(trained.vocab_size - 9)}
     (folder / "tiktoken").write_text(rank_file(ranks))
@@ -93,7 +102,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizers(paths):
-    return {kind: tokenizer.load_from(kind, path, threads=3) for kind, path in paths.items()}
+    return {kind: load_tokenizer_from(kind, path, threads=3) for kind, path in paths.items()}
 
 
 # ---- Ids --------------------------------------------------------------------------------------
@@ -112,25 +121,22 @@ def test_ids_worked_out_by_hand():
 
 def test_training_merges_the_most_frequent_pair_and_of_equals_the_smaller():
     # "xy" stands there twice; of the rest, (space, c) has smaller ids than (a, b) and (c, d).
-    t = tokenizer.train_bpe(["xy!xy", "ab cd"], 256 + 2 + 9)
+    t = train_bpe(["xy!xy", "ab cd"], 256 + 2 + 9)
     assert [t.decode_bytes([i]) for i in (256, 257)] == [b"xy", b" c"]
     assert t.vocab_size == 267
     assert t.special == tuple(range(258, 267))
 
 
 def test_training_is_reproducible():
-    assert (
-        tokenizer.train_bpe(CORPUS, 330).fingerprint()
-        == tokenizer.train_bpe(iter(CORPUS), 330).fingerprint()
-    )
+    assert train_bpe(CORPUS, 330).fingerprint() == train_bpe(iter(CORPUS), 330).fingerprint()
 
 
 def test_too_little_text_and_too_small_vocabularies_say_what_to_change():
     with pytest.raises(ValueError, match=r"more text or give vocab_size=267 or less"):
-        tokenizer.train_bpe(["abc"], 4096)
+        train_bpe(["abc"], 4096)
     with pytest.raises(ValueError, match=r"vocab_size=265 at least"):
-        tokenizer.train_bpe(["abc"], 264)
-    assert tokenizer.train_bpe([], 265).vocab_size == 265
+        train_bpe(["abc"], 264)
+    assert train_bpe([], 265).vocab_size == 265
 
 
 # ---- Where text is cut ------------------------------------------------------------------------
@@ -198,13 +204,13 @@ def test_patterns_of_published_vocabularies_cut_as_tiktoken_does(name, pattern, 
 def test_a_million_spaces_do_not_end_the_process(tail):
     text = " " * 1_200_000 + tail
     assert byte_tokenizer().encode(text) == list(text.encode())
-    assert tokenizer.train_bpe([text, "a b"], 266).vocab_size == 266
+    assert train_bpe([text, "a b"], 266).vocab_size == 266
 
 
 def test_only_pathological_texts_are_cut():
     text = "a" * 300_000 + " " * 50_000
-    assert list(tokenizer.cut_long_space(text)) == [text]
-    pieces = list(tokenizer.cut_long_space(text + " " * 60_000 + "b"))
+    assert list(cut_long_space(text)) == [text]
+    pieces = list(cut_long_space(text + " " * 60_000 + "b"))
     assert len(pieces) == 2 and "".join(pieces) == text + " " * 60_000 + "b"
 
 
@@ -230,7 +236,7 @@ def test_round_trip(tokenizers, text):
     for kind in LOSSLESS:
         t = tokenizers[kind]
         ids = t.encode(text)
-        whole = tokenizer.valid_unicode(text)
+        whole = valid_unicode(text)
         assert t.decode(ids) == whole
         assert t.decode_bytes(ids) == whole.encode()
         assert t.token_bytes()[ids].sum() == len(whole.encode())
@@ -321,7 +327,7 @@ def test_published_rank_files_are_known_by_their_size(tmp_path, count, bos, voca
     tokens = padded_ranks(text, count)
     path = tmp_path / "ranks.tiktoken"
     path.write_text(rank_file({token: rank for rank, token in enumerate(tokens)}))
-    t = tokenizer.load_from("tiktoken", path)
+    t = load_tokenizer_from("tiktoken", path)
     assert [t.decode([i]) for i in t.encode(text)] == pieces
     assert (t.bos_id, t.vocab_size) == (bos, vocab_size)
     assert t.special[1:] == tuple(range(vocab_size - 8, vocab_size))
@@ -332,7 +338,7 @@ def test_a_rank_file_may_leave_its_end_of_text_out(tmp_path):
     ranks = {token: rank + (rank >= 50256) for rank, token in enumerate(tokens)}
     path = tmp_path / "p50k_base.tiktoken"
     path.write_text(rank_file(ranks))
-    t = tokenizer.load_from("tiktoken", path)
+    t = load_tokenizer_from("tiktoken", path)
     assert t.bos_id == 50256
     assert t.special[1:] == tuple(range(50281, 50289))
     assert t.decode([50255, 50256, 50257]) == t.decode([50255]) + "<|bos|>" + t.decode([50257])
@@ -371,7 +377,7 @@ def test_huggingface_specials(tokenizers):
 def load_huggingface(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
-    return tokenizer.load_from("huggingface", path)
+    return load_tokenizer_from("huggingface", path)
 
 
 def test_huggingface_specials_that_text_could_become_are_not_used(tmp_path):
@@ -472,7 +478,7 @@ def test_a_missing_library_is_one_line(paths, kind, monkeypatch):
     name = {"sentencepiece": "sentencepiece", "huggingface": "tokenizers"}[kind]
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=f"pip install {name}$"):
-        tokenizer.load_from(kind, paths[kind])
+        load_tokenizer_from(kind, paths[kind])
 
 
 # ---- Files ------------------------------------------------------------------------------------
@@ -480,16 +486,16 @@ def test_a_missing_library_is_one_line(paths, kind, monkeypatch):
 
 def assert_refused(kind, path):
     with pytest.raises(ValueError) as error:
-        tokenizer.load_from(kind, path)
+        load_tokenizer_from(kind, path)
     message = str(error.value)
     assert str(path) in message
     assert "\n" not in message and len(message) < 1000
 
 
 def test_save_and_load(paths, tmp_path):
-    t = tokenizer.load_from("bpe", paths["bpe"])
+    t = load_tokenizer_from("bpe", paths["bpe"])
     t.save(tmp_path / "a" / "b")
-    copy = tokenizer.load_from("bpe", tmp_path / "a" / "b")
+    copy = load_tokenizer_from("bpe", tmp_path / "a" / "b")
     assert copy.fingerprint() == t.fingerprint()
     assert copy.encode(CORPUS[0]) == t.encode(CORPUS[0])
     assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["tokenizer.json"]
@@ -499,7 +505,7 @@ def test_a_known_vocabulary_can_be_kept_as_bpe(tmp_path):
     ranks = {token: i for i, token in enumerate(padded_ranks("", 260))}
     t = BpeTokenizer(tokenizer._GPT2_PATTERN, ranks, {"<|bos|>": 261})  # 260 is left out
     t.save(tmp_path)
-    copy = tokenizer.load_from("bpe", tmp_path)
+    copy = load_tokenizer_from("bpe", tmp_path)
     assert (copy.special, copy.fingerprint()) == (t.special, t.fingerprint())
 
 
@@ -526,7 +532,7 @@ def damaged(paths, tmp_path_factory):
     def refuse(data: bytes) -> None:
         path.write_bytes(data)
         with pytest.raises(ValueError) as error:
-            tokenizer.load_from("bpe", folder)
+            load_tokenizer_from("bpe", folder)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
     return (paths["bpe"] / "tokenizer.json").read_bytes(), refuse
@@ -606,19 +612,19 @@ def test_a_missing_file(tmp_path, kind):
 
 def test_a_missing_tokenizer_says_which_command_makes_one(tmp_path):
     with pytest.raises(ValueError, match=r"python MaxNano/train_tokenizer.py configs/base.yml"):
-        tokenizer.load_from("bpe", tmp_path / "none")
+        load_tokenizer_from("bpe", tmp_path / "none")
 
 
 def test_load_reads_the_config(paths):
     def config(*words):
         return pyconfig.initialize(["configs/base.yml", f"tokenizer_path={paths['bpe']}", *words])
 
-    t = tokenizer.load(config("vocab_size=330", "tokenizer_threads=3"))
+    t = load_tokenizer(config("vocab_size=330", "tokenizer_threads=3"))
     assert (t.vocab_size, t.threads) == (330, 3)
     with pytest.raises(ValueError, match="give vocab_size=330$"):
-        tokenizer.load(config())
+        load_tokenizer(config())
     path = f"tokenizer_path={paths['sentencepiece']}"
-    t = tokenizer.load(config("tokenizer_type=sentencepiece", path, "vocab_size=337"))
+    t = load_tokenizer(config("tokenizer_type=sentencepiece", path, "vocab_size=337"))
     assert t.vocab_size == 337
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import train_bpe
 
 ROOT = Path(__file__).parents[1]
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix strange and bright potions".split()
@@ -30,7 +30,7 @@ def place(tmp_path_factory):
         ]
         table = pa.table({"text": texts})
         pq.write_table(table, folder / "text" / f"shard_{shard}.parquet", row_group_size=50)
-    tokenizer.train_bpe(texts, 300).save(folder / "tokenizer")
+    train_bpe(texts, 300).save(folder / "tokenizer")
     return folder
 
 
@@ -266,8 +266,6 @@ def test_a_second_run_on_the_same_folder_is_refused(place):
 
 def test_another_tokenizer_cannot_go_on_with_a_run(place, whole):
     other = place / "other"
-    tokenizer.train_bpe([" ".join(reversed(WORDS)) + " some other words altogether"] * 9, 300).save(
-        other
-    )
+    train_bpe([" ".join(reversed(WORDS)) + " some other words altogether"] * 9, 300).save(other)
     _, err = run(*words_of(place, "whole", f"tokenizer_path={other}", "steps=20"), status=2)
     assert "tokenizer" in err and err.count("\n") == 1, err

@@ -174,7 +174,7 @@ def test_prefill_and_decode_compile_for_a_slice(tmp_path):
     out, values = report(tmp_path, *TINY, *words)
     prefill, decode = values["programs"]["prefill"], values["programs"]["decode"]
     assert 0 < decode["bandwidth_utilization"] < 1 and prefill["bandwidth_utilization"] is None
-    assert "estimated bandwidth utilisation" in out
+    assert "estimated bandwidth utilization" in out
     assert decode["tokens_per_second"] == pytest.approx(4 * 32 / decode["step_seconds"])
     assert prefill["tokens_per_second"] == pytest.approx(8 * 256 / prefill["step_seconds"])
     for program in (prefill, decode):
@@ -205,7 +205,7 @@ def test_decoding_finds_the_cache_as_it_wants_it(tmp_path):
 
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(900)
-def test_two_slices_talk_over_the_data_centre_network(tmp_path):
+def test_two_slices_talk_over_the_data_center_network(tmp_path):
     """In the step of reinforcement learning with all that a batch can have, as long as nobody says its steps."""
     words = (
         "num_decoder_layers=1",

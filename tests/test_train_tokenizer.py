@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 from MaxNano import train_tokenizer
-from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import (
+    NANOCHAT_PATTERN,
+    BpeTokenizer,
+    load_tokenizer_from,
+    train_bpe,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["The cat sat on the mat, and the dog sat on the log."] * 3
@@ -32,9 +37,7 @@ def test_progress_gives_the_texts_and_the_count(capsys):
 
 
 def test_the_table_counts_bytes_per_token():
-    ours = tokenizer.BpeTokenizer(
-        tokenizer.NANOCHAT_PATTERN, {**{bytes([i]): i for i in range(256)}, b"ab": 256}
-    )
+    ours = BpeTokenizer(NANOCHAT_PATTERN, {**{bytes([i]): i for i in range(256)}, b"ab": 256})
     lines = train_tokenizer.compression_table(
         ours, {"itself": ours._encoding}, {"one": ["abab"], "two": ["é", "ab"]}
     )
@@ -98,16 +101,16 @@ def test_from_documents_to_a_tokenizer(data, tmp_path):
     words = (data, f"tokenizer_path={tmp_path}", "vocab_size=320")
     first = run(*words)
     assert (first.returncode, first.stderr) == (0, "")
-    trained = tokenizer.load_from("bpe", tmp_path)
+    trained = load_tokenizer_from("bpe", tmp_path)
     assert trained.vocab_size == 320
     assert trained.fingerprint()[:16] in first.stdout
     rows = re.findall(r"^(\w+) +([\d,]+) +(\d+\.\d\d)", first.stdout, re.MULTILINE)
     assert [row[0] for row in rows] == [*train_tokenizer.SAMPLES, "train", "validation"]
     assert sum(len(text) for text in WORDS[1::2]) == int(rows[-1][1].replace(",", ""))
     # Only the training shard is learned from, and the same documents give the same tokenizer.
-    assert trained.fingerprint() == tokenizer.train_bpe(WORDS[0::2], 320).fingerprint()
+    assert trained.fingerprint() == train_bpe(WORDS[0::2], 320).fingerprint()
     assert run(*words, script=False).returncode == 0
-    assert tokenizer.load_from("bpe", tmp_path).fingerprint() == trained.fingerprint()
+    assert load_tokenizer_from("bpe", tmp_path).fingerprint() == trained.fingerprint()
     assert os.listdir(tmp_path) == ["tokenizer.json"]
 
 
@@ -123,7 +126,7 @@ def test_from_documents_to_a_tokenizer(data, tmp_path):
     ],
 )
 def test_errors_are_one_line_and_leave_the_old_tokenizer(data, tmp_path, words, message):
-    tokenizer.train_bpe(TEXTS, 280).save(tmp_path)
+    train_bpe(TEXTS, 280).save(tmp_path)
     before = (tmp_path / "tokenizer.json").read_bytes()
     done = run(data, f"tokenizer_path={tmp_path}", *words)
     assert done.returncode == 2

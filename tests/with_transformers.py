@@ -21,7 +21,7 @@ def answer(folder: Path) -> None:
     """Answer the questions about one folder."""
     asked = json.loads(Path(f"{folder}.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    vocabulary = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     rows = torch.tensor(asked["ids"])
     length = rows.shape[1]
     greedy = {"max_new_tokens": asked["new_tokens"], "do_sample": False, "eos_token_id": None}
@@ -55,22 +55,20 @@ def answer(folder: Path) -> None:
         found["beams"] = model.generate(rows[:1, :8], **beams)
         found["uncached_beams"] = model.generate(rows[:1, :8], use_cache=False, **beams)
     model.save_pretrained(f"{folder}.again", max_shard_size="200KB")
-    vocabulary.save_pretrained(f"{folder}.again")
+    tokenizer.save_pretrained(f"{folder}.again")
     half = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype=torch.bfloat16
     )
     answers = {
-        "ids": [vocabulary(text, add_special_tokens=False)["input_ids"] for text in asked["texts"]],
-        "decoded": [
-            vocabulary.decode(vocabulary(text)["input_ids"][1:]) for text in asked["texts"]
-        ],
-        "first": vocabulary("x")["input_ids"][0],
-        "rendered": vocabulary.apply_chat_template(asked["conversation"], return_dict=False),
-        "prompt": vocabulary.apply_chat_template(
+        "ids": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in asked["texts"]],
+        "decoded": [tokenizer.decode(tokenizer(text)["input_ids"][1:]) for text in asked["texts"]],
+        "first": tokenizer("x")["input_ids"][0],
+        "rendered": tokenizer.apply_chat_template(asked["conversation"], return_dict=False),
+        "prompt": tokenizer.apply_chat_template(
             asked["conversation"][:-1], add_generation_prompt=True, return_dict=False
         ),
         "windows": model.config.windows,
-        "eos": vocabulary.eos_token,
+        "eos": tokenizer.eos_token,
         "half": {name: str(p.dtype) for name, p in half.named_parameters() if p.dim() == 1},
         "half_loss": float(half(rows, labels=rows).loss),
     }

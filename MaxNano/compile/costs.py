@@ -31,7 +31,7 @@ UNKNOWN_CYCLES = 2**62  # the compiler writes numbers near 2^63 beside what it d
 PALLAS_FLOPS_SHARE = 0.5
 
 # The share of the memory's bandwidth at which rows are picked by index: in the tiled layout a bfloat16 row lies in
-# pieces of 256 bytes, each in a granule of 512 shared with its neighbour, and rows are fetched one after the other.
+# pieces of 256 bytes, each in a granule of 512 shared with its neighbor, and rows are fetched one after the other.
 ROW_BANDWIDTH_SHARE = 0.25
 
 # Over the chips of a slice collectives run as a ring in both directions, so a chip sends on two links at once.
@@ -42,7 +42,7 @@ ASSUMPTIONS = (
     "256 x 256 matrix unit) and their bytes at the memory's bandwidth; FLOPs as the kernel states them, Splash's from "
     "whole tiles of its grid",
     f"gathers and scatters: bytes of the rows, read and written, at {ROW_BANDWIDTH_SHARE:g} of the memory's bandwidth",
-    f"collectives: a ring over {RING_LINKS} links a chip (between slices: over the data-centre network); only what no "
+    f"collectives: a ring over {RING_LINKS} links a chip (between slices: over the data-center network); only what no "
     "operation between start and end hides is counted",
     "operations that neither the compiler nor these rules cost: bytes at the memory's bandwidth",
     "copies that run beside the computation are listed and not counted",
@@ -699,7 +699,7 @@ class Report:
             ("estimated step", f"{self.step_seconds:.4g} s"),
             ("estimated MFU", _or_unknown(self.mfu, ".1%")),
             *(
-                [("estimated bandwidth utilisation", f"{bandwidth:.1%}")]
+                [("estimated bandwidth utilization", f"{bandwidth:.1%}")]
                 if bandwidth is not None
                 else []
             ),

@@ -12,7 +12,7 @@ Batch = dict[str, np.ndarray]
 
 
 class PackedRows:
-    """Validation rows, packed once and kept, so that no evaluation reads or tokenises text again.
+    """Validation rows, packed once and kept, so that no evaluation reads or tokenizes text again.
 
     A row is kept as length + 1 ids of the smallest signed type that holds the vocabulary; an id that is not to be
     predicted is kept as its complement, as loader.to_batch takes it.

@@ -1,4 +1,4 @@
-"""Chat tasks put to a model, to choose letters or answer in words; and ChatCORE, their mean centred on guessing.
+"""Chat tasks put to a model, to choose letters or answer in words; and ChatCORE, their mean centered on guessing.
 
 Every problem leaves a record, which can be read beside the run: what was asked, what was said, whether it is right.
 Source: nanochat/scripts/chat_eval.py@92d63d4.
@@ -44,7 +44,7 @@ class Exam(NamedTuple):
 
 
 def make_exam(
-    config: FrozenConfigDict, name: str, vocabulary: Tokenizer, limits: Mapping[str, int]
+    config: FrozenConfigDict, name: str, tokenizer: Tokenizer, limits: Mapping[str, int]
 ) -> Exam:
     """The exam of a task, at most limits[its kind] of its problems if that is not 0.
 
@@ -57,7 +57,7 @@ def make_exam(
     if not count:
         raise ValueError(f"the task {name} has no problems")
     conversations = [task.conversation(index) for index in range(count)]
-    prompts = [vocabulary.render_for_completion(conversation) for conversation in conversations]
+    prompts = [tokenizer.render_for_completion(conversation) for conversation in conversations]
     return Exam(name, task, conversations, prompts)
 
 
@@ -65,13 +65,13 @@ def make_engine(
     config: FrozenConfigDict,
     mesh: Mesh,
     params: Any,
-    vocabulary: Tokenizer,
+    tokenizer: Tokenizer,
     max_length: int | None = None,
 ) -> Engine:
     """The engine that answers, on all devices of a mesh; max_length as of Engine."""
     each = SLOTS.get(mesh.devices.flat[0].platform, SLOTS["other"])
     slots = config.chat_slots or each * sharding.batch_ways(mesh, config.logical_axis_rules)
-    return Engine(config, mesh, params, vocabulary, slots=slots, max_length=max_length)
+    return Engine(config, mesh, params, tokenizer, slots=slots, max_length=max_length)
 
 
 # ---- Answers ---------------------------------------------------------------------------------------------------------
@@ -79,14 +79,14 @@ def make_engine(
 
 def choose_letters(
     exam: Exam,
-    vocabulary: Tokenizer,
+    tokenizer: Tokenizer,
     score: core.Scorer,
     on_answer: Callable[[], Any] = lambda: None,
 ) -> list[Record]:
     """A record for each problem: the likeliest of its letters is what the model says."""
     prompts = []
     for conversation, ids in zip(exam.conversations, exam.prompts, strict=True):
-        letters = [vocabulary.encode(letter) for letter in conversation["letters"]]
+        letters = [tokenizer.encode(letter) for letter in conversation["letters"]]
         branches = tuple(np.array([ids[-1], *letter], np.int32) for letter in letters)
         several = range(len(letters))
         prompts.append(
@@ -156,8 +156,8 @@ def _asked(exam: Exam, index: int) -> Record:
     return {"problem": index, "messages": messages, "answer": answer["content"]}
 
 
-def _judged(exam: Exam, index: int, completion: Completion, vocabulary: Tokenizer) -> Record:
-    text = vocabulary.decode(
+def _judged(exam: Exam, index: int, completion: Completion, tokenizer: Tokenizer) -> Record:
+    text = tokenizer.decode(
         completion.tokens
     )  # with the names of special tokens, as nanochat's graders see it
     right = exam.task.evaluate(exam.conversations[index], text)
@@ -175,7 +175,7 @@ def _judged(exam: Exam, index: int, completion: Completion, vocabulary: Tokenize
 def evaluate_exams(
     config: FrozenConfigDict,
     exams: Sequence[Exam],
-    vocabulary: Tokenizer,
+    tokenizer: Tokenizer,
     score: core.Scorer,
     make_engine: Callable[[], Engine],
     results: Results,
@@ -195,7 +195,7 @@ def evaluate_exams(
     for exam in exams:
         of = {
             "content": exam.digest(),
-            "tokenizer": vocabulary.fingerprint(),
+            "tokenizer": tokenizer.fingerprint(),
             "dtype": dtype,
         }
         if exam.task.kind == "generative":
@@ -215,7 +215,7 @@ def evaluate_exams(
                 continue
             started = time.monotonic()
             if exam.task.kind == "categorical":
-                records = choose_letters(exam, vocabulary, score, on_step)
+                records = choose_letters(exam, tokenizer, score, on_step)
             else:
                 engine = engine or make_engine()
                 records = answer_in_words(
@@ -243,7 +243,7 @@ def evaluate_exams(
             write_records(results, exam.name, records)
             results.put(f"chat {exam.name}", of, values)
             say(
-                f"{exam.name}: {len(records)} problems, accuracy {accuracy:.4f}, centred {values['centered']:.4f}, "
+                f"{exam.name}: {len(records)} problems, accuracy {accuracy:.4f}, centered {values['centered']:.4f}, "
                 f"{values['seconds']:.1f} s"
             )
         found[exam.name] = values

@@ -1,4 +1,4 @@
-"""CORE: 22 tasks answered by likelihood, centred on guessing and averaged; the number that base models compare.
+"""CORE: 22 tasks answered by likelihood, centered on guessing and averaged; the number that base models compare.
 
 A task is a list of questions in one of three forms. A question becomes a `Prompt`: tokens, behind which one or several
 continuations branch off. A scorer says how likely each token of the continuations is: `branches.Scorer` for models of
@@ -32,7 +32,7 @@ from MaxNano.tokenization.tokenizer import Tokenizer
 
 SHUFFLE_SEED = 1337  # of a task's questions, before a cut
 SHOTS_SEED = 1234  # of a question's examples; its index is added
-QUESTIONS_AT_ONCE = 256  # that are tokenised together
+QUESTIONS_AT_ONCE = 256  # that are tokenized together
 
 Question = Mapping[str, Any]
 
@@ -397,7 +397,7 @@ def evaluate(
     max_length: int = 0,
     progress: Callable[[Prompt], None] = lambda prompt: None,
 ) -> Iterator[Result]:
-    """The result of each task as it is done; the next one is tokenised meanwhile.
+    """The result of each task as it is done; the next one is tokenized meanwhile.
 
     max_per_task: questions, 0 for all. max_length: see build_prompts.
     """
@@ -434,5 +434,5 @@ def center(accuracy: float, baseline: float) -> float:
 
 
 def summarize(centered: Mapping[str, float]) -> dict[str, float]:
-    """{"core": the mean, and each task's centred accuracy under its label}."""
+    """{"core": the mean, and each task's centered accuracy under its label}."""
     return {"core": sum(centered.values()) / len(centered), **centered}

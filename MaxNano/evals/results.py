@@ -74,7 +74,7 @@ def run_id(extra: Mapping[str, Any]) -> str | None:
 def evaluate_tasks(
     config: FrozenConfigDict,
     tasks: Sequence[core.Task],
-    vocabulary: Tokenizer,
+    tokenizer: Tokenizer,
     scorer: prefix_scoring.Scorer,
     params: Any,
     results: Results,
@@ -93,14 +93,14 @@ def evaluate_tasks(
             "task": task.fingerprint(),
             "max_per_task": config.core_max_per_task,
             "max_length": config.core_max_length,
-            "tokenizer": vocabulary.fingerprint(),
+            "tokenizer": tokenizer.fingerprint(),
             "dtype": scorer.dtype,
         }
 
     left = [task for task in tasks if results.get(f"core {task.label}", of(task)) is None]
     if len(left) < len(tasks):
         say(f"{len(tasks) - len(left)} of {len(tasks)} CORE tasks are done already")
-    total = _work(left, vocabulary, scorer, config)
+    total = _work(left, tokenizer, scorer, config)
     done = 0
 
     def count(prompt):
@@ -110,7 +110,7 @@ def evaluate_tasks(
 
     found = core.evaluate(
         left,
-        vocabulary,
+        tokenizer,
         scorer.bind(params),
         max_per_task=config.core_max_per_task,
         max_length=config.core_max_length,
@@ -126,7 +126,7 @@ def evaluate_tasks(
         results.put(f"core {task.label}", of(task), values)
         rest = (time.monotonic() - started) * max(0, total / done - 1)
         say(
-            f"{result.label}: {result.examples} questions, accuracy {result.accuracy:.4f}, centred "
+            f"{result.label}: {result.examples} questions, accuracy {result.accuracy:.4f}, centered "
             f"{result.centered:.4f}, {result.seconds:.1f} s; about {datetime.timedelta(seconds=round(rest))} left"
         )
     rows = {task.label: results.get(f"core {task.label}", of(task)) for task in tasks}
@@ -139,7 +139,7 @@ def evaluate_tasks(
 
 def _work(
     tasks: Sequence[core.Task],
-    vocabulary: Tokenizer,
+    tokenizer: Tokenizer,
     scorer: prefix_scoring.Scorer,
     config: FrozenConfigDict,
 ) -> int:
@@ -150,7 +150,7 @@ def _work(
         count = min(count, config.core_max_per_task or count)
         few = task.questions(4 * PROBE_QUESTIONS)
         prompts = core.build_prompts(
-            task, few, vocabulary, max_length=config.core_max_length, limit=PROBE_QUESTIONS
+            task, few, tokenizer, max_length=config.core_max_length, limit=PROBE_QUESTIONS
         )
         total += count * sum(map(scorer.cost, prompts)) / len(prompts)
     return max(1, round(total))

@@ -132,7 +132,7 @@ def prepare(plan: Plan, params: dict[str, Any]) -> Weights:
 
     looped = plan.period * plan.groups
     weights = {
-        # Tokens are looked up normalised.
+        # Tokens are looked up normalized.
         "embed": rms_norm(params["token_embed"].astype(dtype), config.norm_epsilon),
         "head": params["lm_head"].astype(dtype).T,
         "loop": tuple(
@@ -285,7 +285,7 @@ def _mix(x, scale, other, share):
 
 
 def _embed(plan, weights, tokens, previous, positions):
-    """Normalised embeddings, each with a gated share of the previous token's (smear)."""
+    """Normalized embeddings, each with a gated share of the previous token's (smear)."""
     x = weights["embed"][tokens]
     channels = plan.config.smear_gate_channels
     if not channels:
@@ -296,7 +296,7 @@ def _embed(plan, weights, tokens, previous, positions):
 
 
 def _project(plan, weights, layer, h, tokens, rotary, kind):
-    """Queries (T, K, G, H) and keys (T, K, H), rotated and normalised, and values (T, K, H)."""
+    """Queries (T, K, G, H) and keys (T, K, H), rotated and normalized, and values (T, K, H)."""
     config = plan.config
     heads = row_major(h @ layer["qkv"]).reshape(len(h), config.num_kv_heads, -1, config.head_dim)
     v = heads[:, :, -1]

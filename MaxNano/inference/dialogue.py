@@ -23,7 +23,7 @@ class Part(NamedTuple):
 
 
 def merge_parts(parts: Iterable[Part]) -> list[Part]:
-    """Parts in which neighbours of one kind are joined and empty ones left out."""
+    """Parts in which neighbors of one kind are joined and empty ones left out."""
     merged: list[Part] = []
     for part in parts:
         if merged and merged[-1].kind == part.kind:

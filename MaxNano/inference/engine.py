@@ -31,8 +31,7 @@ from MaxNano.distributed import runtime, sharding
 from MaxNano.inference import decode, sampling
 from MaxNano.models import attention, embedding
 from MaxNano.models.transformer import Numerics
-from MaxNano.tokenization import tokenizer as tokenizers
-from MaxNano.tokenization.tokenizer import Tokenizer
+from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
 from MaxNano.tools import calculator
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.state import architecture
@@ -151,14 +150,14 @@ def load_params(config: FrozenConfigDict, mesh: Mesh) -> tuple[dict[str, Any], T
 
     Raises ValueError where there is none, or where it belongs to another model or tokenizer.
     """
-    vocabulary = tokenizers.load(config)
+    tokenizer = load_tokenizer(config)
     directory = epath.Path(config.base_output_directory).expanduser() / config.run_name
     target = abstract_params(config, numerics_of(config, mesh), mesh)
     with Checkpointer(
-        config, directory, tokenizer_fingerprint=vocabulary.fingerprint(), writer=False
+        config, directory, tokenizer_fingerprint=tokenizer.fingerprint(), writer=False
     ) as checkpointer:
         params, _ = checkpointer.restore_params_only(target, config.step)
-    return params, vocabulary
+    return params, tokenizer
 
 
 @dataclass(frozen=True)
@@ -463,8 +462,8 @@ class TextStream:
 class _ToolCalls:
     """Reads a sample's tokens for calls of the calculator. Source: nanochat/engine.py@92d63d4."""
 
-    def __init__(self, vocabulary: Tokenizer):
-        self._vocabulary = vocabulary
+    def __init__(self, tokenizer: Tokenizer):
+        self._vocabulary = tokenizer
         self._call: list[int] | None = None  # the tokens since python_start
 
     def push(self, token: int) -> list[int]:
@@ -490,15 +489,15 @@ class _ToolCalls:
 class _Sample:
     """One sample in its slot."""
 
-    def __init__(self, job: "_Job", index: int, slot: int, vocabulary: Tokenizer | None):
+    def __init__(self, job: "_Job", index: int, slot: int, tokenizer: Tokenizer | None):
         request = job.request
         self.job = job
         self.index = index
         self.slot = slot
         self.left = job.room
         self.forced: deque[int] = deque()
-        self.text = TextStream(request.stop) if vocabulary else None
-        self.calls = _ToolCalls(vocabulary) if request.tools else None
+        self.text = TextStream(request.stop) if tokenizer else None
+        self.calls = _ToolCalls(tokenizer) if request.tools else None
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # not yet reported
 
 
@@ -572,9 +571,9 @@ class Engine:
     ) -> Self:
         """The engine for a run's checkpoint; see load_params."""
         mesh = sharding.make_mesh(config, devices)
-        params, vocabulary = load_params(config, mesh)
+        params, tokenizer = load_params(config, mesh)
         return cls(
-            config, mesh, params, vocabulary, slots=slots, max_length=max_length, streams=streams
+            config, mesh, params, tokenizer, slots=slots, max_length=max_length, streams=streams
         )
 
     # ---- For its owner ----
@@ -690,8 +689,8 @@ class Engine:
         self._running: dict[int, _Sample] = {}  # by slot
         own = self.slots // self.programs.ways
         self._free = [list(range(way * own, (way + 1) * own)) for way in range(self.programs.ways)]
-        vocabulary = self.programs.weights["head"].shape[1]
-        self._seen = np.zeros((self.slots, vocabulary), np.bool_)
+        tokenizer = self.programs.weights["head"].shape[1]
+        self._seen = np.zeros((self.slots, tokenizer), np.bool_)
         self._none_seen = jax.device_put(self._seen, self.programs.by_slot)
 
     def _check(self, request: Request) -> None:

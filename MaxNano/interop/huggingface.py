@@ -23,7 +23,7 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano.inference import dialogue
 from MaxNano.storage import files
-from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import SPECIAL_TOKENS, BpeTokenizer, Tokenizer, byte_characters
 
 MODEL_TYPE = "maxnano"
 SHARD_BYTES = 5 * 10**9  # larger models are cut into several files
@@ -83,7 +83,7 @@ def write_folder(
     config: FrozenConfigDict,
     step: int,
     tensors: Mapping[str, np.ndarray],
-    vocabulary: tokenizer.Tokenizer,
+    tokenizer: Tokenizer,
     *,
     replace: bool = False,
 ) -> None:
@@ -92,11 +92,11 @@ def write_folder(
     Raises ValueError as check_target does, and for a tokenizer that has no tokenizer.json.
     """
     folder = check_target(folder, replace)
-    names = _special_names(config, vocabulary)
+    names = _special_names(config, tokenizer)
     texts = {
         "config.json": _to_json(config_json(config, step)),
-        "generation_config.json": _to_json(_generation_json(config, vocabulary)),
-        "tokenizer.json": _to_json(tokenizer_json(config, vocabulary)),
+        "generation_config.json": _to_json(_generation_json(config, tokenizer)),
+        "tokenizer.json": _to_json(tokenizer_json(config, tokenizer)),
         "tokenizer_config.json": _to_json(_tokenizer_config(config, names)),
         **{name: (TEMPLATES / name).read_text(encoding="utf-8") for name in CODE},
     }
@@ -206,8 +206,8 @@ def config_json(config: FrozenConfigDict, step: int) -> dict[str, Any]:
     }
 
 
-def _generation_json(config: FrozenConfigDict, vocabulary: tokenizer.Tokenizer) -> dict[str, Any]:
-    special = vocabulary.special
+def _generation_json(config: FrozenConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
+    special = tokenizer.special
     draws = {"temperature": config.temperature, "top_k": config.top_k} if config.temperature else {}
     return {
         "bos_token_id": special.bos,
@@ -269,20 +269,20 @@ def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
 # ---- Tokenizer -------------------------------------------------------------------------------------------------------
 
 
-def tokenizer_json(config: FrozenConfigDict, vocabulary: tokenizer.Tokenizer) -> dict[str, Any]:
+def tokenizer_json(config: FrozenConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
     """tokenizer.json of the config's tokenizer, which puts <|bos|> before every text unless told not to.
 
-    Raises ValueError for a SentencePiece model, whose normalisation has no equal there.
+    Raises ValueError for a SentencePiece model, whose normalization has no equal there.
     """
-    if isinstance(vocabulary, tokenizer.BpeTokenizer):
-        content = bpe_json(vocabulary)
+    if isinstance(tokenizer, BpeTokenizer):
+        content = bpe_json(tokenizer)
     elif config.tokenizer_type == "huggingface":
-        content = _extended_json(config, vocabulary)
+        content = _extended_json(config, tokenizer)
     else:
         raise ValueError(
             f"tokenizer_type={config.tokenizer_type} has no tokenizer.json: bpe, tiktoken and huggingface have one"
         )
-    bos = _special_names(config, vocabulary)["bos"]
+    bos = _special_names(config, tokenizer)["bos"]
     begin, text = (
         {"SpecialToken": {"id": bos, "type_id": 0}},
         {"Sequence": {"id": "A", "type_id": 0}},
@@ -291,17 +291,17 @@ def tokenizer_json(config: FrozenConfigDict, vocabulary: tokenizer.Tokenizer) ->
         "type": "TemplateProcessing",
         "single": [begin, text],
         "pair": [begin, text, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {bos: {"id": bos, "ids": [vocabulary.bos_id], "tokens": [bos]}},
+        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
     }
     return content
 
 
-def bpe_json(vocabulary: tokenizer.BpeTokenizer) -> dict[str, Any]:
+def bpe_json(tokenizer: BpeTokenizer) -> dict[str, Any]:
     """A BpeTokenizer in the format of the library `tokenizers`, without post-processor."""
-    special = set(vocabulary.special)
-    pieces = [vocabulary.decode_bytes([i]) for i in range(vocabulary.vocab_size)]
+    special = set(tokenizer.special)
+    pieces = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
     ranks = {piece: i for i, piece in enumerate(pieces) if piece and i not in special}
-    letters = tokenizer.byte_characters()
+    letters = byte_characters()
 
     def spell(piece: bytes) -> str:
         return "".join(letters[byte] for byte in piece)
@@ -328,7 +328,7 @@ def bpe_json(vocabulary: tokenizer.BpeTokenizer) -> dict[str, Any]:
             "pretokenizers": [
                 {
                     "type": "Split",
-                    "pattern": {"Regex": vocabulary.pattern},
+                    "pattern": {"Regex": tokenizer.pattern},
                     "behavior": "Isolated",
                     "invert": False,
                 },
@@ -381,14 +381,14 @@ def merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
             yield parts[0], parts[1]
 
 
-def _extended_json(config: FrozenConfigDict, vocabulary: tokenizer.Tokenizer) -> dict[str, Any]:
+def _extended_json(config: FrozenConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
     """The config's tokenizer.json with the special tokens that it lacks."""
     path = epath.Path(config.tokenizer_path).expanduser()
     content = _read_json(path) | {"truncation": None, "padding": None}
     added = {entry["id"]: entry for entry in content["added_tokens"]}
-    names = zip(vocabulary.special, tokenizer.SPECIAL_TOKENS, strict=True)
+    names = zip(tokenizer.special, SPECIAL_TOKENS, strict=True)
     added |= {i: _added_token(i, name) for i, name in names if i not in added}
-    for i in vocabulary.special:
+    for i in tokenizer.special:
         added[i]["special"] = True
     return content | {"added_tokens": [added[i] for i in sorted(added)]}
 
@@ -398,16 +398,16 @@ def _added_token(number: int, name: str) -> dict[str, Any]:
     return {"id": number, "content": name, **flags, "special": True}
 
 
-def _special_names(config: FrozenConfigDict, vocabulary: tokenizer.Tokenizer) -> dict[str, str]:
+def _special_names(config: FrozenConfigDict, tokenizer: Tokenizer) -> dict[str, str]:
     """Name of each special token, by the fields of SpecialIds; a foreign vocabulary's <|bos|> has its own."""
     pieces = {
-        field: vocabulary.decode_bytes([i]).decode()
-        for field, i in vocabulary.special._asdict().items()
+        field: tokenizer.decode_bytes([i]).decode()
+        for field, i in tokenizer.special._asdict().items()
     }
     if config.tokenizer_type == "huggingface":
         path = epath.Path(config.tokenizer_path).expanduser()
         added = {entry["id"]: entry["content"] for entry in _read_json(path)["added_tokens"]}
-        pieces["bos"] = added.get(vocabulary.bos_id, tokenizer.SPECIAL_TOKENS[0])
+        pieces["bos"] = added.get(tokenizer.bos_id, SPECIAL_TOKENS[0])
     return pieces
 
 
@@ -427,29 +427,29 @@ def _tokenizer_config(config: FrozenConfigDict, names: Mapping[str, str]) -> dic
     }
 
 
-def read_tokenizer(folder: epath.PathLike) -> tokenizer.BpeTokenizer | None:
+def read_tokenizer(folder: epath.PathLike) -> BpeTokenizer | None:
     """The BpeTokenizer that a folder's tokenizer.json was written from; None where it is of another kind."""
     path = epath.Path(folder).expanduser() / "tokenizer.json"
     content = _read_json(path)
     try:
-        vocabulary = _bpe_of(content)
+        tokenizer = _bpe_of(content)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None
-    written = bpe_json(vocabulary)
+    written = bpe_json(tokenizer)
     same = all(
         content.get(part) == written[part] for part in ("normalizer", "pre_tokenizer", "model")
     )
-    return vocabulary if same else None
+    return tokenizer if same else None
 
 
-def _bpe_of(content: Mapping[str, Any]) -> tokenizer.BpeTokenizer:
-    bytes_of = {letter: byte for byte, letter in enumerate(tokenizer.byte_characters())}
+def _bpe_of(content: Mapping[str, Any]) -> BpeTokenizer:
+    bytes_of = {letter: byte for byte, letter in enumerate(byte_characters())}
     added = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
-    special = {name: added[name] for name in tokenizer.SPECIAL_TOKENS}
+    special = {name: added[name] for name in SPECIAL_TOKENS}
     ranks = {
         bytes(bytes_of[letter] for letter in token): i
         for token, i in content["model"]["vocab"].items()
         if token not in added
     }
     split: Sequence[Mapping[str, Any]] = content["pre_tokenizer"]["pretokenizers"]
-    return tokenizer.BpeTokenizer(split[0]["pattern"]["Regex"], ranks, special)
+    return BpeTokenizer(split[0]["pattern"]["Regex"], ranks, special)

@@ -84,7 +84,7 @@ class Attention(nnx.Module):
         )
 
     def __call__(self, x, value_embed, rotary, window: int, kernel: str, settings) -> jax.Array:
-        """x (T, D), already normalised -> (T, D).
+        """x (T, D), already normalized -> (T, D).
 
         value_embed: rows (T, K x H) and their gates (K, T) float32, or None. rotary: cosines and sines (L, H / 2);
         T is a number of whole rows of L tokens.
@@ -195,7 +195,7 @@ class Transformer(nnx.Module):
         )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Token ids (B, L) -> normalised final hidden states (B, L, D) in the compute dtype."""
+        """Token ids (B, L) -> normalized final hidden states (B, L, D) in the compute dtype."""
         config = self.config
         order = embedding.order(tokens, self.numerics.embedding_gradient)
         x = self._embed(order, tokens.shape[1])
@@ -224,7 +224,7 @@ class Transformer(nnx.Module):
         return constrain(rows, RESIDUAL_AXES, self.config.logical_axis_rules)
 
     def _embed(self, order, length):
-        """Normalised embeddings, each with a gated share of the previous token's (smear)."""
+        """Normalized embeddings, each with a gated share of the previous token's (smear)."""
         config = self.config
         table = self.token_embed[...]
         x = self._lookup(table, table[None], 0, order).astype(self.numerics.dtype)

@@ -311,7 +311,7 @@ def equilibrate_rows(x: jax.Array) -> jax.Array:
 
 
 def polar_express(x: jax.Array, iterations: int, norm_margin: float) -> jax.Array:
-    """Nearly the orthogonal factor of the polar decomposition: singular values go towards 1, vectors stay.
+    """Nearly the orthogonal factor of the polar decomposition: singular values go toward 1, vectors stay.
 
     The products take x's dtype, add up in float32, and are made of the Gram matrix of the shorter side.
     `norm_margin` keeps the largest singular value inside the polynomials' interval despite rounding.

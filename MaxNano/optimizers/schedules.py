@@ -58,5 +58,5 @@ def weight_decay_multiplier(step: ArrayLike, steps: int, kind: str) -> jax.Array
 
 
 def _warmdown_steps(steps: int, ratio: float) -> int:
-    # Python's round takes a half to the even neighbour, as nanochat's does.
+    # Python's round takes a half to the even neighbor, as nanochat's does.
     return round(ratio * steps)

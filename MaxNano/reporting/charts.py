@@ -1,4 +1,4 @@
-"""Curves as inline SVG and as a line of text: no script, no fonts or files from elsewhere, colours left to CSS.
+"""Curves as inline SVG and as a line of text: no script, no fonts or files from elsewhere, colors left to CSS.
 
 Elements are those of xml.etree, which escapes every text and attribute when it writes them.
 """

@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 from MaxNano.tasks.base import Conversation, Task
-from MaxNano.tokenization import tokenizer
+from MaxNano.tokenization.tokenizer import turns
 
 
 class CustomJson(Task):
@@ -69,10 +69,10 @@ def _parse(text: str, path: str, first_line: int) -> Any:
 def _checked(content: Any, where: str) -> Conversation:
     conversation = {"messages": content} if isinstance(content, list) else content
     try:
-        turns = tokenizer.turns(conversation)
+        messages = turns(conversation)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    if all(role != "assistant" for role, _ in turns):
+    if all(role != "assistant" for role, _ in messages):
         raise ValueError(
             f"{where}: no message is from 'assistant', so there is nothing to train on"
         )

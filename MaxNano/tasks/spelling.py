@@ -3,7 +3,7 @@
 A model sees tokens, not letters: it has to learn by heart which letters make a token. Both tasks
 are made up from a word list, one problem from each index, so that they need no data set. The words
 that come with MaxNano are those of SCOWL's lists up to size 35 in small letters (words.txt, terms
-in words_licence.txt); chat_word_list names other ones.
+in words_license.txt); chat_word_list names other ones.
 Source: nanochat/tasks/spellingbee.py@72b9064, whose problems these are, draw for draw, if the words are.
 """
 

@@ -517,7 +517,7 @@ _SPACE_MARK = "▁"  # stands for a space in pieces of sentencepiece and of its 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model; its control symbol for the beginning of a sentence serves as <|bos|>.
 
-    Its own normalisation holds: most models put a space before a text, which counts as a byte in
+    Its own normalization holds: most models put a space before a text, which counts as a byte in
     token_bytes(), and may fold characters. Bytes of the unknown token are not counted.
     """
 
@@ -592,7 +592,7 @@ def _load_sentencepiece(path: epath.Path, threads: int) -> SentencePieceTokenize
 class HuggingFaceTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json, through the library `tokenizers`, which brings its own threads.
 
-    Its normaliser holds; the special tokens it would add, truncation and padding do not. ValueError
+    Its normalizer holds; the special tokens it would add, truncation and padding do not. ValueError
     for a decoder under which the bytes of a token cannot be told, such as WordPiece's.
     """
 
@@ -752,7 +752,9 @@ _LOADERS: dict[str, Callable[[epath.Path, int], Tokenizer]] = {
 }
 
 
-def load_from(tokenizer_type: str, path: str | os.PathLike[str], threads: int = 1) -> Tokenizer:
+def load_tokenizer_from(
+    tokenizer_type: str, path: str | os.PathLike[str], threads: int = 1
+) -> Tokenizer:
     """The tokenizer of a type (bpe, tiktoken, sentencepiece or huggingface) at a path.
 
     The path is local or gs://, a folder for bpe and a file for the others. Raises ValueError with
@@ -761,9 +763,11 @@ def load_from(tokenizer_type: str, path: str | os.PathLike[str], threads: int = 
     return _LOADERS[tokenizer_type](epath.Path(path).expanduser(), threads)
 
 
-def load(config: FrozenConfigDict) -> Tokenizer:
+def load_tokenizer(config: FrozenConfigDict) -> Tokenizer:
     """The config's tokenizer; ValueError also where config.vocab_size is not its size."""
-    tokenizer = load_from(config.tokenizer_type, config.tokenizer_path, config.tokenizer_threads)
+    tokenizer = load_tokenizer_from(
+        config.tokenizer_type, config.tokenizer_path, config.tokenizer_threads
+    )
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
             f"the tokenizer {config.tokenizer_path} has {tokenizer.vocab_size} tokens but"

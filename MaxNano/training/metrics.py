@@ -351,7 +351,7 @@ def _is_ready(value: Any) -> bool:
 
 
 class _Average:
-    """Exponential moving average without the pull of its start towards zero."""
+    """Exponential moving average without the pull of its start toward zero."""
 
     def __init__(self, total: float = 0.0, weight: float = 0.0) -> None:
         self._total = total

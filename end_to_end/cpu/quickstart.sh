@@ -40,8 +40,8 @@ stage "3/4 tokenizer"
 if $python - "${config[@]}" 2>/dev/null <<'PY'; then
 import sys
 from MaxNano import pyconfig
-from MaxNano.tokenization import tokenizer
-tokenizer.load(pyconfig.initialize(sys.argv[1:]))  # raises where it is missing, damaged or of another size
+from MaxNano.tokenization.tokenizer import load_tokenizer
+load_tokenizer(pyconfig.initialize(sys.argv[1:]))  # raises where it is missing, damaged or of another size
 PY
   echo "$tokenizer is already there"
 else

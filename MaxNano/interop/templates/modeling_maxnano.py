@@ -2,7 +2,7 @@
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-RMS norms have no weights. Queries and keys are rotated, normalised and scaled; layers see windows of the past. Every
+RMS norms have no weights. Queries and keys are rotated, normalized and scaled; layers see windows of the past. Every
 second layer adds a gated embedding of the token to its values. A gate mixes the previous token's embedding into each
 token's (smear). Before each layer the first embedding is mixed in again, and before the last norm a share of the
 middle layer's output is taken away (backout).
@@ -74,7 +74,7 @@ class MaxNanoAttention(nn.Module):
             self.value_gate = nn.Linear(config.value_gate_channels, config.num_key_value_heads, bias=False)
 
     def forward(self, x, input_ids, cos_sin, attention_mask, known, past_key_values):
-        """x (B, L, D), normalised -> (B, L, D)."""
+        """x (B, L, D), normalized -> (B, L, D)."""
         config = self.config
         batch, new, _ = x.shape
 
@@ -132,7 +132,7 @@ class MaxNanoPreTrainedModel(PreTrainedModel):
 
 
 class MaxNanoModel(MaxNanoPreTrainedModel):
-    """Token ids -> normalised final hidden states."""
+    """Token ids -> normalized final hidden states."""
 
     def __init__(self, config):
         super().__init__(config)

@@ -3,7 +3,7 @@
 The kernel reads queries, keys and values where one projection leaves them, and writes their gradients where its
 gradient reads them: in one array (B, L, K x (G + 2) x H), for each kv head its query heads, its keys and its values.
 No head is ever transposed in the chip's main memory. A whole head stays in VMEM, so no partial gradients are summed
-outside. Queries and keys are normalised, so scores have a known bound and need no running maximum.
+outside. Queries and keys are normalized, so scores have a known bound and need no running maximum.
 
 Legend: B batch, L length, K kv_heads, G query heads a kv head, H head_dim.
 Sources: https://arxiv.org/abs/2205.14135 (FlashAttention) for the softmax without an L x L array and its gradient.
@@ -33,7 +33,7 @@ class Head(NamedTuple):
     group: int  # query heads that share keys and values
     window: int
     head_dim: int
-    scale: float  # of normalised queries and keys, each
+    scale: float  # of normalized queries and keys, each
     epsilon: float
     block: int  # queries, and keys, of a tile
     interpret: bool
@@ -46,7 +46,7 @@ class Head(NamedTuple):
 
     @property
     def log2_scale(self) -> float:
-        """Factor on normalised queries so that their products with normalised keys are scores as powers of two."""
+        """Factor on normalized queries so that their products with normalized keys are scores as powers of two."""
         return self.scale**2 / math.sqrt(self.head_dim) * math.log2(math.e)
 
     def tiles(self, length: int) -> list[tuple[int, int]]:
@@ -78,7 +78,7 @@ def attention(
     qkv (B, L, K x (G + 2) x H): for each kv head its `group` = G query heads, then keys, then values, as projected.
     tables: cosines and sines (L, H / 2) float32. value_embed: rows (B, L, K x H) and their gates (B, K, L) float32,
     whose product is added to the values; or None. Returns (B, L, K x G x H).
-    `scale` multiplies normalised queries and keys, each. Scores are computed in tiles of `block` x `block`; best is the
+    `scale` multiplies normalized queries and keys, each. Scores are computed in tiles of `block` x `block`; best is the
     width of the matrix unit. Raises ValueError for shapes that the kernel cannot take.
     """
     length = qkv.shape[1]
@@ -344,7 +344,7 @@ def _values(v_ref, embeds, span):
 
 
 def _prepare(x, tables, epsilon, factor=1.0):
-    """Columns x (H, L) rotated, normalised and times `factor`, in float32; and 1 / root mean square of each (1, L)."""
+    """Columns x (H, L) rotated, normalized and times `factor`, in float32; and 1 / root mean square of each (1, L)."""
     cos, sin = tables
     x = x.astype(jnp.float32)
     inverse = 1 / jnp.sqrt(jnp.mean(x * x, axis=0, keepdims=True) + epsilon)
@@ -354,7 +354,7 @@ def _prepare(x, tables, epsilon, factor=1.0):
 
 
 def _prepare_gradient(grad, x, inverse, tables, factor):
-    """Gradient of `_prepare`'s x from `factor` times that of its rotated and normalised columns."""
+    """Gradient of `_prepare`'s x from `factor` times that of its rotated and normalized columns."""
     cos, sin = tables
     a, b = jnp.split(grad, 2)
     grad = jnp.concatenate([a * cos - b * sin, b * cos + a * sin])

@@ -425,7 +425,7 @@ function remove(which) {
   });
 }
 
-function neighbour(step) {
+function neighbor(step) {
   const sorted = chats.toSorted((a, b) => b.updated - a.updated);
   const next = sorted[sorted.indexOf(chat) + step];
   if (next) openChat(next);
@@ -555,7 +555,7 @@ function listen() {
       openChat(newChat());
     } else if (event.altKey && (event.key === "ArrowUp" || event.key === "ArrowDown")) {
       event.preventDefault();
-      neighbour(event.key === "ArrowUp" ? -1 : 1);
+      neighbor(event.key === "ArrowUp" ? -1 : 1);
     } else if (event.key === "Escape" && !$("settings").open) {
       if ($("sidebar").classList.contains("shown")) showSidebar(false);
       else stop();

@@ -38,6 +38,8 @@ from MaxNano.inference import prefix_scoring
 from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.metrics import print_table
+from MaxNano.training.setup import RunSetup, run_directory, set_up
+from MaxNano.training.step import build_programs, jit_evaluate
 
 EVALS = ("bpb", "core", "chat", "samples")
 
@@ -45,12 +47,12 @@ EVALS = ("bpb", "core", "chat", "samples")
 # ---- Bits per byte --------------------------------------------------------------------------------------------------
 
 
-def evaluate_bpb(setup: train.Setup, tokenizer: Tokenizer, params: Any, results: Results) -> None:
+def evaluate_bpb(setup: RunSetup, tokenizer: Tokenizer, params: Any, results: Results) -> None:
     """Bits per byte on the beginning of both splits, eval_tokens of each, the same rows for any number of devices."""
     config, plan = setup.config, setup.plan
     count = max(1, config.eval_tokens // config.global_batch_tokens)
     rows = sharding.batch_sharding(setup.mesh, config.logical_axis_rules)
-    evaluate = train.jit_evaluate(setup)
+    evaluate = jit_evaluate(setup)
     token_bytes = jax.device_put(
         tokenizer.token_bytes(), NamedSharding(setup.mesh, PartitionSpec())
     )
@@ -105,7 +107,7 @@ def _data_of(config: FrozenConfigDict, split: str) -> list[Any]:
 # ---- CORE -----------------------------------------------------------------------------------------------------------
 
 
-def evaluate_core(setup: train.Setup, tokenizer: Tokenizer, params: Any, results: Results) -> None:
+def evaluate_core(setup: RunSetup, tokenizer: Tokenizer, params: Any, results: Results) -> None:
     """CORE, task by task, in a table."""
     config = setup.config
     tasks = core.load_bundle(config.core_bundle)
@@ -141,7 +143,7 @@ def evaluate_core(setup: train.Setup, tokenizer: Tokenizer, params: Any, results
 # ---- Chat tasks -----------------------------------------------------------------------------------------------------
 
 
-def evaluate_chat(setup: train.Setup, tokenizer: Tokenizer, params: Any, results: Results) -> None:
+def evaluate_chat(setup: RunSetup, tokenizer: Tokenizer, params: Any, results: Results) -> None:
     """The chat tasks, task by task, in a table."""
     config = setup.config
     limits = dict.fromkeys(("categorical", "generative"), config.chat_max_per_task)
@@ -179,11 +181,9 @@ def evaluate_chat(setup: train.Setup, tokenizer: Tokenizer, params: Any, results
 # ---- Samples --------------------------------------------------------------------------------------------------------
 
 
-def evaluate_samples(
-    setup: train.Setup, tokenizer: Tokenizer, params: Any, results: Results
-) -> None:
+def evaluate_samples(setup: RunSetup, tokenizer: Tokenizer, params: Any, results: Results) -> None:
     """Greedy continuations of a few prompts."""
-    programs = train.build_programs(setup, None, tokenizer.token_bytes())
+    programs = build_programs(setup, None, tokenizer.token_bytes())
     texts = samples.sample(partial(programs.greedy, params), tokenizer, setup.config.sample_tokens)
     results.put("samples", {}, texts)
     _show(
@@ -207,7 +207,7 @@ def chosen(config: FrozenConfigDict) -> list[str]:
 
 def config_of_run(config: FrozenConfigDict, argv: Sequence[str]) -> FrozenConfigDict:
     """The config with which the run was trained, if it is there, with the command line's values in it."""
-    saved = train.run_directory(config) / "config.yml"
+    saved = run_directory(config) / "config.yml"
     if Path(argv[0]).name == saved.name or not saved.exists():
         return config
     words = [word for word in argv[1:] if not word.startswith("model=")]
@@ -218,7 +218,7 @@ def config_of_run(config: FrozenConfigDict, argv: Sequence[str]) -> FrozenConfig
 def evaluate(config: FrozenConfigDict) -> None:
     """Load the checkpoint, evaluate, print and write."""
     names = chosen(config)
-    directory = train.run_directory(config)
+    directory = run_directory(config)
     if not (directory / "checkpoints").exists():
         raise ValueError(
             f"{directory} holds no checkpoint: give run_name and base_output_directory of a trained run"
@@ -226,7 +226,7 @@ def evaluate(config: FrozenConfigDict) -> None:
     if "core" in names:
         core.load_bundle(config.core_bundle)  # what is wrong with it is told now
     runtime.initialize(config)
-    setup = train.set_up(config)
+    setup = set_up(config)
     tokenizer = load_tokenizer(config)
     with jax.set_mesh(setup.mesh):
         with Checkpointer(

@@ -36,12 +36,14 @@ from etils import epath
 from jax.experimental import topologies
 from ml_collections import FrozenConfigDict
 
-from MaxNano import pyconfig, train
+from MaxNano import pyconfig
 from MaxNano.compile.costs import ASSUMPTIONS, Report, Work, analyze
 from MaxNano.distributed import runtime
 from MaxNano.inference import engine
 from MaxNano.storage import files
 from MaxNano.training.metrics import print_table
+from MaxNano.training.setup import RunSetup, flops_per_token, run_directory, set_up
+from MaxNano.training.step import compile_train, lower_evaluate, lower_train
 
 # ---- Slices ----------------------------------------------------------------------------------------------------------
 
@@ -136,26 +138,26 @@ def slice_devices(name: str, num_slices: int = 1) -> list[Any]:
 class Program(NamedTuple):
     """A program that can be compiled."""
 
-    lower: Callable[[train.Setup], jax.stages.Lowered]
-    work: Callable[[train.Setup], Work]
+    lower: Callable[[RunSetup], jax.stages.Lowered]
+    work: Callable[[RunSetup], Work]
     batch: str  # the key that says how much memory it takes
 
 
-def _train_work(setup: train.Setup, share: float = 1, steps: int | None = None) -> Work:
+def _train_work(setup: RunSetup, share: float = 1, steps: int | None = None) -> Work:
     """Of a training step, or of a share of its FLOPs; of all `steps` where they are known without the data."""
     tokens = setup.config.global_batch_tokens
     if pyconfig.horizon_is_open(setup.config):
         steps = None
-    return Work(train.flops_per_token(setup.config) * tokens * share, tokens, steps)
+    return Work(flops_per_token(setup.config) * tokens * share, tokens, steps)
 
 
-def _prefill_work(setup: train.Setup) -> Work:
+def _prefill_work(setup: RunSetup) -> Work:
     programs = engine.full_programs(setup)
     tokens = programs.rows * programs.ways * programs.buckets[-1]
-    return Work(train.flops_per_token(setup.config) / 3 * tokens, tokens, None)
+    return Work(flops_per_token(setup.config) / 3 * tokens, tokens, None)
 
 
-def _decode_work(setup: train.Setup) -> Work:
+def _decode_work(setup: RunSetup) -> Work:
     programs = engine.full_programs(setup)
     size, flops = programs.decode_costs(programs.plan.max_length)
     return Work(
@@ -165,13 +167,13 @@ def _decode_work(setup: train.Setup) -> Work:
 
 PROGRAMS = {
     "train": Program(
-        train.lower_train,
+        lower_train,
         lambda setup: _train_work(setup, steps=setup.config.steps),
         "per_device_batch_size",
     ),
     # Forward is a third of a training step.
     "evaluate": Program(
-        train.lower_evaluate, lambda setup: _train_work(setup, 1 / 3), "per_device_batch_size"
+        lower_evaluate, lambda setup: _train_work(setup, 1 / 3), "per_device_batch_size"
     ),
     "prefill": Program(
         lambda setup: engine.full_programs(setup).lower_prefill(), _prefill_work, "decode_slots"
@@ -186,7 +188,7 @@ class OutOfMemory(ValueError):
     """A program does not fit in the memory of a chip."""
 
 
-def compile_program(setup: train.Setup, program: str) -> tuple[train.Setup, Report]:
+def compile_program(setup: RunSetup, program: str) -> tuple[RunSetup, Report]:
     """Compile one of PROGRAMS and read what it costs; with the set-up that it was compiled for.
 
     The train step takes the rows that train.py would take: fewer than the set-up says where those do not fit and
@@ -195,7 +197,7 @@ def compile_program(setup: train.Setup, program: str) -> tuple[train.Setup, Repo
     config = setup.config
     started = time.monotonic()
     if program == "train" and config.per_device_batch_size is None:
-        setup, compiled = train.compile_train(setup)
+        setup, compiled = compile_train(setup)
     else:
         compiled = _compile(setup, program)
     report = analyze(
@@ -209,7 +211,7 @@ def compile_program(setup: train.Setup, program: str) -> tuple[train.Setup, Repo
     return setup, report
 
 
-def _compile(setup: train.Setup, program: str) -> jax.stages.Compiled:
+def _compile(setup: RunSetup, program: str) -> jax.stages.Compiled:
     try:
         return PROGRAMS[program].lower(setup).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -233,7 +235,7 @@ def _compile(setup: train.Setup, program: str) -> jax.stages.Compiled:
         ) from error
 
 
-def largest_batch(setup: train.Setup, program: str) -> int | None:
+def largest_batch(setup: RunSetup, program: str) -> int | None:
     """The largest per_device_batch_size below the set-up's with which a program fits; None where none does.
 
     Each trial is a compilation; they halve the candidates.
@@ -264,10 +266,10 @@ def report_path(config: FrozenConfigDict) -> epath.Path:
     """Where the JSON goes."""
     if config.compile_report:
         return epath.Path(config.compile_report).expanduser()
-    return train.run_directory(config) / "compile_report.json"
+    return run_directory(config) / "compile_report.json"
 
 
-def to_json(setup: train.Setup, reports: dict[str, Report]) -> dict[str, Any]:
+def to_json(setup: RunSetup, reports: dict[str, Report]) -> dict[str, Any]:
     """What is written: the reports by program, and what they are of."""
     config, plan = setup.config, setup.plan
     return {
@@ -295,7 +297,7 @@ def main(config: FrozenConfigDict) -> int:
     jax.config.update(
         "jax_enable_compilation_cache", False
     )  # a program from the cache says no compile time
-    setup = train.set_up(config, slice_devices(config.compile_topology, config.compile_num_slices))
+    setup = set_up(config, slice_devices(config.compile_topology, config.compile_num_slices))
     reports = {}
     for program in config.compile_programs:
         try:

@@ -24,8 +24,9 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import pyconfig, train
+from MaxNano import pyconfig
 from MaxNano.compile import costs
+from MaxNano.training.setup import largest_divisor, run_directory
 
 BASE = "as configured"
 ALTERNATIVES = {  # the dearest question first, since a table may stay unfinished
@@ -58,14 +59,14 @@ def configs(words: list[str]) -> dict[str, FrozenConfigDict]:
     base = pyconfig.initialize(words)
     if base.per_device_batch_size is None:
         share = base.global_batch_tokens // base.max_target_length // common.chips_of(base)
-        words = [*words, f"per_device_batch_size={train.largest_divisor(max(share, 1), ROWS)}"]
+        words = [*words, f"per_device_batch_size={largest_divisor(max(share, 1), ROWS)}"]
     return {name: pyconfig.initialize([*words, *own.split()]) for name, own in ALTERNATIVES.items()}
 
 
 def main(config: FrozenConfigDict) -> None:
     """Compile what has no row yet; print all."""
     jax.config.update("jax_enable_compilation_cache", False)
-    kept = common.Kept(config.compile_report or train.run_directory(config) / "alternatives.jsonl")
+    kept = common.Kept(config.compile_report or run_directory(config) / "alternatives.jsonl")
     rows = []
     for name, own in configs(sys.argv[1:]).items():
         task = {

@@ -13,8 +13,9 @@ import jax
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import train, train_compile
+from MaxNano import train_compile
 from MaxNano.compile import costs
+from MaxNano.training.setup import set_up
 
 Row = dict[str, Any]
 
@@ -36,7 +37,7 @@ def compile_step(config: FrozenConfigDict) -> Row:
     """
     row: Row = {}
     try:
-        setup = train.set_up(
+        setup = set_up(
             config, train_compile.slice_devices(config.compile_topology, config.compile_num_slices)
         )
         setup, report = train_compile.compile_program(setup, "train")

@@ -28,8 +28,10 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common, step_time
-from MaxNano import pyconfig, train
+from MaxNano import pyconfig
 from MaxNano.distributed import compile_cache, runtime
+from MaxNano.training.setup import set_up
+from MaxNano.training.step import compile_train
 
 LATENCY_SECONDS = 0.05
 BYTES_PER_SECOND = 50e6
@@ -44,7 +46,7 @@ def measure(words: Sequence[str]) -> None:
     runtime.initialize(config)
     jax.devices()
     begin, cpu_begin = time.perf_counter(), time.process_time()
-    setup, program = train.compile_train(train.set_up(config))
+    setup, program = compile_train(set_up(config))
     with jax.set_mesh(setup.mesh):
         step = step_time.prepare(setup, program)
         row = {"ready s": time.perf_counter() - begin, "CPU s": time.process_time() - cpu_begin}

@@ -30,12 +30,13 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import convert, evaluate, pyconfig, train
+from MaxNano import convert, evaluate, pyconfig
 from MaxNano.distributed import runtime
 from MaxNano.evals import core
 from MaxNano.inference import prefix_scoring
 from MaxNano.tokenization.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
+from MaxNano.training.setup import run_directory, set_up
 
 
 class Result(NamedTuple):
@@ -117,7 +118,7 @@ def main(config: FrozenConfigDict) -> None:
     """Measure and compare."""
     config = evaluate.config_of_run(config, sys.argv[1:])
     runtime.initialize(config)
-    setup, tokenizer = train.set_up(config), load_tokenizer(config)
+    setup, tokenizer = set_up(config), load_tokenizer(config)
     tasks = core.load_bundle(config.core_bundle)
     if os.environ.get("NANOCHAT") and 0 < config.core_max_per_task <= max(
         task.shots for task in tasks
@@ -126,7 +127,7 @@ def main(config: FrozenConfigDict) -> None:
             "nanochat fails on tasks with no more questions than examples: raise core_max_per_task"
         )
     with jax.set_mesh(setup.mesh):
-        with Checkpointer(config, train.run_directory(config), writer=False) as checkpointer:
+        with Checkpointer(config, run_directory(config), writer=False) as checkpointer:
             params, _ = checkpointer.restore_params_only(setup.abstract.params, config.step)
         score = prefix_scoring.Scorer(setup, tokenizer.bos_id).bind(params)
         print(

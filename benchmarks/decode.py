@@ -43,6 +43,7 @@ from MaxNano import convert, pyconfig, train_compile
 from MaxNano.distributed import runtime, sharding
 from MaxNano.inference import engine
 from MaxNano.inference.engine import Engine, Request
+from MaxNano.models.setup import numerics_of, set_up_model
 
 BATCHES = (1, 8, 32, 128)
 NANOCHAT_BATCHES = (1, 16)
@@ -180,7 +181,7 @@ def compare(config: FrozenConfigDict, params, mesh: jax.sharding.Mesh) -> list[c
     table counts, another one is the likeliest.
     """
     rows = []
-    dtype = engine.numerics_of(config, mesh).dtype
+    dtype = numerics_of(config, mesh).dtype
     with start_nanochat(config, params) as nanochat:
         for batch in NANOCHAT_BATCHES if nanochat else ():
             served = Engine(config, mesh, params, None, slots=batch)
@@ -223,7 +224,7 @@ def main(config: FrozenConfigDict) -> int | None:
     """Measure every batch, then compare."""
     runtime.initialize(config)
     mesh = sharding.make_mesh(config)
-    target = engine.abstract_params(config, engine.numerics_of(config, mesh), mesh)
+    target = set_up_model(config, mesh=mesh).params
     if (
         jax.default_backend() == "cpu"
         and sum(x.size for x in jax.tree.leaves(target)) > LARGEST_CPU_MODEL

@@ -21,10 +21,11 @@ import jax
 import optax
 from ml_collections import FrozenConfigDict
 
-from MaxNano import pyconfig, train
+from MaxNano import pyconfig
 from MaxNano.distributed import runtime
 from MaxNano.optimizers import groups
 from MaxNano.training import state as train_state
+from MaxNano.training.setup import set_up
 
 UPDATES = 10
 
@@ -42,7 +43,7 @@ def polar_express_flops(params: dict, iterations: int) -> int:
 
 def main(config: FrozenConfigDict) -> None:
     runtime.initialize(config)
-    setup = train.set_up(config)
+    setup = set_up(config)
     optimizer, abstract, mesh = setup.optimizer, setup.abstract, setup.mesh
     jax.set_mesh(mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)

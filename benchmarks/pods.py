@@ -37,9 +37,11 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import pyconfig, train, train_compile
+from MaxNano import pyconfig, train_compile
 from MaxNano.compile import costs, hlo
 from MaxNano.distributed import runtime
+from MaxNano.training.setup import flops_per_token, run_directory, set_up
+from MaxNano.training.step import compile_train, lower_train
 
 SLICES = (("v6e-16", 1), ("v6e-64", 1), ("v6e-256", 1), ("v6e-256", 2))
 SHORT = 256  # tokens of a row where only weights and collectives count
@@ -59,7 +61,7 @@ PER_STEP = (
     "gather",
     "reduce",
     "update",
-)  # named scopes of train.train_step that rows have no part in
+)  # named scopes of train_step that rows have no part in
 
 
 class Layout(NamedTuple):
@@ -104,11 +106,11 @@ class Layout(NamedTuple):
 
 def whole_step(config: FrozenConfigDict) -> common.Row:
     """What a chip of compile_topology computes: cycles a step, a micro-step and a token, and GiB beside the state."""
-    setup = train.set_up(
+    setup = set_up(
         config, train_compile.slice_devices(config.compile_topology, config.compile_num_slices)
     )
     started = time.monotonic()
-    setup, compiled = train.compile_train(setup)
+    setup, compiled = compile_train(setup)
     seconds = time.monotonic() - started
     chip = runtime.chip(setup.mesh.devices.flat[0])
     walk = costs.walk(
@@ -152,10 +154,10 @@ def short_step(words: Sequence[str], topology: str, layout: Layout) -> common.Ro
             "per_device_batch_size=1",
         ]
     )
-    setup = train.set_up(config, train_compile.slice_devices(topology, layout.slices))
+    setup = set_up(config, train_compile.slice_devices(topology, layout.slices))
     started = time.monotonic()
     try:
-        compiled = train.lower_train(setup).compile(LEAST_EFFORT)
+        compiled = lower_train(setup).compile(LEAST_EFFORT)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -206,7 +208,7 @@ def estimate(
         else:
             ici += seconds * scale * 1e3
     step = rows_ms + weights_ms + ici + dcn
-    flops = train.flops_per_token(config) * tokens
+    flops = flops_per_token(config) * tokens
     return row | {
         "state GiB": round(short["state GiB"], 2),
         "at most GiB": round(short["state GiB"] + whole["working GiB"], 1),
@@ -224,7 +226,7 @@ def estimate(
 def main(config: FrozenConfigDict) -> None:
     """Compile what has no row yet; print the table."""
     jax.config.update("jax_enable_compilation_cache", False)
-    kept = common.Kept(config.compile_report or train.run_directory(config) / "pods.jsonl")
+    kept = common.Kept(config.compile_report or run_directory(config) / "pods.jsonl")
     words = [word for word in sys.argv[1:] if not word.startswith("compile_report=")]
     task = ["whole", *words]
     whole = kept.find(task) or kept.add(task, whole_step(config))

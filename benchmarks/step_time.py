@@ -33,24 +33,26 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import pyconfig, train, train_compile
+from MaxNano import pyconfig, train_compile
 from MaxNano.data.loader import put_global, to_batch
 from MaxNano.distributed import runtime, sharding
 from MaxNano.training import state as train_state
+from MaxNano.training.setup import BatchPlan, RunSetup, check_memory, flops_per_token, set_up
+from MaxNano.training.step import build_programs, compile_train
 
 TURNS = 6
 STEPS_A_TURN = 4
 LARGEST_CPU_STEP = 1e14  # FLOPs: minutes a step on a few cores
 
 
-def prepare(setup: train.Setup, program: jax.stages.Compiled) -> Callable[[], float]:
+def prepare(setup: RunSetup, program: jax.stages.Compiled) -> Callable[[], float]:
     """A function that takes one step and returns its seconds. To be called inside the mesh."""
     config = setup.config
     rng = np.random.default_rng(config.seed)
     shape = (setup.plan.rows, config.max_target_length + 1)
     batch = to_batch(rng.integers(0, config.vocab_size, shape, dtype=np.int32))
     batch = put_global(batch, sharding.batch_sharding(setup.mesh, config.logical_axis_rules))
-    programs = train.build_programs(setup, program, np.ones(config.vocab_size, np.int32))
+    programs = build_programs(setup, program, np.ones(config.vocab_size, np.int32))
     state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
 
     def step() -> float:
@@ -65,7 +67,7 @@ def prepare(setup: train.Setup, program: jax.stages.Compiled) -> Callable[[], fl
 
 @contextlib.contextmanager
 def start_nanochat(
-    config: FrozenConfigDict, plan: train.BatchPlan
+    config: FrozenConfigDict, plan: BatchPlan
 ) -> Iterator[Callable[[int], list[float]] | None]:
     """A function that lets nanochat take steps and returns their seconds; None where it is not asked for."""
     checkout = os.environ.get("NANOCHAT")
@@ -103,7 +105,7 @@ def start_nanochat(
 
 def too_large(config: FrozenConfigDict) -> bool:
     """Whether there is only a CPU and a step would take it minutes."""
-    flops = train.flops_per_token(config) * config.global_batch_tokens
+    flops = flops_per_token(config) * config.global_batch_tokens
     return (
         jax.default_backend() == "cpu"
         and not os.environ.get("NANOCHAT")
@@ -127,7 +129,7 @@ def statistics_of(seconds: list[float], config: FrozenConfigDict, peak: float | 
     """Median and spread of steps, and the rates of the median."""
     median = statistics.median(seconds)
     rate = config.global_batch_tokens / median
-    flops = rate * train.flops_per_token(config)
+    flops = rate * flops_per_token(config)
     quarter, _, three_quarters = statistics.quantiles(seconds)
     row = {
         "median s": median,
@@ -150,9 +152,9 @@ def main(config: FrozenConfigDict) -> int | None:
             flush=True,
         )
         return train_compile.main(config)
-    setup = train.set_up(config)
-    train.check_memory(setup)
-    setup, program = train.compile_train(setup)
+    setup = set_up(config)
+    check_memory(setup)
+    setup, program = compile_train(setup)
     with start_nanochat(config, setup.plan) as nanochat, jax.set_mesh(setup.mesh):
         step = prepare(setup, program)
         first = step()

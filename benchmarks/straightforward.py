@@ -35,13 +35,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import pyconfig, train, train_compile
+from MaxNano import pyconfig, train_compile
 from MaxNano.compile import costs
 from MaxNano.distributed import runtime, sharding
 from MaxNano.models import attention, layers, transformer
+from MaxNano.models.setup import architecture
 from MaxNano.optimizers import groups
 from MaxNano.training import metrics
+from MaxNano.training import setup as training_setup
 from MaxNano.training import state as train_state
+from MaxNano.training.setup import BatchPlan, flops_per_token, plan_batch
 
 MEASURED_SECONDS = 1.43  # the recipe's step on a v6e-8
 ROWS = 2  # a chip takes at once
@@ -115,7 +118,7 @@ class Recipe(NamedTuple):
     dtype: str
     optimizer: optax.GradientTransformationExtraArgs
     abstract: train_state.TrainState  # as the product keeps it
-    plan: train.BatchPlan
+    plan: BatchPlan
     kernel: str
 
 
@@ -218,10 +221,8 @@ def set_up(
         dtype, runtime.embedding_dtype(config, backend), kernel, "scatter", backend
     )
     optimizer = groups.make_optimizer(config, dtype=dtype)
-    abstract = train_state.abstract_state(
-        config, train_state.architecture(config, numerics), optimizer, mesh
-    )
-    plan = train.plan_batch(config, sharding.batch_ways(mesh, RULES))
+    abstract = train_state.abstract_state(config, architecture(config, numerics), optimizer, mesh)
+    plan = plan_batch(config, sharding.batch_ways(mesh, RULES))
     return Recipe(config, mesh, dtype, optimizer, abstract, plan, kernel)
 
 
@@ -274,7 +275,7 @@ def compile_recipe(recipe: Recipe) -> costs.Report:
         mesh=mesh,
         vocab_size=config.vocab_size,
         work=costs.Work(
-            train.flops_per_token(config) * config.global_batch_tokens,
+            flops_per_token(config) * config.global_batch_tokens,
             config.global_batch_tokens,
             config.steps,
         ),
@@ -289,7 +290,7 @@ def main(config: FrozenConfigDict) -> None:
     """Compile both, print both."""
     jax.config.update("jax_enable_compilation_cache", False)
     devices = train_compile.slice_devices(config.compile_topology, config.compile_num_slices)
-    _, product = train_compile.compile_program(train.set_up(config, devices), "train")
+    _, product = train_compile.compile_program(training_setup.set_up(config, devices), "train")
     print_report("product", product)
     recipe = compile_recipe(set_up(config, devices))
     print_report("recipe", recipe)

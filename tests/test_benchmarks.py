@@ -14,8 +14,10 @@ import pytest
 from byte_tokenizer import ByteTokenizer
 from test_model import random_params
 
-from MaxNano import pyconfig, train
+from MaxNano import pyconfig
 from MaxNano.compile import costs
+from MaxNano.training.setup import set_up
+from MaxNano.training.step import batch_losses
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks is no package to install
@@ -131,7 +133,7 @@ def test_alternatives_go_on_where_they_were_stopped(tmp_path, monkeypatch, capsy
 def test_the_straightforward_loss_is_the_products():
     """And so are its gradients, in float32."""
     config = make_config(*TINY)
-    setup = train.set_up(config, jax.devices()[:1])
+    setup = set_up(config, jax.devices()[:1])
     recipe = straightforward.set_up(config, jax.devices()[:1], kernel="reference", rows=1)
     assert recipe.plan.micro_steps == 4
     params = random_params(setup.model)
@@ -139,7 +141,7 @@ def test_the_straightforward_loss_is_the_products():
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
 
     def product(params):
-        return jnp.mean(train.batch_losses(config, setup.model, params, batch))
+        return jnp.mean(batch_losses(config, setup.model, params, batch))
 
     def plain(params):
         apart = straightforward.unstack(params)

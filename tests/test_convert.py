@@ -15,11 +15,12 @@ import tiktoken
 
 from MaxNano import convert, pyconfig
 from MaxNano.distributed import sharding
+from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import Numerics
 from MaxNano.optimizers import groups
 from MaxNano.tokenization.tokenizer import NANOCHAT_PATTERN, SPECIAL_TOKENS, load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
-from MaxNano.training.state import abstract_state, architecture
+from MaxNano.training.state import abstract_state
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = str(pyconfig.BASE)

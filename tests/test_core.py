@@ -22,11 +22,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_nanochat_reference import hashed
 
-from MaxNano import convert, pyconfig, train
+from MaxNano import convert, pyconfig
 from MaxNano.distributed import runtime
 from MaxNano.evals import core
 from MaxNano.inference import prefix_scoring
 from MaxNano.tokenization.tokenizer import load_tokenizer_from
+from MaxNano.training.setup import set_up
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"
@@ -34,10 +35,10 @@ GOLDEN = ROOT / "tests/golden"
 QUICK = "xla_flag_groups=[[quick, cpu, xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=true]]"
 
 
-def set_up(*words):
+def make_setup(*words):
     quick = ("num_cpu_devices=1", "xla_flags=[quick]", QUICK)
     config = pyconfig.initialize([str(ROOT / "configs/base.yml"), *quick, *words])
-    return train.set_up(config, jax.devices()[:1])
+    return set_up(config, jax.devices()[:1])
 
 
 def from_formula(setup, scales):
@@ -90,7 +91,7 @@ def small(tmp_path_factory):
     with zipfile.ZipFile(GOLDEN / "core_small.zip") as archive:
         archive.extract("tokenizer.json", folder)
     tokenizer = load_tokenizer_from("bpe", folder)
-    setup = set_up(
+    setup = make_setup(
         "max_target_length=256",
         "vocab_size=320",
         "num_decoder_layers=4",
@@ -142,7 +143,7 @@ def test_the_recorded_score_is_that_of_the_recorded_answers():
 
 def test_the_shared_prefix_changes_no_number(few_shapes):
     """Layers in a loop, grouped heads, windows shorter than prompts, prompts of all lengths."""
-    setup = set_up(
+    setup = make_setup(
         "max_target_length=24",
         "vocab_size=50",
         "num_decoder_layers=6",
@@ -488,7 +489,7 @@ def test_every_answer_on_the_real_bundle_is_nanochats(limit, tmp_path, monkeypat
         archive.extract("tokenizer.json", tmp_path)
         golden = json.loads(archive.read("answers.json"))
     tokenizer = load_tokenizer_from("bpe", tmp_path)
-    setup = set_up(
+    setup = make_setup(
         "max_target_length=512",
         "vocab_size=4096",
         "num_decoder_layers=4",

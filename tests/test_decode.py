@@ -12,8 +12,8 @@ from test_model import random_params
 
 from MaxNano import pyconfig
 from MaxNano.inference import decode
+from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import Numerics
-from MaxNano.training.state import architecture
 
 ROOT = Path(__file__).parents[1]
 FLOAT32 = Numerics("float32", "float32", "chunked", "scatter", "cpu")

@@ -20,6 +20,7 @@ from MaxNano import convert, pyconfig
 from MaxNano.distributed import runtime, sharding
 from MaxNano.inference import engine
 from MaxNano.inference.engine import Engine, Request, TextStream
+from MaxNano.models.setup import architecture, numerics_of
 from MaxNano.tokenization.tokenizer import SpecialIds, Tokenizer
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer
@@ -81,7 +82,7 @@ def served(config, mesh, params):
 @pytest.fixture(scope="module")
 def logits(config, mesh, params):
     """The full forward's logits (length, vocabulary) of tokens."""
-    model = train_state.architecture(config, engine.numerics_of(config, mesh))
+    model = architecture(config, numerics_of(config, mesh))
 
     @jax.jit
     def compute(params, tokens):
@@ -477,7 +478,7 @@ def test_serves_other_parameters(served, params):
 @pytest.mark.parametrize("slots", [1, SLOTS])
 def test_the_cache_is_never_copied(config, mesh, params, slots):
     config = pyconfig.replace(config, "test", num_decoder_layers=2)
-    numerics = engine.numerics_of(config, mesh)
+    numerics = numerics_of(config, mesh)
     target = engine.abstract_params(config, numerics, mesh)
     programs = engine.Programs.build(
         config, mesh, numerics, target, slots=slots, max_length=LONGEST

@@ -12,13 +12,14 @@ import pytest
 from test_tasks import folder  # noqa: F401 (a fixture)
 from tuning import QUICK
 
-from MaxNano import evaluate, pyconfig, tasks, train
+from MaxNano import evaluate, pyconfig, tasks
 from MaxNano.evals import chat, core
 from MaxNano.inference.engine import Completion
 from MaxNano.tokenization.tokenizer import NANOCHAT_PATTERN, BpeTokenizer
 from MaxNano.tools import sandbox
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer
+from MaxNano.training.setup import set_up
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "configs/base.yml")
@@ -197,7 +198,7 @@ def place(tmp_path_factory):
             "jax_cache_dir=''",
         ]
     )
-    setup = train.set_up(config, jax.devices()[:1])
+    setup = set_up(config, jax.devices()[:1])
     state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
     params = state.params | {"lm_head": 30 * state.params["lm_head"]}  # opinions
     with Checkpointer(
@@ -226,7 +227,7 @@ def evaluated(place, folder):  # noqa: F811
     """What an evaluation that was killed midway and started again has left: (folder, what it printed)."""
     base, *_ = place
     directory = base / "runs/run/evals"
-    make = train.set_up
+    make = set_up
 
     def dying(*arguments, **options):
         raise KeyboardInterrupt
@@ -234,7 +235,7 @@ def evaluated(place, folder):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         # What the entry point changes of JAX's settings belongs to a process of its own.
         patch.setattr(evaluate.runtime, "initialize", lambda config: None)
-        patch.setattr(evaluate.train, "set_up", lambda config: make(config, jax.devices()[:1]))
+        patch.setattr(evaluate, "set_up", lambda config: make(config, jax.devices()[:1]))
         with pytest.MonkeyPatch.context() as first:
             first.setattr(chat, "answer_in_words", dying)
             assert run(base, folder) == 130

@@ -23,6 +23,7 @@ from MaxNano.evals.results import Results
 from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer
+from MaxNano.training.setup import set_up
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "configs/base.yml")
@@ -51,7 +52,7 @@ def place(tmp_path_factory):
             "".join(json.dumps({"text": x}) + "\n" for x in lines)
         )
     config = pyconfig.initialize([BASE, *words(folder), *SHAPE])
-    setup = train.set_up(config, jax.devices()[:1])
+    setup = set_up(config, jax.devices()[:1])
     state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
     fingerprint = load_tokenizer(config).fingerprint()
     with Checkpointer(
@@ -101,11 +102,11 @@ def in_place(monkeypatch):
     """What the entry point changes of JAX's settings belongs to a process of its own."""
     monkeypatch.setattr(evaluate.runtime, "initialize", lambda config: None)
     devices = jax.devices()[:1]
-    make = train.set_up
-    monkeypatch.setattr(evaluate.train, "set_up", lambda config: make(config, devices))
+    make = set_up
+    monkeypatch.setattr(evaluate, "set_up", lambda config: make(config, devices))
     # Columns for everything, so that little is compiled.
-    monkeypatch.setattr(evaluate.branches, "SMALLEST_PREFIX", 1024)
-    monkeypatch.setattr(evaluate.branches, "SMALLEST_BRANCH", 64)
+    monkeypatch.setattr(evaluate.prefix_scoring, "SMALLEST_PREFIX", 1024)
+    monkeypatch.setattr(evaluate.prefix_scoring, "SMALLEST_BRANCH", 64)
 
 
 def results(folder):
@@ -309,7 +310,7 @@ def test_core_while_training(place, monkeypatch, capsys):
         return result
 
     def train_until(comes):
-        setup = train.set_up(config)
+        setup = set_up(config)
         with jax.set_mesh(setup.mesh):
             return train.train(setup, Preemption(comes))
 

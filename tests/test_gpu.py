@@ -117,10 +117,12 @@ LOSSES = """
     import sys
     import numpy as np
     import jax
-    from MaxNano import pyconfig, train
+    from MaxNano import pyconfig
     from MaxNano.distributed import runtime
     from MaxNano.distributed import sharding
     from MaxNano.training import state as train_state
+    from MaxNano.training.setup import set_up
+    from MaxNano.training.step import build_programs, compile_train
     from MaxNano.data.loader import put_global, to_batch
 
     config = pyconfig.initialize([
@@ -128,12 +130,12 @@ LOSSES = """
         "per_device_batch_size=16", "jax_cache_dir=", "steps=10", *{overrides},
     ])
     runtime.initialize(config)
-    setup = train.set_up(config)
-    setup, program = train.compile_train(setup)
+    setup = set_up(config)
+    setup, program = compile_train(setup)
     rng = np.random.default_rng(0)
     losses = []
     with jax.set_mesh(setup.mesh):
-        programs = train.build_programs(setup, program, np.ones(config.vocab_size, np.int32))
+        programs = build_programs(setup, program, np.ones(config.vocab_size, np.int32))
         state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
         for _ in range(8):
             tokens = rng.integers(0, 300, (setup.plan.rows, config.max_target_length + 1), dtype=np.int32)

@@ -18,6 +18,7 @@ from test_convert import assert_same, random_params
 
 from MaxNano import convert, pyconfig
 from MaxNano.interop import huggingface
+from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import Numerics
 from MaxNano.tokenization.tokenizer import (
     NANOCHAT_PATTERN,
@@ -29,7 +30,6 @@ from MaxNano.tokenization.tokenizer import (
     train_bpe,
 )
 from MaxNano.training.checkpointing import Checkpointer
-from MaxNano.training.state import architecture
 
 tokenizers = pytest.importorskip("tokenizers", reason="of the extra `export`")
 pytest.importorskip("safetensors", reason="of the extra `export`")

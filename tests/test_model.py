@@ -10,8 +10,8 @@ import pytest
 
 from MaxNano import convert, pyconfig, scaling
 from MaxNano.models.losses import token_losses
+from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import LayerKind, Numerics, repetition, scans_layers
-from MaxNano.training.state import architecture
 
 ROOT = Path(__file__).parents[1]
 FLOAT32 = Numerics("float32", "float32", "reference", "scatter", "cpu")

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from MaxNano import convert, pyconfig, train
+from MaxNano import convert, pyconfig
 from MaxNano.models.losses import token_losses
 from MaxNano.training import state as train_state
+from MaxNano.training.setup import set_up
+from MaxNano.training.step import build_programs, jit_train
 
 ROOT = Path(__file__).parents[1]
 KEYS = (
@@ -53,7 +55,7 @@ def hashed(count, index):
 @pytest.fixture(scope="module")
 def problem():
     config = pyconfig.initialize([str(ROOT / "configs/base.yml"), *KEYS])
-    setup = train.set_up(config, jax.devices()[:1])
+    setup = set_up(config, jax.devices()[:1])
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), setup.model.shapes)
     arrays = {}
     for index, (name, like) in enumerate(sorted(convert.params_to_nanochat(zeros, config).items())):
@@ -138,7 +140,7 @@ def test_logits_losses_and_gradients(problem):
 
 def test_three_updates(problem):
     config, setup, arrays, batch = problem
-    programs = train.build_programs(setup, train.jit_train(setup), np.ones(50, np.int32))
+    programs = build_programs(setup, jit_train(setup), np.ones(50, np.int32))
     fresh = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
     params = jax.tree.map(jnp.asarray, convert.nanochat_to_params(arrays, config))
     state = train_state.TrainState(fresh.step, params, fresh.opt_state)

@@ -11,8 +11,8 @@ import pytest
 
 from MaxNano import pyconfig
 from MaxNano.models import quantization
+from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import Numerics
-from MaxNano.training.state import architecture
 
 # Relative error in the Frobenius norm of output, activations' and weights' gradient, for normal numbers: rounding
 # errors of both operands, 0.7 % each for int8 and 2.6 % (e4m3) or 5.2 % (e5m2) for fp8, add in squares.

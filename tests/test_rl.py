@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 from toy_rl import Sums
 from tuning import GOLDEN, QUICK, check_gradients
 
-from MaxNano import pyconfig, train
+from MaxNano import pyconfig
 from MaxNano.inference.engine import Engine
 from MaxNano.models import losses
 from MaxNano.tokenization.tokenizer import NANOCHAT_PATTERN, BpeTokenizer
 from MaxNano.training import rollouts
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer
+from MaxNano.training.setup import set_up
+from MaxNano.training.step import score_step
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "configs/base.yml")
@@ -62,9 +64,7 @@ def test_where_nothing_has_changed_since_the_draw_clipping_and_divergence_change
     ]
 
     def complete(setup, params, batch):
-        nll = jax.jit(lambda params, batch: train.score_step(params, batch, setup=setup))(
-            params, batch
-        )
+        nll = jax.jit(lambda params, batch: score_step(params, batch, setup=setup))(params, batch)
         drawn = jnp.where(jnp.arange(96) % 3, nll, jnp.nan)  # some are not known
         kl_weights = jnp.full_like(nll, 0.5)
         return {**batch, "drawn_losses": drawn, "reference_losses": nll, "kl_weights": kl_weights}
@@ -228,7 +228,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rl")
     TOKENIZER.save(folder / "tokenizer")
     config = pyconfig.initialize(words_of(folder))
-    setup = train.set_up(config, jax.devices()[:1])
+    setup = set_up(config, jax.devices()[:1])
     state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
     with Checkpointer(
         config, folder / "runs/base", tokenizer_fingerprint=TOKENIZER.fingerprint()

@@ -22,7 +22,7 @@ from MaxNano import pyconfig
 from MaxNano.distributed import sharding
 from MaxNano.inference.dialogue import ReplyDecoder, prompt_ids
 from MaxNano.inference.engine import Engine, Request, numerics_of
-from MaxNano.training import state as train_state
+from MaxNano.models.setup import architecture
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = byte_tokenizer()
@@ -48,7 +48,7 @@ def make(slots, *overrides):
     """(config, engine) of a small model with random weights."""
     config = pyconfig.initialize(["configs/base.yml", *TINY, *overrides])
     mesh = sharding.make_mesh(config, jax.devices()[:1])
-    shapes = train_state.architecture(config, numerics_of(config, mesh)).shapes
+    shapes = architecture(config, numerics_of(config, mesh)).shapes
     draw = np.random.default_rng(0).normal
     params = jax.tree.map(lambda leaf: draw(0, 0.4, leaf.shape).astype(np.float32), shapes)
     params["resid_lambdas"] += 1

@@ -16,6 +16,7 @@ from MaxNano import pyconfig, train
 from MaxNano.tokenization.tokenizer import load_tokenizer, train_bpe
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer
+from MaxNano.training.setup import run_directory, set_up
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "configs/base.yml")
@@ -84,7 +85,7 @@ def base(tmp_path_factory):
     (folder / "held_out.jsonl").write_text("".join(json.dumps(say(n, 7)) + "\n" for n in range(30)))
     (folder / "empty.jsonl").write_text("")
     train_bpe([" ".join(WORDS)] * 9, 288).save(folder / "tokenizer")
-    config, setup = set_up(folder)
+    config, setup = make_setup(folder)
     state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
     opt_state = jax.tree.map(lambda x: x + np.ones((), x.dtype), state.opt_state)
     with Checkpointer(
@@ -100,9 +101,9 @@ def place(base):
     return base[0]
 
 
-def set_up(place, *more):
+def make_setup(place, *more):
     config = pyconfig.initialize(words_of(place, *more))
-    return config, train.set_up(config, jax.devices()[:1])
+    return config, set_up(config, jax.devices()[:1])
 
 
 def start(*words):
@@ -138,7 +139,9 @@ def losses_of(place, run_name):
 @pytest.mark.parametrize("load_optimizer", [True, False])
 def test_a_run_starts_with_another_ones_checkpoint(base, load_optimizer):
     place, fresh = base
-    config, setup = set_up(place, "stage=sft", "load_from=base", f"load_optimizer={load_optimizer}")
+    config, setup = make_setup(
+        place, "stage=sft", "load_from=base", f"load_optimizer={load_optimizer}"
+    )
     assert config.run_name == "d2_sft"
     state = train.load_start(setup, load_tokenizer(config).fingerprint())
     assert int(state.step) == 0
@@ -154,7 +157,7 @@ def test_a_run_starts_with_another_ones_checkpoint(base, load_optimizer):
 
 
 def test_a_path_names_a_run_too(place):
-    config, setup = set_up(place, f"load_from={place}/runs/base", "run_name=other")
+    config, setup = make_setup(place, f"load_from={place}/runs/base", "run_name=other")
     assert int(train.load_start(setup, "").step) == 0
 
 
@@ -179,14 +182,14 @@ def test_a_path_names_a_run_too(place):
     ],
 )
 def test_a_start_that_cannot_be_is_one_line(place, words, problem):
-    _, setup = set_up(place, *words)
+    _, setup = make_setup(place, *words)
     with pytest.raises(ValueError, match=problem) as error:
         train.load_start(setup, "")
     assert "\n" not in str(error.value)
 
 
 def test_another_tokenizer_is_refused(place):
-    _, setup = set_up(place, "load_from=base")
+    _, setup = make_setup(place, "load_from=base")
     with pytest.raises(ValueError, match="tokenizer"):
         train.load_start(setup, "f" * 64)
 
@@ -216,8 +219,8 @@ def test_a_run_that_goes_on_need_not_be_told_again_where_it_started(place, tmp_p
     again = pyconfig.initialize([word for word in words if not word.startswith("load_from=")])
     assert train.with_start(again).load_from is None, "a new run"
     config = pyconfig.initialize(words)
-    train.run_directory(config).mkdir(parents=True)
-    pyconfig.save(config, train.run_directory(config) / "config.yml")
+    run_directory(config).mkdir(parents=True)
+    pyconfig.save(config, run_directory(config) / "config.yml")
     assert train.with_start(again).load_from == "base"
 
 

@@ -11,8 +11,15 @@ import numpy as np
 import pytest
 from test_model import random_params
 
-from MaxNano import convert, pyconfig, train
+from MaxNano import convert, pyconfig
+from MaxNano.distributed import runtime
+from MaxNano.models.setup import architecture
+from MaxNano.models.transformer import Numerics
+from MaxNano.optimizers import groups
 from MaxNano.training import state as train_state
+from MaxNano.training import step as step_module
+from MaxNano.training.setup import check_memory, check_sharding, plan_batch, set_up
+from MaxNano.training.step import build_programs, compile_train, jit_train
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,11 +57,9 @@ def batch_of(config, step=0):
 
 def start(config, devices=None):
     devices = devices or jax.devices()[:1]
-    setup = train.set_up(config, devices)
+    setup = set_up(config, devices)
     state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
-    programs = train.build_programs(
-        setup, train.jit_train(setup), np.ones(config.vocab_size, np.int32)
-    )
+    programs = build_programs(setup, jit_train(setup), np.ones(config.vocab_size, np.int32))
     return setup, state, programs
 
 
@@ -167,18 +172,18 @@ def test_an_update_that_is_not_finite_changes_nothing(poison):
 def test_a_batch_that_devices_cannot_share_is_refused():
     config = make_config(*TINY)
     with pytest.raises(ValueError, match="global_batch_tokens"):
-        train.plan_batch(config, 3)
+        plan_batch(config, 3)
     with pytest.raises(ValueError, match="per_device_batch_size=3"):
-        train.plan_batch(make_config(*TINY, "per_device_batch_size=3"), 2)
+        plan_batch(make_config(*TINY, "per_device_batch_size=3"), 2)
 
 
 def test_a_model_that_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch):
     """d24 on a CPU host of 24 GB; d4 fits there."""
-    monkeypatch.setattr(train.runtime, "memory_limit_bytes", lambda: 24 * 10**9)
+    monkeypatch.setattr(runtime, "memory_limit_bytes", lambda: 24 * 10**9)
     before = len(jax.live_arrays())
     with pytest.raises(ValueError, match=r"d24 needs at least .* GB .* and 24.0 GB are there"):
-        train.check_memory(train.set_up(make_config("model=d24"), jax.devices()[:1]))
-    train.check_memory(train.set_up(make_config("model=d4"), jax.devices()[:1]))
+        check_memory(set_up(make_config("model=d24"), jax.devices()[:1]))
+    check_memory(set_up(make_config("model=d4"), jax.devices()[:1]))
     assert len(jax.live_arrays()) == before
 
 
@@ -196,29 +201,27 @@ def test_rows_that_do_not_fit_into_memory_are_halved(monkeypatch, capsys):
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM")
             return "step"
 
-    monkeypatch.setattr(train, "lower_train", Lowered)
-    setup, step = train.compile_train(train.set_up(make_config(*TINY), jax.devices()[:1]))
+    monkeypatch.setattr(step_module, "lower_train", Lowered)
+    setup, step = compile_train(set_up(make_config(*TINY), jax.devices()[:1]))
     assert step == "step" and compiled == [8, 4, 2] and setup.plan == (1, 4, 2)
     assert "8 rows a device do not fit into memory, compiling for 4" in capsys.readouterr().out
-    asked = train.set_up(make_config(*TINY, "per_device_batch_size=4"), jax.devices()[:1])
+    asked = set_up(make_config(*TINY, "per_device_batch_size=4"), jax.devices()[:1])
     with pytest.raises(ValueError, match="a step with 4 rows on each device does not fit"):
-        train.compile_train(asked)
+        compile_train(asked)
 
 
 def test_parameters_left_whole_on_every_device_are_refused():
     """Unless the rules ask for it."""
     mesh = jax.sharding.AbstractMesh((3, 1, 1), ("data", "fsdp", "tensor"))
     odd = make_config(*TINY)
-    architecture = train_state.architecture(
-        odd, train.Numerics("float32", "float32", "reference", "scatter", "cpu")
-    )
-    optimizer = train.optim.make_optimizer(odd, dtype="float32")
-    abstract = train_state.abstract_state(odd, architecture, optimizer, mesh)
+    model = architecture(odd, Numerics("float32", "float32", "reference", "scatter", "cpu"))
+    optimizer = groups.make_optimizer(odd, dtype="float32")
+    abstract = train_state.abstract_state(odd, model, optimizer, mesh)
     with pytest.raises(
         ValueError, match=r"100% of the parameters would lie whole on each of 3 devices"
     ):
-        train.check_sharding(odd, mesh, abstract)
-    train.check_sharding(
+        check_sharding(odd, mesh, abstract)
+    check_sharding(
         make_config(*TINY, "logical_axis_rules=[[activation_batch, data, fsdp]]"), mesh, abstract
     )
 

@@ -11,8 +11,10 @@ import optax
 import pytest
 from test_nanochat_reference import hashed
 
-from MaxNano import convert, pyconfig, train
+from MaxNano import convert, pyconfig
 from MaxNano.training import state as train_state
+from MaxNano.training.setup import set_up
+from MaxNano.training.step import jit_train
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = json.loads((ROOT / "tests/golden/tuning_gradients.json").read_text())
@@ -44,7 +46,7 @@ def check_gradients(batch, expected, *words, complete=None):
             *(words or [f"global_batch_tokens={rows * fields['sequence_len']}"]),
         ]
     )
-    setup = train.set_up(config, jax.devices()[:1])
+    setup = set_up(config, jax.devices()[:1])
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), setup.model.shapes)
     arrays = {}
     for index, (name, like) in enumerate(sorted(convert.params_to_nanochat(zeros, config).items())):
@@ -61,7 +63,7 @@ def check_gradients(batch, expected, *words, complete=None):
     if complete:
         batch = complete(setup, params, batch)
     state = train_state.TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), ())
-    after, metrics = train.jit_train(setup)(state, batch, jnp.ones(config.vocab_size, jnp.int32))
+    after, metrics = jit_train(setup)(state, batch, jnp.ones(config.vocab_size, jnp.int32))
     grads = jax.tree.map(lambda x, y: (np.float64(y) - np.float64(x)) / LARGE, params, after.params)
     got = convert.params_to_nanochat(grads, config)
     assert got.keys() == expected.keys()

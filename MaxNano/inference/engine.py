@@ -29,12 +29,11 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano.distributed import runtime, sharding
 from MaxNano.inference import decode, sampling
-from MaxNano.models import attention, embedding
+from MaxNano.models.setup import abstract_params, architecture, numerics_of, set_up_model
 from MaxNano.models.transformer import Numerics
 from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
 from MaxNano.tools import calculator
 from MaxNano.training.checkpointing import Checkpointer
-from MaxNano.training.state import architecture
 
 _MATRICES = ("qkv", "out", "wi", "wo", "gate", "head")  # weights of which every step reads all
 # On a CPU, whose device is about one core: which of XLA's products are the fastest here. See benchmarks/README.md.
@@ -118,33 +117,6 @@ class Completion:
 # ---- Programs --------------------------------------------------------------------------------------------------------
 
 
-def numerics_of(config: FrozenConfigDict, mesh: Mesh) -> Numerics:
-    """What the devices of a mesh decide."""
-    device = mesh.devices.flat[0]
-    backend = device.platform
-    dtype = runtime.compute_dtype(config, backend)
-    return Numerics(
-        dtype=dtype,
-        embedding_dtype=runtime.embedding_dtype(config, backend),
-        attention=attention.resolve(
-            config.attention, device, dtype=dtype, head_dim=config.head_dim
-        ),
-        embedding_gradient=embedding.resolve(config.embedding_gradient, mesh),
-        backend=backend,
-    )
-
-
-def abstract_params(config: FrozenConfigDict, numerics: Numerics, mesh: Mesh) -> dict[str, Any]:
-    """The parameters as abstract arrays, cut by the rules: the target of a restore."""
-    model = architecture(config, numerics)
-
-    def place(leaf, axes):
-        placed = sharding.named_sharding(mesh, leaf.shape, tuple(axes), config.logical_axis_rules)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
-
-    return jax.tree.map(place, model.shapes, model.axes)
-
-
 def load_params(config: FrozenConfigDict, mesh: Mesh) -> tuple[dict[str, Any], Tokenizer]:
     """Parameters and tokenizer of a run: its newest checkpoint, or that of config.step.
 
@@ -152,7 +124,7 @@ def load_params(config: FrozenConfigDict, mesh: Mesh) -> tuple[dict[str, Any], T
     """
     tokenizer = load_tokenizer(config)
     directory = epath.Path(config.base_output_directory).expanduser() / config.run_name
-    target = abstract_params(config, numerics_of(config, mesh), mesh)
+    target = set_up_model(config, mesh=mesh).params
     with Checkpointer(
         config, directory, tokenizer_fingerprint=tokenizer.fingerprint(), writer=False
     ) as checkpointer:
@@ -393,7 +365,7 @@ class Programs:
 
 
 def full_programs(setup) -> Programs:
-    """The programs of a train.Setup's model, to be compiled for devices that need not be there.
+    """The programs of a set-up's model, to be compiled for devices that need not be there.
 
     They are made to be costed: every slot is at its longest, prompts are the longest ones.
     """
@@ -538,7 +510,7 @@ class Engine:
             raise ValueError("answers are streamed by one host alone: leave num_processes null")
         numerics = numerics_of(config, mesh)
         self.max_length = max_length or config.decode_max_length or config.max_target_length
-        target = abstract_params(config, numerics, mesh)
+        target = abstract_params(config, architecture(config, numerics), mesh)
         self.programs = Programs.build(
             config,
             mesh,

@@ -427,7 +427,7 @@ def fill(
 
 
 class Scorer:
-    """core.Scorer of a model over the devices of a set-up (train.Setup), once it is bound to parameters."""
+    """core.Scorer of a model over the devices of a RunSetup, once it is bound to parameters."""
 
     def __init__(self, setup: Any, bos_id: int):
         limits = LIMITS.get(setup.numerics.backend, LIMITS["other"])
@@ -436,7 +436,7 @@ class Scorer:
         self._tokens = setup.config.core_batch_tokens or limits.tokens
         self._shapes = Shapes(limits.compilation * self._ways)
         self._field = receptive_field(layer_kinds(setup.config))
-        self._rows = NamedSharding(setup.mesh, setup.batch_specs)
+        self._rows = NamedSharding(setup.mesh, setup.batch_spec)
         others = [axis for axis in setup.mesh.axis_names if axis not in setup.batch_axes]
         whole = jax.tree.map(
             lambda leaf: NamedSharding(
@@ -451,8 +451,8 @@ class Scorer:
         self._program = jax.jit(
             setup.over_devices(
                 partial(score_step, model=setup.model),
-                (PartitionSpec(), *(setup.batch_specs,) * 3),
-                setup.batch_specs,
+                (PartitionSpec(), *(setup.batch_spec,) * 3),
+                setup.batch_spec,
             ),
             out_shardings=NamedSharding(setup.mesh, PartitionSpec()),
             compiler_options=options,

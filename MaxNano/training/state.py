@@ -1,6 +1,6 @@
 """The training state: what it holds, its abstract shapes and shardings, and its birth in place on the mesh."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from MaxNano.distributed.sharding import named_sharding
+from MaxNano.models.setup import Architecture
 from MaxNano.models.transformer import Numerics, Transformer
 
 
@@ -22,32 +23,6 @@ class TrainState:
     step: jax.Array
     params: dict[str, Any]
     opt_state: Any
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The model without its arrays: graph, parameter shapes and logical axes, both as nested dicts."""
-
-    graph: nnx.GraphDef
-    shapes: dict[str, Any]
-    axes: dict[str, Any] = field(repr=False)
-
-    def bind(self, params: dict[str, Any]) -> Transformer:
-        """The callable model around a tree of arrays."""
-        return nnx.merge(self.graph, nnx.State(params))
-
-
-def architecture(config: FrozenConfigDict, numerics: Numerics) -> Architecture:
-    """The model's structure, found without allocating anything."""
-    model = nnx.eval_shape(lambda: Transformer(config, numerics, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(model)
-    # PartitionSpec is a leaf to jax.tree, which a tuple of names is not.
-    axes = jax.tree.map(
-        lambda variable: PartitionSpec(*variable.get_metadata("logical_axes")),
-        state,
-        is_leaf=lambda x: isinstance(x, nnx.Variable),
-    )
-    return Architecture(graph, nnx.to_pure_dict(state), nnx.to_pure_dict(axes))
 
 
 def abstract_state(

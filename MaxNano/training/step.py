@@ -1,0 +1,306 @@
+"""The steps of a run: train, evaluate, score and greedy, as functions, jitted and compiled.
+
+A batch is `inputs`, `targets` and `weights`, each (rows, length); a target of -1 is ignored, a weight
+scales its token's loss. What a stage trains on is therefore a matter of its data.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec
+from ml_collections import FrozenConfigDict
+
+from MaxNano import pyconfig
+from MaxNano.distributed import runtime, sharding
+from MaxNano.models import losses
+from MaxNano.models.setup import Architecture
+from MaxNano.optimizers import schedules
+from MaxNano.training.setup import BatchPlan, RunSetup, largest_divisor
+from MaxNano.training.state import TrainState
+
+
+def weighted_losses(config: FrozenConfigDict, nll: jax.Array, batch) -> jax.Array:
+    """What each target adds to the loss, (rows, L), from its negative log-likelihood."""
+    if "drawn_losses" in batch:
+        terms = losses.clipped_policy_losses(
+            nll, batch["drawn_losses"], batch["weights"], config.rl_clip
+        )
+    else:
+        terms = nll * batch["weights"]
+    if "reference_losses" in batch:
+        terms += batch["kl_weights"] * losses.divergence(nll, batch["reference_losses"])
+    return terms
+
+
+def batch_losses(config: FrozenConfigDict, model: Architecture, params, batch) -> jax.Array:
+    """Negative log-likelihood of each target in nats, float32 (rows, L), 0 where the target is -1."""
+    bound = model.bind(params)
+    hidden = bound(batch["inputs"])
+    with jax.named_scope("loss"):
+        return losses.token_losses(
+            hidden,
+            bound.lm_head[...],
+            batch["targets"],
+            config.vocab_size,
+            config.logits_soft_cap,
+            losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size),
+        )
+
+
+def count_bits(token_losses: jax.Array, targets: jax.Array, token_bytes: jax.Array):
+    """(nats, bytes) of the targets that stand for bytes, as float32: what bits per byte are made of."""
+    size = jnp.where(targets >= 0, token_bytes[jnp.maximum(targets, 0)], 0)
+    return jnp.sum(jnp.where(size > 0, token_losses, 0)), jnp.sum(size).astype(jnp.float32)
+
+
+def working_copy(setup: RunSetup, params):
+    """Inside shard_map: the parameters that a device computes with, gathered from their parts.
+
+    Matrices travel in the compute dtype, once a step.
+    """
+    specs = setup.manual_specs(setup.abstract.params)
+
+    def gather(x, spec):
+        return sharding.gather(x.astype(setup.numerics.dtype) if x.ndim > 1 else x, spec)
+
+    with jax.named_scope("gather"):
+        return jax.tree.map(gather, params, specs)
+
+
+def train_step(
+    state: TrainState, batch: dict[str, jax.Array], token_bytes: jax.Array, *, setup: RunSetup
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update from one batch of `plan.rows` rows; returns the next state and the step's metrics.
+
+    Each device adds up the gradients of its own rows, micro-batch by micro-batch, in float32; then they are summed
+    over the devices, once, and each device updates the part of the parameters that it keeps.
+    The loss is the weighted sum of token losses over the number of targets in the whole batch, so micro-batches
+    with few targets count for little. Where the loss or the gradient is not finite, parameters and optimizer
+    state stay as they were, bit for bit, and `skipped` is 1.
+    """
+    config, plan = setup.config, setup.plan
+    axes = setup.batch_axes
+    specs = setup.manual_specs(setup.abstract.params)
+
+    def local_gradients(params, batch, token_bytes):
+        params = working_copy(setup, params)
+        targets = jax.lax.psum(jnp.sum(batch["targets"] >= 0), axes)
+
+        def loss_fn(params, micro):
+            nll = batch_losses(config, setup.model, params, micro)
+            loss = jnp.sum(weighted_losses(config, nll, micro)) / jnp.maximum(targets, 1)
+            return loss, count_bits(nll, micro["targets"], token_bytes)
+
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        if plan.micro_steps == 1:
+            sums, grads = grad_fn(params, batch)
+        else:
+
+            def accumulate(total, micro):
+                return jax.tree.map(jnp.add, total, grad_fn(params, micro)), None
+
+            def zeros(tree):
+                return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
+
+            start = ((jnp.float32(0), (jnp.float32(0), jnp.float32(0))), zeros(params))
+            (sums, grads), _ = jax.lax.scan(accumulate, start, jax.tree.map(plan.split, batch))
+        with jax.named_scope("reduce"):
+            grads = jax.tree.map(
+                lambda g, p, spec: sharding.reduce(g.astype(p.dtype), spec, axes),
+                grads,
+                setup.abstract.params,
+                specs,
+            )
+            return jax.lax.psum(sums, axes), grads
+
+    (loss, (nats, size)), grads = setup.over_devices(
+        local_gradients, (specs, setup.batch_spec, PartitionSpec()), (PartitionSpec(), specs)
+    )(state.params, batch, token_bytes)
+
+    with jax.named_scope("update"):
+        grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = setup.optimizer.update(
+            grads, state.opt_state, state.params, step=state.step
+        )
+        params = optax.apply_updates(state.params, updates)
+        params, opt_state = jax.tree.map(
+            partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
+        )
+    metrics = {
+        "loss": loss,
+        "bpb": nats / (math.log(2) * jnp.maximum(size, 1)),
+        "grad_norm": grad_norm,
+        "lr_multiplier": schedules.lr_multiplier(
+            state.step,
+            config.steps,
+            config.warmup_steps,
+            config.warmdown_ratio,
+            config.final_lr_fraction,
+        ),
+        "skipped": 1 - finite.astype(jnp.int32),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def eval_step(params, batch, token_bytes, *, setup: RunSetup) -> tuple[jax.Array, jax.Array]:
+    """(nats, bytes) of a batch of `plan.rows` rows: see count_bits."""
+    config = setup.config
+
+    def local_bits(params, batch, token_bytes):
+        params = working_copy(setup, params)
+
+        def micro_bits(micro):
+            nll = batch_losses(config, setup.model, params, micro)
+            return count_bits(nll, micro["targets"], token_bytes)
+
+        bits = jax.lax.map(micro_bits, jax.tree.map(setup.plan.split, batch))
+        return jax.lax.psum(jax.tree.map(jnp.sum, bits), setup.batch_axes)
+
+    specs = setup.manual_specs(setup.abstract.params)
+    return setup.over_devices(
+        local_bits, (specs, setup.batch_spec, PartitionSpec()), PartitionSpec()
+    )(params, batch, token_bytes)
+
+
+def score_step(params, batch, *, setup: RunSetup) -> jax.Array:
+    """batch_losses of a batch of `plan.rows` rows."""
+
+    def local_losses(params, batch):
+        params = working_copy(setup, params)
+        micro = jax.tree.map(setup.plan.split, batch)
+        rows = jax.lax.map(partial(batch_losses, setup.config, setup.model, params), micro)
+        return rows.reshape(-1, rows.shape[-1])
+
+    specs = setup.manual_specs(setup.abstract.params)
+    return setup.over_devices(local_losses, (specs, setup.batch_spec), setup.batch_spec)(
+        params, batch
+    )
+
+
+def greedy_step(params, tokens, last, *, setup: RunSetup) -> jax.Array:
+    """The likeliest token after position `last` (P,) of each row of `tokens` (P, L)."""
+
+    def local_greedy(params, tokens, last):
+        bound = setup.model.bind(working_copy(setup, params))
+        hidden = jnp.take_along_axis(bound(tokens), last[:, None, None], axis=1)
+        return jnp.argmax(bound.logits(hidden)[:, 0], axis=-1)
+
+    rows = PartitionSpec(setup.batch_axes)
+    specs = setup.manual_specs(setup.abstract.params)
+    return setup.over_devices(local_greedy, (specs, rows, rows), rows)(params, tokens, last)
+
+
+class Programs(NamedTuple):
+    """The compiled programs of a run."""
+
+    train: Callable[[TrainState, dict], tuple[TrainState, dict]]
+    evaluate: Callable[[Any, dict], tuple[jax.Array, jax.Array]]
+    greedy: Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
+
+
+def jit_train(setup: RunSetup):
+    """The jitted train step; it takes the state's memory for the next state."""
+    in_place = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
+    everywhere = setup.replicated
+    return jax.jit(
+        partial(train_step, setup=setup),
+        donate_argnums=0,
+        out_shardings=(in_place, everywhere),
+        compiler_options=runtime.compiler_options(setup.config, setup.numerics.backend),
+    )
+
+
+def jit_evaluate(setup: RunSetup):
+    """The jitted evaluation step."""
+    return jax.jit(
+        partial(eval_step, setup=setup),
+        out_shardings=setup.replicated,
+        compiler_options=runtime.compiler_options(setup.config, setup.numerics.backend),
+    )
+
+
+def compile_train(setup: RunSetup) -> tuple[RunSetup, jax.stages.Compiled]:
+    """The compiled train step, and the set-up with the rows that a device takes at once in it.
+
+    Where per_device_batch_size leaves that open and the compiler says that a step does not fit into memory, fewer rows
+    are tried. Raises ValueError where none fit.
+    """
+    while True:
+        try:
+            return setup, lower_train(setup).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            plan = setup.plan
+            if setup.config.per_device_batch_size or plan.micro_rows == 1:
+                raise ValueError(
+                    f"a step with {plan.micro_rows} rows on each device does not fit into its memory: take a smaller "
+                    "per_device_batch_size, remat_policy=full, more devices or a smaller model"
+                ) from error
+            rows = plan.micro_steps * plan.micro_rows
+            fewer = largest_divisor(rows, plan.micro_rows - 1)
+            print(
+                f"{plan.micro_rows} rows a device do not fit into memory, compiling for {fewer}",
+                flush=True,
+            )
+            setup = replace(setup, plan=BatchPlan(plan.ways, rows // fewer, fewer))
+
+
+def abstract_batch(setup: RunSetup) -> tuple[dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
+    """A batch and the table of token bytes, as shapes with shardings: what the jitted steps are lowered with."""
+    rows = sharding.batch_sharding(setup.mesh, setup.config.logical_axis_rules)
+    shape = (setup.plan.rows, pyconfig.row_length(setup.config))
+    dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    if setup.config.dataset_type == "rollouts":
+        dtypes |= {"drawn_losses": jnp.float32} if setup.config.rl_clip else {}
+        dtypes |= (
+            {"kl_weights": jnp.float32, "reference_losses": jnp.float32}
+            if setup.config.rl_kl
+            else {}
+        )
+    batch = {
+        key: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for key, dtype in dtypes.items()
+    }
+    everywhere = setup.replicated
+    return batch, jax.ShapeDtypeStruct((setup.config.vocab_size,), jnp.int32, sharding=everywhere)
+
+
+def lower_train(setup: RunSetup) -> jax.stages.Lowered:
+    """The train step, ready to be compiled for the set-up's devices."""
+    with jax.sharding.use_abstract_mesh(setup.mesh.abstract_mesh):
+        return jit_train(setup).lower(setup.abstract, *abstract_batch(setup))
+
+
+def lower_evaluate(setup: RunSetup) -> jax.stages.Lowered:
+    """The evaluation step, ready to be compiled for the set-up's devices."""
+    with jax.sharding.use_abstract_mesh(setup.mesh.abstract_mesh):
+        return jit_evaluate(setup).lower(setup.abstract.params, *abstract_batch(setup))
+
+
+def build_programs(setup: RunSetup, step: Callable, token_bytes: np.ndarray) -> Programs:
+    """The three programs around `step`, the train step; the others are compiled when they are first called."""
+    # Numbers that the host reads lie on every device, so that each of several hosts has them.
+    everywhere = setup.replicated
+    token_bytes = jax.device_put(token_bytes, everywhere)
+    evaluate = jit_evaluate(setup)
+    greedy = jax.jit(partial(greedy_step, setup=setup), out_shardings=everywhere)
+    ways = setup.plan.ways
+
+    def greedy_rows(params, tokens, last):
+        missing = -len(tokens) % ways  # every device takes the same number of rows
+        tokens = np.pad(tokens, ((0, missing), (0, 0)))
+        return np.asarray(greedy(params, tokens, np.pad(last, (0, missing))))[: len(last)]
+
+    return Programs(
+        train=lambda state, batch: step(state, batch, token_bytes),
+        evaluate=lambda params, batch: evaluate(params, batch, token_bytes),
+        greedy=greedy_rows,
+    )

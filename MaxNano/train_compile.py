@@ -241,7 +241,7 @@ def largest_batch(setup: RunSetup, program: str) -> int | None:
     Each trial is a compilation; they halve the candidates.
     """
     plan = setup.plan
-    share = plan.micro_steps * plan.micro_rows
+    share = plan.accumulation_steps * plan.micro_rows
     candidates = [rows for rows in range(1, plan.micro_rows) if share % rows == 0]
     best = None
     while candidates:
@@ -249,7 +249,9 @@ def largest_batch(setup: RunSetup, program: str) -> int | None:
         rows = candidates[middle]
         try:
             _compile(
-                replace(setup, plan=plan._replace(micro_steps=share // rows, micro_rows=rows)),
+                replace(
+                    setup, plan=plan._replace(accumulation_steps=share // rows, micro_rows=rows)
+                ),
                 program,
             )
         except OutOfMemory:
@@ -278,7 +280,7 @@ def to_json(setup: RunSetup, reports: dict[str, Report]) -> dict[str, Any]:
         "num_slices": config.compile_num_slices,
         "mesh": dict(setup.mesh.shape),
         "rows_a_device": plan.micro_rows,
-        "micro_steps": plan.micro_steps,
+        "micro_steps": plan.accumulation_steps,
         "config": {key: value for key, value, _ in pyconfig.describe(config)},
         "versions": {
             name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")

@@ -45,7 +45,7 @@ def compile_step(config: FrozenConfigDict) -> Row:
         return {"failure": " ".join(str(error).split())}
     finally:
         jax.clear_caches()  # a session compiles many steps
-    row |= {"rows": setup.plan.micro_rows, "micro-steps": setup.plan.micro_steps}
+    row |= {"rows": setup.plan.micro_rows, "micro-steps": setup.plan.accumulation_steps}
     return row | costs(report)
 
 

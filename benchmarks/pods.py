@@ -122,7 +122,7 @@ def whole_step(config: FrozenConfigDict) -> common.Row:
     stats = compiled.memory_analysis()
     return {
         "step cycles": cycles["step"],
-        "micro-step cycles": cycles["micro-step"] / setup.plan.micro_steps,
+        "micro-step cycles": cycles["micro-step"] / setup.plan.accumulation_steps,
         "token cycles": cycles["token"] / (config.global_batch_tokens / setup.mesh.size),
         "rows": setup.plan.micro_rows,
         "tensor": config.ici_tensor_parallelism,

@@ -236,7 +236,7 @@ def train_step(recipe: Recipe, params, opt_state, count, inputs, targets):
     grads, losses = jax.lax.scan(
         accumulate, jax.tree.map(jnp.zeros_like, params), (inputs, targets)
     )
-    grads = jax.tree.map(lambda grad: grad / recipe.plan.micro_steps, grads)
+    grads = jax.tree.map(lambda grad: grad / recipe.plan.accumulation_steps, grads)
     stacked = stack(params)
     updates, opt_state = recipe.optimizer.update(stack(grads), opt_state, stacked, step=count)
     return unstack(optax.apply_updates(stacked, updates)), opt_state, jnp.mean(losses)
@@ -259,7 +259,11 @@ def compile_recipe(recipe: Recipe) -> costs.Report:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
         jax.eval_shape(unstack, recipe.abstract.params),
     )
-    shape = (plan.micro_steps, plan.ways * plan.micro_rows, config.max_target_length)
+    shape = (
+        plan.accumulation_steps,
+        plan.data_parallel_size * plan.micro_rows,
+        config.max_target_length,
+    )
     tokens = jax.ShapeDtypeStruct(
         shape, jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(None, "data"))
     )

@@ -432,7 +432,7 @@ class Scorer:
     def __init__(self, setup: Any, bos_id: int):
         limits = LIMITS.get(setup.numerics.backend, LIMITS["other"])
         self.dtype = setup.numerics.dtype  # in which the model computes
-        self._setup, self._bos_id, self._ways = setup, bos_id, setup.plan.ways
+        self._setup, self._bos_id, self._ways = setup, bos_id, setup.plan.data_parallel_size
         self._tokens = setup.config.core_batch_tokens or limits.tokens
         self._shapes = Shapes(limits.compilation * self._ways)
         self._field = receptive_field(layer_kinds(setup.config))

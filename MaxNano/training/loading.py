@@ -10,9 +10,9 @@ from ml_collections import FrozenConfigDict
 from MaxNano.distributed import sharding
 from MaxNano.inference.engine import Engine
 from MaxNano.models.setup import set_up_model
+from MaxNano.pyconfig import run_directory
 from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
-from MaxNano.training.setup import run_directory
 
 
 def load_params(config: FrozenConfigDict, mesh: Mesh) -> tuple[dict[str, Any], Tokenizer]:

@@ -5,7 +5,6 @@ prefill for each prompt length in `EnginePrograms.buckets`. Slots are split over
 `setup.data_parallel_size` shards computes `slots / data_parallel_size` slots on its own.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,6 +16,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
 
+from MaxNano import scaling
 from MaxNano.distributed import runtime
 from MaxNano.inference import decode
 from MaxNano.models.setup import ModelSetup
@@ -24,7 +24,6 @@ from MaxNano.models.setup import ModelSetup
 # XLA's fastest CPU matrix products at these sizes: benchmarks/README.md.
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 _FEW_ROWS_OPTIONS = _CPU_OPTIONS | {"xla_cpu_multi_thread_eigen": False}
-_MATRICES = ("qkv", "out", "wi", "wo", "gate", "head")  # weights that every decode step reads whole
 SMALLEST_BUCKET = 64  # prompts are padded to this many tokens times a power of two
 
 
@@ -145,9 +144,7 @@ class EnginePrograms:
         def local(weights, cache, tokens, lengths, copies, with_top):
             pairs = decode.Copies(copies[0, :-1, 0], copies[0, :-1, 1], copies[0, -1, 0])
             # The prompt's last token goes through decode, so that all tokens are sampled there.
-            cache, hidden = decode.prefill(
-                plan, weights, cache, tokens[:, :-1], lengths - 1, pairs
-            )
+            cache, hidden = decode.prefill(plan, weights, cache, tokens[:, :-1], lengths - 1, pairs)
             if not is_scored:
                 return cache, ()
             return cache, decode.score(plan, weights, hidden, tokens[:, 1:], with_top)
@@ -193,9 +190,7 @@ def lower_decode(programs: EnginePrograms) -> jax.stages.Lowered:
 
     packed = abstract(np.int32, decode.CONTROL_COLUMNS + programs.steps)
     seen = abstract(np.bool_, programs.weights["head"].shape[1])
-    return programs.decode.lower(
-        programs.weights, programs.cache, packed, seen, np.bool_(False)
-    )
+    return programs.decode.lower(programs.weights, programs.cache, packed, seen, np.bool_(False))
 
 
 def lower_prefill(programs: EnginePrograms, length: int | None = None) -> jax.stages.Lowered:
@@ -210,23 +205,18 @@ def lower_prefill(programs: EnginePrograms, length: int | None = None) -> jax.st
 def decode_costs(programs: EnginePrograms, context: int) -> tuple[float, float]:
     """(bytes read per device, model FLOPs over all devices) of one decode step of all slots.
 
-    Bytes are the weight matrices and the KV cache at `context` tokens.
+    Bytes are the weight matrices, without embedding tables, and the KV cache at `context` tokens.
     """
-    plan, config = programs.plan, programs.setup.config
-    matrices = [
-        leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(programs.weights)
-        if getattr(path[-1], "key", None) in _MATRICES
-    ]
-    positions = sum(min(context, size) for size in plan.sizes)
-    head_bytes = config.head_dim * jnp.dtype(plan.dtype).itemsize
-    cache_bytes = 2 * config.num_kv_heads * head_bytes * positions * programs.slots
-    weight_bytes = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in matrices
-    )
-    attention_flops = 4 * config.num_query_heads * config.head_dim * positions
-    flops = 2 * sum(leaf.size for leaf in matrices) + attention_flops
-    return weight_bytes + cache_bytes / programs.setup.mesh.size, flops * programs.slots
+    plan, setup = programs.plan, programs.setup
+    config, shape = setup.config, scaling.shape_of(setup.config)
+    itemsize = jnp.dtype(plan.dtype).itemsize
+    positions = tuple(min(context, size) for size in plan.sizes)  # per layer
+    cache_bytes = 2 * config.num_kv_heads * config.head_dim * sum(positions) * itemsize
+    weight_bytes = scaling.parameter_counts(shape).scaling * itemsize
+    # Each data-parallel shard reads all weights and the cache of its slots.
+    total_bytes = weight_bytes * setup.data_parallel_size + cache_bytes * programs.slots
+    forward_flops = scaling.flops_per_token(shape, positions) / 3
+    return total_bytes / setup.mesh.size, forward_flops * programs.slots
 
 
 # ---- Weights and cache on the devices ----------------------------------------------------------

@@ -122,9 +122,7 @@ class SlotTable:
         self.per_shard = programs.slots_per_shard
         self._vocab_size = programs.setup.config.vocab_size
         self.running: dict[int, RunningSample] = {}  # by slot
-        self.packed = np.zeros(
-            (programs.slots, decode.CONTROL_COLUMNS + programs.steps), np.int32
-        )
+        self.packed = np.zeros((programs.slots, decode.CONTROL_COLUMNS + programs.steps), np.int32)
         self.control = control = decode.Control.of(self.packed)
         control.top_p[:] = control.penalty[:] = 1
         control.stop[:] = control.forced[:] = -1
@@ -132,7 +130,9 @@ class SlotTable:
         starts = range(0, programs.slots, self.per_shard)
         self.free = [list(range(start, start + self.per_shard)) for start in starts]  # by shard
 
-    def place(self, queued: QueuedRequest, shard: int, tokenizer: Tokenizer | None) -> RunningSample:
+    def place(
+        self, queued: QueuedRequest, shard: int, tokenizer: Tokenizer | None
+    ) -> RunningSample:
         """Start the next sample of a request in a free slot of a shard."""
         request, control = queued.request, self.control
         prompt, seed = request.prompt, request.seed % 2**64
@@ -203,7 +203,9 @@ class PrefillBatch:
     """Prompts of one padded length for one prefill call. A prompt may fill several slots."""
 
     def __init__(self, programs: EnginePrograms, length: int):
-        self.rows: list[list[QueuedRequest]] = [[] for _ in range(programs.setup.data_parallel_size)]
+        self.rows: list[list[QueuedRequest]] = [
+            [] for _ in range(programs.setup.data_parallel_size)
+        ]
         self.placements: list[PromptPlacement] = []
         self._programs = programs
         self._length = length

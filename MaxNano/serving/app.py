@@ -184,7 +184,9 @@ class Generation:
             body = await read_json(Request(scope, receive))
             call = await asyncio.to_thread(self.parse, body, service.tokenizer, service.rules)
         with service.admit(call) as stream:
-            reply = asyncio.ensure_future(ReplySender(service, stream, arrived).send(scope, receive, send))
+            reply = asyncio.ensure_future(
+                ReplySender(service, stream, arrived).send(scope, receive, send)
+            )
             disconnect = asyncio.ensure_future(_wait_for_disconnect(receive))
             limit = service.config.serve_timeout + GRACE_SECONDS
             try:

@@ -220,7 +220,9 @@ def _sampling(fields: BodyFields, rules: ApiRules) -> dict[str, Any]:
     """The fields of `Request` that both endpoints share."""
     model = fields.take("model", rules.model)
     if model != rules.model:
-        raise ApiError(404, f"the model of this server is {rules.model}", "model", "model_not_found")
+        raise ApiError(
+            404, f"the model of this server is {rules.model}", "model", "model_not_found"
+        )
     return {
         "samples": fields.integer("n", 1, 1, MAX_SAMPLES),
         "temperature": fields.number("temperature", rules.temperature, 0, 2),

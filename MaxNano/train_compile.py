@@ -38,7 +38,7 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
 from MaxNano.compile.costs import ASSUMPTIONS, Report, Work, analyze
-from MaxNano.distributed import runtime
+from MaxNano.distributed import hardware
 from MaxNano.inference import engine
 from MaxNano.storage import files
 from MaxNano.training.metrics import print_table
@@ -202,7 +202,7 @@ def compile_program(setup: RunSetup, program: str) -> tuple[RunSetup, Report]:
         compiled = _compile(setup, program)
     report = analyze(
         compiled,
-        runtime.chip(setup.mesh.devices.flat[0]),
+        hardware.chip(setup.mesh.devices.flat[0]),
         mesh=setup.mesh,
         vocab_size=config.vocab_size,
         work=PROGRAMS[program].work(setup),

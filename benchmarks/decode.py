@@ -40,7 +40,8 @@ from ml_collections import FrozenConfigDict
 
 from benchmarks import common
 from MaxNano import convert, pyconfig, train_compile
-from MaxNano.distributed import runtime, sharding
+from MaxNano.distributed import hardware, runtime
+from MaxNano.distributed.mesh import make_mesh
 from MaxNano.inference import engine
 from MaxNano.inference.engine import Engine, Request
 from MaxNano.models.setup import numerics_of, set_up_model
@@ -115,7 +116,7 @@ def measure(config: FrozenConfigDict, params, mesh: jax.sharding.Mesh, batch: in
         "GB/s": size / a_token / 1e9,
         "GFLOP/s": flops / a_token / 1e9,
     }
-    chip = runtime.chip(mesh.devices.flat[0])
+    chip = hardware.chip(mesh.devices.flat[0])
     if chip:
         row["bandwidth"] = size / a_token / chip.memory_bandwidth
         row["MFU"] = flops / a_token / (chip.peak_flops * mesh.size)
@@ -223,7 +224,7 @@ def _same_tokens(ours: list[int], theirs: list[int]) -> int:
 def main(config: FrozenConfigDict) -> int | None:
     """Measure every batch, then compare."""
     runtime.initialize(config)
-    mesh = sharding.make_mesh(config)
+    mesh = make_mesh(config)
     target = set_up_model(config, mesh=mesh).params
     if (
         jax.default_backend() == "cpu"

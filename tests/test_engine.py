@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from test_model import golden_overrides, named
 
 from MaxNano import convert, pyconfig
-from MaxNano.distributed import runtime, sharding
+from MaxNano.distributed import runtime
+from MaxNano.distributed.mesh import make_mesh
 from MaxNano.inference import engine
 from MaxNano.inference.engine import Engine, Request, TextStream
 from MaxNano.models.setup import architecture, numerics_of
@@ -71,7 +72,7 @@ def params(golden, config):
 
 @pytest.fixture(scope="module")
 def mesh(config):
-    return sharding.make_mesh(config, jax.devices()[:1])
+    return make_mesh(config, jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -500,7 +501,7 @@ config = pyconfig.initialize([
     str(ROOT / "configs/base.yml"), *golden_overrides(golden), "ici_fsdp_parallelism=2", "ici_tensor_parallelism=2",
 ])
 params = convert.nanochat_to_params(named(golden, "final/"), config)
-served = Engine(config, sharding.make_mesh(config), params, None, slots=3, max_length=192)
+served = Engine(config, make_mesh(config), params, None, slots=3, max_length=192)
 assert served.slots == 4 and served.programs.ways == 2
 requests = [
     replace(GREEDY, prompt=prompt(length, length), samples=2, temperature=t, top_k=k, logprobs=1)

@@ -19,7 +19,7 @@ from fake_engine import byte_tokenizer
 from serving import Server, wait_until
 
 from MaxNano import pyconfig
-from MaxNano.distributed import sharding
+from MaxNano.distributed.mesh import make_mesh
 from MaxNano.inference.dialogue import ReplyDecoder, prompt_ids
 from MaxNano.inference.engine import Engine, Request, numerics_of
 from MaxNano.models.setup import architecture
@@ -47,7 +47,7 @@ TINY = (
 def make(slots, *overrides):
     """(config, engine) of a small model with random weights."""
     config = pyconfig.initialize(["configs/base.yml", *TINY, *overrides])
-    mesh = sharding.make_mesh(config, jax.devices()[:1])
+    mesh = make_mesh(config, jax.devices()[:1])
     shapes = architecture(config, numerics_of(config, mesh)).shapes
     draw = np.random.default_rng(0).normal
     params = jax.tree.map(lambda leaf: draw(0, 0.4, leaf.shape).astype(np.float32), shapes)

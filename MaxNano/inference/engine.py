@@ -27,7 +27,8 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
-from MaxNano.distributed import runtime, sharding
+from MaxNano.distributed import hardware, runtime, sharding
+from MaxNano.distributed.mesh import make_mesh
 from MaxNano.inference import decode, sampling
 from MaxNano.models.setup import abstract_params, architecture, numerics_of, set_up_model
 from MaxNano.models.transformer import Numerics
@@ -156,7 +157,7 @@ class Programs:
         max_length: int,
     ) -> Self:
         """Programs for at least `slots` slots, as many on each device that cuts the batch."""
-        ways = sharding.batch_ways(mesh, config.logical_axis_rules)
+        ways = sharding.data_parallel_size(mesh, config.logical_axis_rules)
         plan = decode.make_plan(config, numerics, max_length)
         rows = config.prefill_rows or (1 if numerics.backend == "cpu" else 8)
         return cls(
@@ -171,7 +172,7 @@ class Programs:
     @property
     def ways(self) -> int:
         """Number of devices, or groups of them, that have slots of their own."""
-        return sharding.batch_ways(self.mesh, self.config.logical_axis_rules)
+        return sharding.data_parallel_size(self.mesh, self.config.logical_axis_rules)
 
     @cached_property
     def weights(self) -> decode.Weights:
@@ -342,7 +343,7 @@ class Programs:
             in_shardings=(None, self.cache_formats, *[None] * (len(in_specs) - 2)),
             out_shardings=(self.cache_formats, self.everywhere),
             compiler_options=(cpu_options if backend == "cpu" else {})
-            | runtime.compiler_options(self.config, backend),
+            | hardware.compiler_options(self.config, backend),
         )
 
     def lower_decode(self) -> jax.stages.Lowered:
@@ -542,7 +543,7 @@ class Engine:
         devices: Sequence[jax.Device] | None = None,
     ) -> Self:
         """The engine for a run's checkpoint; see load_params."""
-        mesh = sharding.make_mesh(config, devices)
+        mesh = make_mesh(config, devices)
         params, tokenizer = load_params(config, mesh)
         return cls(
             config, mesh, params, tokenizer, slots=slots, max_length=max_length, streams=streams

@@ -13,7 +13,6 @@ import platform
 import re
 import signal
 import socket
-import sys
 import threading
 import types
 import urllib.request
@@ -26,6 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import FrozenConfigDict
 
+from MaxNano import console
 from MaxNano.distributed import compile_cache
 from MaxNano.storage import files
 
@@ -95,7 +95,7 @@ def find_devices() -> list[jax.Device]:
         try:
             return jax.devices()
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
+            reason = console.one_line(error)
             raise ValueError(
                 f"JAX cannot use the devices of this machine ({reason}): {advice}"
             ) from error
@@ -284,7 +284,7 @@ def _join_processes(place: _Place) -> None:
                 shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_SECONDS,
             )
     except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = console.one_line(error)
         raise ValueError(
             f"cannot join the other processes of this cluster ({reason}): set coordinator_address, "
             "num_processes and process_id"
@@ -400,10 +400,7 @@ def _start_compilation_cache(directory: str) -> None:
             if not os.access(path, os.W_OK):
                 raise PermissionError(f"{path} is not writable")
         except OSError as error:
-            print(
-                f"warning: no compilation cache, programs are compiled anew each time: {error}",
-                file=sys.stderr,
-            )
+            console.warn(f"no compilation cache, programs are compiled anew each time: {error}")
             return
         jax.config.update("jax_compilation_cache_dir", str(path))
     # A run compiles dozens of small programs besides the train step; together they take seconds.

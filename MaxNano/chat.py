@@ -33,6 +33,7 @@ from MaxNano.distributed import runtime
 from MaxNano.inference import dialogue
 from MaxNano.inference.dialogue import Part
 from MaxNano.inference.engine import Engine, Request
+from MaxNano.storage import files
 
 HELP = """\
 /clear            forget the conversation
@@ -150,13 +151,9 @@ class Chat:
         if not name:
             raise CommandError("/save takes a file's name")
         path = Path(name).expanduser()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        content = {"messages": self.messages}
         try:
-            temporary.write_text(
-                json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1) + "\n",
-                encoding="utf-8",
-            )
-            temporary.replace(path)
+            files.write_whole(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
         except OSError as error:
             raise CommandError(f"{path} cannot be written: {error.strerror or error}") from None
         return path

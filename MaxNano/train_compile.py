@@ -38,10 +38,10 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
 from MaxNano.compile.costs import ASSUMPTIONS, Report, Work, analyze
+from MaxNano.console import print_table
 from MaxNano.distributed import hardware
 from MaxNano.inference import engine
 from MaxNano.storage import files
-from MaxNano.training.metrics import print_table
 from MaxNano.training.setup import RunSetup, flops_per_token, run_directory, set_up
 from MaxNano.training.step import compile_train, lower_evaluate, lower_train
 

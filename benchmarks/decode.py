@@ -35,7 +35,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
@@ -45,6 +44,7 @@ from MaxNano.distributed.mesh import make_mesh
 from MaxNano.inference import engine
 from MaxNano.inference.engine import Engine, Request
 from MaxNano.models.setup import numerics_of, set_up_model
+from MaxNano.storage import files
 
 BATCHES = (1, 8, 32, 128)
 NANOCHAT_BATCHES = (1, 16)
@@ -237,7 +237,7 @@ def main(config: FrozenConfigDict) -> int | None:
         return train_compile.main(
             pyconfig.replace(config, "cli", compile_programs=("prefill", "decode"))
         )
-    run = epath.Path(config.base_output_directory).expanduser() / config.run_name
+    run = files.run_directory(config)
     has_run = (run / "checkpoints").exists()
     params = engine.load_params(config, mesh)[0] if has_run else random_params(target, config.seed)
     print(f"weights: {run if has_run else 'random'}", flush=True)

@@ -35,14 +35,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import pyconfig, train_compile
+from MaxNano import console, pyconfig, train_compile
 from MaxNano.compile import costs
 from MaxNano.distributed import hardware, sharding
 from MaxNano.distributed.mesh import make_mesh
 from MaxNano.models import attention, layers, transformer
 from MaxNano.models.setup import architecture
 from MaxNano.optimizers import groups
-from MaxNano.training import metrics
 from MaxNano.training import setup as training_setup
 from MaxNano.training import state as train_state
 from MaxNano.training.setup import BatchPlan, flops_per_token, plan_batch
@@ -315,7 +314,7 @@ def main(config: FrozenConfigDict) -> None:
 def print_report(name: str, report: costs.Report) -> None:
     """All tables of a report."""
     for title, header, rows in report.tables():
-        metrics.print_table(f"{name}: {title}", header, rows)
+        console.print_table(f"{name}: {title}", header, rows)
     sys.stdout.flush()
 
 

@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import socket
-import sys
 import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import FrozenConfigDict
 
+from MaxNano import console
 from MaxNano.distributed import compile_cache
 from MaxNano.storage import files
 
@@ -88,7 +88,7 @@ def find_devices() -> list[jax.Device]:
         try:
             return jax.devices()
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
+            reason = console.one_line(error)
             raise ValueError(
                 f"JAX cannot use the devices of this machine ({reason}): {advice}"
             ) from error
@@ -246,7 +246,7 @@ def _join_processes(process: _Process) -> None:
                 shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_SECONDS,
             )
     except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = console.one_line(error)
         raise ValueError(
             f"cannot join the other processes of this cluster ({reason}): set coordinator_address, "
             "num_processes and process_id"
@@ -369,10 +369,7 @@ def _start_compilation_cache(directory: str) -> None:
             if not os.access(path, os.W_OK):
                 raise PermissionError(f"{path} is not writable")
         except OSError as error:
-            print(
-                f"warning: no compilation cache, all programs are compiled again: {error}",
-                file=sys.stderr,
-            )
+            console.warn(f"no compilation cache, every program is compiled again: {error}")
             return
         jax.config.update("jax_compilation_cache_dir", str(path))
     # A run compiles dozens of small programs besides the train step; together they take seconds.

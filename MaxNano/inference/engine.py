@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
-from etils import epath
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
@@ -32,6 +31,7 @@ from MaxNano.distributed.mesh import make_mesh
 from MaxNano.inference import decode, sampling
 from MaxNano.models.setup import abstract_params, architecture, numerics_of, set_up_model
 from MaxNano.models.transformer import Numerics
+from MaxNano.storage import files
 from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
 from MaxNano.tools import calculator
 from MaxNano.training.checkpointing import Checkpointer
@@ -124,7 +124,7 @@ def load_params(config: FrozenConfigDict, mesh: Mesh) -> tuple[dict[str, Any], T
     Raises ValueError where there is none, or where it belongs to another model or tokenizer.
     """
     tokenizer = load_tokenizer(config)
-    directory = epath.Path(config.base_output_directory).expanduser() / config.run_name
+    directory = files.run_directory(config)
     target = set_up_model(config, mesh=mesh).params
     with Checkpointer(
         config, directory, tokenizer_fingerprint=tokenizer.fingerprint(), writer=False

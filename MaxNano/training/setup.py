@@ -8,17 +8,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from etils import epath
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig, scaling
+from MaxNano.console import print_table
 from MaxNano.distributed import hardware, sharding
 from MaxNano.models import losses
 from MaxNano.models.setup import ModelSetup, set_up_model
 from MaxNano.models.transformer import kept_residuals
 from MaxNano.optimizers import groups
-from MaxNano.training.metrics import print_table
+from MaxNano.storage.files import run_directory
 from MaxNano.training.state import TrainState, abstract_state
 
 LARGEST_MICRO_BATCH = 32  # rows a device takes at once if per_device_batch_size leaves it open
@@ -217,8 +217,3 @@ def data_summary(config: FrozenConfigDict) -> str:
     if config.dataset_type == "chat":
         data = ", ".join(f"{row[0]} x {row[1]}" for row in config.chat_train_mixture)
     return f"{data}, {config.data_readers} readers"
-
-
-def run_directory(config: FrozenConfigDict) -> epath.Path:
-    """Where the run keeps everything it writes."""
-    return epath.Path(config.base_output_directory).expanduser() / config.run_name

@@ -34,6 +34,7 @@ from MaxNano.inference import dialogue
 from MaxNano.inference.dialogue import Part
 from MaxNano.inference.engine import Engine, Request
 from MaxNano.storage import files
+from MaxNano.training.loading import load_engine
 
 HELP = """\
 /clear            forget the conversation
@@ -313,7 +314,7 @@ def main(config: FrozenConfigDict) -> None:
     )
     terminal = Terminal(sys.stdout, sys.stdout if sys.stdout.isatty() else sys.stderr, is_styled)
     runtime.initialize(config)
-    chat = Chat(config, Engine.load(config, slots=1, streams=True))
+    chat = Chat(config, load_engine(config, slots=1, streams=True))
     if config.prompt is not None:
         chat.ask(config.prompt)
         answer(chat, terminal)

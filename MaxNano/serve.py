@@ -65,6 +65,7 @@ from MaxNano.inference import dialogue
 from MaxNano.inference import engine as engines
 from MaxNano.serving import openai_api
 from MaxNano.serving.openai_api import ApiError, Call, Choice, Delta, Replies, Rules
+from MaxNano.training.loading import load_engine
 
 log = logging.getLogger("maxnano.serve")
 
@@ -806,7 +807,7 @@ def main(config: FrozenConfigDict) -> None:
     key = api_key_of(config)
     bound = bind(config.serve_host, config.serve_port)
     runtime.initialize(config)
-    engine = engines.Engine.load(config, streams=True)
+    engine = load_engine(config, streams=True)
     print(f"compiling for {engine.slots} sequences of up to {engine.max_length} tokens", flush=True)
     engine.compile()
     serve(make_app(config, engine, key), bound, config.serve_drain_seconds)

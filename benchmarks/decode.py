@@ -45,6 +45,7 @@ from MaxNano.inference import engine
 from MaxNano.inference.engine import Engine, Request
 from MaxNano.models.setup import numerics_of, set_up_model
 from MaxNano.storage import files
+from MaxNano.training.loading import load_params
 
 BATCHES = (1, 8, 32, 128)
 NANOCHAT_BATCHES = (1, 16)
@@ -239,7 +240,7 @@ def main(config: FrozenConfigDict) -> int | None:
         )
     run = files.run_directory(config)
     has_run = (run / "checkpoints").exists()
-    params = engine.load_params(config, mesh)[0] if has_run else random_params(target, config.seed)
+    params = load_params(config, mesh)[0] if has_run else random_params(target, config.seed)
     print(f"weights: {run if has_run else 'random'}", flush=True)
     rows = [measure(config, params, mesh, batch) for batch in BATCHES]
     common.show(rows, digits=2)

@@ -223,7 +223,6 @@ SESSION = """
 import sys
 from fake_engine import FakeEngine
 from MaxNano import chat, pyconfig
-from MaxNano.inference import engine
 
 def last_words(request, sample):
     ids = list(request.prompt)
@@ -231,7 +230,7 @@ def last_words(request, sample):
     return ids[start:-2]
 
 fake = FakeEngine(last_words, step_seconds=0.01)
-engine.Engine.load = classmethod(lambda cls, config, slots, streams: fake)
+chat.load_engine = lambda config, slots, streams: fake
 sys.exit(pyconfig.launch(chat.main, ["configs/base.yml", "chat_turns=true", *sys.argv[1:]]))
 """
 

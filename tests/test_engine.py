@@ -23,8 +23,10 @@ from MaxNano.inference import engine
 from MaxNano.inference.engine import Engine, Request, TextStream
 from MaxNano.models.setup import architecture, numerics_of
 from MaxNano.tokenization.tokenizer import SpecialIds, Tokenizer
+from MaxNano.training import loading
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer
+from MaxNano.training.loading import load_engine
 
 ROOT = Path(__file__).parents[1]
 LONGEST, SLOTS, INTERVAL = 320, 4, 5
@@ -456,8 +458,8 @@ def test_loads_a_run(config, params, served, tmp_path, monkeypatch):
     with Checkpointer(config, tmp_path / "tiny", tokenizer_fingerprint="letters") as checkpointer:
         checkpointer.save(3, state, {})
         checkpointer.wait()
-    monkeypatch.setattr(engine.tokenizers, "load", lambda config: Letters())
-    loaded = Engine.load(config, devices=jax.devices()[:1])
+    monkeypatch.setattr(loading, "load_tokenizer", lambda config: Letters())
+    loaded = load_engine(config, devices=jax.devices()[:1])
     assert (loaded.slots, loaded.max_length) == (config.decode_slots, config.max_target_length)
     for ours, theirs in zip(
         jax.tree.leaves(loaded._weights), jax.tree.leaves(served._weights), strict=True
@@ -465,7 +467,7 @@ def test_loads_a_run(config, params, served, tmp_path, monkeypatch):
         if ours.shape == theirs.shape:  # the rotary tables are as long as max_length
             np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(ValueError, match="4"):
-        Engine.load(pyconfig.replace(config, "test", step=4), devices=jax.devices()[:1])
+        load_engine(pyconfig.replace(config, "test", step=4), devices=jax.devices()[:1])
 
 
 def test_serves_other_parameters(served, params):

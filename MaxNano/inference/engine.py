@@ -1,6 +1,6 @@
 """The inference engine: requests come and go in a running batch of slots, tokens come out.
 
-    engine = Engine.load(config, slots=16)
+    engine = load_engine(config, slots=16)  # training/loading.py
     [[completion]] = engine.generate([Request(prompt=ids, max_tokens=64)])
 
 A request's samples depend on the request alone, never on who shares the batch: every program has one shape whoever is
@@ -27,14 +27,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from MaxNano.distributed import hardware, runtime, sharding
-from MaxNano.distributed.mesh import make_mesh
 from MaxNano.inference import decode, sampling
-from MaxNano.models.setup import abstract_params, architecture, numerics_of, set_up_model
+from MaxNano.models.setup import abstract_params, architecture, numerics_of
 from MaxNano.models.transformer import Numerics
-from MaxNano.storage import files
-from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
+from MaxNano.tokenization.tokenizer import Tokenizer
 from MaxNano.tools import calculator
-from MaxNano.training.checkpointing import Checkpointer
 
 _MATRICES = ("qkv", "out", "wi", "wo", "gate", "head")  # weights of which every step reads all
 # On a CPU, whose device is about one core: which of XLA's products are the fastest here. See benchmarks/README.md.
@@ -116,21 +113,6 @@ class Completion:
 
 
 # ---- Programs --------------------------------------------------------------------------------------------------------
-
-
-def load_params(config: FrozenConfigDict, mesh: Mesh) -> tuple[dict[str, Any], Tokenizer]:
-    """Parameters and tokenizer of a run: its newest checkpoint, or that of config.step.
-
-    Raises ValueError where there is none, or where it belongs to another model or tokenizer.
-    """
-    tokenizer = load_tokenizer(config)
-    directory = files.run_directory(config)
-    target = set_up_model(config, mesh=mesh).params
-    with Checkpointer(
-        config, directory, tokenizer_fingerprint=tokenizer.fingerprint(), writer=False
-    ) as checkpointer:
-        params, _ = checkpointer.restore_params_only(target, config.step)
-    return params, tokenizer
 
 
 @dataclass(frozen=True)
@@ -531,23 +513,6 @@ class Engine:
         self._events: list[Event] = []  # not yet handed out
         self._forget()
         self.set_params(params)
-
-    @classmethod
-    def load(
-        cls,
-        config: FrozenConfigDict,
-        *,
-        slots: int | None = None,
-        max_length: int | None = None,
-        streams: bool = False,
-        devices: Sequence[jax.Device] | None = None,
-    ) -> Self:
-        """The engine for a run's checkpoint; see load_params."""
-        mesh = make_mesh(config, devices)
-        params, tokenizer = load_params(config, mesh)
-        return cls(
-            config, mesh, params, tokenizer, slots=slots, max_length=max_length, streams=streams
-        )
 
     # ---- For its owner ----
 

@@ -38,10 +38,10 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
 from MaxNano.compile.costs import ASSUMPTIONS, Report, Work, analyze
-from MaxNano.distributed import runtime
+from MaxNano.console import print_table
+from MaxNano.distributed import hardware
 from MaxNano.inference import programs as engine_programs
 from MaxNano.storage import files
-from MaxNano.training.metrics import print_table
 from MaxNano.training.setup import RunSetup, flops_per_token, run_directory, set_up
 from MaxNano.training.step import compile_train, lower_evaluate, lower_train
 
@@ -206,7 +206,7 @@ def compile_program(setup: RunSetup, program: str) -> tuple[RunSetup, Report]:
         compiled = _compile(setup, program)
     report = analyze(
         compiled,
-        runtime.chip(setup.mesh.devices.flat[0]),
+        hardware.chip(setup.mesh.devices.flat[0]),
         mesh=setup.mesh,
         vocab_size=config.vocab_size,
         work=PROGRAMS[program].work(setup),

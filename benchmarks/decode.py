@@ -38,13 +38,13 @@ from ml_collections import FrozenConfigDict
 
 from benchmarks import common
 from MaxNano import convert, pyconfig, train_compile
-from MaxNano.distributed import runtime
+from MaxNano.distributed import hardware, runtime
 from MaxNano.inference.engine import Engine
 from MaxNano.inference.programs import EnginePrograms, ModelRunner, decode_costs
 from MaxNano.inference.requests import Request
 from MaxNano.models.setup import ModelSetup, set_up_model
+from MaxNano.storage.files import run_directory
 from MaxNano.training.loading import load_params
-from MaxNano.training.setup import run_directory
 
 BATCHES = (1, 8, 32, 128)
 NANOCHAT_BATCHES = (1, 16)
@@ -117,7 +117,7 @@ def measure(setup: ModelSetup, params, batch: int) -> common.Row:
         "GB/s": read_bytes / token_seconds / 1e9,
         "GFLOP/s": flops / token_seconds / 1e9,
     }
-    chip = runtime.chip(mesh.devices.flat[0])
+    chip = hardware.chip(mesh.devices.flat[0])
     if chip:
         row["bandwidth"] = read_bytes / token_seconds / chip.memory_bandwidth
         row["MFU"] = flops / token_seconds / (chip.peak_flops * mesh.size)

@@ -72,7 +72,7 @@ def make_engine(
 ) -> Engine:
     """The engine that answers, on all devices of a mesh; max_length as of Engine."""
     each = SLOTS.get(mesh.devices.flat[0].platform, SLOTS["other"])
-    slots = config.chat_slots or each * sharding.batch_ways(mesh, config.logical_axis_rules)
+    slots = config.chat_slots or each * sharding.data_parallel_size(mesh, config.logical_axis_rules)
     setup = set_up_model(config, mesh=mesh)
     return Engine(setup, params, tokenizer, slots=slots, max_length=max_length)
 

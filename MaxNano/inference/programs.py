@@ -17,7 +17,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
 
 from MaxNano import scaling
-from MaxNano.distributed import runtime
+from MaxNano.distributed import hardware, runtime
 from MaxNano.inference import decode
 from MaxNano.models.setup import ModelSetup
 
@@ -166,7 +166,7 @@ class EnginePrograms:
             in_shardings=(None, self.cache_formats, *[None] * len(in_specs)),
             out_shardings=(self.cache_formats, setup.replicated),
             compiler_options=(cpu_options if backend == "cpu" else {})
-            | runtime.compiler_options(setup.config, backend),
+            | hardware.compiler_options(setup.config, backend),
         )
 
 

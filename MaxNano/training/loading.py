@@ -8,9 +8,9 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano.inference.engine import Engine
 from MaxNano.models.setup import ModelSetup, set_up_model
+from MaxNano.storage.files import run_directory
 from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
-from MaxNano.training.setup import run_directory
 
 
 def load_params(setup: ModelSetup) -> tuple[dict[str, Any], Tokenizer]:

@@ -26,13 +26,14 @@ from ml_collections import FrozenConfigDict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from MaxNano import pyconfig
+from MaxNano.console import print_table
 from MaxNano.distributed import runtime
 from MaxNano.evals.base import EVALS
 from MaxNano.evals.results import Results, run_id
+from MaxNano.storage.files import run_directory
 from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.context import RunContext, say
-from MaxNano.training.metrics import print_table
 from MaxNano.training.setup import set_up
 from MaxNano.training.state import TrainState
 from MaxNano.training.step import build_programs
@@ -49,7 +50,7 @@ def chosen_evals(config: FrozenConfigDict) -> list[str]:
 
 def config_of_run(config: FrozenConfigDict, argv: Sequence[str]) -> FrozenConfigDict:
     """The config that the run was trained with, if it was saved, overridden by the command line."""
-    saved = pyconfig.run_directory(config) / "config.yml"
+    saved = run_directory(config) / "config.yml"
     if Path(argv[0]).name == saved.name or not saved.exists():
         return config
     words = [word for word in argv[1:] if not word.startswith("model=")]
@@ -60,7 +61,7 @@ def config_of_run(config: FrozenConfigDict, argv: Sequence[str]) -> FrozenConfig
 def evaluate(config: FrozenConfigDict) -> None:
     """Restore the checkpoint, run the evaluations, print and write their results."""
     names = chosen_evals(config)
-    directory = pyconfig.run_directory(config)
+    directory = run_directory(config)
     if not (directory / "checkpoints").exists():
         raise ValueError(
             f"{directory} holds no checkpoint: give run_name and base_output_directory of a trained run"

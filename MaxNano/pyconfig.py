@@ -22,7 +22,7 @@ import yaml
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import scaling
+from MaxNano import console, scaling
 from MaxNano.stage_configs import stage_config
 from MaxNano.storage import files
 
@@ -544,11 +544,6 @@ def row_length(config: Mapping[str, Any]) -> int:
     return stage_config(config).row_tokens(config)
 
 
-def run_directory(config: Mapping[str, Any]) -> epath.Path:
-    """The folder to which a run writes everything, local or in a bucket."""
-    return epath.Path(config["base_output_directory"]).expanduser() / config["run_name"]
-
-
 def start_directory(load_from: str, directory: epath.Path) -> epath.Path:
     """The folder of the run that load_from names, by a path or by the name of a folder beside `directory`."""
     path = epath.Path(load_from).expanduser()
@@ -861,5 +856,5 @@ def launch(
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         if Path(__file__).resolve().parent not in raised_in.parents:
             raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {console.one_line(error)}", file=sys.stderr)
         return 2

@@ -24,9 +24,11 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
 from MaxNano.data.loader import merge_states
-from MaxNano.distributed import compile_cache, runtime
+from MaxNano.distributed import compile_cache, hardware, runtime
+from MaxNano.distributed.preemption import EXIT_PREEMPTED, Preempted, Preemption
 from MaxNano.evals.base import is_due, measured_steps, open_evals
 from MaxNano.evals.results import Results
+from MaxNano.storage.files import run_directory
 from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.context import RunContext
@@ -48,14 +50,14 @@ def main(config: FrozenConfigDict) -> int:
     check_memory(setup)
     if config.dry_run:
         return 0
-    with runtime.Preemption() as preemption, jax.set_mesh(setup.mesh):
+    with Preemption() as preemption, jax.set_mesh(setup.mesh):
         return train(setup, preemption)
 
 
-def train(setup: RunSetup, preemption: runtime.Preemption) -> int:
+def train(setup: RunSetup, preemption: Preemption) -> int:
     """Train from the run's latest checkpoint, or from the start, to config.steps; returns the exit status."""
     config = setup.config
-    directory = pyconfig.run_directory(config)
+    directory = run_directory(config)
     is_main = jax.process_index() == 0
     tokenizer = load_tokenizer(config)
     run = RunContext(setup, tokenizer, is_training=True, at_once=preemption.at_once)
@@ -94,7 +96,7 @@ def train(setup: RunSetup, preemption: runtime.Preemption) -> int:
             start_step=start,
             tokens_per_step=config.global_batch_tokens,
             flops_per_token=flops_per_token(config),
-            peak_flops=runtime.peak_flops(list(setup.mesh.devices.flat)),
+            peak_flops=hardware.peak_flops(list(setup.mesh.devices.flat)),
             is_main=is_main,
             state=extra.get("metrics"),
         )
@@ -149,13 +151,13 @@ def train(setup: RunSetup, preemption: runtime.Preemption) -> int:
                         "their updates were skipped. Lower the learning rates or check the data, and resume from the "
                         f"checkpoints in {directory}"
                     )
-        except runtime.Preempted:
+        except Preempted:
             # Raised only between steps, or within an evaluation: the state is that of `step`.
             if config.enable_checkpointing:
                 save(step)
                 checkpointer.wait()
                 logger.message(f"Saved checkpoint at step {step}; the same command resumes the run")
-            return runtime.EXIT_PREEMPTED
+            return EXIT_PREEMPTED
         checkpointer.wait()
     return 0
 

@@ -563,7 +563,7 @@ def test_transformers_generates_what_we_do(models, answers, name):
 
 
 def test_the_engine_says_the_same(models, answers, tmp_path):
-    from MaxNano.inference.engine import Request
+    from MaxNano.inference.requests import Request
     from MaxNano.training.loading import load_engine
 
     _, _, folder = models["groups"]

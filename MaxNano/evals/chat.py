@@ -137,7 +137,7 @@ class _Answerer:
     @cached_property
     def _engine(self) -> Engine:
         run = self._run
-        return make_engine(run.config, run.setup.mesh, run.params, run.tokenizer)
+        return make_engine(run.setup, run.params, run.tokenizer)
 
     def __call__(self, problems: ProblemSet) -> list[Record]:
         """A record for each problem."""

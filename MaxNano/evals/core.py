@@ -79,7 +79,10 @@ def logits_scorer(forward: Callable[[np.ndarray], Any], bos_id: int) -> Scorer:
 
 
 class CoreAnswer(NamedTuple):
-    """A model's answer to a question. `choice` and `losses`, the mean loss of each option, are for questions with options."""
+    """A model's answer to a question.
+
+    choice and losses, the mean loss of each option, belong to questions with options.
+    """
 
     correct: bool
     choice: int | None = None
@@ -87,7 +90,7 @@ class CoreAnswer(NamedTuple):
 
 
 def decide(prompt: Prompt, scores: Sequence[np.ndarray], gold: int | None) -> CoreAnswer:
-    """The option with the lowest mean loss, the first of equals; if gold is None, whether every token is the most likely.
+    """The option with the lowest mean loss, the first of equals; without gold, whether each token is the most likely.
 
     An option whose tokens are a prefix of all others has no scored token: it wins if it comes first.
     """

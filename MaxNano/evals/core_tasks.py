@@ -24,6 +24,7 @@ import numpy as np
 import yaml
 from etils import epath
 
+from MaxNano import console
 from MaxNano.tokenization.tokenizer import Tokenizer
 
 SHUFFLE_SEED = 1337  # for a task's questions, before max_per_task applies
@@ -126,9 +127,8 @@ def load_bundle(path: epath.PathLike) -> list[CoreTask]:
     except FileNotFoundError as error:
         raise ValueError(f"core_bundle={path} has no {error}") from None
     except (KeyError, TypeError, IndexError, AttributeError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"core.yaml and eval_meta_data.csv of core_bundle={path} are damaged: {reason}"
+            f"core.yaml and eval_meta_data.csv of core_bundle={path} are damaged: {console.one_line(error)}"
         ) from None
     for task in tasks:
         if task.kind not in FIELDS:
@@ -150,8 +150,8 @@ def _open_folder(folder: epath.Path) -> Callable[[str], bytes]:
 def _open_archive(path: epath.Path) -> Callable[[str], bytes]:
     if not path.exists():
         raise ValueError(
-            f"core_bundle={path} does not exist: download it with data/download.py and download=[core], or give the path "
-            "of a folder or archive"
+            f"core_bundle={path} does not exist: download it with data/download.py and download=[core], or give "
+            "the path of a folder or archive"
         )
     try:
         files = dict(_files_of_archive(path.read_bytes()))

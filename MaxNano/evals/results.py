@@ -1,13 +1,13 @@
 """Results: the finished evaluations of a checkpoint, in a file in the run's folder."""
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
+from MaxNano import console
 from MaxNano.distributed import runtime
 from MaxNano.storage import files
 
@@ -37,7 +37,7 @@ class Results:
             try:
                 evals = json.loads(self.path.read_text())["evals"]
             except (ValueError, KeyError, TypeError):
-                print(f"Warning: {self.path} is damaged and will be replaced", file=sys.stderr)
+                console.warn(f"{self.path} is damaged and is overwritten")
         self._evals = runtime.gather_json(evals)[0] or {}
 
     def get(self, name: str, measured_on: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from MaxNano import tasks
-from MaxNano.distributed import sharding
-from MaxNano.inference.engine import Completion, Engine, Request
+from MaxNano.inference.engine import Engine
+from MaxNano.inference.requests import Completion, Request
+from MaxNano.models.setup import ModelSetup
 from MaxNano.tokenization.tokenizer import Tokenizer
 
 SLOTS = {"cpu": 8, "other": 16}  # sequences per device if chat_slots is null
@@ -61,16 +61,12 @@ def load_problems(
 
 
 def make_engine(
-    config: FrozenConfigDict,
-    mesh: Mesh,
-    params: Any,
-    tokenizer: Tokenizer,
-    max_length: int | None = None,
+    setup: ModelSetup, params: Any, tokenizer: Tokenizer, max_length: int | None = None
 ) -> Engine:
-    """An engine with chat_slots slots on all devices of a mesh; max_length as in Engine."""
-    per_device = SLOTS.get(mesh.devices.flat[0].platform, SLOTS["other"])
-    slots = config.chat_slots or per_device * sharding.batch_ways(mesh, config.logical_axis_rules)
-    return Engine(config, mesh, params, tokenizer, slots=slots, max_length=max_length)
+    """An engine with chat_slots slots on all devices; max_length as in Engine."""
+    per_device = SLOTS.get(setup.mesh.devices.flat[0].platform, SLOTS["other"])
+    slots = setup.config.chat_slots or per_device * setup.data_parallel_size
+    return Engine(setup, params, tokenizer, slots=slots, max_length=max_length)
 
 
 def generate_answers(

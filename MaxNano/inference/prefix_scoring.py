@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from MaxNano.distributed import runtime, sharding
+from MaxNano.distributed import hardware, sharding
 from MaxNano.evals import core
 from MaxNano.evals.core import Prompt
 from MaxNano.models.layers import apply_rotary, rms_norm
@@ -444,7 +444,7 @@ class Scorer:
             ),
             setup.abstract.params,
         )
-        options = runtime.compiler_options(setup.config, setup.numerics.backend)
+        options = hardware.compiler_options(setup.config, setup.numerics.backend)
         if setup.numerics.backend == "cpu":  # compiles in half the time what runs as fast
             options = {"xla_backend_optimization_level": 1, **options}
         self._gather = jax.jit(self._working_copy, out_shardings=whole)

@@ -12,9 +12,9 @@ from etils import epath
 from jax.sharding import NamedSharding
 from ml_collections import FrozenConfigDict
 
-from MaxNano import pyconfig
 from MaxNano.distributed import sharding
 from MaxNano.inference import prefix_scoring
+from MaxNano.storage.files import run_directory
 from MaxNano.tokenization.tokenizer import Tokenizer
 from MaxNano.training import stages
 from MaxNano.training.setup import RunSetup
@@ -66,7 +66,7 @@ class RunContext:
     @property
     def directory(self) -> epath.Path:
         """The run's folder."""
-        return pyconfig.run_directory(self.config)
+        return run_directory(self.config)
 
     @property
     def rows_sharding(self) -> NamedSharding:

@@ -4,29 +4,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
-from MaxNano.distributed import sharding
 from MaxNano.inference.engine import Engine
-from MaxNano.models.setup import set_up_model
-from MaxNano.pyconfig import run_directory
+from MaxNano.models.setup import ModelSetup, set_up_model
+from MaxNano.storage.files import run_directory
 from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
 
 
-def load_params(config: FrozenConfigDict, mesh: Mesh) -> tuple[dict[str, Any], Tokenizer]:
+def load_params(setup: ModelSetup) -> tuple[dict[str, Any], Tokenizer]:
     """Parameters and tokenizer of a run, from its newest checkpoint or that of config.step.
 
-    The parameters are sharded over `mesh` as config.logical_axis_rules say.
+    The parameters have the shardings of `setup.params`.
     Raises ValueError if there is no such checkpoint, or if it is of another model or tokenizer.
     """
-    tokenizer = load_tokenizer(config)
-    target = set_up_model(config, mesh=mesh).params
+    config, tokenizer = setup.config, load_tokenizer(setup.config)
     with Checkpointer(
         config, run_directory(config), tokenizer_fingerprint=tokenizer.fingerprint(), writer=False
     ) as checkpointer:
-        params, _ = checkpointer.restore_params_only(target, config.step)
+        params, _ = checkpointer.restore_params_only(setup.params, config.step)
     return params, tokenizer
 
 
@@ -39,8 +36,6 @@ def load_engine(
     devices: Sequence[jax.Device] | None = None,
 ) -> Engine:
     """The engine that serves a run's checkpoint; see load_params, and Engine for the arguments."""
-    mesh = sharding.make_mesh(config, devices)
-    params, tokenizer = load_params(config, mesh)
-    return Engine(
-        config, mesh, params, tokenizer, slots=slots, max_length=max_length, streams=streams
-    )
+    setup = set_up_model(config, devices)
+    params, tokenizer = load_params(setup)
+    return Engine(setup, params, tokenizer, slots=slots, max_length=max_length, streams=streams)

@@ -25,7 +25,7 @@ from ml_collections import FrozenConfigDict
 from MaxNano import pyconfig, tasks
 from MaxNano.data.loader import Batch
 from MaxNano.inference import chat_tasks
-from MaxNano.inference.engine import Completion, Request
+from MaxNano.inference.requests import Completion, Request
 from MaxNano.models import losses
 from MaxNano.tokenization.tokenizer import Tokenizer
 from MaxNano.training.start import load_start_params
@@ -166,9 +166,7 @@ class Rollouts:
     @cached_property
     def _engine(self) -> chat_tasks.Engine:
         run = self._run
-        return chat_tasks.make_engine(
-            run.config, run.setup.mesh, run.params, run.tokenizer, max_length=self._length
-        )
+        return chat_tasks.make_engine(run.setup, run.params, run.tokenizer, max_length=self._length)
 
     def fill(self) -> None:
         """Sample the rollouts of the next batch."""

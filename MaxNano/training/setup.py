@@ -12,13 +12,14 @@ from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig, scaling
-from MaxNano.distributed import runtime, sharding
+from MaxNano.console import print_table
+from MaxNano.distributed import hardware, sharding
 from MaxNano.models import losses
 from MaxNano.models.setup import ModelSetup, set_up_model
 from MaxNano.models.transformer import kept_residuals
 from MaxNano.optimizers import groups
 from MaxNano.stage_configs import stage_config
-from MaxNano.training.metrics import print_table
+from MaxNano.storage.files import run_directory
 from MaxNano.training.stages import Stage, stage_of
 from MaxNano.training.state import TrainState, abstract_state
 
@@ -77,8 +78,8 @@ def check_sharding(config: FrozenConfigDict, mesh: Mesh, abstract: TrainState) -
     share = sharding.replicated_share(abstract.params)
     if mesh.size > 1 and share > LARGEST_REPLICATED and not asked:
         raise ValueError(
-            f"{share:.0%} of the parameters would be replicated on each of {mesh.size} devices: choose ici_*_parallelism "
-            f"that divide num_decoder_layers={config.num_decoder_layers} or emb_dim={config.emb_dim}, or remove the "
+            f"{share:.0%} of the parameters would be replicated on each of {mesh.size} devices: choose "
+            f"ici_*_parallelism that divide num_decoder_layers={config.num_decoder_layers} or emb_dim={config.emb_dim}, or remove the "
             "mesh axes from logical_axis_rules"
         )
 
@@ -147,7 +148,7 @@ def needed_bytes(setup: RunSetup) -> dict[str, int]:
 
 def check_memory(setup: RunSetup) -> None:
     """Raise ValueError if the run cannot fit in memory, before anything is allocated."""
-    limit = runtime.memory_limit_bytes()
+    limit = hardware.memory_limit_bytes()
     needed = needed_bytes(setup)
     total = sum(needed.values())
     if limit is not None and total > limit:
@@ -168,18 +169,20 @@ def print_plan(setup: RunSetup) -> None:
     """Print the start-up tables: changed config keys, parameter groups, and the plan of the run."""
     config = setup.config
     print_table("config", ("key", "value", "from"), pyconfig.describe(config))
-    rows_of_groups = groups.group_summary(setup.model.shapes, config)
+    parameter_groups = groups.parameter_groups(config)
+    counts = groups.count_parameters(setup.model.shapes, parameter_groups)
     rows = [
         (
-            row.group,
-            f"{row.parameters:,}",
-            f"{row.settings.learning_rate:.6g}",
-            ", ".join(f"{beta:g}" for beta in row.settings.betas),
-            f"{row.settings.weight_decay:.6g}",
+            group.name,
+            f"{counts[group.name]:,}",
+            f"{group.learning_rate:.6g}",
+            ", ".join(f"{beta:g}" for beta in group.betas),
+            f"{group.weight_decay:.6g}",
         )
-        for row in rows_of_groups
+        for group in parameter_groups
+        if group.name in counts
     ]
-    total = f"{sum(row.parameters for row in rows_of_groups):,}"
+    total = f"{sum(counts.values()):,}"
     header = ("group", "parameters", "learning rate", "betas", "weight decay")
     print_table("parameters", header, [*rows, ("total", total, "", "", "")])
     print_table("run", ("what", "value"), list(describe_plan(setup).items()))
@@ -206,5 +209,5 @@ def describe_plan(setup: RunSetup) -> dict[str, str]:
         f"{tokens / scaling_parameters:.2f} per scaling parameter",
         "memory": f"at least {memory} GB per device (estimate)",
         "data": stage_config(config).describe_data(config),
-        "run": str(pyconfig.run_directory(config)),
+        "run": str(run_directory(config)),
     }

@@ -152,4 +152,3 @@ STAGES: dict[str, Stage] = {
         horizon_steps=rollouts.steps_of_passes,
     ),
 }
-/root/.pyenv/libexec/pyenv-hooks: line 24: enable: cannot open shared object /root/.pyenv/libexec/pyenv-realpath.dylib: /root/.pyenv/libexec/pyenv-realpath.dylib: cannot open shared object file: No such file or directory

@@ -11,6 +11,7 @@ from etils import epath
 from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
+from MaxNano.storage.files import run_directory
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.state import TrainState
 
@@ -58,7 +59,7 @@ def _open_start(config: FrozenConfigDict, tokenizer_fingerprint: str) -> Checkpo
 
 def start_directory(config: FrozenConfigDict) -> epath.Path:
     """The folder of the run that load_from names. Raises ValueError if it is this run's folder."""
-    directory = pyconfig.run_directory(config)
+    directory = run_directory(config)
     start = pyconfig.start_directory(config.load_from, directory)
     if start == directory:
         raise ValueError(
@@ -83,7 +84,7 @@ def check_windows(config: FrozenConfigDict, saved: Mapping[str, Any]) -> None:
 
 def with_start(config: FrozenConfigDict) -> FrozenConfigDict:
     """The config with the load_from that a run to resume was started with, if none is given."""
-    saved = pyconfig.run_directory(config) / "config.yml"
+    saved = run_directory(config) / "config.yml"
     if config.load_from is not None or not config.enable_checkpointing or not saved.exists():
         return config
     load_from = pyconfig.saved_values(saved).get("load_from")
@@ -96,6 +97,6 @@ def check_start(config: FrozenConfigDict, saved: Mapping[str, Any]) -> None:
     if config.load_from not in (None, before):
         start = f"from {before}" if before else "from random parameters"
         raise ValueError(
-            f"{pyconfig.run_directory(config)} was started {start}, not from {config.load_from}; "
+            f"{run_directory(config)} was started {start}, not from {config.load_from}; "
             "choose another run_name"
         )

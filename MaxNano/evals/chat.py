@@ -14,7 +14,6 @@ from etils import epath
 from ml_collections import FrozenConfigDict
 
 from MaxNano.evals import core
-from MaxNano.evals.core import Prompt, Scorer
 from MaxNano.evals.core_tasks import center
 from MaxNano.evals.results import Results, ResultTable
 from MaxNano.inference.chat_tasks import (
@@ -25,6 +24,7 @@ from MaxNano.inference.chat_tasks import (
     make_engine,
 )
 from MaxNano.inference.engine import Engine
+from MaxNano.inference.prompts import Prompt, Scorer
 from MaxNano.tokenization.tokenizer import Tokenizer
 from MaxNano.training.context import RunContext
 

@@ -10,41 +10,28 @@ import datetime
 import io
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import FrozenConfigDict
 
 from MaxNano.evals.core_tasks import (
     CoreTask,
-    Prompt,
     Question,
     build_prompts,
     center,
     load_bundle,
 )
 from MaxNano.evals.results import Results, ResultTable
+from MaxNano.inference.prompts import Prompt, Scorer
 from MaxNano.tokenization.tokenizer import Tokenizer
 from MaxNano.training.context import RunContext
 
 PROBE_QUESTIONS = 8  # of each task, whose prompts give an estimate of the task's tokens
 
 # ---- Scoring ----------------------------------------------------------------------------------------------------
-
-
-class Scorer(Protocol):
-    """Scores the branches of prompts by a model."""
-
-    def __call__(
-        self, prompts: Sequence[Prompt], *, greedy: bool
-    ) -> Iterable[tuple[int, list[np.ndarray]]]:
-        """(index of a prompt, for each of its branches an array over its scored tokens), in any order.
-
-        The arrays are losses in nats, float32; if `greedy`, whether each token is the most likely, bool.
-        """
-        ...
 
 
 def logits_scorer(forward: Callable[[np.ndarray], Any], bos_id: int) -> Scorer:

@@ -25,6 +25,7 @@ import yaml
 from etils import epath
 
 from MaxNano import console
+from MaxNano.inference.prompts import Prompt
 from MaxNano.tokenization.tokenizer import Tokenizer
 
 SHUFFLE_SEED = 1337  # for a task's questions, before max_per_task applies
@@ -184,19 +185,6 @@ def _files_of_archive(content: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 # ---- Prompts --------------------------------------------------------------------------------------------------------
-
-
-class Prompt(NamedTuple):
-    """A question in tokens: a shared prefix, and branches that continue it.
-
-    The first token of a branch is the last that all branches share, if there is one, because the next token is
-    predicted from it. The tokens of a branch from `starts` on are scored; starts >= 1. Equal answers share a branch.
-    """
-
-    prefix: np.ndarray  # (n,) int32, may be empty
-    branches: tuple[np.ndarray, ...]
-    starts: tuple[int, ...]  # of each branch
-    answers: tuple[int, ...]  # the branch of each of the question's answers
 
 
 def draw_shots(index: int, count: int, shots: int) -> list[int]:

@@ -24,8 +24,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from MaxNano.distributed import hardware, sharding
-from MaxNano.evals import core
-from MaxNano.evals.core import Prompt
+from MaxNano.inference import prompts as scored_prompts
+from MaxNano.inference.prompts import Prompt
 from MaxNano.models.layers import apply_rotary, rms_norm
 from MaxNano.models.transformer import LayerKind, Transformer, layer_kinds, repetition, scans_layers
 
@@ -427,7 +427,7 @@ def fill(
 
 
 class Scorer:
-    """core.Scorer of a model over the devices of a RunSetup, once it is bound to parameters."""
+    """scored_prompts.Scorer of a model over the devices of a RunSetup, once it is bound to parameters."""
 
     def __init__(self, setup: Any, bos_id: int):
         limits = LIMITS.get(setup.numerics.backend, LIMITS["other"])
@@ -462,7 +462,7 @@ class Scorer:
         dtype = self._setup.numerics.dtype
         return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
 
-    def bind(self, params: Any) -> core.Scorer:
+    def bind(self, params: Any) -> scored_prompts.Scorer:
         """The scorer of a tree of parameters that lie as the set-up says; they are gathered once, here."""
         return partial(self._score, self._gather(params))
 

@@ -79,7 +79,8 @@ def check_sharding(config: FrozenConfigDict, mesh: Mesh, abstract: TrainState) -
     if mesh.size > 1 and share > LARGEST_REPLICATED and not asked:
         raise ValueError(
             f"{share:.0%} of the parameters would be replicated on each of {mesh.size} devices: choose "
-            f"ici_*_parallelism that divide num_decoder_layers={config.num_decoder_layers} or emb_dim={config.emb_dim}, or remove the "
+            f"ici_*_parallelism that divide num_decoder_layers={config.num_decoder_layers} or "
+            f"emb_dim={config.emb_dim}, or remove the "
             "mesh axes from logical_axis_rules"
         )
 

@@ -29,7 +29,7 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig, scaling
 from MaxNano.distributed import hardware
-from MaxNano.evals.core import center
+from MaxNano.evals.core_tasks import center
 from MaxNano.reporting import charts, run_history
 from MaxNano.reporting.charts import Series
 from MaxNano.reporting.document import (

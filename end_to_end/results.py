@@ -123,9 +123,9 @@ def text(config: FrozenConfigDict, options: dict[str, str]) -> None:
 
 
 def core_tasks(config: FrozenConfigDict, options: dict[str, str]) -> None:
-    from MaxNano.evals import core
+    from MaxNano.evals.core_tasks import load_bundle
 
-    print(f"{config.core_bundle}: {len(core.load_bundle(config.core_bundle))} tasks are there")
+    print(f"{config.core_bundle}: {len(load_bundle(config.core_bundle))} tasks are there")
 
 
 def chat_tasks(config: FrozenConfigDict, options: dict[str, str]) -> None:

@@ -22,6 +22,7 @@ from MaxNano.evals.core_tasks import (
     Question,
     build_prompts,
     center,
+    core_score,
     load_bundle,
 )
 from MaxNano.evals.results import Results, ResultTable
@@ -222,7 +223,7 @@ class CoreEval:
             task.label: results.get(names[task.label], self._measured_on(task))
             for task in self._tasks
         }
-        score = sum(values["centered"] for values in rows.values()) / len(rows)
+        score = core_score({label: values["centered"] for label, values in rows.items()})
         seconds = sum(values["seconds"] for values in rows.values())
         results.put("core", {}, {"core": score, "seconds": seconds})
         results.write(results.path.with_suffix(".csv"), _to_csv(rows, score, seconds))

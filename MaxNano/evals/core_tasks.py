@@ -278,3 +278,8 @@ def common_length(rows: Sequence[np.ndarray]) -> int:
 def center(accuracy: float, baseline: float) -> float:
     """Accuracy rescaled so that guessing is 0 and a perfect score 1; negative if guessing is better."""
     return (accuracy - baseline) / (1 - baseline)
+
+
+def core_score(centered: Mapping[str, float]) -> float:
+    """The CORE score: the mean of the tasks' centered accuracies, given by label."""
+    return sum(centered.values()) / len(centered)

@@ -15,8 +15,9 @@ REFERENCE_BATCH_TOKENS = 2**19
 BATCH_EXPONENT = 0.383  # the best batch grows with the horizon to this power
 
 
-# The matrices of a block: part -> name -> logical axes of its inputs and its outputs. The parameters are declared,
-# initialized, sharded, counted and costed from this table; models/layers.py has the functions that use them.
+# The matrices of a block: part -> name -> logical axes of its inputs and outputs. Parameters are
+# declared, initialized, sharded and counted from this table, and FLOPs follow it. To change the MLP,
+# change its row here and the function `mlp` in models/layers.py.
 BLOCK: dict[str, dict[str, tuple[str, str]]] = {
     "attention": {
         "query": ("embed", "heads"),
@@ -28,8 +29,57 @@ BLOCK: dict[str, dict[str, tuple[str, str]]] = {
 }
 
 
+# The config keys that define a model: with another value the same parameters are another model.
+# Checkpoint identity, import and export read this list. Each key has the value that a checkpoint
+# implies if it was saved before the key existed, so that older checkpoints still load.
+# None: every checkpoint has the key.
+ARCHITECTURE_KEYS: Mapping[str, Any] = {
+    # Number and size of the parameters.
+    "num_decoder_layers": None,
+    "emb_dim": None,
+    "mlp_dim": None,
+    "num_query_heads": None,
+    "num_kv_heads": None,
+    "head_dim": None,
+    "vocab_size": None,
+    "vocab_multiple": None,
+    "value_embed_gate_channels": None,
+    "smear_gate_channels": None,
+    "use_backout": None,
+    # What is computed with them.
+    "rope_theta": None,
+    "qk_norm_scale": None,
+    "value_embed_gate_range": None,
+    "norm_epsilon": None,
+    "logits_soft_cap": None,
+}
+
+# Keys that a later stage may change for the same parameters: how far attention reaches.
+# Exports carry them too.
+CONTEXT_KEYS: Mapping[str, Any] = {
+    "max_target_length": None,
+    "window_pattern": None,
+    "short_window_fraction": None,
+    "short_window_multiple": None,
+}
+
+
+def architecture_of(
+    values: Mapping[str, Any], keys: Mapping[str, Any] = ARCHITECTURE_KEYS
+) -> dict[str, Any]:
+    """The architecture keys of a config, which any version may have saved.
+
+    Raises ValueError that names a key which is missing although every version has it.
+    """
+    architecture = {key: values.get(key, implied) for key, implied in keys.items()}
+    for key, value in architecture.items():
+        if value is None:
+            raise ValueError(f"the saved config has no {key}, which defines the model")
+    return architecture
+
+
 class Shape(NamedTuple):
-    """What decides the number and size of a model's parameters; fields are named as config keys."""
+    """The ARCHITECTURE_KEYS that decide the number and size of a model's parameters."""
 
     num_decoder_layers: int
     emb_dim: int
@@ -65,8 +115,9 @@ class Counts(NamedTuple):
 
 
 def shape_of(values: Mapping[str, Any]) -> Shape:
-    """The Shape in a config, or in any mapping that has its keys."""
-    return Shape(*(values[field] for field in Shape._fields))
+    """The Shape in a config, which any version may have saved."""
+    architecture = architecture_of(values, {key: ARCHITECTURE_KEYS[key] for key in Shape._fields})
+    return Shape(**architecture)
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -28,14 +28,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from MaxNano.distributed import runtime, sharding
-from MaxNano.inference import decode, sampling
+from MaxNano.inference import decode, sampling, weights
+from MaxNano.inference.kv_cache import KVCache
 from MaxNano.models.setup import abstract_params, architecture, numerics_of, set_up_model
 from MaxNano.models.transformer import Numerics
 from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
 from MaxNano.tools import calculator
 from MaxNano.training.checkpointing import Checkpointer
 
-_MATRICES = ("qkv", "out", "wi", "wo", "gate", "head")  # weights of which every step reads all
 # On a CPU, whose device is about one core: which of XLA's products are the fastest here. See benchmarks/README.md.
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 _FEW_ROWS_OPTIONS = _CPU_OPTIONS | {
@@ -183,12 +183,12 @@ class Programs:
         )
 
     @cached_property
-    def cache(self) -> decode.Cache:
+    def cache(self) -> KVCache:
         """The cache as abstract arrays."""
         return decode.cache_shapes(self.plan, self.mesh, self.slots)
 
     @cached_property
-    def cache_formats(self) -> decode.Cache:
+    def cache_formats(self) -> KVCache:
         """How the cache lies on the devices: on a TPU a position's heads together, as a step's loop wants it."""
         if self.mesh.devices.flat[0].platform != "tpu":
             return jax.tree.map(lambda x: x.sharding, self.cache)
@@ -210,7 +210,7 @@ class Programs:
         placed = jax.tree.map(lambda x: x.sharding, self.weights)
         return jax.jit(partial(decode.prepare, self.plan), out_shardings=placed)
 
-    def empty_cache(self) -> decode.Cache:
+    def empty_cache(self) -> KVCache:
         """A cache of zeros."""
         shapes = self.cache
         make = jax.jit(
@@ -237,11 +237,7 @@ class Programs:
         Bytes are the matrices and the cached keys and values, FLOPs those of the model.
         """
         plan, heads = self.plan, self.config.num_query_heads * self.config.head_dim
-        matrices = [
-            leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(self.weights)
-            if getattr(path[-1], "key", None) in _MATRICES
-        ]
+        matrices = weights.matrices(self.weights)
         seen = sum(min(context, size) for size in plan.sizes)
         keys = (
             2

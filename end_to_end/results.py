@@ -50,11 +50,6 @@ class No(Exception):
 # ---- Reading ------------------------------------------------------------------------------------
 
 
-def folder_of(config: FrozenConfigDict, run_name: str | None = None) -> epath.Path:
-    """Where a run, or this run, keeps its files."""
-    return epath.Path(config.base_output_directory).expanduser() / (run_name or config.run_name)
-
-
 def rows_of(folder: epath.Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl."""
     path = folder / "metrics.jsonl"
@@ -91,7 +86,7 @@ def steps_in_all(config: FrozenConfigDict) -> float:
     """Of the whole run. In later stages its data decide, so that only the run itself knows: it has kept it."""
     if not pyconfig.horizon_is_open(config):
         return config.steps
-    path = folder_of(config) / "config.yml"
+    path = files.run_directory(config) / "config.yml"
     return yaml.safe_load(path.read_text())["steps"] if path.exists() else math.inf
 
 
@@ -159,16 +154,16 @@ def has_tokenizer(config: FrozenConfigDict, options: dict[str, str]) -> None:
 
 
 def state(config: FrozenConfigDict, options: dict[str, str]) -> None:
-    step = last_checkpoint(folder_of(config))
+    step = last_checkpoint(files.run_directory(config))
     print("new" if step is None else "finished" if step >= steps_in_all(config) else step)
 
 
 def saved(config: FrozenConfigDict, options: dict[str, str]) -> None:
-    print((folder_of(config, options["run"]) / "config.yml").read_text(), end="")
+    print((files.run_directory(config, options["run"]) / "config.yml").read_text(), end="")
 
 
 def summary(config: FrozenConfigDict, options: dict[str, str]) -> None:
-    rows = rows_of(folder_of(config))
+    rows = rows_of(files.run_directory(config))
     steps, bpb = steps_of(rows), bpb_of(rows)
     last = steps[-1]
     mfu, seconds = usual(steps, "mfu"), last["elapsed_seconds"]
@@ -183,7 +178,7 @@ def summary(config: FrozenConfigDict, options: dict[str, str]) -> None:
         + (f", MFU {100 * mfu:.1f} %" if mfu else ""),
         "time": f"{last['training_seconds'] / 60:.1f} minutes of training steps, {seconds / 60:.1f} in all",
     }
-    evaluated = evaluated_core(folder_of(config), config.steps)
+    evaluated = evaluated_core(files.run_directory(config), config.steps)
     if evaluated is not None:
         lines["CORE"] = f"{evaluated:.4f}"
     dollars = price_of(seconds, options)
@@ -191,7 +186,7 @@ def summary(config: FrozenConfigDict, options: dict[str, str]) -> None:
         lines["price"] = (
             f"{options['chips']} chips x {seconds / 3600:.2f} h x {options['price']} USD = {dollars:.2f} USD"
         )
-    lines["files"] = str(folder_of(config))
+    lines["files"] = str(files.run_directory(config))
     for name, value in lines.items():
         print(f"{name:<14} {value}")
 
@@ -217,7 +212,7 @@ def smoke(config: FrozenConfigDict, options: dict[str, str]) -> None:
 
 def resumed(config: FrozenConfigDict, options: dict[str, str]) -> None:
     before = Path(options["before"]).read_text().splitlines()
-    after = (folder_of(config) / "metrics.jsonl").read_text().splitlines()
+    after = (files.run_directory(config) / "metrics.jsonl").read_text().splitlines()
     stopped = steps_of([json.loads(line) for line in before])[-1]["step"] + 1
     if not 0 < stopped < config.steps:
         raise No(f"it was stopped after {stopped} of {config.steps} steps, which tests nothing")
@@ -228,7 +223,7 @@ def resumed(config: FrozenConfigDict, options: dict[str, str]) -> None:
         )
     steps = steps_of(check_whole(config))
     if "like" in options:
-        whole = steps_of(rows_of(folder_of(config, options["like"])))
+        whole = steps_of(rows_of(files.run_directory(config, options["like"])))
         for ours, theirs in zip(steps, whole, strict=True):
             if ours["loss"] != theirs["loss"]:
                 raise No(
@@ -243,7 +238,7 @@ def resumed(config: FrozenConfigDict, options: dict[str, str]) -> None:
 
 def check_whole(config: FrozenConfigDict) -> list[dict[str, Any]]:
     """The rows of a run that did each of its steps once, ended, and kept its state."""
-    folder = folder_of(config)
+    folder = files.run_directory(config)
     rows = rows_of(folder)
     steps = steps_of(rows)
     if [row["step"] for row in steps] != list(range(config.steps)):
@@ -291,7 +286,7 @@ def table(config: FrozenConfigDict, options: dict[str, str]) -> None:
 
 
 def table_row(config: FrozenConfigDict, run: str, options: dict[str, str]) -> list[Any]:
-    folder = folder_of(config, run)
+    folder = files.run_directory(config, run)
     rows = rows_of(folder)
     steps, bpb = steps_of(rows), bpb_of(rows)
     own = pyconfig.initialize([str(folder / "config.yml")])

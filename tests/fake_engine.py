@@ -4,7 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable
 
-from MaxNano.inference.engine import Event, Request, TokenLogprobs
+from MaxNano.inference.requests import Event, Request, TokenLogprobs
 from MaxNano.tokenization.tokenizer import BpeTokenizer
 
 SCORE = -0.5  # log-probability of every token

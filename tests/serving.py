@@ -10,7 +10,9 @@ from collections.abc import Iterator
 
 import openai
 
-from MaxNano import pyconfig, serve
+from MaxNano import pyconfig
+from MaxNano.serving.app import make_app
+from MaxNano.serving.http_server import bind, make_server
 
 
 def wait_until(condition, seconds=30):
@@ -29,13 +31,13 @@ class Server:
         self.config = config or pyconfig.initialize(
             ["configs/base.yml", "run_name=tiny", *overrides]
         )
-        app = serve.make_app(self.config, engine, key)
+        app = make_app(self.config, engine, key)
         self.service = app.state.service
         self.key = key
-        bound = serve.bind("127.0.0.1", 0)
+        bound = bind("127.0.0.1", 0)
         self.port = bound.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
-        self._server = serve.make_server(app, drain_seconds=5)
+        self._server = make_server(app, drain_seconds=5)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [bound]})
 
     def __enter__(self):

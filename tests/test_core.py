@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from test_nanochat_reference import hashed
 
 from MaxNano import convert, pyconfig
-from MaxNano.distributed import runtime
+from MaxNano.distributed import hardware
 from MaxNano.evals import core
 from MaxNano.inference import prefix_scoring
 from MaxNano.tokenization.tokenizer import load_tokenizer_from
@@ -60,7 +60,7 @@ def whole_rows(setup, params, bos_id):
     """The scorer that runs the model as it is over whole rows."""
     params = jax.device_get(params)
 
-    @partial(jax.jit, compiler_options=runtime.compiler_options(setup.config, "cpu"))
+    @partial(jax.jit, compiler_options=hardware.compiler_options(setup.config, "cpu"))
     def forward(tokens):
         bound = setup.model.bind(params)
         return bound.logits(bound(tokens))

@@ -18,8 +18,10 @@ import pytest
 from fake_engine import SCORE, FakeEngine, byte_tokenizer
 from serving import Server, wait_until
 
-from MaxNano import pyconfig, serve
-from MaxNano.serving import openai_api
+from MaxNano import pyconfig
+from MaxNano.serving import app, openai_api, responses
+from MaxNano.serving.access import read_api_key
+from MaxNano.serving.http_server import bind
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = byte_tokenizer()
@@ -288,7 +290,7 @@ def test_the_page_and_what_every_answer_carries(server):
     assert not re.search(r"<script(?![^>]*src=)|<style|style=|\son\w+=|https?:", page), (
         "the policy forbids it"
     )
-    scripts = b"".join((serve.STATIC / name).read_bytes() for name in ("app.js", "markdown.js"))
+    scripts = b"".join((app.STATIC / name).read_bytes() for name in ("app.js", "markdown.js"))
     assert not re.search(
         rb"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|DOMParser", scripts
     )
@@ -412,7 +414,7 @@ def test_abuse_gets_the_right_status_and_the_server_lives(server):
         assert error["type"] == "invalid_request_error" and 0 < len(error["message"]) < 300
     assert len(server.engine.requests) == before, "nothing of it reached the engine"
     assert server.chat("alive")[1]["choices"][0]["message"]["content"] == "alive"
-    wait_until(lambda: server.service.taken == server.service.uploads == 0)
+    wait_until(lambda: server.service.pending == server.service.uploads == 0)
 
 
 def test_openais_client_sees_its_own_errors(server):
@@ -491,7 +493,7 @@ def test_half_a_surrogate_pair_does_no_harm(server):
 
 
 def test_slow_clients_are_hung_up_on(monkeypatch):
-    monkeypatch.setattr(serve, "UPLOAD_SECONDS", 0.2)
+    monkeypatch.setattr(responses, "UPLOAD_SECONDS", 0.2)
     with Server(FakeEngine(echo)) as running:
         with running.connection(b"X-Slow: yes") as connection:  # a head without an end
             assert connection.recv(100) == b""
@@ -508,7 +510,9 @@ def test_a_body_beyond_all_measure_is_refused_before_its_end(server):
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
     with server.connection(b"Transfer-Encoding: chunked\r\n\r\n") as connection:
         with contextlib.suppress(ConnectionError):
-            for _ in range(3 * serve.MAX_REFUSED_BYTES >> 20):  # of which the last are never read
+            for _ in range(
+                3 * responses.MAX_REFUSED_BYTES >> 20
+            ):  # of which the last are never read
                 connection.sendall(b"100000\r\n" + b" " * (1 << 20) + b"\r\n")
     wait_until(lambda: server.service.uploads == 0)
     assert server.chat()[0] == 200
@@ -547,7 +551,7 @@ def test_with_a_key():
 def test_an_open_address_needs_a_key():
     def key_of(environment, *overrides):
         config = pyconfig.initialize(["configs/base.yml", *overrides])
-        return serve.api_key_of(config, environment)
+        return read_api_key(config, environment)
 
     assert (
         key_of({}) is None
@@ -564,10 +568,10 @@ def test_an_open_address_needs_a_key():
 
 
 def test_an_address_that_is_taken_is_told():
-    with serve.bind("127.0.0.1", 0) as bound:
+    with bind("127.0.0.1", 0) as bound:
         bound.listen()
-        with pytest.raises(ValueError, match="serve_port=.* cannot be had"):
-            serve.bind("127.0.0.1", bound.getsockname()[1])
+        with pytest.raises(ValueError, match="could not bind .* serve_port="):
+            bind("127.0.0.1", bound.getsockname()[1])
 
 
 def test_other_sites_only_where_the_config_says():
@@ -607,7 +611,7 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second():
             wait_until(lambda: engine.waiting == 1)
             waiting.close()
             wait_until(lambda: engine.waiting == 0, seconds=1)
-        wait_until(lambda: running.service.taken == 0, seconds=1)
+        wait_until(lambda: running.service.pending == 0, seconds=1)
         counted = running.request("GET", "/metrics")[2].decode()
         assert 'status="499"' in counted
 
@@ -630,7 +634,7 @@ def test_overload_is_told_to_come_back():
         with ThreadPoolExecutor(24) as pool:
             statuses = list(pool.map(ask, range(72)))
         assert set(statuses) == {200, 429}
-        wait_until(lambda: running.service.taken == 0)
+        wait_until(lambda: running.service.pending == 0)
         assert running.chat()[0] == 200
 
 
@@ -693,11 +697,13 @@ def test_what_people_write_is_not_logged(caplog, capfd):
 DRAINED = """
 import itertools, sys
 from fake_engine import FakeEngine
-from MaxNano import pyconfig, serve
+from MaxNano import pyconfig
+from MaxNano.serving.app import make_app
+from MaxNano.serving.http_server import bind, serve
 
 config = pyconfig.initialize(["configs/base.yml", "run_name=tiny"])
 engine = FakeEngine(lambda request, sample: itertools.cycle(b"ab"), slots=1, step_seconds=0.02)
-serve.serve(serve.make_app(config, engine), serve.bind("127.0.0.1", 0), drain_seconds=30)
+serve(make_app(config, engine), bind("127.0.0.1", 0), drain_seconds=30)
 print("left", engine.running, engine.waiting)
 """
 

@@ -29,6 +29,7 @@ import numpy as np
 import yaml
 from etils import epath
 
+from MaxNano import console
 from MaxNano.inference.prompts import Prompt, Scorer
 from MaxNano.tokenization.tokenizer import Tokenizer
 
@@ -134,9 +135,8 @@ def load_bundle(path: epath.PathLike) -> list[Task]:
     except FileNotFoundError as error:
         raise ValueError(f"core_bundle={path} has no {error}") from None
     except (KeyError, TypeError, IndexError, AttributeError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"core.yaml and eval_meta_data.csv of core_bundle={path} are damaged: {reason}"
+            f"core.yaml and eval_meta_data.csv of core_bundle={path} are damaged: {console.one_line(error)}"
         ) from None
     for task in tasks:
         if task.kind not in FIELDS:

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
-from MaxNano.distributed import runtime
+from MaxNano.distributed import hardware
 from MaxNano.inference import weights as inference_weights
 from MaxNano.inference.prompts import Prompt, Scorer
 from MaxNano.inference.weights import Weights
@@ -336,7 +336,7 @@ class PrefixScorer:
         self._shapes = CompiledShapes(limits.compilation * self._shards)
         self._field = receptive_field(layer_kinds(setup.config))
         self._rows = NamedSharding(setup.mesh, setup.batch_spec)
-        options = runtime.compiler_options(setup.config, setup.numerics.backend)
+        options = hardware.compiler_options(setup.config, setup.numerics.backend)
         if setup.numerics.backend == "cpu":  # half the compile time for programs that run as fast
             options = {"xla_backend_optimization_level": 1, **options}
         prepare = partial(inference_weights.prepare, setup.config, dtype=setup.numerics.dtype)

@@ -51,13 +51,3 @@ def shardings(config: FrozenConfigDict, mesh: Mesh, weights: Weights) -> Weights
         return sharding.named_sharding(mesh, leaf.shape, axes, rules, others)
 
     return jax.tree_util.tree_map_with_path(place, weights)
-
-
-def matrices(weights: Weights) -> list[Any]:
-    """The arrays of which a forward pass reads every number: all but vectors and tables of rows."""
-    tables = ("token_embed", "value_embeds", "rotary")
-    return [
-        leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(weights)
-        if leaf.ndim > 1 and path[0].key not in tables
-    ]

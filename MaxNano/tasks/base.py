@@ -160,9 +160,9 @@ def load_rows(
     """
     place = f"{repository.replace('/', '--')}/{subset}/{split}"
     if config.chat_data is None:
-        from MaxNano.data import download  # nothing else here needs the network
+        from MaxNano.data import hub  # nothing else here needs the network
 
-        folder = download.fetch_split(config, repository, subset, split)
+        folder = hub.fetch_split(config, repository, subset, split)
         return Rows(_read_table(_folder_files(epath.Path(folder)), columns, str(folder)))
     path = epath.Path(config.chat_data).expanduser()
     where = f"chat_data={config.chat_data}"

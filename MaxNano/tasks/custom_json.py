@@ -9,10 +9,10 @@ Source: nanochat/tasks/customjson.py@72b9064.
 import copy
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from etils import epath
-
+from MaxNano.storage import files
 from MaxNano.tasks.base import Conversation, Task
 from MaxNano.tokenization.tokenizer import turns
 
@@ -21,13 +21,8 @@ class CustomJson(Task):
     """The whole file is read and checked at once; ValueError names the line of what is wrong."""
 
     def __init__(self, config: Any, path: str):
-        file = epath.Path(path).expanduser()
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise ValueError(f"json:{path} cannot be read: {reason}") from None
-        read = _lines if file.suffix == ".jsonl" else _items
+        text = files.read_text(path, f"json:{path}")
+        read = _lines if Path(path).suffix == ".jsonl" else _items
         self._conversations = [_checked(content, where) for where, content in read(text, path)]
 
     def __len__(self) -> int:

@@ -12,8 +12,7 @@ import string
 from importlib import resources
 from typing import Any
 
-from etils import epath
-
+from MaxNano.storage import files
 from MaxNano.tasks.base import Conversation, Task, check_split, dialogue, same_final_number
 
 # The problem at an index is drawn with the index as seed, that of the test split with this more.
@@ -172,11 +171,7 @@ def load_words(path: str | None) -> list[str]:
     """The words of a file with one a line, or those that come with MaxNano; ValueError names a line."""
     if path is None:
         return resources.files(__package__).joinpath("words.txt").read_text("utf-8").split()
-    try:
-        text = epath.Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ValueError(f"chat_word_list={path} cannot be read: {reason}") from None
+    text = files.read_text(path, f"chat_word_list={path}")
     words = [line.strip() for line in text.splitlines()]
     for number, word in enumerate(words, start=1):
         if not word.isalpha():

@@ -27,6 +27,7 @@ import tiktoken
 from etils import epath
 from ml_collections import FrozenConfigDict
 
+from MaxNano import console
 from MaxNano.storage import files
 
 
@@ -740,8 +741,7 @@ def _parse(path: epath.Path, what: str, read: Callable[[], Tokenizer]) -> Any:
         return read()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        reason = " ".join(reason.split())[:200]
-        raise ValueError(f"{path} is not {what}: {reason}") from None
+        raise ValueError(f"{path} is not {what}: {console.one_line(reason, 200)}") from None
 
 
 _LOADERS: dict[str, Callable[[epath.Path, int], Tokenizer]] = {

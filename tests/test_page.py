@@ -121,7 +121,7 @@ def test_regenerate_and_edit(browser):
         assert server.engine.requests[1].prompt == server.engine.requests[2].prompt
         page.locator(".message.assistant .actions").nth(1).wait_for(state="attached")
         page.locator(".message.user").first.hover()
-        page.get_by_role("button", name="Edit and go on from here").first.click()
+        page.get_by_role("button", name="Edit and continue from here").first.click()
         page.locator(".edit textarea").fill("changed")
         page.locator(".edit").get_by_text("Send").click()
         page.locator(REPLY).get_by_text("changed").wait_for()
@@ -323,7 +323,7 @@ def test_a_full_context_leaves_out_turns(browser):
     ) as (page, server):
         for turn in range(4):
             say(page, f"{turn} " + "a" * 30, turn + 1)
-        assert "first 2 messages were not seen" in page.locator(".note").text_content()
+        assert "first 2 messages were dropped" in page.locator(".note").text_content()
         prompt = TOKENIZER.decode(server.engine.requests[-1].prompt)
         assert "1 aaa" in prompt and "0 aaa" not in prompt
         page.fill("#input", "x" * 500)
@@ -392,7 +392,7 @@ def test_the_whole_page_by_keyboard(browser):
             "New chat",
             "typed at once",
             "Settings",
-            "Edit and go on from here",
+            "Edit and continue from here",
             "Regenerate",
             "Message",
         } <= reached

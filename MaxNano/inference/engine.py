@@ -1,11 +1,12 @@
-"""Continuous batching: an engine that admits requests into free slots while other samples are running.
+"""Continuous batching: an engine that admits requests while other samples are running.
 
     engine = load_engine(config, slots=16)
     [[completion]] = engine.generate([Request(prompt=ids, max_tokens=64)])
 
-The samples of a request do not depend on the other requests in the batch: every program has a fixed shape, and a
-token's random number follows from seed, sample and position. The host assigns samples to slots; the device then runs
-decode steps in a loop until a sample ends or `stream_interval` steps are done (the host sync). Not thread-safe.
+The samples of a request do not depend on the other requests in the batch: every program has a fixed
+shape, and a token's random number follows from seed, sample and position. The host assigns samples
+to slots; the device then runs decode steps in a loop until a sample ends or `stream_interval` steps
+are done (the host sync). Not thread-safe.
 """
 
 import itertools
@@ -27,7 +28,7 @@ from MaxNano.tokenization.tokenizer import Tokenizer
 
 
 class Engine:
-    """Runs requests on a model. Attributes: programs, tokenizer, max_length, slots."""
+    """Runs requests on a model, `slots` samples at a time, of `max_length` tokens at most."""
 
     def __init__(
         self,
@@ -39,13 +40,14 @@ class Engine:
         max_length: int | None = None,
         streams: bool = False,
     ):
-        """params: the parameter tree of `setup`, as jax or numpy arrays. tokenizer: None for token ids only, without
-        texts, stop strings and tools.
+        """Prepare the parameters and an empty KV cache. Programs compile when first used.
 
-        slots: sequences in the batch, rounded up to a multiple of the data-parallel size; max_length: tokens of a
-        sequence, prompt included. Default: config.decode_slots and config.decode_max_length.
-        streams: sync with the host about every config.stream_milliseconds, for clients that read a reply as it grows.
-        Raises ValueError if several hosts share the engine then, since each has its own clock.
+        params: the parameter tree of `setup`, as jax or numpy arrays.
+        tokenizer: None for token ids only, without texts, stop strings and tools.
+        slots: rounded up to a multiple of the data-parallel size; default config.decode_slots.
+        max_length: tokens of a sequence, prompt included; default config.decode_max_length.
+        streams: sync with the host about every config.stream_milliseconds, for clients that read a
+        reply as it grows. ValueError with several hosts, since each has its own clock.
         """
         if streams and jax.process_count() > 1:
             raise ValueError("streaming needs a single host: leave num_processes null")
@@ -92,7 +94,7 @@ class Engine:
         self._runner.set_params(params)
 
     def submit(self, request: Request) -> int:
-        """Queue a request; returns its number, which its events carry. Raises ValueError if it cannot be served."""
+        """Queue a request and return its number for its events. Raises ValueError if invalid."""
         self._check(request)
         number = next(self._numbers)
         max_tokens = min(request.max_tokens, self.max_length - len(request.prompt))
@@ -108,7 +110,7 @@ class Engine:
         self._end(lambda queued: queued.number == number, "cancelled")
 
     def reset(self) -> None:
-        """Recover from a step that raised: end every request with finish="error" and clear all slots."""
+        """Recover from a step that raised: every request ends with finish="error"."""
         self._end(lambda queued: True, "error")
         self._runner.clear()
         self._table = SlotTable(self.programs)
@@ -126,7 +128,7 @@ class Engine:
         self._events += [Event(*sample, (), (), "", (), finish) for sample in ended]
 
     def step(self) -> list[Event]:
-        """Admit waiting requests into free slots, then run up to config.stream_interval decode steps."""
+        """Admit waiting requests into free slots, then run up to `stream_interval` decode steps."""
         while self._waiting and self._admit():
             pass
         if self.running:
@@ -163,7 +165,7 @@ class Engine:
                 self._runner.prefill(inputs, is_scored, with_top=False)
 
     def _admit(self) -> bool:
-        """Prefill the first waiting request and others that fit into the same call; False if no slot is free."""
+        """Prefill waiting requests in one call with the first; False if no slot is free."""
 
         def kind(request: Request) -> tuple[int, bool]:
             return self.programs.bucket(len(request.prompt) - 1), request.prompt_logprobs

@@ -1,4 +1,4 @@
-"""What the engine takes and returns: requests, events of running samples, completions."""
+"""Input and output of the engine: requests, events of running samples, completions."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -71,7 +71,7 @@ class Request:
 
 
 class TokenLogprobs(NamedTuple):
-    """A token's log-probability at temperature 1, and (id, log-probability) of the most likely tokens."""
+    """A token's log-probability at temperature 1, and (id, log-probability) of the top tokens."""
 
     logprob: float
     top: tuple[tuple[int, float], ...]

@@ -1,4 +1,4 @@
-"""The host's side of continuous batching: which sample runs in which slot, and prompts that are prefilled together."""
+"""The host's side of continuous batching: samples in slots, and batches of prompts to prefill."""
 
 import bisect
 import itertools
@@ -55,7 +55,7 @@ class ToolCalls:
 
 
 class NewTokens(NamedTuple):
-    """What a sample gained in a round."""
+    """New tokens and text of a sample after a round of decode steps."""
 
     tokens: list[int]
     forced: list[bool]  # per token: from a tool, not from the model
@@ -80,7 +80,7 @@ class RunningSample:
         self._text = TextStream(request.stop)
 
     def take(self, tokens: Sequence[int]) -> NewTokens:
-        """Add the tokens of a round, up to a stop token or the token that completes a stop string."""
+        """Add the tokens of a round, up to a stop token or the end of a stop string."""
         request, text, finish = self.request, "", None
         kept: list[int] = []
         forced: list[bool] = []
@@ -114,8 +114,8 @@ class RunningSample:
 class SlotTable:
     """The running samples and, as arrays for the device, each slot's state and sampling settings.
 
-    `control` has views of the columns of `packed` (slots, columns) int32; `seen` (slots, padded vocabulary) bool marks
-    the tokens that a repetition penalty applies to.
+    `control` has views of the columns of `packed` (slots, columns) int32; `seen` (slots, padded
+    vocabulary) bool marks the tokens that a repetition penalty applies to.
     """
 
     def __init__(self, programs: EnginePrograms):
@@ -211,7 +211,7 @@ class PrefillBatch:
         self._length = length
 
     def add(self, queued: QueuedRequest, slots: SlotTable, tokenizer: Tokenizer | None) -> bool:
-        """Admit samples while there are rows and free slots; True if all samples of the request have a slot."""
+        """Admit samples while rows and slots are free; True if the whole request is admitted."""
         while queued.waiting_samples:
             shards = [
                 shard

@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn on a bound socket, with time limits for slow clients and a graceful shutdown."""
+"""The HTTP server: uvicorn with time limits for slow clients and a graceful shutdown."""
 
 import asyncio
 import math

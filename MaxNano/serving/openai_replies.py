@@ -1,6 +1,6 @@
-"""Replies of the OpenAI API: events of the engine to the JSON objects that clients read, whole or streamed as chunks.
+"""Replies of the OpenAI API: from events of the engine to JSON objects, whole or in chunks.
 
-Tool calls of the assistant are returned as `parts` beside `content`, a list of
+Tool calls are returned in a field `parts` next to `content`, a list of
 {"type": "text" | "python" | "python_output", "text"}.
 """
 
@@ -62,7 +62,7 @@ class ReplyChoice:
         return ReplyDelta(self.index, self.parts, self.tokens, self.finish)
 
     def echo(self, prompt_logprobs: Sequence[TokenLogprobs | None]) -> ReplyDelta:
-        """Begin the reply with the prompt. prompt_logprobs: one per token if they were requested."""
+        """Begin the reply with the prompt. prompt_logprobs: one per token, if requested."""
         position = self.index // self.call.samples
         hidden = self.call.hidden[position]
         ids = self.call.requests[position].prompt[hidden:]

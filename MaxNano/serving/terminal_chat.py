@@ -1,4 +1,4 @@
-"""The chat in a terminal: a conversation with the engine, its commands, and how replies are shown."""
+"""The chat in a terminal: conversation with the engine, commands, display of replies."""
 
 import contextlib
 import json
@@ -107,7 +107,10 @@ class ChatSession:
         self.messages.append({"role": "assistant", "content": content})
 
     def command(self, line: str) -> str:
-        """Run /clear, /temperature, /topk, /save or /help; returns what to show. Raises CommandError."""
+        """Run /clear, /temperature, /topk, /save or /help.
+
+        Returns what to show. Raises CommandError.
+        """
         name, _, argument = line.partition(" ")
         argument = argument.strip()
         if name == "/clear":
@@ -154,7 +157,7 @@ def _number(text: str, kind: type, low: float, high: float, usage: str) -> Any:
 
 
 class TerminalOutput(NamedTuple):
-    """Where replies and notes are printed."""
+    """Prints replies and notes to two streams."""
 
     replies: TextIO
     notes: TextIO

@@ -48,10 +48,6 @@ class FakeEngine:
         return len({number for number, _, _ in self._queue})
 
     @property
-    def free_slots(self) -> int:
-        return self.slots - self.running
-
-    @property
     def is_idle(self) -> bool:
         return not (self._queue or self._running or self._events)
 
@@ -83,7 +79,7 @@ class FakeEngine:
             raise RuntimeError("a step that fails")
         time.sleep(self.step_seconds)
         events, self._events = self._events, []
-        while self._queue and self.free_slots:
+        while self._queue and self.running < self.slots:
             number, sample, request = self._queue.pop(0)
             self._running[number, sample] = (
                 request,

@@ -237,11 +237,7 @@ def test_requests_join_and_leave_a_running_batch(served):
     take(served.step())
     short = served.submit(replace(GREEDY, max_tokens=2))
     take(served.step())
-    assert (
-        found[short, 0].finish == "length"
-        and served.free_slots == 1
-        and served.running == SLOTS - 1
-    )
+    assert found[short, 0].finish == "length" and served.running == SLOTS - 1
     late = [
         served.submit(replace(GREEDY, prompt=prompt(5, seed), max_tokens=3)) for seed in range(3)
     ]
@@ -293,18 +289,18 @@ def test_several_hosts_do_not_stream(setup, params, monkeypatch):
 def test_cancelled_requests_leave_their_slots(served):
     numbers = [served.submit(replace(GREEDY, max_tokens=30, samples=2)) for _ in range(4)]
     served.step()
-    assert (served.free_slots, served.waiting) == (0, 2)
+    assert (served.running, served.waiting) == (SLOTS, 2)
     served.cancel(numbers[0])
     served.cancel(numbers[3])
     served.cancel(12345)
-    assert (served.free_slots, served.waiting) == (2, 1)
+    assert (served.running, served.waiting) == (SLOTS - 2, 1)
     events = served.step()
     ended = [(event.request, event.sample) for event in events if event.finish == "cancelled"]
     assert sorted(ended) == [(numbers[0], 0), (numbers[0], 1), (numbers[3], 0), (numbers[3], 1)]
     assert {event.request for event in events if event.tokens} == {numbers[1], numbers[2]}
     while not served.is_idle:
         served.step()
-    assert served.free_slots == SLOTS
+    assert served.running == 0
 
 
 def test_after_a_failure_all_end_with_an_error_and_the_engine_is_new(served, monkeypatch):
@@ -318,7 +314,7 @@ def test_after_a_failure_all_end_with_an_error_and_the_engine_is_new(served, mon
     served.reset()
     ended = [(event.request, event.sample, event.finish) for event in served.step()]
     assert sorted(ended) == [(number, sample, "error") for number in numbers for sample in range(3)]
-    assert one(served, GREEDY) == expected and served.free_slots == SLOTS
+    assert one(served, GREEDY) == expected and served.running == 0
 
 
 # ---- Settings of a request -------------------------------------------------------------------------------------------

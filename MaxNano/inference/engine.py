@@ -58,6 +58,7 @@ class Engine:
         )
         self.slots = self.programs.slots
         self.tokenizer = tokenizer
+        self._limits = config.vocab_size, self.max_length, tokenizer is not None
         self._runner = ModelRunner(self.programs)
         self._table = SlotTable(self.programs)
         self._waiting: deque[QueuedRequest] = deque()
@@ -78,11 +79,6 @@ class Engine:
         return len(self._table.running)
 
     @property
-    def free_slots(self) -> int:
-        """Number of free slots."""
-        return self.slots - self.running
-
-    @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do and no event to return."""
         return not (self._waiting or self.running or self._events)
@@ -95,15 +91,11 @@ class Engine:
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its number for its events. Raises ValueError if invalid."""
-        self._check(request)
+        request.check(*self._limits)
         number = next(self._numbers)
         max_tokens = min(request.max_tokens, self.max_length - len(request.prompt))
         self._waiting.append(QueuedRequest(number, request, max_tokens))
         return number
-
-    def _check(self, request: Request) -> None:
-        vocab_size = self.programs.setup.config.vocab_size
-        request.check(vocab_size, self.max_length, has_tokenizer=self.tokenizer is not None)
 
     def cancel(self, number: int) -> None:
         """End a request's samples and free their slots. Ignores unknown numbers."""
@@ -145,7 +137,7 @@ class Engine:
         """
         requests = list(requests)
         for request in requests:
-            self._check(request)
+            request.check(*self._limits)
         completions = {
             self.submit(request): [Completion() for _ in range(request.samples)]
             for request in requests

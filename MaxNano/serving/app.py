@@ -50,8 +50,8 @@ def make_app(config: FrozenConfigDict, engine: Engine, api_key: str | None = Non
 
     pages = _pages()
     generations = {
-        "/v1/completions": Generation(service, parse_completion),
-        "/v1/chat/completions": Generation(service, parse_chat),
+        "/v1/completions": GenerationEndpoint(service, parse_completion),
+        "/v1/chat/completions": GenerationEndpoint(service, parse_chat),
     }
     routes = [
         *(Route(path, page) for path, page in pages.items()),
@@ -171,7 +171,7 @@ def _pages() -> dict[str, Callable]:
 # ---- Generation ---------------------------------------------------------------------------------
 
 
-class Generation:
+class GenerationEndpoint:
     """The ASGI endpoint of /v1/completions or /v1/chat/completions.
 
     parse: (body, tokenizer, rules) -> call.

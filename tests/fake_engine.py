@@ -1,4 +1,4 @@
-"""The engine's interface without a model, for tests of those who use it: every reply is what the test says."""
+"""The engine's interface without a model: each test defines the replies."""
 
 import itertools
 import time
@@ -11,12 +11,12 @@ SCORE = -0.5  # log-probability of every token
 
 
 def byte_tokenizer() -> BpeTokenizer:
-    """A token a byte, then the nine special tokens."""
+    """One token per byte, and the nine special tokens."""
     return BpeTokenizer(r"\s+|\S+", {bytes([i]): i for i in range(256)})
 
 
 class FakeEngine:
-    """Says `reply(request, sample)`, then stops; some tokens of each running sample a step."""
+    """Generates `reply(request, sample)`, `step_tokens` tokens of each sample per step."""
 
     def __init__(
         self,

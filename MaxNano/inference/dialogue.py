@@ -5,6 +5,7 @@ the kinds that `Tokenizer.render_conversation` takes: "text", "python" (a tool c
 "python_output" (its result).
 """
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -114,12 +115,14 @@ class ReplyDecoder:
     def feed(self, ids: Iterable[int]) -> list[ReplyPart]:
         """Decode more tokens."""
         text = ""
-        for token in ids:
-            if token in self._kinds:
-                text += self._stream.end_character()
-                self._changes.append((self._stream.decoded, self._kinds[token]))
-            elif token not in self._special:
-                text += self._stream.push(self._tokenizer.decode_bytes([token]))
+        for is_special, group in itertools.groupby(ids, self._special.__contains__):
+            if not is_special:
+                text += self._stream.push(self._tokenizer.decode_bytes(list(group)))
+                continue
+            for token in group:
+                if token in self._kinds:
+                    text += self._stream.end_character()
+                    self._changes.append((self._stream.decoded, self._kinds[token]))
         return self._parts(text)
 
     def finish(self) -> list[ReplyPart]:

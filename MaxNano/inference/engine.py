@@ -117,7 +117,7 @@ class Engine:
             if is_ended(queued):
                 self._waiting.remove(queued)
                 ended += [(queued.number, index) for index in queued.waiting_samples]
-        self._events += [Event(*sample, (), (), "", (), finish) for sample in ended]
+        self._events += [Event(*sample, (), (), (), (), finish) for sample in ended]
 
     def step(self) -> list[Event]:
         """Admit waiting requests into free slots, then run up to `stream_interval` decode steps."""
@@ -181,7 +181,7 @@ class Engine:
         for queued in admitted:
             if queued.max_tokens == 0:
                 for index in queued.waiting_samples:
-                    ended = Event(queued.number, index, (), (), "", (), "length")
+                    ended = Event(queued.number, index, (), (), (), (), "length")
                     self._events.append(ended._replace(prompt_logprobs=queued.prompt_logprobs))
                 queued.admitted = queued.request.samples
             if not queued.waiting_samples:
@@ -224,7 +224,7 @@ class Engine:
             sample.index,
             tuple(new.tokens),
             tuple(new.forced),
-            new.text,
+            tuple(new.parts),
             logprobs,
             new.finish,
             prompt_logprobs,

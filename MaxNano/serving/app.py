@@ -273,11 +273,9 @@ class ReplySender:
             if event.finish == "error":
                 raise ApiError(500, "the engine failed; the request may be sent again")
             choice = self.choices[position * self.call.samples + event.sample]
-            if choice.finish:
-                continue  # ended by a stop string that the engine did not see
             for delta in self._deltas_of(choice, event):
                 yield delta
-            running -= choice.finish is not None
+            running -= event.finish is not None
 
     def _deltas_of(self, choice: ReplyChoice, event: Event) -> Iterator[ReplyDelta]:
         if not choice.has_begun:

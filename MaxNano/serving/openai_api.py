@@ -103,7 +103,6 @@ class ApiCall:
     stream: bool
     include_usage: bool
     echo: bool
-    stop: tuple[str, ...]
     model: str
 
     @property
@@ -313,7 +312,6 @@ def parse_chat(body: Mapping[str, Any], tokenizer: Tokenizer, rules: ApiRules) -
         hidden=(0,),
         max_tokens=max_tokens,
         echo=False,
-        stop=request.stop,
         model=rules.model,
         **streaming,
     )
@@ -397,7 +395,6 @@ def parse_completion(body: Mapping[str, Any], tokenizer: Tokenizer, rules: ApiRu
         hidden=hidden,
         max_tokens=max_tokens,
         echo=echo,
-        stop=sampling["stop"],
         model=rules.model,
         **streaming,
     )

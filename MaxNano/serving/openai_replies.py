@@ -45,7 +45,6 @@ class ReplyChoice:
         self.parts: list[ReplyPart] = []
         self.tokens: list[ScoredToken] = []
         self.finish: str | None = None
-        self._decoder = ReplyDecoder(tokenizer, call.stop)
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.special)
         self._offset = 0  # characters of the text before the next scored token
@@ -75,12 +74,9 @@ class ReplyChoice:
         """Add an event of the engine."""
         new = event.tokens[: self.call.max_tokens]  # max_tokens may be 0
         self.completion_tokens += len(new)
-        parts = self._decoder.feed(new)
-        if event.finish:
-            parts = merge_parts([*parts, *self._decoder.finish()])
+        parts = list(event.parts) if self.call.max_tokens else []
         tokens = self._score(new, event.logprobs[: len(new)]) if self.call.logprobs else []
-        finish = "stop" if self._decoder.is_stopped else event.finish
-        return self._add(ReplyDelta(self.index, parts, tokens, finish))
+        return self._add(ReplyDelta(self.index, parts, tokens, event.finish))
 
     def _add(self, delta: ReplyDelta) -> ReplyDelta:
         self.parts = merge_parts([*self.parts, *delta.parts])

@@ -92,17 +92,13 @@ class ChatSession:
                 tools=self.in_turns,
             )
         )
-        decoder = dialogue.ReplyDecoder(self.tokenizer)
         parts: list[ReplyPart] = []
         while not self.engine.is_idle:
             if is_interrupted():
                 self.engine.cancel(number)
             for event in self.engine.step():
-                new = decoder.feed(event.tokens)
-                if event.finish:
-                    new = dialogue.merge_parts([*new, *decoder.finish()])
-                parts += new
-                yield from new
+                parts += event.parts
+                yield from event.parts
         content = dialogue.content_of(dialogue.merge_parts(parts))
         self.messages.append({"role": "assistant", "content": content})
 

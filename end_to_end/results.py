@@ -51,14 +51,6 @@ class CheckFailed(Exception):
 # ---- Reading ------------------------------------------------------------------------------------
 
 
-<<<<<<< HEAD
-=======
-def files.run_directory(config: FrozenConfigDict, run_name: str | None = None) -> epath.Path:
-    """Returns the folder of `run_name`, by default of the config's run."""
-    return epath.Path(config.base_output_directory).expanduser() / (run_name or config.run_name)
-
-
->>>>>>> tests
 def rows_of(folder: epath.Path) -> list[dict[str, Any]]:
     """Returns the rows of metrics.jsonl."""
     path = folder / "metrics.jsonl"
@@ -163,19 +155,6 @@ def check_tokenizer(config: FrozenConfigDict, options: dict[str, str]) -> None:
     print(f"{config.tokenizer_path} is complete")
 
 
-<<<<<<< HEAD
-def state(config: FrozenConfigDict, options: dict[str, str]) -> None:
-    step = last_checkpoint(files.run_directory(config))
-    print("new" if step is None else "finished" if step >= steps_in_all(config) else step)
-
-
-def saved(config: FrozenConfigDict, options: dict[str, str]) -> None:
-    print((files.run_directory(config, options["run"]) / "config.yml").read_text(), end="")
-
-
-def summary(config: FrozenConfigDict, options: dict[str, str]) -> None:
-    rows = rows_of(files.run_directory(config))
-=======
 def print_state(config: FrozenConfigDict, options: dict[str, str]) -> None:
     step = last_checkpoint(files.run_directory(config))
     print("new" if step is None else "finished" if step >= total_steps(config) else step)
@@ -187,7 +166,6 @@ def print_saved(config: FrozenConfigDict, options: dict[str, str]) -> None:
 
 def print_summary(config: FrozenConfigDict, options: dict[str, str]) -> None:
     rows = rows_of(files.run_directory(config))
->>>>>>> tests
     steps, bpb = steps_of(rows), bpb_of(rows)
     last = steps[-1]
     mfu, seconds = median_of(steps, "mfu"), last["elapsed_seconds"]
@@ -269,13 +247,8 @@ def check_resumed(config: FrozenConfigDict, options: dict[str, str]) -> None:
 
 
 def check_whole(config: FrozenConfigDict) -> list[dict[str, Any]]:
-<<<<<<< HEAD
-    """The rows of a run that did each of its steps once, ended, and kept its state."""
-    folder = files.run_directory(config)
-=======
     """Returns the rows of a finished run: each step once, finite losses, a last checkpoint."""
     folder = files.run_directory(config)
->>>>>>> tests
     rows = rows_of(folder)
     steps = steps_of(rows)
     if [row["step"] for row in steps] != list(range(config.steps)):

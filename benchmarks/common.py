@@ -13,9 +13,9 @@ import jax
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano.compile import costs, topologies
 from MaxNano.compile import programs as compile_programs
 from MaxNano.compile import report as compile_report
+from MaxNano.compile import topologies
 from MaxNano.training.setup import set_up
 
 Row = dict[str, Any]

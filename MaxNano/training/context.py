@@ -74,9 +74,9 @@ class RunContext:
         return sharding.batch_sharding(self.setup.mesh, self.config.logical_axis_rules)
 
     @cached_property
-    def scorer(self) -> prefix_scoring.Scorer:
+    def scorer(self) -> prefix_scoring.PrefixScorer:
         """Scores continuations of shared prefixes; its programs are compiled once for all users."""
-        return prefix_scoring.Scorer(self.setup, self.tokenizer.bos_id)
+        return prefix_scoring.PrefixScorer(self.setup, self.tokenizer.bos_id)
 
     @cached_property
     def held_out(self) -> PackedRows:

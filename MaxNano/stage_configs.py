@@ -1,8 +1,8 @@
 """STAGE_CONFIGS: what each training stage asks of the config, known before JAX is imported.
 
-A stage is a way to train: its batches, its loss, its validation. training/stages.py has that half of
-it; this half says how long a row is, how many tokens a step has and which values contradict it. A
-new stage is a row here, a row in training/stages.py and a file configs/stages/NAME.yml.
+A stage is a way to train: its batches, its loss, its validation. Those are in training/stages.py.
+This half gives the row length, the batch size and the values that contradict the stage. A new stage
+is a row here, a row in training/stages.py and a file configs/stages/NAME.yml.
 """
 
 from collections.abc import Callable, Iterator, Mapping

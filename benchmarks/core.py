@@ -36,9 +36,10 @@ from MaxNano.evals import core, core_tasks
 from MaxNano.evals.core_tasks import CoreTask
 from MaxNano.inference import prefix_scoring
 from MaxNano.inference.prompts import Scorer
+from MaxNano.storage.files import run_directory
 from MaxNano.tokenization.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
-from MaxNano.training.setup import run_directory, set_up
+from MaxNano.training.setup import set_up
 
 
 class TaskTiming(NamedTuple):

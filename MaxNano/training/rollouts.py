@@ -51,7 +51,7 @@ class Rollout(NamedTuple):
 class ProblemPosition(NamedTuple):
     """A position in the endless sequence of a task's problems."""
 
-    place: int  # of the next problem
+    index: int  # of the next problem, over all passes
     left_out: int  # problems before it whose prompts were too long
 
 
@@ -69,21 +69,21 @@ def next_problems(
 
     Raises ValueError if no problem of a whole pass has such a prompt.
     """
-    place, left_out = position
+    index, left_out = position
     problems: list[Problem] = []
     while len(problems) < count:
-        conversation = task.conversation(place % len(task))
+        conversation = task.conversation(index % len(task))
         prompt = tokenizer.render_for_completion(conversation)
-        place += 1
+        index += 1
         if len(prompt) < length:
             problems.append(Problem(conversation, prompt))
             continue
         left_out += 1
-        if not problems and place - position.place >= len(task):
+        if not problems and index - position.index >= len(task):
             raise ValueError(
                 f"rl_task: all prompts have {length} tokens or more; raise rl_row_tokens"
             )
-    return problems, ProblemPosition(place, left_out)
+    return problems, ProblemPosition(index, left_out)
 
 
 def open_task(config: FrozenConfigDict) -> tasks.Task:
@@ -189,7 +189,7 @@ class Rollouts:
         self._ready = batch, position
         rollouts = [rollout for group in groups for rollout in group]
         self._facts = {
-            "epoch": 1 + (position.place - 1) // len(self._task),
+            "epoch": 1 + (position.index - 1) // len(self._task),
             "reward": float(np.mean([rollout.reward for rollout in rollouts])),
             "answer_tokens": float(np.mean([len(rollout.tokens) for rollout in rollouts])),
             "stopped": float(np.mean([rollout.stopped for rollout in rollouts])),
@@ -219,7 +219,8 @@ class Rollouts:
 
     def state(self) -> dict[str, Any]:
         """What resumes the stream after the last batch that was handed out; JSON-able."""
-        return {**self._position._asdict(), "readers": {}}
+        index, left_out = self._position
+        return {"place": index, "left_out": left_out, "readers": {}}
 
     def position(self) -> dict[str, float]:
         """Mean reward, length and duration of the last batch's rollouts, for the step line."""
@@ -236,7 +237,7 @@ class Rollouts:
                 prompt=tuple(problem.prompt),
                 max_tokens=config.max_new_tokens,
                 samples=config.rl_samples,
-                seed=(config.seed << 40) + self._position.place + number,
+                seed=(config.seed << 40) + self._position.index + number,
                 stop_ids=frozenset({self._tokenizer.special.assistant_end}),
                 logprobs=0 if config.rl_clip else None,
                 tools=True,

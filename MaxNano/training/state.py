@@ -38,7 +38,7 @@ def abstract_state(
     """
     axes = {_names(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(model.axes)}
 
-    def place(path, leaf):
+    def with_sharding(path, leaf):
         names = _names(path)
         spec = next((axes[names[i:]] for i in range(len(names)) if names[i:] in axes), None)
         if spec is None or len(spec) != leaf.ndim:
@@ -52,7 +52,7 @@ def abstract_state(
         params=model.shapes,
         opt_state=jax.eval_shape(optimizer.init, model.shapes),
     )
-    return jax.tree_util.tree_map_with_path(place, state)
+    return jax.tree_util.tree_map_with_path(with_sharding, state)
 
 
 def initialize(

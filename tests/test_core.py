@@ -142,8 +142,13 @@ def test_the_recorded_score_is_that_of_the_recorded_answers():
 
 
 def test_the_shared_prefix_changes_no_number(few_shapes):
-    """Layers in a loop, grouped heads, windows shorter than prompts, prompts of all lengths."""
-    setup = make_setup(
+    setup = shared_prefix_setup()
+    check_shared_prefixes(setup, from_formula(setup, {}))
+
+
+def shared_prefix_setup():
+    """Layers in a scan, grouped heads, and windows shorter than the prompts."""
+    return make_setup(
         "max_target_length=24",
         "vocab_size=50",
         "num_decoder_layers=6",
@@ -159,7 +164,10 @@ def test_the_shared_prefix_changes_no_number(few_shapes):
         "steps=1",
         "core_batch_tokens=600",
     )
-    params = from_formula(setup, {})
+
+
+def check_shared_prefixes(setup, params):
+    """Prompts of all lengths have the losses of the whole model over whole rows."""
     rng = np.random.default_rng(0)
     prompts = []
     for prefix, *lengths in (
@@ -176,12 +184,12 @@ def test_the_shared_prefix_changes_no_number(few_shapes):
         prompts.append(
             core.Prompt(rng.integers(0, 49, prefix, np.int32), tuple(rows), (1, 1), (0, 1))
         )
-    own = prefix_scoring.PrefixScorer(setup, 49).bind(params)
+    score = prefix_scoring.PrefixScorer(setup, 49).bind(params)
     expected = dict(whole_rows(setup, params, 49)(prompts, greedy=False))
-    found = dict(own(prompts, greedy=False))
-    assert found.keys() == expected.keys()
+    scores = dict(score(prompts, greedy=False))
+    assert scores.keys() == expected.keys()
     for index, rows in expected.items():
-        for row, other in zip(rows, found[index], strict=True):
+        for row, other in zip(rows, scores[index], strict=True):
             np.testing.assert_allclose(other, row, atol=1e-5)
 
 

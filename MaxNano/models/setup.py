@@ -32,7 +32,7 @@ class Architecture:
 
 
 def architecture(config: FrozenConfigDict, numerics: Numerics) -> Architecture:
-    """The model's structure, found without allocating anything."""
+    """The model's structure, without allocating any array."""
     model = nnx.eval_shape(lambda: Transformer(config, numerics, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
     # PartitionSpec is a leaf to jax.tree, which a tuple of names is not.
@@ -45,7 +45,7 @@ def architecture(config: FrozenConfigDict, numerics: Numerics) -> Architecture:
 
 
 def numerics_of(config: FrozenConfigDict, mesh: Mesh) -> Numerics:
-    """What the devices of a mesh decide."""
+    """The dtypes and kernels for the devices of a mesh."""
     device = mesh.devices.flat[0]
     backend = device.platform
     dtype = hardware.compute_dtype(config, backend)

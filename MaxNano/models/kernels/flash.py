@@ -230,7 +230,8 @@ def _backward_kernel(
     """One query head.
 
     Scratch: prepared keys (L, H) and (H, L); values with their embeds (L, H); gradients of prepared keys and of values
-    of all query heads so far, float32 (H, L). The gradients of a kv head stay in VMEM until its last query head is done.
+    of all query heads so far, float32 (H, L). The gradients of a kv head stay in VMEM until its last query
+    head is done.
     """
     *others, keys, keys_t, values, dk, dv = refs
     embeds, (dqkv_ref, *dembeds) = others[: len(others) // 2], others[len(others) // 2 :]

@@ -321,6 +321,16 @@ class Control(NamedTuple):
     stop: jax.Array  # (B, STOP_IDS), padded with -1
     forced: jax.Array  # (B, steps) tokens that replace sampled ones; -1: sample
 
+    @property
+    def is_sampled(self) -> jax.Array:
+        """Which slots sample; the others are greedy."""
+        return self.temperature > 0
+
+    @property
+    def is_penalized(self) -> jax.Array:
+        """Which slots have a repetition penalty."""
+        return self.penalty != 1
+
     @classmethod
     def of(cls, packed: np.ndarray | jax.Array) -> Self:
         """The columns of an array (B, CONTROL_COLUMNS + steps) int32; NumPy columns share its memory."""
@@ -361,39 +371,16 @@ def decode_round(
     The random number for position p of a sample depends only on seed, sample and p.
     """
     slots, steps = control.forced.shape
-    sampled = control.temperature > 0
-    filtered = (control.top_k > 0) | (control.top_p < 1)
-    penalized = control.penalty != 1
-    is_plain = ~jnp.any(sampled | penalized)  # greedy, without penalty
+    is_greedy = ~jnp.any(control.is_sampled | control.is_penalized)
     started = control.left > 0
 
     # All at once, before the loop: an active slot advances by one position per step.
     uniforms = jax.lax.cond(
-        jnp.any(sampled),
+        jnp.any(control.is_sampled),
         partial(_uniforms, steps),
         lambda control: jnp.zeros((steps, slots)),
         control,
     )
-
-    def draw(logits, uniform):
-        scores = sampling.scale(logits, control.temperature)
-        lowest = jax.lax.cond(
-            jnp.any(filtered),
-            lambda: sampling.lowest_kept(scores, control.top_k, control.top_p),
-            lambda: jnp.full((slots,), -jnp.inf),
-        )
-        lowest = jnp.maximum(lowest, jnp.log(control.min_p))[:, None]
-        return sampling.draw(jnp.where(scores >= lowest, scores, -jnp.inf), uniform)
-
-    def choose(logits, uniform, tokens):
-        adjusted = jax.lax.cond(
-            jnp.any(penalized),
-            lambda: sampling.penalize(
-                logits, seen | _among(tokens, logits.shape[1]), control.penalty
-            ),
-            lambda: logits,
-        )
-        return jnp.where(sampled, draw(adjusted, uniform), sampling.likeliest(adjusted))
 
     def continues(carry):
         i, left = carry[0], carry[4]
@@ -404,14 +391,14 @@ def decode_round(
         i, token, previous, position, left, cache, out = carry
         is_active = left > 0
         logits, cache = decode_step(plan, weights, cache, token, previous, position)
-        drawn = jax.lax.cond(
-            is_plain,
+        sampled = jax.lax.cond(
+            is_greedy,
             sampling.likeliest,
-            lambda logits: choose(logits, uniforms[i], out.tokens),
+            lambda logits: _sample(control, logits, uniforms[i], seen, out.tokens),
             logits,
         )
         forced = jax.lax.dynamic_index_in_dim(control.forced, i, axis=1, keepdims=False)
-        new = jnp.where(forced >= 0, forced, drawn)
+        new = jnp.where(forced >= 0, forced, sampled)
         logprobs = jax.lax.cond(
             jnp.any(control.logprobs > 0),
             lambda: sampling.log_probabilities(logits, new),
@@ -433,14 +420,6 @@ def decode_round(
             out,
         )
 
-    def zeros(dtype, *shape):
-        return jnp.zeros((steps, slots, *shape), dtype)
-
-    top = sampling.LARGEST_LOGPROBS
-    out = Round(
-        zeros(jnp.int32) - 1,
-        TokenScores(zeros(jnp.float32), zeros(jnp.float32, top), zeros(jnp.int32, top)),
-    )
     start = (
         jnp.int32(0),
         control.token,
@@ -448,13 +427,45 @@ def decode_round(
         control.position,
         control.left,
         cache,
-        out,
+        _empty_round(steps, slots),
     )
     if plan.is_full:
         *_, cache, out = jax.lax.fori_loop(0, steps, lambda _, carry: step(carry), start)
     else:
         *_, cache, out = jax.lax.while_loop(continues, step, start)
     return cache, out
+
+
+def _sample(control, logits, uniform, seen, tokens):
+    """The next token (B,) of each slot: sampled with random numbers uniform (B,), or greedy.
+
+    tokens (steps, B): the tokens of this round, which the repetition penalty counts as seen.
+    """
+    logits = jax.lax.cond(
+        jnp.any(control.is_penalized),
+        lambda: sampling.penalize(logits, seen | _among(tokens, logits.shape[1]), control.penalty),
+        lambda: logits,
+    )
+    scores = sampling.scale(logits, control.temperature)
+    lowest = jax.lax.cond(
+        jnp.any((control.top_k > 0) | (control.top_p < 1)),
+        lambda: sampling.lowest_kept(scores, control.top_k, control.top_p),
+        lambda: jnp.full(uniform.shape, -jnp.inf),
+    )
+    lowest = jnp.maximum(lowest, jnp.log(control.min_p))[:, None]
+    drawn = sampling.draw(jnp.where(scores >= lowest, scores, -jnp.inf), uniform)
+    return jnp.where(control.is_sampled, drawn, sampling.likeliest(logits))
+
+
+def _empty_round(steps, slots):
+    """A Round without tokens."""
+
+    def zeros(dtype, *shape):
+        return jnp.zeros((steps, slots, *shape), dtype)
+
+    top = sampling.LARGEST_LOGPROBS
+    scores = TokenScores(zeros(jnp.float32), zeros(jnp.float32, top), zeros(jnp.int32, top))
+    return Round(zeros(jnp.int32) - 1, scores)
 
 
 def _uniforms(steps, control):

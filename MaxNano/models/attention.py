@@ -1,8 +1,7 @@
 """Attention: one table of kernels, KERNELS, and the functions that call them.
 
-To add a kernel, write a function and give it a row in KERNELS. A row says on which backends the kernel
-runs, where `attention=auto` picks it, which layout of queries, keys and values it takes, and what it
-cannot do.
+To add a kernel, write a function and give it a row in KERNELS: the backends on which it runs, those on
+which `attention=auto` picks it, the layout of queries, keys and values that it takes, and its limits.
 
 Legend: B batch, L length, T tokens, N heads, K kv_heads, G query heads per kv head, H head_dim.
 """

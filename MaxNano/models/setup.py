@@ -1,4 +1,4 @@
-"""What a model is made of before any array exists: config, mesh, numerics, architecture, shardings.
+"""A model before any array exists: config, mesh, numerics, architecture, shardings.
 
 Training, inference and evaluation all start from a ModelSetup.
 """
@@ -97,7 +97,7 @@ class ModelSetup:
 
     @property
     def replicated(self) -> NamedSharding:
-        """Sharding of an array that every device holds whole: what the hosts read."""
+        """Sharding of an array that every device holds whole, so that each host can read it."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def manual_specs(self, tree: Any) -> Any:

@@ -371,11 +371,11 @@ def _less(x, row):
     Three terms in bfloat16 are as exact as float32.
     """
     rest = jnp.broadcast_to(-row, (_SUBLANES, row.shape[1]))
-    place = jax.lax.broadcasted_iota(jnp.int32, rest.shape, 0)
+    index = jax.lax.broadcasted_iota(jnp.int32, rest.shape, 0)
     terms = jnp.zeros_like(rest)
     for n in range(3):
         term = rest.astype(x.dtype).astype(jnp.float32)
-        terms = jnp.where(place == n, term, terms)
+        terms = jnp.where(index == n, term, terms)
         rest -= term
     zeros = jnp.zeros((x.shape[0] - _SUBLANES, x.shape[1]), x.dtype)
     return jnp.concatenate([x, terms.astype(x.dtype), zeros])

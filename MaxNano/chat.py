@@ -3,8 +3,8 @@
     python MaxNano/chat.py configs/base.yml model=d24 stage=sft
     python MaxNano/chat.py configs/base.yml model=d24 stage=sft prompt="Why is the sky blue?"
 
-A base model continues the text. Without a terminal, each line of standard input is a message, and only the replies
-are printed to standard output.
+A base model continues the text. Without a terminal, each line of standard input is a message, and
+only the replies are printed to standard output.
 """
 
 import sys

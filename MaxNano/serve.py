@@ -1,13 +1,13 @@
 """An OpenAI-compatible server for one model, with a chat page.
 
-    python MaxNano/serve.py configs/base.yml model=d24 stage=sft     # then open http://127.0.0.1:8000
+    python MaxNano/serve.py configs/base.yml model=d24 stage=sft    # http://127.0.0.1:8000
 
-Endpoints: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics (Prometheus), the page at /, and
-vLLM's /tokenize, /detokenize and /tokenizer_info, which lm-eval uses. Requests share the engine's batch (continuous
-batching); up to serve_queue more wait, further ones get status 429.
+Endpoints: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics (Prometheus), the
+page at /, and vLLM's /tokenize, /detokenize and /tokenizer_info, which lm-eval uses. Requests share
+the engine's batch (continuous batching); up to serve_queue more wait, further ones get status 429.
 
-Without an API key in the environment, only this machine has access. Prompts and replies are neither logged nor
-stored. After SIGTERM, running replies end before the server exits.
+Without an API key in the environment, only this machine has access. Prompts and replies are neither
+logged nor stored. After SIGTERM, running replies end before the server exits.
 """
 
 import importlib.util

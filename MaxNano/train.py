@@ -248,7 +248,7 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
         evaluated_step, core_step, chat_step = (
             extra.get(f"{what}_step") for what in ("evaluated", "core", "chat")
         )
-        scorer = prefix_scoring.Scorer(setup, tokenizer.bos_id)
+        scorer = prefix_scoring.PrefixScorer(setup, tokenizer.bos_id)
         skipped_in_a_row = 0
         try:
             for step in itertools.count(start):

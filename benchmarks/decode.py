@@ -1,13 +1,16 @@
-"""Speed of the engine: prefill throughput, time to first token, time per token, throughput by batch size.
+"""Speed of the engine.
+
+Prefill throughput, time to first token, time per token, throughput by batch size.
 
     python benchmarks/decode.py configs/base.yml model=d24
     python benchmarks/decode.py configs/base.yml model=d4 max_target_length=512 vocab_size=4096 num_cpu_devices=1
 
-Weights are those of the run if run_name has a checkpoint, else random; decoding is greedy. Utilization is of the chip's
-memory bandwidth and peak FLOP/s: a decode step reads the weight matrices and the KV cache, and FLOPs are the model's.
-For a model that is too large for the CPU of a machine without accelerators, it prints train_compile.py's estimate for
-compile_topology. With a nanochat checkout in NANOCHAT and a Python with its packages in NANOCHAT_PYTHON, nanochat's
-engine generates from the same weights and prompt in the same run, by turns. The last line is JSON.
+Weights are those of the run if run_name has a checkpoint, else random; decoding is greedy.
+Utilization is of the chip's memory bandwidth and peak FLOP/s: a decode step reads the weight
+matrices and the KV cache, and FLOPs are the model's. For a model that is too large for the CPU of a
+machine without accelerators, it prints train_compile.py's estimate for compile_topology. With a
+nanochat checkout in NANOCHAT and a Python with its packages in NANOCHAT_PYTHON, nanochat's engine
+generates from the same weights and prompt in the same run, by turns. The last line is JSON.
 """
 
 import sys
@@ -144,7 +147,10 @@ def prompt_of(config: FrozenConfigDict, length: int) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def start_nanochat(config: FrozenConfigDict, params) -> Iterator[Callable[..., Any] | None]:
-    """A function that runs nanochat and returns (seconds, tokens of the first row); None without NANOCHAT."""
+    """A function that runs nanochat and returns (seconds, tokens of the first row).
+
+    None without NANOCHAT.
+    """
     checkout = os.environ.get("NANOCHAT")
     if not checkout:
         yield None
@@ -178,10 +184,12 @@ def start_nanochat(config: FrozenConfigDict, params) -> Iterator[Callable[..., A
 
 
 def compare(setup: ModelSetup, params) -> list[common.Row]:
-    """Whole answers, prefill included, here and in nanochat by turns; an empty list without nanochat.
+    """Whole answers, prefill included, here and in nanochat by turns.
 
-    In float32 both must generate the same tokens. In 16 bits they round differently: the table counts the tokens
-    before the first difference.
+    An empty list without nanochat.
+
+    In float32 both must generate the same tokens. In 16 bits they round differently: the table
+    counts the tokens before the first difference.
     """
     config, rows = setup.config, []
     with start_nanochat(config, params) as nanochat:
@@ -228,10 +236,8 @@ def main(config: FrozenConfigDict) -> int | None:
     setup = set_up_model(config)
     parameters = sum(x.size for x in jax.tree.leaves(setup.params))
     if jax.default_backend() == "cpu" and parameters > LARGEST_CPU_MODEL:
-        print(
-            f"ESTIMATED for {config.compile_topology}, not measured: this machine has no accelerator",
-            flush=True,
-        )
+        chips = config.compile_topology
+        print(f"ESTIMATED for {chips}, not measured: no accelerator on this machine", flush=True)
         return train_compile.main(
             pyconfig.replace(config, "cli", compile_programs=("prefill", "decode"))
         )

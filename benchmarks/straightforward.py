@@ -125,7 +125,7 @@ class Recipe(NamedTuple):
 def hidden_states(recipe: Recipe, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
     """Token ids (B, L) -> normalized final hidden states (B, L, D)."""
     config, dtype = recipe.config, recipe.dtype
-    settings = attention.Settings.from_config(config, recipe.mesh.devices.flat[0].platform)
+    settings = attention.KernelSettings.from_config(config, recipe.mesh.devices.flat[0].platform)
     tables = layers.rotary_tables(tokens.shape[1], config.head_dim, config.rope_theta)
     cos, sin = (jnp.asarray(table, dtype)[None, :, None] for table in tables)
     normed = partial(norm, epsilon=config.norm_epsilon)

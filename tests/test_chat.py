@@ -1,4 +1,4 @@
-"""The terminal chat: what is said to the model, what is shown, and the commands."""
+"""The terminal chat: prompts, display and commands."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ SPECIAL = TOKENIZER.special
 
 
 def make(reply="yes", *overrides, **engine):
-    """A chat with a model that always says `reply`: text, or token ids."""
+    """A session with a model whose replies are all `reply`: text, or token ids."""
     ids = TOKENIZER.encode(reply) if isinstance(reply, str) else reply
     config = pyconfig.initialize(["configs/base.yml", "chat_turns=true", *overrides])
     return ChatSession(config, FakeEngine(lambda request, sample: ids, **engine))
@@ -43,7 +43,7 @@ def terminal(is_styled=False):
 
 
 def run(talk, *lines, is_styled=False):
-    """(answers, remarks) for typed lines."""
+    """(replies, notes) for typed lines."""
     shown = terminal(is_styled)
     for line in lines:
         assert handle_line(talk, shown, line)
@@ -214,7 +214,7 @@ def test_a_base_checkpoint_goes_on_with_the_text():
 
 @pytest.mark.parametrize(("given", "in_turns"), [("null", False), ("true", True), ("false", False)])
 def test_turns_follow_the_config(given, in_turns):
-    """stage is null, which is pretraining."""
+    """The default follows the stage, here pretraining."""
     config = pyconfig.initialize(["configs/base.yml", f"chat_turns={given}"])
     assert ChatSession(config, FakeEngine(lambda request, sample: [])).in_turns == in_turns
 
@@ -249,7 +249,7 @@ def command(*words):
 
 @pytest.fixture
 def environment():
-    """Of a machine in an 8-bit locale, as minimal images have it."""
+    """The environment of the command, with UTF-8 output."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return os.environ | {
         "PYTHONPATH": paths,
@@ -260,7 +260,7 @@ def environment():
 
 
 def test_one_shot_and_piped_lines(environment):
-    """Only answers are on standard output, and an encoding that lacks a character stops nothing."""
+    """Only replies are on standard output; unencodable characters are replaced."""
     ran = subprocess.run(command("prompt=né 😀"), env=environment, capture_output=True, check=True)
     assert ran.stdout.decode() == "né 😀\n"
     ran = subprocess.run(
@@ -274,7 +274,7 @@ def test_one_shot_and_piped_lines(environment):
 
 
 def test_at_a_terminal(environment):
-    """History by the arrow key, Ctrl-C at the prompt and Ctrl-D, in a terminal of its own."""
+    """History, Ctrl-C at the prompt and Ctrl-D, in a pseudoterminal."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         command(), env=environment, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True

@@ -1,4 +1,4 @@
-"""Conversations: what fits, and replies as text whatever way their tokens are cut."""
+"""Conversations: prompts that fit the context, and replies decoded from tokens."""
 
 import itertools
 
@@ -16,7 +16,7 @@ TEXTS = st.text(st.sampled_from("abé€😀 \n"), max_size=12)
 
 
 def decode(ids, stop=(), pieces=1):
-    """The reply's parts, fed by so many tokens at a time."""
+    """The parts of a reply, decoded `pieces` tokens at a time."""
     decoder = ReplyDecoder(TOKENIZER, stop)
     parts = []
     for start in range(0, len(ids), pieces):

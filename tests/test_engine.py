@@ -1,4 +1,4 @@
-"""The engine says what the model says: nanochat's continuations, and each request's own, whoever shares the batch."""
+"""The engine: nanochat's greedy continuations, and samples that do not depend on the batch."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from test_model import golden_overrides, named
 from MaxNano import pyconfig
 from MaxNano.distributed import runtime
 from MaxNano.inference.engine import Engine
-from MaxNano.inference.programs import EnginePrograms, lower_decode, lower_prefill
+from MaxNano.inference.programs import EnginePrograms, decode_costs, lower_decode, lower_prefill
 from MaxNano.inference.requests import Completion, Request
 from MaxNano.inference.text_stream import TextStream
 from MaxNano.interop import nanochat
@@ -36,7 +36,7 @@ LONGEST, SLOTS, INTERVAL = 320, 4, 5
 
 
 class Letters(Tokenizer):
-    """A token a letter, several tokens the same letter; the last nine ids are special."""
+    """One letter per token, several tokens per letter; the last nine ids are special."""
 
     def __init__(self, size=250):
         special = SpecialIds(*range(size - 9, size))
@@ -119,7 +119,7 @@ GREEDY = Request(prompt=prompt(20), max_tokens=12, temperature=0)
 
 @pytest.fixture(scope="module")
 def recorded():
-    """nanochat's greedy continuations, past the window of 128 and past the context of 256: tests/golden/README.md."""
+    """nanochat's greedy continuations, beyond window and context: tests/golden/README.md."""
     content = json.loads((ROOT / "tests/golden/engine_nanochat.json").read_text())
     return [(tuple(row["prompt"]), row["tokens"]) for row in content["continuations"]]
 
@@ -135,7 +135,7 @@ def test_greedy_tokens_are_nanochats(served, recorded):
 
 
 def test_greedy_tokens_are_nanochats_with_many_slots(setup, params, recorded):
-    """With more rows than runtime.FEW_ROWS a CPU's products are others."""
+    """Above runtime.FEW_ROWS rows, other matrix products run on a CPU."""
     served = Engine(setup, params, Letters(), slots=2 * runtime.FEW_ROWS, max_length=LONGEST)
     requests = [
         Request(prompt=given, max_tokens=len(tokens), temperature=0) for given, tokens in recorded
@@ -197,7 +197,7 @@ REQUESTS = st.builds(
 @settings(max_examples=12)
 @given(st.lists(REQUESTS, min_size=2, max_size=6))
 def test_a_request_gets_the_same_alone_and_in_any_batch(served, requests):
-    """To the bit: the log-probabilities too."""
+    """Bit-identical, log-probabilities included."""
     together = served.generate(requests)
     for request, completions in zip(requests, together, strict=True):
         assert served.generate([request]) == [completions]
@@ -238,11 +238,7 @@ def test_requests_join_and_leave_a_running_batch(served):
     take(served.step())
     short = served.submit(replace(GREEDY, max_tokens=2))
     take(served.step())
-    assert (
-        found[short, 0].finish == "length"
-        and served.free_slots == 1
-        and served.running == SLOTS - 1
-    )
+    assert found[short, 0].finish == "length" and served.running == SLOTS - 1
     late = [
         served.submit(replace(GREEDY, prompt=prompt(5, seed), max_tokens=3)) for seed in range(3)
     ]
@@ -255,7 +251,7 @@ def test_requests_join_and_leave_a_running_batch(served):
 
 
 def test_a_slot_is_refilled_at_once_when_somebody_waits(served):
-    """The round on the device ends with the first sample that does."""
+    """If requests wait, a round on the device ends with the first sample that ends."""
     for _ in range(SLOTS - 1):
         served.submit(replace(GREEDY, max_tokens=40))
     served.submit(replace(GREEDY, max_tokens=2))
@@ -271,7 +267,7 @@ def test_a_slot_is_refilled_at_once_when_somebody_waits(served):
     ("milliseconds", "gains"), [(0, [1] * 12), (1e6, [1, INTERVAL, INTERVAL, 1])]
 )
 def test_streamed_answers_come_by_the_clock(words, params, served, milliseconds, gains):
-    """A token at a time to begin with; then as many as the newest round says there is time for."""
+    """The first round has one step, later ones as many as fit the interval."""
     config = pyconfig.initialize([*words, f"stream_milliseconds={milliseconds}"])
     setup = set_up_model(config, jax.devices()[:1])
     streaming = Engine(setup, params, Letters(), slots=SLOTS, max_length=LONGEST, streams=True)
@@ -294,18 +290,18 @@ def test_several_hosts_do_not_stream(setup, params, monkeypatch):
 def test_cancelled_requests_leave_their_slots(served):
     numbers = [served.submit(replace(GREEDY, max_tokens=30, samples=2)) for _ in range(4)]
     served.step()
-    assert (served.free_slots, served.waiting) == (0, 2)
+    assert (served.running, served.waiting) == (SLOTS, 2)
     served.cancel(numbers[0])
     served.cancel(numbers[3])
     served.cancel(12345)
-    assert (served.free_slots, served.waiting) == (2, 1)
+    assert (served.running, served.waiting) == (SLOTS - 2, 1)
     events = served.step()
     ended = [(event.request, event.sample) for event in events if event.finish == "cancelled"]
     assert sorted(ended) == [(numbers[0], 0), (numbers[0], 1), (numbers[3], 0), (numbers[3], 1)]
     assert {event.request for event in events if event.tokens} == {numbers[1], numbers[2]}
     while not served.is_idle:
         served.step()
-    assert served.free_slots == SLOTS
+    assert served.running == 0
 
 
 def test_after_a_failure_all_end_with_an_error_and_the_engine_is_new(served, monkeypatch):
@@ -319,7 +315,7 @@ def test_after_a_failure_all_end_with_an_error_and_the_engine_is_new(served, mon
     served.reset()
     ended = [(event.request, event.sample, event.finish) for event in served.step()]
     assert sorted(ended) == [(number, sample, "error") for number in numbers for sample in range(3)]
-    assert one(served, GREEDY) == expected and served.free_slots == SLOTS
+    assert one(served, GREEDY) == expected and served.running == 0
 
 
 # ---- Settings of a request -------------------------------------------------------------------------------------------
@@ -380,7 +376,7 @@ def test_top_k_of_one_is_greedy(served):
 
 
 def test_draws_follow_the_models_probabilities(served, logits):
-    """First tokens of 400 samples at temperature 1 against the full forward, by a chi-square of 8 classes."""
+    """First tokens of 400 samples against the full forward: chi-square test with 8 classes."""
     [samples] = served.generate([replace(GREEDY, temperature=1.0, max_tokens=1, samples=400)])
     probability = np.asarray(jax.nn.softmax(logits(GREEDY.prompt)[-1]))
     groups = np.argsort(-probability) % 8
@@ -420,7 +416,7 @@ def test_what_cannot_be_served_is_refused(served, changes, problem):
 
 
 def test_a_call_of_the_calculator_is_answered(served, monkeypatch, logits):
-    """Tokens of a greedy answer play the special ones, so that this model calls the tool."""
+    """Two tokens of a greedy completion are declared special, so that it calls the tool."""
     tokens = one(served, GREEDY).tokens
     start = 1
     end = next(i for i in range(start + 2, 12) if tokens[i] not in tokens[:i])
@@ -485,6 +481,21 @@ def test_serves_other_parameters(served, params):
     assert one(served, GREEDY) == expected
 
 
+def test_decode_costs_follow_the_declared_parameters(setup):
+    programs = EnginePrograms.build(setup, slots=SLOTS, max_length=LONGEST)
+    params = setup.params
+    matrices = jax.tree.leaves([params["layers"], params["lm_head"], params["value_gate"]])
+    count = sum(leaf.size for leaf in matrices)
+    config, weight_bytes = setup.config, 4 * count
+    read_bytes, flops = decode_costs(programs, 0)
+    assert read_bytes == weight_bytes
+    assert flops == 2 * (count + params["smear_gate"].size) * SLOTS
+    longer_bytes, longer_flops = decode_costs(programs, 10)
+    positions = 10 * config.num_decoder_layers * config.head_dim * SLOTS
+    assert longer_bytes - read_bytes == 4 * 2 * positions * config.num_kv_heads
+    assert longer_flops - flops == 4 * positions * config.num_query_heads
+
+
 @pytest.mark.parametrize("slots", [1, SLOTS])
 def test_the_cache_is_never_copied(config, slots):
     config = pyconfig.replace(config, "test", num_decoder_layers=2)
@@ -520,7 +531,7 @@ print(json.dumps([[sample.tokens, [x.logprob for x in sample.logprobs]] for row 
 
 @pytest.mark.slow
 def test_slots_and_heads_over_several_devices(served):
-    """Two devices with slots of their own, each of two that share the heads."""
+    """Two data-parallel shards of two tensor-parallel devices."""
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",

@@ -53,7 +53,7 @@ def test_cudnn_attention_equals_the_reference():
         from MaxNano.models import attention
 
         config = pyconfig.initialize([str(pyconfig.BASE)])
-        settings = attention.Settings.from_config(config)
+        settings = attention.KernelSettings.from_config(config)
 
         def loss(kernel, window, weights, *qkv):
             out = attention.attention(

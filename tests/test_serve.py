@@ -1,4 +1,4 @@
-"""The server: what OpenAI's client gets, who is refused and how, and that nobody's leaving or overload hurts others."""
+"""The server: replies to OpenAI's client, errors, access control, overload and shutdown."""
 
 import contextlib
 import itertools
@@ -30,18 +30,18 @@ KEY = "a-key-of-sixteen-or-more"
 
 
 def chatter(request, sample):
-    """A reply without end."""
+    """An endless reply."""
     return itertools.cycle(b"blah ")
 
 
 def echo(request, sample):
-    """What the user said, as the model sees it."""
+    """The prompt without its first and last two tokens: the user's message."""
     return request.prompt[2:-2]
 
 
 @pytest.fixture(scope="module")
 def server():
-    """Whose model says what the user said."""
+    """A server whose model repeats the user's message."""
     with Server(FakeEngine(echo, slots=4)) as running:
         yield running
 
@@ -143,7 +143,7 @@ def test_completion_of_ids_is_that_of_their_text(server):
 
 
 def test_echo_scores_the_prompt_as_lm_eval_expects(server):
-    """As lm-eval asks: the scores of the prompt's own tokens, then one drawn token, which it leaves away."""
+    """lm-eval reads the scores of the prompt's tokens and drops the one that is sampled."""
     ids = TOKENIZER.encode("héy")
     request = {
         "prompt": [ids],
@@ -519,7 +519,7 @@ def test_a_body_beyond_all_measure_is_refused_before_its_end(server):
 
 
 def test_only_this_machine_is_answered_without_a_key(server):
-    """Another site's page reaches a local server under its own name (DNS rebinding)."""
+    """DNS rebinding: another site's page reaches a local server under its own host name."""
     for host in ("evil.example", "127.0.0.1.evil.example", "", "192.168.0.1:8000"):
         assert server.request("GET", "/v1/models", headers={"Host": host})[0] == 403
     for host in ("localhost:1234", "127.0.0.1", "[::1]:8000"):
@@ -617,7 +617,7 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second():
 
 
 def test_overload_is_told_to_come_back():
-    """Four times what fits: all that is not refused is answered rightly."""
+    """Four times the capacity: requests that are not refused get the right reply."""
     with Server(FakeEngine(echo, slots=2, step_seconds=0.005), "serve_queue=4") as running:
 
         def ask(i):
@@ -709,7 +709,7 @@ print("left", engine.running, engine.waiting)
 
 
 def test_sigterm_lets_replies_end():
-    """One that runs and one that waits for its slot; nobody new is let in, and the status is 0."""
+    """A running and a waiting reply end, new connections are refused, the exit status is 0."""
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "PYTHONUNBUFFERED": "1",

@@ -1,4 +1,4 @@
-"""The server with the real engine and a small random model: the same tokens, whoever else is served; long loads."""
+"""The server with the real engine and a small random model: replies, load, lm-eval."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def test_replies_are_the_engines():
 
 @pytest.mark.long
 def test_64_streams_are_each_as_alone():
-    """64 streams of 50 tokens over 16 slots: all complete, in order and equal to their solo greedy output."""
+    """64 streams of 50 tokens over 16 slots: each equals the greedy completion alone."""
     config, engine = make(16)
     prompts = [f"{'word ' * (i % 9)}number {i}" for i in range(64)]
     alone = [
@@ -202,7 +202,7 @@ metric_list: [{{metric: acc}}]
 
 @pytest.mark.long
 def test_lm_eval_reads_the_engines_scores(tmp_path):
-    """lm-eval's local-completions, with the server's own tokenizer: every score is that of the model itself."""
+    """lm-eval's local-completions with the server's tokenizer reports the engine's scores."""
     program = shutil.which("lm_eval")
     if not program:
         pytest.skip("lm_eval is not installed (pip install lm_eval[api])")

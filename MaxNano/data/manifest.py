@@ -65,7 +65,7 @@ class Manifest:
         path, facts = self._folder / name, self.files[name]
         return facts["done"] and path.is_file() and path.stat().st_size == facts["size"]
 
-    def plan(self, files: Mapping[str, RepoFile], selection: str) -> list[str]:
+    def plan(self, files: Mapping[str, "RepoFile"], selection: str) -> list[str]:
         """List the files to come, beside those of earlier selections; returns the missing ones.
 
         Raises ValueError if a downloaded file has changed on the hub.

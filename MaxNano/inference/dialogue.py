@@ -1,9 +1,11 @@
 """Conversations: prompts that fit into the context, and replies as text while they are generated.
 
-The terminal chat and the server share this module. A reply is a sequence of parts (kind, text), of the kinds that
-`Tokenizer.render_conversation` takes: "text", "python" (a tool call) and "python_output" (its result).
+The terminal chat and the server share this module. A reply is a sequence of parts (kind, text), of
+the kinds that `Tokenizer.render_conversation` takes: "text", "python" (a tool call) and
+"python_output" (its result).
 """
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -35,7 +37,7 @@ def merge_parts(parts: Iterable[ReplyPart]) -> list[ReplyPart]:
 
 
 def content_of(parts: Sequence[ReplyPart]) -> str | list[dict[str, str]]:
-    """The content of a message with this reply: a string, or a list of parts if it has tool calls."""
+    """The content of a message with this reply: a string, or a list of parts for tool calls."""
     if all(part.kind == "text" for part in parts):
         return "".join(part.text for part in parts)
     return [{"type": kind, "text": text} for kind, text in parts]
@@ -63,10 +65,10 @@ def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
 def trim(
     tokenizer: Tokenizer, messages: Sequence[Message], limit: int
 ) -> tuple[list[Message], list[int]]:
-    """(messages, prompt_ids) without the oldest turns, so that the prompt has at most `limit` tokens.
+    """Drop the oldest turns until the prompt has at most `limit` tokens: (messages, prompt).
 
-    A turn is a user message with its reply; a system message is kept. Raises ValueError if the last message alone is
-    too long.
+    A turn is a user message with its reply; a system message is kept. Raises ValueError if the last
+    message alone is too long.
     """
     system = list(messages[:1]) if messages and messages[0]["role"] == "system" else []
     turns = list(messages[len(system) :])
@@ -85,7 +87,7 @@ def trim(
 
 
 class ReplyDecoder:
-    """Tokens of a reply to parts of text: whole characters, tool calls apart, stop strings held back as in TextStream.
+    """Decodes the tokens of a reply to parts; characters and stop strings as in TextStream.
 
     Special tokens have no text. After a stop string `is_stopped` is true and no more parts follow.
     """
@@ -113,12 +115,14 @@ class ReplyDecoder:
     def feed(self, ids: Iterable[int]) -> list[ReplyPart]:
         """Decode more tokens."""
         text = ""
-        for token in ids:
-            if token in self._kinds:
-                text += self._stream.end_character()
-                self._changes.append((self._stream.decoded, self._kinds[token]))
-            elif token not in self._special:
-                text += self._stream.push(self._tokenizer.decode_bytes([token]))
+        for is_special, group in itertools.groupby(ids, self._special.__contains__):
+            if not is_special:
+                text += self._stream.push(self._tokenizer.decode_bytes(list(group)))
+                continue
+            for token in group:
+                if token in self._kinds:
+                    text += self._stream.end_character()
+                    self._changes.append((self._stream.decoded, self._kinds[token]))
         return self._parts(text)
 
     def finish(self) -> list[ReplyPart]:

@@ -1,11 +1,12 @@
-"""Continuous batching: an engine that admits requests into free slots while other samples are running.
+"""Continuous batching: an engine that admits requests while other samples are running.
 
     engine = load_engine(config, slots=16)
     [[completion]] = engine.generate([Request(prompt=ids, max_tokens=64)])
 
-The samples of a request do not depend on the other requests in the batch: every program has a fixed shape, and a
-token's random number follows from seed, sample and position. The host assigns samples to slots; the device then runs
-decode steps in a loop until a sample ends or `stream_interval` steps are done (the host sync). Not thread-safe.
+The samples of a request do not depend on the other requests in the batch: every program has a fixed
+shape, and a token's random number follows from seed, sample and position. The host assigns samples
+to slots; the device then runs decode steps in a loop until a sample ends or `stream_interval` steps
+are done (the host sync). Not thread-safe.
 """
 
 import itertools
@@ -27,7 +28,7 @@ from MaxNano.tokenization.tokenizer import Tokenizer
 
 
 class Engine:
-    """Runs requests on a model. Attributes: programs, tokenizer, max_length, slots."""
+    """Runs requests on a model, `slots` samples at a time, of `max_length` tokens at most."""
 
     def __init__(
         self,
@@ -39,13 +40,14 @@ class Engine:
         max_length: int | None = None,
         streams: bool = False,
     ):
-        """params: the parameter tree of `setup`, as jax or numpy arrays. tokenizer: None for token ids only, without
-        texts, stop strings and tools.
+        """Prepare the parameters and an empty KV cache. Programs compile when first used.
 
-        slots: sequences in the batch, rounded up to a multiple of the data-parallel size; max_length: tokens of a
-        sequence, prompt included. Default: config.decode_slots and config.decode_max_length.
-        streams: sync with the host about every config.stream_milliseconds, for clients that read a reply as it grows.
-        Raises ValueError if several hosts share the engine then, since each has its own clock.
+        params: the parameter tree of `setup`, as jax or numpy arrays.
+        tokenizer: None for token ids only, without texts, stop strings and tools.
+        slots: rounded up to a multiple of the data-parallel size; default config.decode_slots.
+        max_length: tokens of a sequence, prompt included; default config.decode_max_length.
+        streams: sync with the host about every config.stream_milliseconds, for clients that read a
+        reply as it grows. ValueError with several hosts, since each has its own clock.
         """
         if streams and jax.process_count() > 1:
             raise ValueError("streaming needs a single host: leave num_processes null")
@@ -56,6 +58,7 @@ class Engine:
         )
         self.slots = self.programs.slots
         self.tokenizer = tokenizer
+        self._limits = config.vocab_size, self.max_length, tokenizer is not None
         self._runner = ModelRunner(self.programs)
         self._table = SlotTable(self.programs)
         self._waiting: deque[QueuedRequest] = deque()
@@ -76,11 +79,6 @@ class Engine:
         return len(self._table.running)
 
     @property
-    def free_slots(self) -> int:
-        """Number of free slots."""
-        return self.slots - self.running
-
-    @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do and no event to return."""
         return not (self._waiting or self.running or self._events)
@@ -92,23 +90,19 @@ class Engine:
         self._runner.set_params(params)
 
     def submit(self, request: Request) -> int:
-        """Queue a request; returns its number, which its events carry. Raises ValueError if it cannot be served."""
-        self._check(request)
+        """Queue a request and return its number for its events. Raises ValueError if invalid."""
+        request.check(*self._limits)
         number = next(self._numbers)
         max_tokens = min(request.max_tokens, self.max_length - len(request.prompt))
         self._waiting.append(QueuedRequest(number, request, max_tokens))
         return number
-
-    def _check(self, request: Request) -> None:
-        vocab_size = self.programs.setup.config.vocab_size
-        request.check(vocab_size, self.max_length, has_tokenizer=self.tokenizer is not None)
 
     def cancel(self, number: int) -> None:
         """End a request's samples and free their slots. Ignores unknown numbers."""
         self._end(lambda queued: queued.number == number, "cancelled")
 
     def reset(self) -> None:
-        """Recover from a step that raised: end every request with finish="error" and clear all slots."""
+        """Recover from a step that raised: every request ends with finish="error"."""
         self._end(lambda queued: True, "error")
         self._runner.clear()
         self._table = SlotTable(self.programs)
@@ -123,10 +117,10 @@ class Engine:
             if is_ended(queued):
                 self._waiting.remove(queued)
                 ended += [(queued.number, index) for index in queued.waiting_samples]
-        self._events += [Event(*sample, (), (), "", (), finish) for sample in ended]
+        self._events += [Event(*sample, (), (), (), (), finish) for sample in ended]
 
     def step(self) -> list[Event]:
-        """Admit waiting requests into free slots, then run up to config.stream_interval decode steps."""
+        """Admit waiting requests into free slots, then run up to `stream_interval` decode steps."""
         while self._waiting and self._admit():
             pass
         if self.running:
@@ -143,7 +137,7 @@ class Engine:
         """
         requests = list(requests)
         for request in requests:
-            self._check(request)
+            request.check(*self._limits)
         completions = {
             self.submit(request): [Completion() for _ in range(request.samples)]
             for request in requests
@@ -163,7 +157,7 @@ class Engine:
                 self._runner.prefill(inputs, is_scored, with_top=False)
 
     def _admit(self) -> bool:
-        """Prefill the first waiting request and others that fit into the same call; False if no slot is free."""
+        """Prefill waiting requests in one call with the first; False if no slot is free."""
 
         def kind(request: Request) -> tuple[int, bool]:
             return self.programs.bucket(len(request.prompt) - 1), request.prompt_logprobs
@@ -187,7 +181,7 @@ class Engine:
         for queued in admitted:
             if queued.max_tokens == 0:
                 for index in queued.waiting_samples:
-                    ended = Event(queued.number, index, (), (), "", (), "length")
+                    ended = Event(queued.number, index, (), (), (), (), "length")
                     self._events.append(ended._replace(prompt_logprobs=queued.prompt_logprobs))
                 queued.admitted = queued.request.samples
             if not queued.waiting_samples:
@@ -230,7 +224,7 @@ class Engine:
             sample.index,
             tuple(new.tokens),
             tuple(new.forced),
-            new.text,
+            tuple(new.parts),
             logprobs,
             new.finish,
             prompt_logprobs,

@@ -1,8 +1,9 @@
-"""The engine's compiled programs, prefill and decode, and the weights and KV cache that they run on.
+"""The engine's compiled programs, prefill and decode, and the weights and KV cache they run on.
 
-Every array has one fixed shape, whatever requests are running, so each program is compiled once: decode for all slots,
-prefill for each prompt length in `EnginePrograms.buckets`. Slots are split over the data-parallel mesh axes: each of
-`setup.data_parallel_size` shards computes `slots / data_parallel_size` slots on its own.
+Every array has one fixed shape, whatever requests are running, so each program is compiled once:
+decode for all slots, prefill for each prompt length in `EnginePrograms.buckets`. Slots are split
+over the data-parallel mesh axes: each of `setup.data_parallel_size` shards
+computes `slots_per_shard` slots on its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from MaxNano import scaling
 from MaxNano.distributed import hardware, runtime
 from MaxNano.inference import decode
+from MaxNano.inference.kv_cache import KVCache
 from MaxNano.models.setup import ModelSetup
 
 # XLA's fastest CPU matrix products at these sizes: benchmarks/README.md.
@@ -85,13 +87,13 @@ class EnginePrograms:
         )
 
     @cached_property
-    def cache(self) -> decode.Cache:
+    def cache(self) -> KVCache:
         """The KV cache as abstract arrays."""
         return decode.cache_shapes(self.plan, self.setup.mesh, self.slots)
 
     @cached_property
-    def cache_formats(self) -> decode.Cache:
-        """Layout of the cache in memory; on a TPU, a position's heads are adjacent, for the decode loop."""
+    def cache_formats(self) -> KVCache:
+        """Memory layout of the cache; on a TPU, the heads of a position are adjacent."""
         if self.setup.numerics.backend != "tpu":
             return jax.tree.map(lambda x: x.sharding, self.cache)
         return jax.tree.map(lambda x: Format(Layout((0, 2, 1, 3)), x.sharding), self.cache)
@@ -128,14 +130,15 @@ class EnginePrograms:
     def prefill(self) -> Callable:
         """(weights, cache, tokens, lengths, copies, with_top) -> (cache, ()): prompts into slots.
 
-        tokens (prefill_size, L + 1) and lengths (prefill_size,) int32. copies (shards, slots_per_shard + 1, 2) int32:
-        pairs of a prompt and a slot of the same shard; the last pair is their number, twice. Donates the cache.
+        tokens (prefill_size, L + 1) and lengths (prefill_size,) int32. copies (shards,
+        slots_per_shard + 1, 2) int32: pairs of a prompt and a slot of the same shard; the last pair
+        is their number, twice. Donates the cache.
         """
         return self._jit_prefill(is_scored=False)
 
     @cached_property
     def scoring_prefill(self) -> Callable:
-        """`prefill` that returns the TokenScores (prefill_size, L) of tokens[:, 1:] instead of ()."""
+        """Like `prefill`, and returns the TokenScores (prefill_size, L) of tokens[:, 1:]."""
         return self._jit_prefill(is_scored=True)
 
     def _jit_prefill(self, is_scored: bool) -> Callable:
@@ -251,7 +254,7 @@ class ModelRunner:
         """Replace the cache, after a call that failed and may have consumed it."""
         self.cache = self._empty_cache()
 
-    def _empty_cache(self) -> decode.Cache:
+    def _empty_cache(self) -> KVCache:
         shapes, formats = self.programs.cache, self.programs.cache_formats
 
         def zeros():
@@ -262,7 +265,7 @@ class ModelRunner:
     def prefill(
         self, inputs: Sequence[np.ndarray], is_scored: bool, with_top: bool
     ) -> decode.TokenScores | tuple[()]:
-        """Write prompts into slots. inputs: tokens, lengths, copies, as EnginePrograms.prefill takes them."""
+        """Write prompts into slots. inputs: tokens, lengths, copies of EnginePrograms.prefill."""
         programs = self.programs
         program = programs.scoring_prefill if is_scored else programs.prefill
         inputs = (jax.device_put(x, programs.by_slot) for x in inputs)
@@ -274,8 +277,9 @@ class ModelRunner:
     ) -> tuple[np.ndarray, decode.TokenScores | None]:
         """Run decode steps: (tokens (steps, slots), -1 for none; their scores if wanted).
 
-        packed (slots, columns) int32 is a packed Control; seen (slots, padded vocabulary) bool, None if no slot has
-        a repetition penalty. is_eager: end the round when the first sample stops.
+        packed (slots, columns) int32 is a packed Control; seen (slots, padded vocabulary) bool,
+        None if no slot has a repetition penalty. is_eager: end the round when the first sample
+        stops.
         """
         programs = self.programs
         seen = self._none_seen if seen is None else jax.device_put(seen, programs.by_slot)

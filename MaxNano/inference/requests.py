@@ -1,4 +1,4 @@
-"""What the engine takes and returns: requests, events of running samples, completions."""
+"""Input and output of the engine: requests, events of running samples, completions."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from MaxNano.inference import sampling
 from MaxNano.inference.decode import STOP_IDS
+from MaxNano.inference.dialogue import ReplyPart, merge_parts
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Request:
 
 
 class TokenLogprobs(NamedTuple):
-    """A token's log-probability at temperature 1, and (id, log-probability) of the most likely tokens."""
+    """A token's log-probability at temperature 1, and (id, log-probability) of the top tokens."""
 
     logprob: float
     top: tuple[tuple[int, float], ...]
@@ -84,7 +85,7 @@ class Event(NamedTuple):
     sample: int
     tokens: tuple[int, ...]
     forced: tuple[bool, ...]  # per token: from a tool, not from the model
-    text: str  # whole characters; a possible beginning of a stop string is held back
+    parts: tuple[ReplyPart, ...]  # new text, as ReplyDecoder returns it; () without a tokenizer
     logprobs: tuple[TokenLogprobs, ...]  # empty unless requested
     finish: str | None  # None while the sample runs; then stop, length, cancelled or error
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # with the sample's first event
@@ -92,20 +93,25 @@ class Event(NamedTuple):
 
 @dataclass
 class Completion:
-    """A whole sample. The tokens of a stop string are in `tokens`, its text is not in `text`."""
+    """A whole sample. The tokens of a stop string are in `tokens`, its text is not in `parts`."""
 
     tokens: list[int] = field(default_factory=list)
     forced: list[bool] = field(default_factory=list)
-    text: str = ""
+    parts: list[ReplyPart] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish: str | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """The text of all parts."""
+        return "".join(part.text for part in self.parts)
 
     def add(self, event: Event) -> None:
         """Append an event."""
         self.tokens += event.tokens
         self.forced += event.forced
-        self.text += event.text
+        self.parts = merge_parts([*self.parts, *event.parts])
         self.logprobs += event.logprobs
         self.prompt_logprobs += event.prompt_logprobs
         self.finish = event.finish

@@ -1,4 +1,4 @@
-"""The host's side of continuous batching: which sample runs in which slot, and prompts that are prefilled together."""
+"""The host's side of continuous batching: samples in slots, and batches of prompts to prefill."""
 
 import bisect
 import itertools
@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from MaxNano.inference import decode
+from MaxNano.inference.dialogue import ReplyDecoder, ReplyPart, merge_parts
 from MaxNano.inference.programs import EnginePrograms
 from MaxNano.inference.requests import Request, TokenLogprobs
-from MaxNano.inference.text_stream import TextStream
 from MaxNano.tokenization.tokenizer import Tokenizer
 from MaxNano.tools import calculator
 
@@ -55,11 +55,11 @@ class ToolCalls:
 
 
 class NewTokens(NamedTuple):
-    """What a sample gained in a round."""
+    """New tokens and text of a sample after a round of decode steps."""
 
     tokens: list[int]
     forced: list[bool]  # per token: from a tool, not from the model
-    text: str
+    parts: list[ReplyPart]
     finish: str | None
 
 
@@ -76,14 +76,14 @@ class RunningSample:
         self.to_force: deque[int] = deque()
         self.calls = ToolCalls(tokenizer) if request.tools else None
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # until the first event
-        self._tokenizer = tokenizer
-        self._text = TextStream(request.stop)
+        self._decoder = ReplyDecoder(tokenizer, request.stop) if tokenizer else None
 
     def take(self, tokens: Sequence[int]) -> NewTokens:
-        """Add the tokens of a round, up to a stop token or the token that completes a stop string."""
-        request, text, finish = self.request, "", None
+        """Add the tokens of a round, up to a stop token or the end of a stop string."""
+        request, finish = self.request, None
         kept: list[int] = []
         forced: list[bool] = []
+        parts: list[ReplyPart] = []
         for token in tokens:
             is_forced = bool(self.to_force)
             if is_forced:
@@ -96,26 +96,26 @@ class RunningSample:
             if self.calls:
                 self.to_force.extend(self.calls.push(token))
             if request.stop:
-                text += self._text.push(self._tokenizer.decode_bytes([token]))
-                if self._text.is_stopped:
+                parts += self._decoder.feed([token])
+                if self._decoder.is_stopped:
                     finish = "stop"
                     break
         self.tokens_left -= len(kept)
         if finish is None and self.tokens_left == 0:
             finish = "length"
-        if self._tokenizer:
+        if self._decoder:
             if not request.stop:
-                text = self._text.push(self._tokenizer.decode_bytes(kept))
+                parts = self._decoder.feed(kept)
             if finish:
-                text += self._text.close()
-        return NewTokens(kept, forced, text, finish)
+                parts += self._decoder.finish()
+        return NewTokens(kept, forced, merge_parts(parts), finish)
 
 
 class SlotTable:
     """The running samples and, as arrays for the device, each slot's state and sampling settings.
 
-    `control` has views of the columns of `packed` (slots, columns) int32; `seen` (slots, padded vocabulary) bool marks
-    the tokens that a repetition penalty applies to.
+    `control` has views of the columns of `packed` (slots, columns) int32; `seen` (slots, padded
+    vocabulary) bool marks the tokens that a repetition penalty applies to.
     """
 
     def __init__(self, programs: EnginePrograms):
@@ -211,7 +211,7 @@ class PrefillBatch:
         self._length = length
 
     def add(self, queued: QueuedRequest, slots: SlotTable, tokenizer: Tokenizer | None) -> bool:
-        """Admit samples while there are rows and free slots; True if all samples of the request have a slot."""
+        """Admit samples while rows and slots are free; True if the whole request is admitted."""
         while queued.waiting_samples:
             shards = [
                 shard

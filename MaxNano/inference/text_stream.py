@@ -47,7 +47,7 @@ class TextStream:
         return text[:end]
 
     def _possible_stop(self, text: str) -> int:
-        """Number of characters at the end of the text that may be the beginning of a stop string."""
+        """Number of characters at the end of the text that may begin a stop string."""
         longest = min(max(map(len, self._stop), default=1) - 1, len(text))
         sizes = range(longest, 0, -1)
         return next((n for n in sizes if any(s.startswith(text[-n:]) for s in self._stop)), 0)

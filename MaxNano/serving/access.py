@@ -1,4 +1,4 @@
-"""Access to the server: API key, requests from this machine only, security headers; and the request log."""
+"""Access to the server: API key, requests from this machine, security headers, request log."""
 
 import hmac
 import ipaddress
@@ -23,8 +23,8 @@ MIN_KEY_CHARACTERS = 16
 CLIENT_CLOSED = 499  # status in log and metrics of a request whose client left before the response
 
 SECURITY_HEADERS = {
-    "content-security-policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none';"
-    " frame-ancestors 'none'; require-trusted-types-for 'script'",
+    "content-security-policy": "default-src 'self'; object-src 'none'; base-uri 'none';"
+    " form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "referrer-policy": "no-referrer",
@@ -36,7 +36,8 @@ SECURITY_HEADERS = {
 class AccessControl:
     """ASGI middleware: checks access, adds security headers, logs and counts requests.
 
-    public: paths that need no API key. known: paths that are metric labels; others count as "other".
+    public: paths that need no API key. known: paths that are metric labels; others count as
+    "other".
     """
 
     def __init__(self, app: ASGIApp, service: Service, public: set[str], known: set[str]):
@@ -119,7 +120,8 @@ def read_api_key(
 ) -> str | None:
     """The API key in the environment, or None.
 
-    Raises ValueError if serve_host is reachable from other machines and there is no key, or if the key is short.
+    Raises ValueError if serve_host is reachable from other machines and there is no key, or if the
+    key is short.
     """
     name = config.serve_api_key_variable
     key = environment.get(name) or None

@@ -1,4 +1,4 @@
-"""The server's Starlette application: endpoints of the OpenAI API, of vLLM's tokenizer API, and the web page."""
+"""The server's application: endpoints of the OpenAI API and vLLM's tokenizer API, the web page."""
 
 import asyncio
 import contextlib
@@ -50,8 +50,8 @@ def make_app(config: FrozenConfigDict, engine: Engine, api_key: str | None = Non
 
     pages = _pages()
     generations = {
-        "/v1/completions": Generation(service, parse_completion),
-        "/v1/chat/completions": Generation(service, parse_chat),
+        "/v1/completions": GenerationEndpoint(service, parse_completion),
+        "/v1/chat/completions": GenerationEndpoint(service, parse_chat),
     }
     routes = [
         *(Route(path, page) for path, page in pages.items()),
@@ -152,7 +152,7 @@ def _tokenizer_routes(service: Service) -> list[Route]:
 
 
 def _pages() -> dict[str, Callable]:
-    """The endpoint of each file in static/, read once: request paths never reach the file system."""
+    """The endpoint of each file in static/. Request paths never reach the file system."""
 
     def page(path: Path) -> Callable:
         content, kind = path.read_bytes(), CONTENT_TYPES[path.suffix]
@@ -171,8 +171,11 @@ def _pages() -> dict[str, Callable]:
 # ---- Generation ---------------------------------------------------------------------------------
 
 
-class Generation:
-    """The ASGI endpoint of /v1/completions or /v1/chat/completions. parse: (body, tokenizer, rules) -> call."""
+class GenerationEndpoint:
+    """The ASGI endpoint of /v1/completions or /v1/chat/completions.
+
+    parse: (body, tokenizer, rules) -> call.
+    """
 
     def __init__(self, service: Service, parse: Callable[[Mapping[str, Any], Any, Any], ApiCall]):
         self.service = service
@@ -253,7 +256,7 @@ class ReplySender:
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
     async def _deltas(self) -> AsyncIterator[ReplyDelta]:
-        """What the choices gain, until all have ended. Raises ApiError on failure or timeout."""
+        """The deltas of all choices until the last ends. Raises ApiError on failure or timeout."""
         timeout_seconds, running = self.service.config.serve_timeout, len(self.choices)
         deadline = asyncio.get_running_loop().time() + timeout_seconds
         deadline -= time.monotonic() - self.arrived
@@ -270,11 +273,9 @@ class ReplySender:
             if event.finish == "error":
                 raise ApiError(500, "the engine failed; the request may be sent again")
             choice = self.choices[position * self.call.samples + event.sample]
-            if choice.finish:
-                continue  # ended by a stop string that the engine did not see
             for delta in self._deltas_of(choice, event):
                 yield delta
-            running -= choice.finish is not None
+            running -= event.finish is not None
 
     def _deltas_of(self, choice: ReplyChoice, event: Event) -> Iterator[ReplyDelta]:
         if not choice.has_begun:

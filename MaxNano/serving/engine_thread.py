@@ -22,7 +22,7 @@ class EventStream:
         self.call = call
         self.items: asyncio.Queue[tuple[int, Event] | Exception] = asyncio.Queue()
         self.numbers: list[int] = []  # of the engine's requests; used by its thread only
-        self.is_closed = False  # nobody reads the stream any more
+        self.is_closed = False  # by the reader
 
 
 class RunningCall(NamedTuple):
@@ -33,7 +33,7 @@ class RunningCall(NamedTuple):
 
 
 class EngineThread:
-    """The only thread that uses the engine. Commands arrive by a queue, events leave to the event loop."""
+    """The only thread that uses the engine. Commands come by a queue, events go to the loop."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -66,7 +66,7 @@ class EngineThread:
         return stream
 
     def cancel(self, stream: EventStream) -> None:
-        """Close a stream and free its slots before the next step. Does nothing if its requests have ended."""
+        """Close a stream and free the slots of its requests that still run."""
         stream.is_closed = True
         self._commands.put((self._cancel, (stream,)))
 

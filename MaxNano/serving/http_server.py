@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn on a bound socket, with time limits for slow clients and a graceful shutdown."""
+"""The HTTP server: uvicorn with time limits for slow clients and a graceful shutdown."""
 
 import asyncio
 import math
@@ -77,5 +77,6 @@ def serve(app: Starlette, bound: socket.socket, drain_seconds: float) -> None:
     host, port = bound.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     model = app.state.service.rules.model
+    bound.listen()  # clients may connect from now on
     print(f"Serving {model} at http://{address} (Ctrl-C to stop)", flush=True)
     server.run(sockets=[bound])

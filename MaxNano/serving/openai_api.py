@@ -1,8 +1,8 @@
-"""Requests of the OpenAI API: JSON bodies, validated, to requests of the engine. Replies: openai_replies.py.
+"""Requests of the OpenAI API: from validated JSON bodies to requests of the engine.
 
-The limits on a single request are here. Extensions: an assistant message's content may be a list of parts
-{"type": "text" | "python" | "python_output", "text"}, which are its tool calls; top_k, min_p and repetition_penalty
-are sampling settings, as in other servers.
+The limits on a single request are here. Extensions: an assistant message's content may be a list of
+parts {"type": "text" | "python" | "python_output", "text"}, which are its tool calls; top_k, min_p
+and repetition_penalty are sampling settings, as in other servers.
 Source: https://platform.openai.com/docs/api-reference (chat, completions).
 """
 
@@ -82,7 +82,7 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class ApiRules:
-    """The limits of a server, and the defaults for what a request leaves open."""
+    """The limits of a server, and the defaults of optional fields."""
 
     model: str
     max_length: int  # tokens of a prompt with its reply
@@ -103,7 +103,6 @@ class ApiCall:
     stream: bool
     include_usage: bool
     echo: bool
-    stop: tuple[str, ...]
     model: str
 
     @property
@@ -126,7 +125,7 @@ class ApiCall:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The JSON object in a request's body. Raises ApiError if it is invalid or nested too deeply."""
+    """The JSON object in a request's body. Raises ApiError if invalid or nested too deeply."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
@@ -313,7 +312,6 @@ def parse_chat(body: Mapping[str, Any], tokenizer: Tokenizer, rules: ApiRules) -
         hidden=(0,),
         max_tokens=max_tokens,
         echo=False,
-        stop=request.stop,
         model=rules.model,
         **streaming,
     )
@@ -397,7 +395,6 @@ def parse_completion(body: Mapping[str, Any], tokenizer: Tokenizer, rules: ApiRu
         hidden=hidden,
         max_tokens=max_tokens,
         echo=echo,
-        stop=sampling["stop"],
         model=rules.model,
         **streaming,
     )
@@ -409,7 +406,7 @@ def _prompts(
 ) -> tuple[list[list[int]], tuple[int, ...]]:
     """(token ids of each prompt, number of tokens that were added to it).
 
-    <|bos|> is added to a prompt without it: the model has not been trained on texts without it.
+    <|bos|> is added to a prompt without it: every training text begins with it.
     """
     if isinstance(value, str) or are_ids(value, tokenizer) and value:
         value = [value]

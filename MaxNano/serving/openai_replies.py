@@ -1,6 +1,6 @@
-"""Replies of the OpenAI API: events of the engine to the JSON objects that clients read, whole or streamed as chunks.
+"""Replies of the OpenAI API: from events of the engine to JSON objects, whole or in chunks.
 
-Tool calls of the assistant are returned as `parts` beside `content`, a list of
+Tool calls are returned in a field `parts` next to `content`, a list of
 {"type": "text" | "python" | "python_output", "text"}.
 """
 
@@ -45,7 +45,6 @@ class ReplyChoice:
         self.parts: list[ReplyPart] = []
         self.tokens: list[ScoredToken] = []
         self.finish: str | None = None
-        self._decoder = ReplyDecoder(tokenizer, call.stop)
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.special)
         self._offset = 0  # characters of the text before the next scored token
@@ -62,7 +61,7 @@ class ReplyChoice:
         return ReplyDelta(self.index, self.parts, self.tokens, self.finish)
 
     def echo(self, prompt_logprobs: Sequence[TokenLogprobs | None]) -> ReplyDelta:
-        """Begin the reply with the prompt. prompt_logprobs: one per token if they were requested."""
+        """Begin the reply with the prompt. prompt_logprobs: one per token, if requested."""
         position = self.index // self.call.samples
         hidden = self.call.hidden[position]
         ids = self.call.requests[position].prompt[hidden:]
@@ -75,12 +74,9 @@ class ReplyChoice:
         """Add an event of the engine."""
         new = event.tokens[: self.call.max_tokens]  # max_tokens may be 0
         self.completion_tokens += len(new)
-        parts = self._decoder.feed(new)
-        if event.finish:
-            parts = merge_parts([*parts, *self._decoder.finish()])
+        parts = list(event.parts) if self.call.max_tokens else []
         tokens = self._score(new, event.logprobs[: len(new)]) if self.call.logprobs else []
-        finish = "stop" if self._decoder.is_stopped else event.finish
-        return self._add(ReplyDelta(self.index, parts, tokens, finish))
+        return self._add(ReplyDelta(self.index, parts, tokens, event.finish))
 
     def _add(self, delta: ReplyDelta) -> ReplyDelta:
         self.parts = merge_parts([*self.parts, *delta.parts])

@@ -36,7 +36,8 @@ def error_response(error: ApiError) -> Response:
 async def read_json(request: Request) -> dict[str, Any]:
     """The JSON object in a request's body.
 
-    Raises ApiError for another content type, and for a body that is too large, too slow or no JSON object.
+    Raises ApiError for another content type, and for a body that is too large, too slow or no JSON
+    object.
     """
     close = {"connection": "close"}
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -1,4 +1,4 @@
-"""What the endpoints share: the engine's thread, the admission queue, limits and metrics."""
+"""State shared by the endpoints: the engine's thread, the admission queue, limits and metrics."""
 
 import contextlib
 import math
@@ -48,7 +48,7 @@ class ServerMetrics:
 
 
 class Service:
-    """The state of the server. `pending` is the number of sequences that run or wait, at most `capacity`."""
+    """The state of the server; `pending` sequences run or wait, at most `capacity`."""
 
     def __init__(self, config: FrozenConfigDict, engine: Engine, api_key: str | None):
         self.config = config
@@ -73,7 +73,7 @@ class Service:
 
     @contextlib.contextmanager
     def upload(self) -> Iterator[None]:
-        """Receive a body. Raises ApiError 429 if there are too many uploads or the queue is full."""
+        """Receive a body. Raises ApiError 429 for too many uploads or a full queue."""
         if self.uploads >= MAX_UPLOADS or self.pending >= self.capacity:
             raise self._busy()
         self.uploads += 1

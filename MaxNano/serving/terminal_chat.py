@@ -1,4 +1,4 @@
-"""The chat in a terminal: a conversation with the engine, its commands, and how replies are shown."""
+"""The chat in a terminal: conversation with the engine, commands, display of replies."""
 
 import contextlib
 import json
@@ -92,22 +92,21 @@ class ChatSession:
                 tools=self.in_turns,
             )
         )
-        decoder = dialogue.ReplyDecoder(self.tokenizer)
         parts: list[ReplyPart] = []
         while not self.engine.is_idle:
             if is_interrupted():
                 self.engine.cancel(number)
             for event in self.engine.step():
-                new = decoder.feed(event.tokens)
-                if event.finish:
-                    new = dialogue.merge_parts([*new, *decoder.finish()])
-                parts += new
-                yield from new
+                parts += event.parts
+                yield from event.parts
         content = dialogue.content_of(dialogue.merge_parts(parts))
         self.messages.append({"role": "assistant", "content": content})
 
     def command(self, line: str) -> str:
-        """Run /clear, /temperature, /topk, /save or /help; returns what to show. Raises CommandError."""
+        """Run /clear, /temperature, /topk, /save or /help.
+
+        Returns what to show. Raises CommandError.
+        """
         name, _, argument = line.partition(" ")
         argument = argument.strip()
         if name == "/clear":
@@ -154,7 +153,7 @@ def _number(text: str, kind: type, low: float, high: float, usage: str) -> Any:
 
 
 class TerminalOutput(NamedTuple):
-    """Where replies and notes are printed."""
+    """Prints replies and notes to two streams."""
 
     replies: TextIO
     notes: TextIO

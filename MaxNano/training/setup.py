@@ -16,7 +16,7 @@ from MaxNano.console import print_table
 from MaxNano.distributed import hardware, sharding
 from MaxNano.models import losses
 from MaxNano.models.setup import ModelSetup, set_up_model
-from MaxNano.models.transformer import kept_residuals
+from MaxNano.models.transformer import kept_residuals, residual_widths
 from MaxNano.optimizers import groups
 from MaxNano.storage.files import run_directory
 from MaxNano.training.state import TrainState, abstract_state
@@ -123,16 +123,11 @@ def needed_bytes(setup: RunSetup) -> dict[str, int]:
 
     tokens = plan.micro_rows * pyconfig.row_length(config)
     size = jnp.dtype(setup.numerics.dtype).itemsize
-    widths = {
-        "qkv": (config.num_query_heads + 2 * config.num_kv_heads) * config.head_dim,
-        "attention_out": config.num_query_heads * config.head_dim,
-        "attention_residual": config.emb_dim,
-        "mlp_hidden": config.mlp_dim,
-    }
+    widths = residual_widths(config)
     kept = kept_residuals(config)
     width = config.emb_dim + sum(widths[name] for name in kept or ())
     if kept is None:  # besides the named ones: what the norms and the activation read
-        width = 3 * config.emb_dim + sum(widths.values()) + config.mlp_dim
+        width = 3 * config.emb_dim + sum(widths.values()) + widths["mlp_hidden"]
     chunk = losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size) or config.vocab_size
     return {
         "parameters": on_device(setup.abstract.params),

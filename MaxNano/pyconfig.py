@@ -245,13 +245,13 @@ def windows_of(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def horizon_is_open(config: Mapping[str, Any]) -> bool:
-    """Whether only the data can tell `steps`: in a later stage, where nothing else says them."""
+    """Whether `steps` depends on the data: in a later stage, if neither steps nor FLOPs are set."""
     is_said = config[ORIGIN]["steps"] != DERIVED or config["target_flops"] is not None
     return config["dataset_type"] in ("chat", "rollouts") and not is_said
 
 
 def row_length(config: Mapping[str, Any]) -> int:
-    """Tokens of a row of a batch: the context, or what rollouts have in its place."""
+    """Sequence length of a batch: max_target_length, or rl_row_tokens for rollouts."""
     rows = config["rl_row_tokens"] if config["dataset_type"] == "rollouts" else None
     return rows or config["max_target_length"]
 

@@ -112,7 +112,7 @@ def test_a_store_that_cannot_be_read_costs_one_time_limit_and_one_warning(
     assert time.monotonic() - began < 5
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(
-        f"warning: compiled programs of {FOLDER} cannot be read, they are compiled anew: "
+        f"warning: cannot read compiled programs from {FOLDER}, compiling them again: "
     )
 
 
@@ -135,7 +135,7 @@ def test_a_store_that_cannot_be_written_costs_one_warning_and_is_tried_again(
         time.sleep(0.01)
     assert get(programs_of_another_machine(), "b-cache") == b"b"
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"warning: compiled programs cannot be written to {FOLDER} now: ")
+    assert line.startswith(f"warning: cannot write compiled programs to {FOLDER} now: ")
 
 
 def compile_on_a_machine(store, folder, **limits):

@@ -64,14 +64,12 @@ CONTEXT_KEYS: Mapping[str, Any] = {
 }
 
 
-def architecture_of(
-    values: Mapping[str, Any], keys: Mapping[str, Any] = ARCHITECTURE_KEYS
-) -> dict[str, Any]:
-    """The architecture keys of a config, which any version may have saved.
+def architecture_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The ARCHITECTURE_KEYS of a config, which any version may have saved.
 
     Raises ValueError that names a key which is missing although every version has it.
     """
-    architecture = {key: values.get(key, implied) for key, implied in keys.items()}
+    architecture = {key: values.get(key, implied) for key, implied in ARCHITECTURE_KEYS.items()}
     for key, value in architecture.items():
         if value is None:
             raise ValueError(f"the saved config has no {key}, which defines the model")
@@ -116,8 +114,8 @@ class Counts(NamedTuple):
 
 def shape_of(values: Mapping[str, Any]) -> Shape:
     """The Shape in a config, which any version may have saved."""
-    architecture = architecture_of(values, {key: ARCHITECTURE_KEYS[key] for key in Shape._fields})
-    return Shape(**architecture)
+    architecture = architecture_of(values)
+    return Shape(*(architecture[key] for key in Shape._fields))
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -91,6 +91,7 @@ def _package() -> tuple[dict[str, set[str]], dict[str, list]]:
     return imports, definitions
 
 
+@cache
 def keys_read(program: str) -> set[str]:
     """The keys that MaxNano/<program>.py (download: data/download.py) may read outside pyconfig."""
     imports, definitions = _package()

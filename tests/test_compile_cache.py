@@ -33,7 +33,7 @@ def store(served, monkeypatch):
 
 def programs_of_another_machine():
     Bucket.clear_instance_cache()
-    return compile_cache._Programs(FOLDER)
+    return compile_cache._RemoteCache(FOLDER)
 
 
 def get(programs, name):
@@ -42,7 +42,7 @@ def get(programs, name):
 
 
 def put(name="a-cache", entry=b"program" * 1000):
-    programs = compile_cache._Programs(FOLDER)
+    programs = compile_cache._RemoteCache(FOLDER)
     assert get(programs, name) is None
     programs.write(name, entry)
     assert get(programs, name) == entry, "while it is on its way too"
@@ -123,7 +123,7 @@ def test_a_store_that_cannot_be_written_costs_one_warning_and_is_tried_again(
     monkeypatch.setattr(compile_cache, "WRITE_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(compile_cache, "RETRY_SECONDS", 0.1)
     store.fail(fault, "write", count=None)
-    programs = compile_cache._Programs(FOLDER)
+    programs = compile_cache._RemoteCache(FOLDER)
     began = time.monotonic()
     programs.write("a-cache", b"a")
     programs.write("b-cache", b"b")

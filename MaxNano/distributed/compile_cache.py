@@ -31,14 +31,14 @@ WRITE_TIMEOUT_SECONDS = 300.0
 RETRY_SECONDS = 60.0  # after a failed upload
 FINISH_TIMEOUT_SECONDS = 30.0
 
-_programs: "_Programs | None" = None  # the folder of this process; JAX has one cache
+_cache: "_RemoteCache | None" = None  # the folder of this process; JAX has one cache
 
 
 def start(folder: str) -> None:
     """Makes JAX read compiled programs from `folder` of an object store, and write new ones there."""
-    global _programs
-    if _programs is None or _programs.folder != folder:
-        _programs = _Programs(folder)
+    global _cache
+    if _cache is None or _cache.folder != folder:
+        _cache = _RemoteCache(folder)
     # XLA's cache of tuned GPU kernels works only on local folders, whose path would become part of
     # JAX's cache key.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
@@ -47,11 +47,11 @@ def start(folder: str) -> None:
 
 def finish() -> None:
     """Waits at most FINISH_TIMEOUT_SECONDS for uploads, unless the store fails; call before exit."""
-    if _programs is not None:
-        _programs.finish()
+    if _cache is not None:
+        _cache.finish()
 
 
-class _Programs:
+class _RemoteCache:
     """The compiled programs in a folder. An object is the SHA-256 of JAX's cache entry + the entry."""
 
     def __init__(self, folder: str) -> None:
@@ -134,17 +134,17 @@ class _Programs:
 
 
 @epath.register_path_cls(SCHEME)
-class _Path(pathlib.PurePosixPath):
+class _CachePath(pathlib.PurePosixPath):
     """The path operations that JAX's cache uses, for the folder and for an entry in it."""
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         pass  # an object store has no folders
 
     def exists(self) -> bool:
-        return _programs.exists(self.name)
+        return _cache.exists(self.name)
 
     def read_bytes(self) -> bytes:
-        return _programs.read(self.name)
+        return _cache.read(self.name)
 
     def write_bytes(self, content: bytes) -> None:
-        _programs.write(self.name, content)
+        _cache.write(self.name, content)

@@ -182,7 +182,7 @@ def read_keys(path: Path) -> dict[str, Key] | None:
 
 
 def _comments(text: str, entries: Mapping[str, tuple[yaml.Node, yaml.Node]]) -> dict[str, str]:
-    """The comment of each key, with the indented comment lines that continue it; '' if none."""
+    """The comment of each key, with the comment lines, indented by 4 or more, that continue it; '' if none."""
     lines = text.splitlines()
     comments = {}
     for name, (key, value) in entries.items():
@@ -191,7 +191,7 @@ def _comments(text: str, entries: Mapping[str, tuple[yaml.Node, yaml.Node]]) -> 
         column = value.end_mark.column if same_line else key.end_mark.column + 1
         row = key.start_mark.line
         parts = [lines[row][column:].strip()]
-        while row + 1 < len(lines) and re.match(r"\s+#", lines[row + 1]):
+        while row + 1 < len(lines) and re.match(r"\s{4,}#", lines[row + 1]):
             row += 1
             parts.append(lines[row].strip())
         comments[name] = " ".join(part.lstrip("#").strip() for part in parts).strip()

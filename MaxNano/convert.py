@@ -41,10 +41,9 @@ from MaxNano import pyconfig, scaling
 from MaxNano.interop import huggingface
 from MaxNano.optimizers import groups
 from MaxNano.storage import files
+from MaxNano.tokenization.bpe import FILE_NAME, BpeTokenizer
 from MaxNano.tokenization.tokenizer import (
-    FILE_NAME,
     SPECIAL_TOKENS,
-    BpeTokenizer,
     Tokenizer,
     load_tokenizer,
     load_tokenizer_from,

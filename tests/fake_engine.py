@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from MaxNano.inference.engine import Event, Request, TokenLogprobs
-from MaxNano.tokenization.tokenizer import BpeTokenizer
+from MaxNano.tokenization.bpe import BpeTokenizer
 
 SCORE = -0.5  # log-probability of every token
 

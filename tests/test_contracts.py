@@ -47,7 +47,14 @@ def test_import_contracts():
             "data.workers",
             "data.conversations",
         ],
-        ["data.download", "data.hub", "tasks", "tools.calculator", "tools.sandbox", "inference.dialogue"],
+        [
+            "data.download",
+            "data.hub",
+            "tasks",
+            "tools.calculator",
+            "tools.sandbox",
+            "inference.dialogue",
+        ],
     ],
     ids=["configuration", "host", "tasks and tools"],
 )

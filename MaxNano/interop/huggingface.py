@@ -23,7 +23,8 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano.inference import dialogue
 from MaxNano.storage import files
-from MaxNano.tokenization.tokenizer import SPECIAL_TOKENS, BpeTokenizer, Tokenizer, byte_characters
+from MaxNano.tokenization.bpe import BpeTokenizer
+from MaxNano.tokenization.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_characters
 
 MODEL_TYPE = "maxnano"
 SHARD_BYTES = 5 * 10**9  # larger models are cut into several files

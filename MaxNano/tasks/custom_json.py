@@ -1,8 +1,8 @@
-"""Conversations of your own, from a JSON or JSON Lines file.
+"""Your own conversations, from a JSON or JSON Lines file.
 
-A .jsonl file has a conversation a line, a .json file a list of them. A conversation is a list of
-messages {"role", "content"}, or an object whose "messages" is such a list; see
-tokenizer.Tokenizer.render_conversation for what messages may be.
+A .jsonl file has one conversation per line, a .json file a list of them. A conversation is a list
+of messages {"role", "content"}, or an object whose "messages" is such a list;
+tokenization/chat_format.py describes messages.
 Source: nanochat/tasks/customjson.py@72b9064.
 """
 
@@ -11,23 +11,16 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from etils import epath
-
-from MaxNano.tasks.base import Conversation, Task
-from MaxNano.tokenization.tokenizer import turns
+from MaxNano.tasks.base import Conversation, Task, read_text
+from MaxNano.tokenization.chat_format import turns
 
 
 class CustomJson(Task):
-    """The whole file is read and checked at once; ValueError names the line of what is wrong."""
+    """Reads and checks the whole file at once. Raises ValueError that names the malformed line."""
 
     def __init__(self, config: Any, path: str):
-        file = epath.Path(path).expanduser()
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise ValueError(f"json:{path} cannot be read: {reason}") from None
-        read = _lines if file.suffix == ".jsonl" else _items
+        text = read_text(path, f"json:{path}")
+        read = _lines if path.endswith(".jsonl") else _items
         self._conversations = [_checked(content, where) for where, content in read(text, path)]
 
     def __len__(self) -> int:
@@ -38,7 +31,7 @@ class CustomJson(Task):
 
 
 def _lines(text: str, path: str) -> Iterator[tuple[str, Any]]:
-    """(where it stands, content) of every line that is not empty."""
+    """(location for messages, content) of every line that is not empty."""
     # Not splitlines(), which also cuts at characters that JSON allows within a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -46,10 +39,10 @@ def _lines(text: str, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _items(text: str, path: str) -> Iterator[tuple[str, Any]]:
-    """(where it stands, content) of every element of a JSON list."""
+    """(location for messages, content) of every element of a JSON list."""
     items = _parse(text, path, 1)
     if not isinstance(items, list):
-        raise ValueError(f"{path} must hold a list of conversations; or name it .jsonl")
+        raise ValueError(f"{path} must be a list of conversations; or name it .jsonl")
     for number, item in enumerate(items, start=1):
         yield f"{path}, conversation {number}", item
 

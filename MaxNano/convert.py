@@ -517,7 +517,7 @@ class Source(NamedTuple):
 
 def import_run(config: FrozenConfigDict, argv: list[str]) -> None:
     """Makes a run from the checkpoint that `config` names; argv is what `config` was read from."""
-    run = _run_directory(config)
+    run = files.run_directory(config)
     if files.names(run / "checkpoints"):
         raise ValueError(f"{run} already holds checkpoints; choose another run_name")
     source = _nanochat_source(config) if config.from_nanochat else _huggingface_source(config)
@@ -584,10 +584,6 @@ def _huggingface_source(config: FrozenConfigDict) -> Source:
     return Source(
         str(folder), "huggingface", HUGGINGFACE, found.values, arrays, encoder, found.step
     )
-
-
-def _run_directory(config: FrozenConfigDict) -> epath.Path:
-    return epath.Path(config.base_output_directory).expanduser() / config.run_name
 
 
 def _found_values(model: Mapping, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -710,7 +706,7 @@ def export_run(config: FrozenConfigDict) -> None:
     target = epath.Path(config.to_nanochat).expanduser()
     _format_of(target, _WRITERS)
     _meta_path(target)
-    run = _run_directory(config)
+    run = files.run_directory(config)
     saved, params, step = _read_run(config, _check_expressible)
     meta = {
         "step": step,
@@ -726,7 +722,7 @@ def export_run(config: FrozenConfigDict) -> None:
 def export_folder(config: FrozenConfigDict) -> None:
     """Writes a checkpoint of the run, with its tokenizer, as the folder config.to_huggingface."""
     target = huggingface.check_target(config.to_huggingface, config.convert_overwrite)
-    run = _run_directory(config)
+    run = files.run_directory(config)
     saved, params, step = _read_run(config)
     encoder = load_tokenizer(saved)
     tensors = from_params(params, saved, HUGGINGFACE)
@@ -744,7 +740,7 @@ def _read_run(
     The run's own config is checked before anything large is read; tokenizer keys of the command
     line, which may have moved, count.
     """
-    run = _run_directory(config)
+    run = files.run_directory(config)
     with Checkpointer(config, run, writer=False) as checkpointer:
         saved = FrozenConfigDict(checkpointer.read_extra(config.step)["run"]["config"])
     keys = (*scaling.Shape._fields, "max_target_length", "window_pattern")

@@ -30,6 +30,7 @@ from ml_collections import FrozenConfigDict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from MaxNano import pyconfig, train
+from MaxNano.console import print_table
 from MaxNano.data.loader import put_global
 from MaxNano.distributed import runtime, sharding
 from MaxNano.evals import bpb, chat, core, samples
@@ -37,7 +38,6 @@ from MaxNano.evals.results import Results, evaluate_tasks, run_id
 from MaxNano.inference import prefix_scoring
 from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
-from MaxNano.training.metrics import print_table
 from MaxNano.training.setup import RunSetup, run_directory, set_up
 from MaxNano.training.step import build_programs, jit_evaluate
 
@@ -111,7 +111,7 @@ def evaluate_core(setup: RunSetup, tokenizer: Tokenizer, params: Any, results: R
     """CORE, task by task, in a table."""
     config = setup.config
     tasks = core.load_bundle(config.core_bundle)
-    scorer = prefix_scoring.Scorer(setup, tokenizer.bos_id)
+    scorer = prefix_scoring.PrefixScorer(setup, tokenizer.bos_id)
     with _progress() as shown:
         bar = shown.add_task("CORE", total=None)
         score, rows = evaluate_tasks(
@@ -154,7 +154,7 @@ def evaluate_chat(setup: RunSetup, tokenizer: Tokenizer, params: Any, results: R
             config,
             exams,
             tokenizer,
-            prefix_scoring.Scorer(setup, tokenizer.bos_id).bind(params),
+            prefix_scoring.PrefixScorer(setup, tokenizer.bos_id).bind(params),
             lambda: chat.make_engine(config, setup.mesh, params, tokenizer),
             results,
             dtype=setup.numerics.dtype,

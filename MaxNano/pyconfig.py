@@ -22,7 +22,7 @@ import yaml
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import scaling
+from MaxNano import console, scaling
 from MaxNano.storage import files
 
 BASE = Path(__file__).resolve().parents[1] / "configs" / "base.yml"
@@ -855,5 +855,5 @@ def launch(
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         if Path(__file__).resolve().parent not in raised_in.parents:
             raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {console.one_line(error)}", file=sys.stderr)
         return 2

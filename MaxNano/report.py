@@ -28,7 +28,7 @@ from etils import epath
 from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig, scaling
-from MaxNano.distributed import runtime
+from MaxNano.distributed import hardware
 from MaxNano.evals.core import center
 from MaxNano.reporting import charts, run_history
 from MaxNano.reporting.charts import Series
@@ -206,7 +206,7 @@ class Price(NamedTuple):
 def price_of(run: Run) -> Price | None:
     """The price of a run's recorded time by the chip table, None where that or the run's record lacks something."""
     devices = run.saved.get("devices")
-    chip = runtime.CHIPS.get(devices["kind"]) if devices else None
+    chip = hardware.CHIPS.get(devices["kind"]) if devices else None
     if chip is None or chip.spot_price is None:
         return None
     return Price(
@@ -413,7 +413,7 @@ def time_and_price(runs: Sequence[Run]) -> Section:
         )
         blocks.append(
             Note(
-                f"Prices are computed, not billed, from the spot prices in MaxNano/distributed/runtime.py: {terms}."
+                f"Prices are computed, not billed, from the spot prices in MaxNano/distributed/hardware.py: {terms}."
             )
         )
     for run in trained:
@@ -513,7 +513,7 @@ def curves(run: Run) -> list[Block]:
         "MFU, %", [_noisy("each step", mfu), Series("median", charts.medians(mfu))], from_zero=True
     ):
         kind = run.saved.get("devices", {}).get("kind")
-        unknown = kind is not None and kind not in runtime.CHIPS
+        unknown = kind is not None and kind not in hardware.CHIPS
         why = f"the chip table has no peak FLOP/s of {kind}" if unknown else "its rows have none"
         missing.append(f"No MFU of {run.name}: {why}; tokens/s are shown.")
         rate = points(rows, "tokens_per_second")

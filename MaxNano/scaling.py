@@ -15,6 +15,20 @@ REFERENCE_BATCH_TOKENS = 2**19
 BATCH_EXPONENT = 0.383  # the best batch grows with the horizon to this power
 
 
+# The matrices of a block: part -> name -> logical axes of its inputs and outputs. Parameters are
+# declared, initialized, sharded and counted from this table, and FLOPs follow it. To change the MLP,
+# change its row here and the function `mlp` in models/layers.py.
+BLOCK: dict[str, dict[str, tuple[str, str]]] = {
+    "attention": {
+        "query": ("embed", "heads"),
+        "key": ("embed", "kv_heads"),
+        "value": ("embed", "kv_heads"),
+        "out": ("heads", "embed"),
+    },
+    "mlp": {"wi": ("embed", "mlp"), "wo": ("mlp", "embed")},
+}
+
+
 # The config keys that define a model: with another value the same parameters are another model.
 # Checkpoint identity, import and export read this list. Each key has the value that a checkpoint
 # implies if it was saved before the key existed, so that older checkpoints still load.
@@ -148,20 +162,24 @@ def window_sizes(
     return (*windows[:-1], length)
 
 
-def _matrix_shapes(shape: Shape) -> list[tuple[int, int, int]]:
-    """(how many, rows, columns) of every kind of matrix in the layers."""
-    layers, emb_dim = shape.num_decoder_layers, shape.emb_dim
-    query_dim = shape.num_query_heads * shape.head_dim
-    kv_dim = shape.num_kv_heads * shape.head_dim
-    channels = shape.value_embed_gate_channels
-    return [
-        (layers, emb_dim, query_dim),
-        (2 * layers, emb_dim, kv_dim),
-        (layers, query_dim, emb_dim),
-        (layers, emb_dim, shape.mlp_dim),
-        (layers, shape.mlp_dim, emb_dim),
-        (len(value_embed_layers(layers, channels)), channels, shape.num_kv_heads),
-    ]
+def axis_sizes(shape: Shape) -> dict[str, int]:
+    """The size of each logical axis that a matrix of the block can have."""
+    return {
+        "embed": shape.emb_dim,
+        "heads": shape.num_query_heads * shape.head_dim,
+        "kv_heads": shape.num_kv_heads * shape.head_dim,
+        "mlp": shape.mlp_dim,
+    }
+
+
+def block_matrices(shape: Shape) -> dict[tuple[str, str], tuple[int, int]]:
+    """(part, name) -> (inputs, outputs) of every matrix of one block."""
+    sizes = axis_sizes(shape)
+    return {
+        (part, name): (sizes[inputs], sizes[outputs])
+        for part, matrices in BLOCK.items()
+        for name, (inputs, outputs) in matrices.items()
+    }
 
 
 def parameter_counts(shape: Shape) -> Counts:
@@ -174,7 +192,8 @@ def parameter_counts(shape: Shape) -> Counts:
         token_embed=table * shape.emb_dim,
         value_embeds=value_layers * table * shape.num_kv_heads * shape.head_dim,
         lm_head=table * shape.emb_dim,
-        matrices=sum(count * rows * columns for count, rows, columns in _matrix_shapes(shape)),
+        matrices=layers * sum(math.prod(size) for size in block_matrices(shape).values())
+        + value_layers * shape.value_embed_gate_channels * shape.num_kv_heads,
         scalars=2 * layers + smear + int(shape.use_backout),
     )
 

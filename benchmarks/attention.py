@@ -34,7 +34,7 @@ from ml_collections import FrozenConfigDict
 
 from benchmarks import common
 from MaxNano import pyconfig
-from MaxNano.distributed import runtime
+from MaxNano.distributed import hardware
 from MaxNano.models import attention, layers
 
 TOPOLOGY, KIND = "v6e:2x4", "TPU v6e"  # for estimates
@@ -142,7 +142,7 @@ def measure(
         jax.random.normal(key, shape.shape, shape.dtype)
         for key, shape in zip(
             keys,
-            shapes(config, rows, runtime.compute_dtype(config, jax.default_backend())),
+            shapes(config, rows, hardware.compute_dtype(config, jax.default_backend())),
             strict=True,
         )
     ]
@@ -260,7 +260,7 @@ def estimate(
 ) -> Row:
     """One row's cycles on a TPU by its compiler's schedule; for splash, what its blocks waste."""
     rows, heads, length = 2, config.num_query_heads, config.max_target_length
-    chip = runtime.CHIPS[KIND]
+    chip = hardware.CHIPS[KIND]
     result: Row = {}
     partials = 0
     if kernel == "splash":
@@ -323,7 +323,7 @@ def main(config: FrozenConfigDict) -> None:
     heads = f"{config.num_query_heads} heads of {config.head_dim}, {length} positions"
     device = jax.devices()[0].device_kind
     print(
-        f"MEASURED on {device}: {rows} rows, {heads}, {runtime.compute_dtype(config, jax.default_backend())}"
+        f"MEASURED on {device}: {rows} rows, {heads}, {hardware.compute_dtype(config, jax.default_backend())}"
     )
     common.show(measured)
     report = {"device": device, "measured": measured}

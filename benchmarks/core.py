@@ -130,7 +130,7 @@ def main(config: FrozenConfigDict) -> None:
     with jax.set_mesh(setup.mesh):
         with Checkpointer(config, run_directory(config), writer=False) as checkpointer:
             params, _ = checkpointer.restore_params_only(setup.abstract.params, config.step)
-        score = prefix_scoring.Scorer(setup, tokenizer.bos_id).bind(params)
+        score = prefix_scoring.PrefixScorer(setup, tokenizer.bos_id).bind(params)
         print(
             f"MaxNano: jax {jax.__version__}, {setup.mesh.size} x {setup.mesh.devices.flat[0].device_kind}"
         )

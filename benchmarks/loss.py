@@ -30,7 +30,7 @@ from ml_collections import FrozenConfigDict
 from benchmarks import common
 from MaxNano import pyconfig, scaling, train_compile
 from MaxNano.compile import costs
-from MaxNano.distributed import runtime
+from MaxNano.distributed import hardware
 from MaxNano.models import losses
 
 ROWS = 32
@@ -111,7 +111,7 @@ def measure(config: FrozenConfigDict, program: Callable, rows: int) -> common.Ro
     """Median and spread of milliseconds, and the rate of the FLOPs that are needed."""
     backend = jax.default_backend()
     keys = jax.random.split(jax.random.key(config.seed), 3)
-    hidden, head, targets = shapes(config, rows, runtime.compute_dtype(config, backend))
+    hidden, head, targets = shapes(config, rows, hardware.compute_dtype(config, backend))
     arrays = [
         *(
             jax.random.normal(key, x.shape, x.dtype)
@@ -119,7 +119,7 @@ def measure(config: FrozenConfigDict, program: Callable, rows: int) -> common.Ro
         ),
         jax.random.randint(keys[2], targets.shape, 0, config.vocab_size),
     ]
-    program = jax.jit(program, compiler_options=runtime.compiler_options(config, backend))
+    program = jax.jit(program, compiler_options=hardware.compiler_options(config, backend))
     try:
         jax.block_until_ready(program(*arrays))
     except jax.errors.JaxRuntimeError as error:
@@ -143,9 +143,9 @@ def measure(config: FrozenConfigDict, program: Callable, rows: int) -> common.Ro
 def estimate(config: FrozenConfigDict, program: Callable, rows: int, device) -> common.Row:
     """Million cycles by class, and GiB, on a chip that is not there."""
     arguments = shapes(
-        config, rows, runtime.compute_dtype(config, "tpu"), SingleDeviceSharding(device)
+        config, rows, hardware.compute_dtype(config, "tpu"), SingleDeviceSharding(device)
     )
-    program = jax.jit(program, compiler_options=runtime.compiler_options(config, "tpu"))
+    program = jax.jit(program, compiler_options=hardware.compiler_options(config, "tpu"))
     started = time.monotonic()
     try:
         compiled = program.lower(*arguments).compile()
@@ -153,7 +153,7 @@ def estimate(config: FrozenConfigDict, program: Callable, rows: int, device) -> 
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {"failure": "does not fit"}
-    chip = runtime.chip(device)
+    chip = hardware.chip(device)
     work = costs.Work(matmul_flops(config, rows), rows * config.max_target_length, None)
     report = costs.analyze(
         compiled,

@@ -17,7 +17,7 @@ from MaxNano.models import attention
 
 ROOT = Path(__file__).resolve().parents[1]
 RULES = (("activation_batch", "data", "fsdp"), ("activation_heads", "tensor"))
-SETTINGS = attention.Settings(
+SETTINGS = attention.KernelSettings(
     chunk=16,
     splash_long_forward=(256, 256, 128),
     splash_long_backward=(128, 256, 128),
@@ -29,13 +29,10 @@ SETTINGS = attention.Settings(
     interpret=True,
 )
 WIDE = SETTINGS._replace(chunk=96)  # for long rows: fewer blocks to compile
-ANYWHERE = (
-    "reference",
-    "chunked",
-)  # cheap on a CPU; splash is interpreted there, and has tests of its own
-TOLERANCE = (
-    2e-5  # float32; seen: 1e-6 in outputs, 8e-6 in gradients that sum 512 products of either sign
-)
+# Cheap on a CPU; splash is interpreted there and has its own tests.
+ANYWHERE = ("reference", "chunked")
+# float32; measured: 1e-6 in outputs, 8e-6 in gradients that sum 512 products of either sign.
+TOLERANCE = 2e-5
 
 
 @functools.partial(jax.jit, static_argnames=("window", "kernel", "settings"))
@@ -130,7 +127,7 @@ def test_a_window_sees_the_position_and_exactly_its_predecessors(kernel):
 @pytest.mark.parametrize("window", [512, 2047])
 def test_splash_blocks_divide_any_length(length, window):
     config = pyconfig.initialize(["configs/base.yml"])
-    sizes = attention.splash_blocks(length, window, attention.Settings.from_config(config))
+    sizes = attention.splash_blocks(length, window, attention.KernelSettings.from_config(config))
     assert (
         length % sizes.block_q
         == length % sizes.block_kv
@@ -225,13 +222,10 @@ def attended_and_gradients(arrays, window, kernel, head_dim=128):
     attended = functools.partial(
         attention.attend,
         tables=(jnp.cos(angles), jnp.sin(angles)),
-        group=arrays[0].shape[2] // (heads * head_dim) - 2,
+        heads=attention.Heads(heads, arrays[0].shape[2] // (heads * head_dim) - 2, 128, 1.2, 1e-6),
         window=window,
         kernel=kernel,
         settings=WIDE,
-        head_dim=128,
-        scale=1.2,
-        epsilon=1e-6,
         rules=RULES,
     )
     out, pull = jax.vjp(lambda qkv, *embeds: attended(qkv, value_embed=embeds), *arrays)

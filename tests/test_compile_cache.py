@@ -144,8 +144,7 @@ def compile_on_a_machine(store, folder, **limits):
         import json, sys
         sys.path.insert(0, {str(ROOT)!r})
         from MaxNano import pyconfig
-        from MaxNano.distributed import compile_cache
-        from MaxNano.distributed import runtime
+        from MaxNano.distributed import compile_cache, runtime
         vars(compile_cache).update(json.loads(sys.argv[1]))
         runtime.initialize(pyconfig.initialize([str(pyconfig.BASE), "base_output_directory=gs://ours/runs"]))
         import jax, jax.numpy as jnp

@@ -14,7 +14,7 @@ import pytest
 import tiktoken
 
 from MaxNano import convert, pyconfig
-from MaxNano.distributed import sharding
+from MaxNano.distributed.mesh import make_mesh
 from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import Numerics
 from MaxNano.optimizers import groups
@@ -280,7 +280,7 @@ def test_command_imports_and_exports(tmp_path, nanochat):
         # Training can go on from it: the whole state has the form that train.py asks for.
         model = architecture(config, Numerics("float32", "bfloat16", "reference", "scatter", "cpu"))
         optimizer = groups.make_optimizer(config, dtype="float32")
-        mesh = sharding.make_mesh(config, jax.devices()[:1])
+        mesh = make_mesh(config, jax.devices()[:1])
         state, extra = checkpointer.restore(abstract_state(config, model, optimizer, mesh))
     assert_same(params, convert.nanochat_to_params(arrays, config))
     assert_same(jax.tree.map(np.asarray, state.params), params)

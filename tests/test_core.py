@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from test_nanochat_reference import hashed
 
 from MaxNano import convert, pyconfig
-from MaxNano.distributed import runtime
+from MaxNano.distributed import hardware
 from MaxNano.evals import core
 from MaxNano.inference import prefix_scoring
 from MaxNano.tokenization.tokenizer import load_tokenizer_from
@@ -60,7 +60,7 @@ def whole_rows(setup, params, bos_id):
     """The scorer that runs the model as it is over whole rows."""
     params = jax.device_get(params)
 
-    @partial(jax.jit, compiler_options=runtime.compiler_options(setup.config, "cpu"))
+    @partial(jax.jit, compiler_options=hardware.compiler_options(setup.config, "cpu"))
     def forward(tokens):
         bound = setup.model.bind(params)
         return bound.logits(bound(tokens))
@@ -114,7 +114,7 @@ def test_every_answer_is_nanochats(small, few_shapes, limit):
     golden = json.loads((GOLDEN / "core_small.json").read_text())
     tasks = core.load_bundle(GOLDEN / "core_small.zip")
     assert [task.label for task in tasks] == list(golden["tasks"])
-    score = prefix_scoring.Scorer(setup, tokenizer.bos_id).bind(params)
+    score = prefix_scoring.PrefixScorer(setup, tokenizer.bos_id).bind(params)
     right = collections.Counter()
     for task in tasks:
         questions, expected = task.questions(), golden["tasks"][task.label]
@@ -176,7 +176,7 @@ def test_the_shared_prefix_changes_no_number(few_shapes):
         prompts.append(
             core.Prompt(rng.integers(0, 49, prefix, np.int32), tuple(rows), (1, 1), (0, 1))
         )
-    own = prefix_scoring.Scorer(setup, 49).bind(params)
+    own = prefix_scoring.PrefixScorer(setup, 49).bind(params)
     expected = dict(whole_rows(setup, params, 49)(prompts, greedy=False))
     found = dict(own(prompts, greedy=False))
     assert found.keys() == expected.keys()
@@ -483,7 +483,7 @@ def test_every_answer_on_the_real_bundle_is_nanochats(limit, tmp_path, monkeypat
     """All 22 tasks, of each the first questions of a cut to 60: answers, and losses also of texts to go on with."""
     # The model is small: all prompts at once in few shapes.
     monkeypatch.setitem(
-        prefix_scoring.LIMITS, "cpu", prefix_scoring.Limits(tokens=8192, compilation=400_000)
+        prefix_scoring.LIMITS, "cpu", prefix_scoring.ScoringLimits(tokens=8192, compilation=400_000)
     )
     with zipfile.ZipFile(GOLDEN / "core_real.zip") as archive:
         archive.extract("tokenizer.json", tmp_path)
@@ -500,7 +500,7 @@ def test_every_answer_on_the_real_bundle_is_nanochats(limit, tmp_path, monkeypat
         "steps=1",
     )
     params = from_formula(setup, {"lm_head.weight": 4, "transformer.wte.weight": 4})
-    score = prefix_scoring.Scorer(setup, tokenizer.bos_id).bind(params)
+    score = prefix_scoring.PrefixScorer(setup, tokenizer.bos_id).bind(params)
 
     tasks = core.load_bundle(REAL)
     assert [task.label for task in tasks] == list(golden["tasks"])

@@ -50,11 +50,12 @@ VARIANTS = {
 
 def make(*overrides):
     config = pyconfig.initialize([str(ROOT / "configs/base.yml"), *TINY, *overrides])
-    plan = decode.make_plan(config, FLOAT32, LONGEST, looped="num_decoder_layers=5" in overrides)
-    plan = plan._replace(
-        block=9,  # the short window's ring is one block, the long one's are several
+    plan = decode.make_plan(config, FLOAT32, LONGEST, scans="num_decoder_layers=5" in overrides)
+    layout = plan.cache._replace(
+        block=9,  # the short window takes one block, the long one several
         query_rows=8 if "window_pattern=L" in overrides else 1,
     )
+    plan = plan._replace(cache=layout)
     params = random_params(architecture(config, FLOAT32))
     return config, plan, params, jax.jit(partial(decode.prepare, plan))(params)
 
@@ -138,7 +139,7 @@ def test_others_do_not_change_a_bit(small):
 
 
 def test_a_slot_that_waits_stays_as_it_is(small):
-    """A token comes again, or comes early: at its own place in the ring, where nobody sees it."""
+    """A token comes again, or comes early: at its own index of the cache, where no query sees it."""
     plan, weights, step = small
     tokens = np.random.default_rng(3).integers(0, 50, 60)
     expected = run(small, empty(plan, 3), 1, tokens, np.random.default_rng(0))
@@ -155,7 +156,7 @@ def test_a_window_of_512_keeps_513_positions():
     plan = decode.make_plan(config, FLOAT32, 20_480)
     mesh = AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor"))
     cache = decode.cache_shapes(plan, mesh, 4)
-    positions = [sum(keys.shape[2] for keys, _ in ring) for ring in cache]
+    positions = [sum(keys.shape[2] for keys, _ in layer) for layer in cache]
     assert positions == 6 * [513, 513, 513, 2049]
     assert {x.shape[:2] + x.shape[3:] for x in jax.tree.leaves(cache)} == {(4, 12, 128)}
 

@@ -561,14 +561,15 @@ def test_transformers_generates_what_we_do(models, answers, name):
 
 
 def test_the_engine_says_the_same(models, answers, tmp_path):
-    from MaxNano.inference.engine import Engine, Request
+    from MaxNano.inference.requests import Request
+    from MaxNano.training.loading import load_engine
 
     _, _, folder = models["groups"]
     asked, _, arrays = answers["groups"]
     place = f"base_output_directory={tmp_path}"
     run_command(f"from_huggingface={folder}", place, "run_name=a", "num_cpu_devices=1")
     config = pyconfig.initialize([str(tmp_path / "a/config.yml"), "decode_slots=2"])
-    engine = Engine.load(config, slots=2, max_length=64)
+    engine = load_engine(config, slots=2, max_length=64)
     prompts = [Request(prompt=tuple(row[:8]), max_tokens=40, temperature=0) for row in asked["ids"]]
     said = [list(completions[0].tokens) for completions in engine.generate(prompts)]
     np.testing.assert_array_equal(said, arrays["greedy"][:, 8:])

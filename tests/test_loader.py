@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from MaxNano import pyconfig
 from MaxNano.data import loader, manifest, packing, sources, stream
-from MaxNano.distributed import runtime
+from MaxNano.distributed.preemption import Preempted, Preemption
 
 READERS = 4
 ROWS = 8
@@ -281,7 +281,7 @@ def test_sigterm_ends_the_wait_for_a_shard_and_the_state_goes_on_exactly(
     own = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     batches = loader.DevicePrefetch(open_loader(make_config(folder, **PROMPT)), own, 2)
     taken = []
-    with runtime.Preemption() as preemption, pytest.raises(runtime.Preempted):
+    with Preemption() as preemption, pytest.raises(Preempted):
         while True:
             with preemption.at_once():
                 batches.fill()

@@ -19,7 +19,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter, masked_crc32c
 
-from MaxNano import pyconfig
+from MaxNano import console, pyconfig
 from MaxNano.storage import remote
 from MaxNano.storage.bucket import Bucket
 from MaxNano.training import metrics
@@ -703,8 +703,8 @@ def test_kill_9_on_another_machine(store):
 
 def test_a_table_is_readable_without_a_terminal(capsys):
     long = "[vocab, tensor], " * 20
-    metrics.print_table("config", ("key", "value"), [("depth", 4), ("rules", long)])
+    console.print_table("config", ("key", "value"), [("depth", 4), ("rules", long)])
     out = capsys.readouterr().out
     assert out.startswith("config\nkey") and "\x1b" not in out
-    assert max(map(len, out.splitlines())) <= metrics.PLAIN_WIDTH
+    assert max(map(len, out.splitlines())) <= console.PLAIN_WIDTH
     assert out.count("tensor],") == 20

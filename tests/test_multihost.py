@@ -225,8 +225,8 @@ IN_EACH_PROCESS = """
     import jax, numpy as np
     from MaxNano import pyconfig
     from MaxNano.training import checkpointing
-    from MaxNano.distributed import runtime
-    from MaxNano.distributed import sharding
+    from MaxNano.distributed import runtime, sharding
+    from MaxNano.distributed.mesh import make_mesh
     from MaxNano.data import loader
 
     port, index, run = sys.argv[1:]
@@ -242,7 +242,7 @@ IN_EACH_PROCESS = """
 LOADING = """
     for word in ("dcn_data_parallelism=2", "dcn_tensor_parallelism=2"):
         config = config_of(word)
-        rows = sharding.batch_sharding(sharding.make_mesh(config), config.logical_axis_rules)
+        rows = sharding.batch_sharding(make_mesh(config), config.logical_axis_rules)
         share = loader.host_share(rows, 400)
         mine = np.split(numbers, share["host_count"])[share["host_index"]]
         batch = loader.put_global({"numbers": mine}, rows)["numbers"]
@@ -253,7 +253,7 @@ LOADING = """
 SAVING = """
     checkpointing.SAVE_TIMEOUT_SECONDS = 8
     config = config_of()
-    layout = sharding.batch_sharding(sharding.make_mesh(config), config.logical_axis_rules)
+    layout = sharding.batch_sharding(make_mesh(config), config.logical_axis_rules)
     state = {"w": jax.make_array_from_callback(numbers.shape, layout, lambda part: numbers[part])}
     with checkpointing.Checkpointer(config, run) as checkpointer:
         checkpointer.save(1, state, {})
@@ -278,7 +278,7 @@ SAVING = """
 SAVING_IN_A_BUCKET = """
     checkpointing.SAVE_TIMEOUT_SECONDS = 8
     config = config_of()
-    layout = sharding.batch_sharding(sharding.make_mesh(config), config.logical_axis_rules)
+    layout = sharding.batch_sharding(make_mesh(config), config.logical_axis_rules)
     state = {"w": jax.make_array_from_callback(numbers.shape, layout, lambda part: numbers[part])}
     with checkpointing.Checkpointer(config, run) as checkpointer:
         for step in (1, 2, 3):  # the second fails in process 1

@@ -263,7 +263,7 @@ def test_a_config_saved_before_an_architecture_key_existed_means_its_first_value
 def test_the_architecture_keys_are_config_keys_and_hold_the_shape():
     config = pyconfig.initialize([BASE])
     assert set(scaling.Shape._fields) <= scaling.ARCHITECTURE_KEYS.keys()
-    assert scaling.ARCHITECTURE_KEYS.keys() | scaling.CONTEXT_KEYS.keys() <= config.keys()
+    assert scaling.ARCHITECTURE_KEYS.keys() | scaling.CONTEXT_KEYS.keys() <= set(config.keys())
     assert not scaling.ARCHITECTURE_KEYS.keys() & scaling.CONTEXT_KEYS.keys()
 
 

@@ -12,7 +12,7 @@ import pytest
 from test_model import random_params
 
 from MaxNano import convert, pyconfig
-from MaxNano.distributed import runtime
+from MaxNano.distributed import hardware
 from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import Numerics
 from MaxNano.optimizers import groups
@@ -179,7 +179,7 @@ def test_a_batch_that_devices_cannot_share_is_refused():
 
 def test_a_model_that_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch):
     """d24 on a CPU host of 24 GB; d4 fits there."""
-    monkeypatch.setattr(runtime, "memory_limit_bytes", lambda: 24 * 10**9)
+    monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 24 * 10**9)
     before = len(jax.live_arrays())
     with pytest.raises(ValueError, match=r"d24 needs at least .* GB .* and 24.0 GB are there"):
         check_memory(set_up(make_config("model=d24"), jax.devices()[:1]))

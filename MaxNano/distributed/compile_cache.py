@@ -15,13 +15,13 @@ Whoever may write to the folder can make its readers run code: give nobody else 
 import hashlib
 import pathlib
 import queue
-import sys
 import threading
 import time
 
 import jax
 from etils import epath
 
+from MaxNano import console
 from MaxNano.storage import remote
 
 SCHEME = "maxnano-programs://"
@@ -99,8 +99,9 @@ class _Programs:
             return None
         except Exception as error:  # noqa: BLE001 (whatever the store throws, programs can be compiled)
             self._is_readable = False
-            _warn(
-                f"compiled programs of {self.folder} cannot be read, they are compiled anew: {_reason(error)}"
+            console.warn(
+                f"compiled programs of {self.folder} cannot be read, they are compiled anew: "
+                f"{console.type_and_text(error)}"
             )
             return None
         digest, entry = content[:32], content[32:]
@@ -120,8 +121,8 @@ class _Programs:
                     self._is_writable = False
                     if not has_warned:
                         has_warned = True
-                        _warn(
-                            f"compiled programs cannot be written to {self.folder} now: {_reason(error)}"
+                        console.warn(
+                            f"compiled programs cannot be written to {self.folder} now: {console.type_and_text(error)}"
                         )
                 time.sleep(RETRY_SECONDS)
             self._is_writable = True
@@ -146,11 +147,3 @@ class _Path(pathlib.PurePosixPath):
 
     def write_bytes(self, content: bytes) -> None:
         _programs.write(self.name, content)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr, flush=True)

@@ -4,7 +4,6 @@ import csv
 import datetime
 import io
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import jax
 from etils import epath
 from ml_collections import FrozenConfigDict
 
+from MaxNano import console
 from MaxNano.distributed import runtime
 from MaxNano.evals import core
 from MaxNano.inference import prefix_scoring
@@ -37,7 +37,7 @@ class Results:
             try:
                 found = json.loads(self.path.read_text())["evals"]
             except (ValueError, KeyError, TypeError):
-                print(f"warning: {self.path} is damaged and is written anew", file=sys.stderr)
+                console.warn(f"{self.path} is damaged and is overwritten")
         self._evals = runtime.gather_json(found)[0] or {}
 
     def get(self, name: str, of: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -75,7 +75,7 @@ def evaluate_tasks(
     config: FrozenConfigDict,
     tasks: Sequence[core.Task],
     tokenizer: Tokenizer,
-    scorer: prefix_scoring.Scorer,
+    scorer: prefix_scoring.PrefixScorer,
     params: Any,
     results: Results,
     *,
@@ -140,7 +140,7 @@ def evaluate_tasks(
 def _work(
     tasks: Sequence[core.Task],
     tokenizer: Tokenizer,
-    scorer: prefix_scoring.Scorer,
+    scorer: prefix_scoring.PrefixScorer,
     config: FrozenConfigDict,
 ) -> int:
     """Tokens that tasks are about to be, guessed from a few questions of each."""

@@ -11,8 +11,6 @@ Source: https://huggingface.co/docs/transformers/custom_models, tokenizers' and 
 import contextlib
 import itertools
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,7 +99,7 @@ def write_folder(
         "tokenizer_config.json": _to_json(_tokenizer_config(config, names)),
         **{name: (TEMPLATES / name).read_text(encoding="utf-8") for name in CODE},
     }
-    with _written_whole(folder) as place:
+    with files.replace_folder(folder, last="config.json") as place:  # readers need it
         for name, text in texts.items():
             (place / name).write_text(text, encoding="utf-8")
         _write_tensors(place, tensors)
@@ -142,36 +140,6 @@ def _is_own(folder: epath.Path) -> bool:
             folder.is_dir() and _read_json(folder / "config.json").get("model_type") == MODEL_TYPE
         )
     return False
-
-
-@contextlib.contextmanager
-def _written_whole(folder: epath.Path) -> Iterator[epath.Path]:
-    """A new folder beside `folder`, which becomes `folder` if all goes well and otherwise goes away.
-
-    What goes to a bucket, which has no folders to rename, is uploaded file by file, config.json last: without it no
-    reader takes the rest for a model.
-    """
-    if files.is_remote(folder):
-        with tempfile.TemporaryDirectory() as temporary:
-            place = epath.Path(temporary)
-            yield place
-            folder.rmtree(missing_ok=True)
-            for name in sorted(files.names(place), key=lambda name: name == "config.json"):
-                files.write_whole(folder / name, (place / name).read_bytes())
-        return
-    place, old = (folder.with_name(f".{folder.name}.{what}{os.getpid()}") for what in ("", "old-"))
-    place.mkdir(parents=True)
-    try:
-        yield place
-        if folder.exists():
-            folder.rename(old)
-        place.rename(folder)
-    except BaseException:
-        if old.exists():
-            old.rename(folder)
-        place.rmtree(missing_ok=True)
-        raise
-    old.rmtree(missing_ok=True)
 
 
 def _to_json(content: Any) -> str:

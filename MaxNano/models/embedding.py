@@ -50,6 +50,11 @@ def order(tokens: jax.Array, method: str) -> Order:
     return Order(tokens, permutation, ordered)
 
 
+def rows(tables: jax.Array, index: jax.Array | int, tokens: jax.Array) -> jax.Array:
+    """Rows (..., W) of table `index` of `tables` (E, V, W) for tokens (...), read from the stack in place."""
+    return tables.reshape(-1, tables.shape[2])[index * tables.shape[1] + tokens]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def lookup(
     own: jax.Array, tables: jax.Array, index: jax.Array, tokens: Order, method: str, interpret: bool
@@ -59,8 +64,7 @@ def lookup(
     Gradients go to `own` (V, W), which must be that table and is never read: inside a loop over layers this lets the
     forward pass read the stack of tables in place and the backward pass write each gradient once.
     """
-    size = tables.shape[1]
-    return tables.reshape(-1, tables.shape[2])[index * size + tokens.tokens]
+    return rows(tables, index, tokens.tokens)
 
 
 def _lookup_forward(own, tables, index, tokens, method, interpret):
@@ -68,9 +72,9 @@ def _lookup_forward(own, tables, index, tokens, method, interpret):
     return lookup(own, tables, index, tokens, method, interpret), (own[:, :0], tokens)
 
 
-def _lookup_backward(method, interpret, residuals, rows):
+def _lookup_backward(method, interpret, residuals, cotangent):
     like, tokens = residuals
-    gradient = table_gradient(rows, tokens, like.shape[0], method, interpret)
+    gradient = table_gradient(cotangent, tokens, like.shape[0], method, interpret)
     return gradient.astype(like.dtype), None, None, None
 
 

@@ -9,14 +9,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-WHOLE_VOCAB = (
-    8192  # the largest vocabulary, and the largest part of one, that is scored at once by default
-)
+# The largest vocabulary, and the largest chunk of one, that is scored at once by default.
+WHOLE_VOCAB = 8192
 
 
 def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
     """cap x tanh(logits / cap); cap 0 leaves them alone."""
     return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+def logits(hidden: jax.Array, rows: jax.Array, cap: float) -> jax.Array:
+    """Soft-capped float32 logits (..., V) of hidden states (..., D) for rows (V, D) of the output head."""
+    rows = rows.astype(hidden.dtype)
+    return soft_cap(
+        jnp.einsum("...D,VD->...V", hidden, rows, preferred_element_type=jnp.float32), cap
+    )
 
 
 def vocab_chunk(vocab_size: int, chunk: int | None) -> int:
@@ -70,14 +77,6 @@ def _token_losses(hidden, head, targets, vocab_size, cap, chunk):
     return _forward(hidden, head, targets, vocab_size, cap, chunk)[0]
 
 
-def _logits(hidden, rows, cap):
-    """Capped float32 logits of some vocabulary rows (V', D): the product in hidden's dtype, summed in float32."""
-    logits = jnp.einsum(
-        "TD,VD->TV", hidden, rows.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
-    return soft_cap(logits, cap)
-
-
 class _Sums(NamedTuple):
     """What is known of every token (T,) from the part of the vocabulary scored so far."""
 
@@ -90,20 +89,20 @@ def _forward(hidden, head, targets, vocab_size, cap, chunk):
     keeps = not 0 < chunk < vocab_size
 
     def add(sums, start, rows):
-        logits = _logits(hidden, rows, cap)
+        scores = logits(hidden, rows, cap)
         highest, total = sums.highest, sums.total
-        # A soft cap bounds the logits, so its value is a safe shift and no maximum need be found.
+        # A soft cap bounds the scores, so its value is a safe shift and no maximum need be found.
         if cap:
-            total += jnp.sum(jnp.exp(logits - cap), axis=-1)
+            total += jnp.sum(jnp.exp(scores - cap), axis=-1)
         else:
-            highest = jnp.maximum(highest, jnp.max(logits, axis=-1))
+            highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
             total *= jnp.exp(sums.highest - highest)
-            total += jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1)
+            total += jnp.sum(jnp.exp(scores - highest[:, None]), axis=-1)
         inside = (targets >= start) & (targets < start + len(rows))
         index = jnp.where(inside, targets - start, 0)
-        picked = jnp.take_along_axis(logits, index[:, None], axis=-1)[:, 0]
+        picked = jnp.take_along_axis(scores, index[:, None], axis=-1)[:, 0]
         sums = _Sums(highest, total, sums.at_target + jnp.where(inside, picked, 0))
-        return sums, logits if keeps else None
+        return sums, scores if keeps else None
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
     sums = _Sums(zeros - jnp.inf, zeros, zeros)
@@ -120,11 +119,11 @@ def _backward(vocab_size, cap, chunk, residuals, cotangent):
 
     def add(grad_hidden, start, rows):
         rows = rows.astype(hidden.dtype)
-        logits = _logits(hidden, rows, cap) if kept is None else kept
-        hot = targets[:, None] - start == jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-        grad = (jnp.exp(logits - log_total[:, None]) - hot) * scale
+        scores = logits(hidden, rows, cap) if kept is None else kept
+        hot = targets[:, None] - start == jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        grad = (jnp.exp(scores - log_total[:, None]) - hot) * scale
         if cap:
-            grad *= 1 - jnp.square(logits / cap)
+            grad *= 1 - jnp.square(scores / cap)
         grad = grad.astype(hidden.dtype)
         grad_hidden += jnp.einsum("TV,VD->TD", grad, rows, preferred_element_type=jnp.float32)
         grad_rows = jnp.einsum("TV,TD->VD", grad, hidden, preferred_element_type=jnp.float32)

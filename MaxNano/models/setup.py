@@ -12,7 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
-from MaxNano.distributed import runtime, sharding
+from MaxNano.distributed import hardware, sharding
+from MaxNano.distributed.mesh import make_mesh
 from MaxNano.models import attention, embedding, quantization
 from MaxNano.models.transformer import Numerics, Transformer
 
@@ -47,10 +48,10 @@ def numerics_of(config: FrozenConfigDict, mesh: Mesh) -> Numerics:
     """What the devices of a mesh decide."""
     device = mesh.devices.flat[0]
     backend = device.platform
-    dtype = runtime.compute_dtype(config, backend)
+    dtype = hardware.compute_dtype(config, backend)
     return Numerics(
         dtype=dtype,
-        embedding_dtype=runtime.embedding_dtype(config, backend),
+        embedding_dtype=hardware.embedding_dtype(config, backend),
         attention=attention.resolve(
             config.attention, device, dtype=dtype, head_dim=config.head_dim
         ),
@@ -87,7 +88,7 @@ class ModelSetup:
     @property
     def data_parallel_size(self) -> int:
         """Number of parts into which the batch is split."""
-        return sharding.batch_ways(self.mesh, self.config.logical_axis_rules)
+        return sharding.data_parallel_size(self.mesh, self.config.logical_axis_rules)
 
     @property
     def batch_spec(self) -> PartitionSpec:
@@ -126,7 +127,7 @@ def set_up_model(
 
     Raises ValueError if layout, quantization and devices do not fit together.
     """
-    mesh = sharding.make_mesh(config, devices) if mesh is None else mesh
+    mesh = make_mesh(config, devices) if mesh is None else mesh
     quantization.check(config.quantization, mesh.devices.flat)
     numerics = numerics_of(config, mesh)
     model = architecture(config, numerics)

@@ -1,12 +1,17 @@
-"""Files on a disk or in a bucket: what the two do differently is decided here, once.
+"""Files on a local disk or in a bucket (gs://): one interface, and atomic writes for both.
 
-A bucket (gs://) is flat: mkdir does nothing, a folder is there only while an object has its prefix, and nothing can be
-renamed, only copied and deleted. But an object appears whole or not at all, which on a disk takes a rename.
-With this module imported, whatever opens gs:// through fsspec (etils.epath, orbax, JAX's compilation cache) gets
-bucket.Bucket, which keeps no listings and waits for nothing without a limit.
+A bucket is flat: mkdir does nothing, a folder exists only while an object has its prefix, and
+objects cannot be renamed, only copied and deleted. An object appears whole or not at all, which
+takes a rename on a disk. Importing this module makes everything that opens gs:// through fsspec
+(etils.epath, orbax, JAX's compilation cache) use bucket.Bucket: no cached listings, time limits.
 """
 
+import contextlib
+import hashlib
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -16,13 +21,18 @@ for _protocol in ("gs", "gcs"):  # imported when the first gs:// path is used
     fsspec.register_implementation(_protocol, "MaxNano.storage.bucket.Bucket", clobber=True)
 
 
+def run_directory(config: Any, run_name: str | None = None) -> epath.Path:
+    """Folder of a run, of this one by default: base_output_directory/run_name."""
+    return epath.Path(config.base_output_directory).expanduser() / (run_name or config.run_name)
+
+
 def is_remote(path: epath.PathLike) -> bool:
     """Whether the path is in a bucket."""
     return "://" in os.fspath(path)
 
 
 def names(folder: epath.Path) -> list[str]:
-    """Names of what is in a folder, sorted; none where the folder is missing, as an empty one is in a bucket."""
+    """Sorted names in a folder. A missing folder is empty, as in a bucket."""
     try:
         return sorted(path.name for path in folder.iterdir())
     except FileNotFoundError:
@@ -30,23 +40,41 @@ def names(folder: epath.Path) -> list[str]:
 
 
 def sizes(folder: epath.Path) -> dict[str, int]:
-    """Bytes of every file below a folder by its relative name, sorted; of a bucket in one listing."""
+    """{relative name: bytes} of all files below a folder, sorted; one listing for a bucket."""
     if is_remote(folder):
         root = os.fspath(folder).rstrip("/") + "/"
         filesystem, prefix = fsspec.core.url_to_fs(root)
         rows = filesystem.find(prefix, detail=True).values()
-        found = {row["name"].removeprefix(prefix.rstrip("/") + "/"): row["size"] for row in rows}
+        by_name = {row["name"].removeprefix(prefix.rstrip("/") + "/"): row["size"] for row in rows}
     else:
-        found = {
-            os.path.relpath(os.path.join(at, name), folder): os.path.getsize(os.path.join(at, name))
-            for at, _, files in os.walk(folder)
-            for name in files
+        by_name = {
+            os.path.relpath(os.path.join(root, name), folder): os.path.getsize(
+                os.path.join(root, name)
+            )
+            for root, _, filenames in os.walk(folder)
+            for name in filenames
         }
-    return dict(sorted(found.items()))
+    return dict(sorted(by_name.items()))
+
+
+def sha256(path: epath.PathLike) -> str:
+    """Hex SHA-256 of a local file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_text(path: Any, name: str) -> str:
+    """A UTF-8 text file. Raises ValueError, with `name` and the reason on one line, if that fails."""
+    try:
+        return epath.Path(path).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} cannot be read: it is not UTF-8 text") from None
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror or error}") from None
 
 
 def write_whole(path: Any, content: str | bytes) -> None:
-    """Writes a file whole or not at all, and makes its folder. Raises OSError."""
+    """Write a file atomically and create its folder. Raises OSError."""
     content = content.encode() if isinstance(content, str) else content
     if is_remote(path):
         epath.Path(path).write_bytes(content)
@@ -59,3 +87,34 @@ def write_whole(path: Any, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def replace_folder(folder: epath.PathLike, last: str) -> Iterator[Path]:
+    """An empty local folder to fill, which replaces `folder` when the block ends without an error.
+
+    On a disk it is renamed. To a bucket its files are uploaded one by one, `last` at the end: a
+    folder without that file is incomplete.
+    """
+    if is_remote(folder):
+        with tempfile.TemporaryDirectory() as temporary:
+            new, target = Path(temporary), epath.Path(folder)
+            yield new
+            target.rmtree(missing_ok=True)
+            for name in sorted(sizes(new), key=lambda name: name == last):
+                write_whole(target / name, (new / name).read_bytes())
+        return
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        new.mkdir()
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise

@@ -177,15 +177,6 @@ def load_rows(
     return Rows(_read_table(files, columns, f"{where}, {location}"))
 
 
-def read_text(path: str, where: str) -> str:
-    """The text of a UTF-8 file, local or gs://. Raises ValueError that begins with `where`."""
-    try:
-        return epath.Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ValueError(f"{where} cannot be read: {reason}") from None
-
-
 def _folder_files(folder: epath.Path) -> _Files:
     return {path.name: lambda path=path: path.open("rb") for path in folder.iterdir()}
 

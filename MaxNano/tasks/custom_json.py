@@ -9,9 +9,11 @@ Source: nanochat/tasks/customjson.py@72b9064.
 import copy
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from MaxNano.tasks.base import Conversation, Task, read_text
+from MaxNano.storage import files
+from MaxNano.tasks.base import Conversation, Task
 from MaxNano.tokenization.chat_format import turns
 
 
@@ -19,8 +21,8 @@ class CustomJson(Task):
     """Reads and checks the whole file at once. Raises ValueError that names the malformed line."""
 
     def __init__(self, config: Any, path: str):
-        text = read_text(path, f"json:{path}")
-        read = _lines if path.endswith(".jsonl") else _items
+        text = files.read_text(path, f"json:{path}")
+        read = _lines if Path(path).suffix == ".jsonl" else _items
         self._conversations = [_checked(content, where) for where, content in read(text, path)]
 
     def __len__(self) -> int:

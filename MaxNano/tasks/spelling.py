@@ -11,14 +11,8 @@ import string
 from importlib import resources
 from typing import Any
 
-from MaxNano.tasks.base import (
-    Conversation,
-    Task,
-    check_split,
-    dialogue,
-    read_text,
-    same_final_number,
-)
+from MaxNano.storage import files
+from MaxNano.tasks.base import Conversation, Task, check_split, dialogue, same_final_number
 
 # The seed of a problem is its index; of the test split, its index plus this.
 _TEST_SEED = 10_000_000
@@ -180,7 +174,7 @@ def load_words(path: str | None) -> list[str]:
     """
     if path is None:
         return resources.files(__package__).joinpath("words.txt").read_text("utf-8").split()
-    text = read_text(path, f"chat_word_list={path}")
+    text = files.read_text(path, f"chat_word_list={path}")
     words = [line.strip() for line in text.splitlines()]
     for number, word in enumerate(words, start=1):
         if not word.isalpha():

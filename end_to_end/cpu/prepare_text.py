@@ -10,10 +10,8 @@ articles are held out in the last shard, for validation. A complete folder is no
 """
 
 import argparse
-import hashlib
 import json
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +22,10 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from MaxNano.storage import files  # noqa: E402
 
 DOCUMENT_CHARACTERS = 4000  # long texts are cut between paragraphs into documents of this size
 HELD_OUT = 20  # every 20th text is for validation
@@ -99,10 +101,10 @@ def read_articles(wheel: Path) -> list[list[str]]:
 
 def text_files(folder: Path) -> list[Path]:
     """The .txt and .md files below `folder`. Raises TextError."""
-    files = [path for path in folder.rglob("*") if path.suffix in (".txt", ".md")]
-    if not files:
+    paths = [path for path in folder.rglob("*") if path.suffix in (".txt", ".md")]
+    if not paths:
         raise TextError(f"{folder} has no .txt or .md files; name another folder")
-    return sorted(files)
+    return sorted(paths)
 
 
 def read_files(paths: Iterable[Path]) -> list[list[str]]:
@@ -177,44 +179,33 @@ def write_shard(documents: Sequence[str], path: Path) -> None:
 
 def write(folder: Path, shards: Iterable[Sequence[str]], source: Any) -> dict[str, Any]:
     """Write the shards and their manifest to `folder`, atomically; returns the manifest."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        new = Path(scratch) / folder.name
-        new.mkdir()
-        files = {}
+    with files.replace_folder(folder, last=MANIFEST) as new:
+        entries = {}
         for number, documents in enumerate(shards):
             path = new / f"shard_{number:05}.parquet"
             write_shard(documents, path)
-            files[path.name] = {
-                "sha256": sha256(path),
+            entries[path.name] = {
+                "sha256": files.sha256(path),
                 "documents": len(documents),
                 "characters": sum(map(len, documents)),
             }
-        manifest = {"source": source, "files": files}
+        manifest = {"source": source, "files": entries}
         (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        if folder.exists():  # ours, but not whole or of another source: see main
-            shutil.rmtree(folder)
-        new.rename(folder)
     return manifest
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_whole(folder: Path, source: Any) -> dict[str, Any] | None:
     """The manifest of `folder` if it has this source and all its files are unchanged, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
+        entries = manifest["files"]
         whole = manifest["source"] == source and all(
-            sha256(folder / name) == facts["sha256"] for name, facts in files.items()
+            files.sha256(folder / name) == facts["sha256"] for name, facts in entries.items()
         )
         present = {path.name for path in folder.glob("*.parquet")}
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return manifest if whole and present == set(files) else None
+    return manifest if whole and present == set(entries) else None
 
 
 # ---- Main ---------------------------------------------------------------------------------------

@@ -1,0 +1,50 @@
+"""What programs print besides results: warnings, errors on one line, tables. Standard library only on import."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+PLAIN_WIDTH = 120  # columns of a table if stdout is not a terminal
+
+
+def one_line(error: BaseException | str, limit: int | None = None) -> str:
+    """The text of an error, or any text, on one line; the name of the error's type if it has no text.
+
+    A text over `limit` characters loses its middle, because causes are at the end.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    if limit is None or len(text) <= limit:
+        return text
+    head = limit // 3
+    return f"{text[:head]} ... {text[head + 5 - limit :]}"
+
+
+def type_and_text(error: BaseException) -> str:
+    """An error of another library on one line, at most 300 characters: `TimeoutError: no answer`."""
+    return one_line(f"{type(error).__name__}: {error}".rstrip(": "), 300)
+
+
+def warn(line: str) -> None:
+    """Print a warning to stderr."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table to stdout; cells may be of any type."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=PLAIN_WIDTH)
+    table = Table(
+        title=Text(title), title_justify="left", box=None, pad_edge=False, header_style="bold"
+    )
+    for name in header:
+        table.add_column(Text(name), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    with console.capture() as capture:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()), end="\n\n", flush=True)

@@ -33,9 +33,8 @@ from MaxNano.interop import huggingface, nanochat, parameters
 from MaxNano.interop.tensor_files import read_tensors
 from MaxNano.optimizers import groups
 from MaxNano.storage import files
+from MaxNano.tokenization.bpe import FILE_NAME, BpeTokenizer
 from MaxNano.tokenization.tokenizer import (
-    FILE_NAME,
-    BpeTokenizer,
     Tokenizer,
     load_tokenizer,
     load_tokenizer_from,

@@ -35,7 +35,8 @@ from MaxNano.distributed import runtime
 from MaxNano.evals import core
 from MaxNano.inference import prefix_scoring
 from MaxNano.interop import nanochat
-from MaxNano.tokenization.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
+from MaxNano.tokenization.bpe import FILE_NAME
+from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.setup import run_directory, set_up
 

@@ -19,7 +19,8 @@ from MaxNano.interop import nanochat, tensor_files
 from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import Numerics
 from MaxNano.optimizers import groups
-from MaxNano.tokenization.tokenizer import NANOCHAT_PATTERN, SPECIAL_TOKENS, load_tokenizer
+from MaxNano.tokenization.bpe import NANOCHAT_PATTERN
+from MaxNano.tokenization.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.state import abstract_state
 

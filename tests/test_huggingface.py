@@ -20,14 +20,12 @@ from MaxNano import convert, pyconfig, scaling
 from MaxNano.interop import huggingface, parameters, tensor_files
 from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import Numerics
+from MaxNano.tokenization.bpe import NANOCHAT_PATTERN, BpeTokenizer, train_bpe
 from MaxNano.tokenization.tokenizer import (
-    NANOCHAT_PATTERN,
     SPECIAL_TOKENS,
-    BpeTokenizer,
     SpecialIds,
     load_tokenizer,
     load_tokenizer_from,
-    train_bpe,
 )
 from MaxNano.training.checkpointing import Checkpointer
 

@@ -25,7 +25,8 @@ from MaxNano.inference import dialogue
 from MaxNano.interop.parameters import TensorNames
 from MaxNano.interop.tensor_files import safetensors_bytes
 from MaxNano.storage import files
-from MaxNano.tokenization.tokenizer import SPECIAL_TOKENS, BpeTokenizer, Tokenizer, byte_characters
+from MaxNano.tokenization.bpe import BpeTokenizer
+from MaxNano.tokenization.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_characters
 
 MODEL_TYPE = "maxnano"
 SHARD_BYTES = 5 * 10**9  # larger models become several files

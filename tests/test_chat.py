@@ -171,7 +171,7 @@ def test_save(tmp_path, monkeypatch):
     }
     TOKENIZER.render_conversation(saved)
     assert os.listdir(tmp_path) == ["talk.json"]
-    assert "cannot be written" in run(talk, "/save no/such/folder")[1]
+    assert "cannot be written" in run(talk, "/save talk.json/talk.json")[1]
     with pytest.raises(CommandError):
         talk.command("/save")
 

@@ -231,7 +231,7 @@ def test_asked_to_stop_both_save_one_step_and_one_process_goes_on(place, one):
 
 IN_EACH_PROCESS = """
     import resource, sys
-    import jax, numpy as np
+    import filelock, jax, numpy as np
     from MaxNano import pyconfig
     from MaxNano.training import checkpointing
     from MaxNano.distributed import runtime, sharding
@@ -270,13 +270,13 @@ SAVING = """
         if index == "1":  # a limit on file sizes stands in for a full disk
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         checkpointer.save(2, state, {})
-        checkpointer._join()
+        checkpointer._saver.join()
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         checkpointer.save(3, state, {})
         checkpointer.wait()
-        print("saved", checkpointer.latest_step(), checkpointer._failures)
+        print("saved", checkpointer.latest_step(), checkpointer._saver.failures)
     if index == "0":
-        holder = checkpointing.filelock.FileLock(f"{run}/.lock")
+        holder = filelock.FileLock(f"{run}/.lock")
         holder.acquire()
     try:
         checkpointing.Checkpointer(config, run)
@@ -296,7 +296,7 @@ SAVING_IN_A_BUCKET = """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         again = checkpointer.restore(abstract)[0]["w"]
         same = all(np.array_equal(part.data, numbers[part.index]) for part in again.addressable_shards)
-        print("saved", checkpointer.latest_step(), checkpointer._failures, same)
+        print("saved", checkpointer.latest_step(), checkpointer._saver.failures, same)
 """
 
 

@@ -21,7 +21,8 @@ from MaxNano.interop import parameters
 from MaxNano.interop.parameters import TensorNames
 from MaxNano.interop.tensor_files import check_format, first_line, write_tensors
 from MaxNano.storage import files
-from MaxNano.tokenization.tokenizer import SPECIAL_TOKENS, BpeTokenizer
+from MaxNano.tokenization.bpe import BpeTokenizer
+from MaxNano.tokenization.tokenizer import SPECIAL_TOKENS
 
 NAMES = TensorNames(
     token_embed="transformer.wte.weight",

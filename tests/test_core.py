@@ -22,10 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_nanochat_reference import hashed
 
-from MaxNano import convert, pyconfig
+from MaxNano import pyconfig
 from MaxNano.distributed import hardware
 from MaxNano.evals import core
 from MaxNano.inference import prefix_scoring
+from MaxNano.interop import nanochat
 from MaxNano.tokenization.tokenizer import load_tokenizer_from
 from MaxNano.training.setup import set_up
 
@@ -45,12 +46,10 @@ def from_formula(setup, scales):
     """Parameters by the formula of test_nanochat_reference, some of them larger."""
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), setup.model.shapes)
     arrays = {}
-    for index, (name, like) in enumerate(
-        sorted(convert.params_to_nanochat(zeros, setup.config).items())
-    ):
+    for index, (name, like) in enumerate(sorted(nanochat.from_params(zeros, setup.config).items())):
         values = scales.get(name, 1) * hashed(like.size, index) + (name == "resid_lambdas")
         arrays[name] = values.reshape(like.shape).astype(np.float32)
-    params = convert.nanochat_to_params(arrays, setup.config)
+    params = nanochat.to_params(arrays, setup.config)
     return jax.tree.map(
         lambda leaf, like: jax.device_put(leaf, like.sharding), params, setup.abstract.params
     )

@@ -79,11 +79,11 @@ def _rollout_batch_tokens(values: Values) -> int:
 def _rollout_contradictions(values: Values) -> Iterator[Contradiction]:
     if (values["rl_row_tokens"] or 0) > values["max_target_length"]:
         yield Contradiction(
-            "rl_row_tokens", f"is more than max_target_length={values['max_target_length']}"
+            "rl_row_tokens", f"is larger than max_target_length={values['max_target_length']}"
         )
     if values["quantization"] != "none":
         yield Contradiction(
-            "quantization", "does not go with rollouts: the engine samples without quantization"
+            "quantization", "does not work with rollouts, which are sampled without quantization"
         )
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/pods.py configs/base.yml model=d24 compile_report=pods.jsonl
 
-For each of SLICES, once with the tokens per chip of compile_topology and once with its batch. Everything is an ESTIMATE.
-Compiling each whole step would take hours, so a step is composed of two programs:
+For each of SLICES, once with the tokens per chip of compile_topology and once with its batch. All numbers are
+ESTIMATES. Compiling each whole step would take hours, so a step is composed of two programs:
 
 - the step of the command line, compiled for compile_topology, gives the computation per chip. Work on tokens scales
   with the tokens per chip; other work on weights and tables happens once per micro-batch; the update, with its
@@ -50,12 +50,12 @@ SHORT = 256  # tokens of a row in programs that only count weights and collectiv
 QUICK = ("xla_flags=[]", "muon_iterations=1", "window_pattern=L")
 # The speed of the generated code does not matter.
 LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
-# The state is sharded over eight neighbors and replicated over the rest: Muon then needs no communication for any number
-# of chips (24 and 32 layers divide by 8), gathers use few links, and no weights are sent between slices.
+# The state is sharded over eight neighbors and replicated over the rest: Muon then needs no communication for any
+# number of chips (24 and 32 layers divide by 8), gathers use few links, and no weights are sent between slices.
 FSDP = 8
 RULES = (
     "logical_axis_rules=[[layers,fsdp],[vocab,fsdp,tensor],[heads,tensor],[kv_heads,tensor],[mlp,tensor],"
-    "[activation_batch,data,fsdp],[activation_heads,tensor],[activation_mlp,tensor],[activation_vocab,tensor]]"
+    "[activation_batch,data,fsdp],[activation_heads,tensor]]"
 )
 # The named scopes of train_step that run once per step.
 PER_STEP = ("gather", "reduce", "update")
@@ -71,7 +71,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def choose(cls, chips: int, slices: int, rows: int, tensor: int) -> "Layout":
-        """The layout for `rows` per step, with at least `tensor` chips per row; more if there are more chips than rows."""
+        """The layout for `rows` per step and at least `tensor` chips per row; more if chips outnumber rows."""
         tensor = max(tensor, chips // math.gcd(chips, rows))
         fsdp = math.gcd(FSDP, chips // slices // tensor)
         return cls(chips // slices // tensor // fsdp, fsdp, tensor, slices)

@@ -120,7 +120,7 @@ def peak_gib() -> float | None:
 
 
 def needed_gib(program: jax.stages.Compiled) -> float | None:
-    """GiB per device that a program needs by the compiler; None for a program from the cache that does not report it."""
+    """GiB per device that a program needs; None if it comes from the cache without that number."""
     return program.memory_analysis().peak_memory_in_bytes / common.GIB or None
 
 

@@ -14,7 +14,8 @@ from tuning import GOLDEN, PACKING, QUICK, check_gradients
 
 from MaxNano import pyconfig
 from MaxNano.storage.files import run_directory
-from MaxNano.tokenization.tokenizer import load_tokenizer, train_bpe
+from MaxNano.tokenization.bpe import train_bpe
+from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training import start as start_from
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer

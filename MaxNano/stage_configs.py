@@ -37,7 +37,9 @@ class StageConfig(NamedTuple):
 
 
 def stage_config(values: Values) -> StageConfig:
-    """The row that a config chooses: that of `stage`, if it reads dataset_type, or the first that does."""
+    """The row that a config chooses: that of `stage`, if it reads dataset_type, or the first that
+    does.
+    """
     kind = values["dataset_type"]
     named = STAGE_CONFIGS.get(values["stage"])
     readers = [row for row in STAGE_CONFIGS.values() if kind in row.dataset_types]

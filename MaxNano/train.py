@@ -55,7 +55,9 @@ def main(config: FrozenConfigDict) -> int:
 
 
 def train(setup: RunSetup, preemption: Preemption) -> int:
-    """Train from the run's latest checkpoint, or from the start, to config.steps; returns the exit status."""
+    """Train from the run's latest checkpoint, or from the start, to config.steps; returns the exit
+    status.
+    """
     config = setup.config
     directory = run_directory(config)
     is_main = jax.process_index() == 0
@@ -141,7 +143,8 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
                 if step == start:
                     runtime.freeze_gc()
 
-                # Metrics are read one step later, so that the host never waits for the current step.
+                # Metrics are read one step later, so that the host never waits for the current
+                # step.
                 arrived = logger.step(step, metrics, run.batches.position())
                 if arrived:
                     skipped_in_a_row = skipped_in_a_row + 1 if arrived["skipped"] else 0

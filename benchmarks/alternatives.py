@@ -1,12 +1,12 @@
-"""Estimates how design alternatives of the train step change cycles and memory of a TPU, by the compiler.
+"""Estimates how design alternatives of the train step change cycles and memory of a TPU.
 
     python benchmarks/alternatives.py configs/base.yml model=d24 emb_dim=1536 num_decoder_layers=4 window_pattern=SL \
         compile_report=alternatives.jsonl
 
-Each alternative is a set of words that a user can add to this command. Four layers with every second window long are a
-scan over two groups with all features of d24; omit these words for the whole model. Nothing is run. Rows are kept in
-compile_report as JSON lines (null: alternatives.jsonl in the run's folder) and are not compiled again. Prints a table
-and a JSON line.
+Each alternative is a set of words that a user can add to this command. Four layers with every
+second window long are a scan over two groups with all features of d24; omit these words for the
+whole model. Nothing is run. Rows are kept in compile_report as JSON lines (null: alternatives.jsonl
+in the run's folder) and are not compiled again. Prints a table and a JSON line.
 """
 
 import sys

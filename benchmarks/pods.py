@@ -2,19 +2,20 @@
 
     python benchmarks/pods.py configs/base.yml model=d24 compile_report=pods.jsonl
 
-For each of SLICES, once with the tokens per chip of compile_topology and once with its batch. All numbers are
-ESTIMATES. Compiling each whole step would take hours, so a step is composed of two programs:
+For each of SLICES, once with the tokens per chip of compile_topology and once with its batch. All
+numbers are ESTIMATES. Compiling each whole step would take hours, so a step is composed of two
+programs:
 
-- the step of the command line, compiled for compile_topology, gives the computation per chip. Work on tokens scales
-  with the tokens per chip; other work on weights and tables happens once per micro-batch; the update, with its
-  all-gathers and reductions, happens once per step;
-- the same model at full depth and width on rows of SHORT tokens, with one Muon iteration and one kind of window,
-  compiled for the larger slice, gives the state's memory and the collectives over weights and gradients, whose size
-  does not depend on the rows. Collectives over activations (axis tensor) scale with tokens. No overlap with
-  computation is assumed.
+- the step of the command line, compiled for compile_topology, gives the computation per chip. Work
+  on tokens scales with the tokens per chip; other work on weights and tables happens once per
+  micro-batch; the update, with its all-gathers and reductions, happens once per step;
+- the same model at full depth and width on rows of SHORT tokens, with one Muon iteration and one
+  kind of window, compiled for the larger slice, gives the state's memory and the collectives over
+  weights and gradients, whose size does not depend on the rows. Collectives over activations (axis
+  tensor) scale with tokens. No overlap with computation is assumed.
 
-Rows are kept in compile_report as JSON lines (null: pods.jsonl in the run's folder) and are not compiled again.
-Prints a table and a JSON line.
+Rows are kept in compile_report as JSON lines (null: pods.jsonl in the run's folder) and are not
+compiled again. Prints a table and a JSON line.
 """
 
 import sys
@@ -50,8 +51,9 @@ SHORT = 256  # tokens of a row in programs that only count weights and collectiv
 QUICK = ("xla_flags=[]", "muon_iterations=1", "window_pattern=L")
 # The speed of the generated code does not matter.
 LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
-# The state is sharded over eight neighbors and replicated over the rest: Muon then needs no communication for any
-# number of chips (24 and 32 layers divide by 8), gathers use few links, and no weights are sent between slices.
+# The state is sharded over eight neighbors and replicated over the rest: Muon then needs no
+# communication for any number of chips (24 and 32 layers divide by 8), gathers use few links, and
+# no weights are sent between slices.
 FSDP = 8
 RULES = (
     "logical_axis_rules=[[layers,fsdp],[vocab,fsdp,tensor],[heads,tensor],[kv_heads,tensor],[mlp,tensor],"
@@ -71,7 +73,9 @@ class Layout(NamedTuple):
 
     @classmethod
     def choose(cls, chips: int, slices: int, rows: int, tensor: int) -> "Layout":
-        """The layout for `rows` per step and at least `tensor` chips per row; more if chips outnumber rows."""
+        """The layout for `rows` per step and at least `tensor` chips per row; more if chips
+        outnumber rows.
+        """
         tensor = max(tensor, chips // math.gcd(chips, rows))
         fsdp = math.gcd(FSDP, chips // slices // tensor)
         return cls(chips // slices // tensor // fsdp, fsdp, tensor, slices)
@@ -102,7 +106,9 @@ class Layout(NamedTuple):
 
 
 def whole_step(config: FrozenConfigDict) -> common.Row:
-    """Computation of a chip of compile_topology: cycles per step, micro-batch and token, and GiB besides the state."""
+    """Computation of a chip of compile_topology: cycles per step, micro-batch and token, and GiB
+    besides the state.
+    """
     setup = set_up(
         config, topologies.slice_devices(config.compile_topology, config.compile_num_slices)
     )
@@ -137,7 +143,9 @@ def unit_of(operation: costs.Operation) -> str:
 
 
 def short_step(words: Sequence[str], topology: str, layout: Layout) -> common.Row:
-    """State in GiB and seconds of collectives by axes and network, for a step with one short row per chip."""
+    """State in GiB and seconds of collectives by axes and network, for a step with one short row
+    per chip.
+    """
     data_parallel_size = layout.data * layout.fsdp * layout.slices
     config = pyconfig.initialize(
         [

@@ -4,10 +4,11 @@
     python benchmarks/step_time.py configs/base.yml model=d4 max_target_length=512 vocab_size=4096 \
         global_batch_tokens=8192
 
-Prints median and quartiles of the steps, tokens/s, memory and, for a known chip, MFU; and a JSON line. If the machine
-only has a CPU and the step is too large for it, prints train_compile.py's estimate for compile_topology instead.
-With a nanochat checkout in NANOCHAT, and a Python that has its packages in NANOCHAT_PYTHON, nanochat's compiled model
-and optimizer run the same steps in alternation, and the ratio of the medians is printed.
+Prints median and quartiles of the steps, tokens/s, memory and, for a known chip, MFU; and a JSON
+line. If the machine only has a CPU and the step is too large for it, prints train_compile.py's
+estimate for compile_topology instead. With a nanochat checkout in NANOCHAT, and a Python that has
+its packages in NANOCHAT_PYTHON, nanochat's compiled model and optimizer run the same steps in
+alternation, and the ratio of the medians is printed.
 """
 
 import sys
@@ -68,7 +69,9 @@ def prepare(setup: RunSetup, program: jax.stages.Compiled) -> Callable[[], float
 def start_nanochat(
     config: FrozenConfigDict, plan: BatchPlan
 ) -> Iterator[Callable[[int], list[float]] | None]:
-    """Yields a function that runs nanochat's steps and returns their seconds; None without NANOCHAT."""
+    """Yields a function that runs nanochat's steps and returns their seconds; None without
+    NANOCHAT.
+    """
     checkout = os.environ.get("NANOCHAT")
     if not checkout:
         yield None

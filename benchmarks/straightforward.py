@@ -2,16 +2,18 @@
 
     python benchmarks/straightforward.py configs/base.yml model=d24 compile_topology=v6e-8
 
-The port ("recipe") was measured on a real v6e-8: 1.43 s per step of 524,288 tokens with d24. Both steps are compiled
-for the same slice by the same compiler in the same run and costed by the same rules, so that the ratio of their cycles
-gives an estimate for MaxNano. Nothing is run. Prints both reports, their sums and a JSON line.
+The port ("recipe") was measured on a real v6e-8: 1.43 s per step of 524,288 tokens with d24. Both
+steps are compiled for the same slice by the same compiler in the same run and costed by the same
+rules, so that the ratio of their cycles gives an estimate for MaxNano. Nothing is run. Prints both
+reports, their sums and a JSON line.
 
-The recipe: parameters, gradients and Adam's moments replicated on every chip, only Muon's moments sharded; 16
-micro-batches of 2 rows, with an all-reduce of all gradients in each; 24 unrolled layers, nothing rematerialized; Splash
-attention in blocks of 512 with a separate backward pass for the queries, rotary embedding and norms left to the
-compiler; gradients of value embeddings as a float32 product with a one-hot matrix at the highest precision; a head at
-the highest precision with all logits in float32.
-Source: https://github.com/tucan9389/nanochat-jax (runs/speedrun.sh, June 2026) for the recipe and its time.
+The recipe: parameters, gradients and Adam's moments replicated on every chip, only Muon's moments
+sharded; 16 micro-batches of 2 rows, with an all-reduce of all gradients in each; 24 unrolled
+layers, nothing rematerialized; Splash attention in blocks of 512 with a separate backward pass for
+the queries, rotary embedding and norms left to the compiler; gradients of value embeddings as a
+float32 product with a one-hot matrix at the highest precision; a head at the highest precision with
+all logits in float32. Source: https://github.com/tucan9389/nanochat-jax (runs/speedrun.sh, June
+2026) for the recipe and its time.
 """
 
 import sys
@@ -96,7 +98,9 @@ def norm(x: jax.Array, epsilon: float) -> jax.Array:
 
 @jax.custom_vjp
 def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Rows of a table; their gradient is a product with a one-hot matrix, float32 at the highest precision."""
+    """Rows of a table; their gradient is a product with a one-hot matrix, float32 at the highest
+    precision.
+    """
     return table[tokens]
 
 
@@ -229,7 +233,9 @@ def set_up(
 
 
 def train_step(recipe: Recipe, params, opt_state, count, inputs, targets):
-    """One update from (micro-batches, rows, L) tokens, with parameters as from `unstack`; also returns the loss."""
+    """One update from (micro-batches, rows, L) tokens, with parameters as from `unstack`; also
+    returns the loss.
+    """
 
     def accumulate(total, micro):
         loss, grads = jax.value_and_grad(partial(mean_loss, recipe))(params, *micro)

@@ -1,4 +1,4 @@
-"""Parses the text of a compiled TPU program: scheduled computations, trip counts, FLOPs, source lines, groups."""
+"""Parses the text of a compiled TPU program: its schedule, trip counts, FLOPs and source lines."""
 
 import itertools
 import math
@@ -110,7 +110,8 @@ class Module(NamedTuple):
         return self.computations.get(instruction.attribute(role) or "")
 
     def body(self, instruction: Instruction) -> list[Instruction]:
-        """The instructions that run as one kernel: those of a fusion with its inner fusions, or the instruction itself.
+        """The instructions that run as one kernel: those of a fusion with its inner fusions, or the
+        instruction itself.
 
         A computation that starts on another core runs as one kernel too.
         """
@@ -231,7 +232,9 @@ def _frames(tables: dict[str, dict[int, str]]) -> dict[int, Frame]:
 
 
 def source_line(module: Module, instruction: Instruction, package: str = "MaxNano") -> str:
-    """`file.py:line` of the innermost frame in a folder `package`, else outside libraries, else of all; or ''."""
+    """`file.py:line` of the innermost frame in a folder `package`, else outside libraries, else of
+    all; or ''.
+    """
     match = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
     number = int(match[1]) if match else None
     chain = []
@@ -250,9 +253,11 @@ def source_line(module: Module, instruction: Instruction, package: str = "MaxNan
 
 
 def trip_count(module: Module, loop: Instruction) -> int:
-    """Trip count of a `while`: the compiler's note, else the constant with which its condition compares the counter.
+    """Trip count of a `while`: the compiler's note, else the constant with which its condition
+    compares the counter.
 
-    Raises HloError if both are missing, because a loop counted once would make a step look many times faster.
+    Raises HloError if both are missing, because a loop counted once would make a step look many
+    times faster.
     """
     known = re.search(r'"?known_trip_count"?[:=]\s*\{"?n"?[:=]\s*"?(\d+)', loop.attributes)
     if known:
@@ -284,7 +289,9 @@ def branches(conditional: Instruction) -> list[str]:
 
 
 def matmul_flops(module: Module, computation: Computation) -> int:
-    """FLOPs of the dot and convolution instructions of a computation and its fusions, without its loops."""
+    """FLOPs of the dot and convolution instructions of a computation and its fusions, without its
+    loops.
+    """
     total = 0
     for instruction in computation.instructions.values():
         if instruction.opcode == "dot":
@@ -302,7 +309,8 @@ def matmul_flops(module: Module, computation: Computation) -> int:
 def _convolution_flops(instruction: Instruction, lhs: Array, rhs: Array) -> int:
     """Two FLOPs per product of two elements; products with padding or dilation holes do not count.
 
-    The compiler writes matrix products as convolutions, some with windows that extend far into the padding.
+    The compiler writes matrix products as convolutions, some with windows that extend far into the
+    padding.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
     dims = (lhs.dims, rhs.dims, instruction.result[0].dims)
@@ -400,6 +408,8 @@ def _transposed(shape: list[int], order: list[int]) -> list[int]:
 
 
 def source_of(module: Module, instruction: Instruction, body: Sequence[Instruction]) -> str:
-    """The source line of an instruction, or of the last instruction of its fused body that has one; "" if none has."""
+    """The source line of an instruction, or of the last instruction of its fused body that has one;
+    "" if none has.
+    """
     lines = (source_line(module, i) for i in (instruction, *reversed(body)))
     return next(filter(None, lines), "")

@@ -1,13 +1,15 @@
 """The stage of reinforcement learning: rollouts of the model become weighted training rows.
 
-The advantage of a rollout is its reward minus the mean reward of all rollouts of its problem (REINFORCE with a group
-baseline, as in GRPO, without the division by the standard deviation). Advantages are divided by the number of tokens
-of the group, so that every problem counts alike. The train step is the same as in every other stage.
+The advantage of a rollout is its reward minus the mean reward of all rollouts of its problem
+(REINFORCE with a group baseline, as in GRPO, without the division by the standard deviation).
+Advantages are divided by the number of tokens of the group, so that every problem counts alike. The
+train step is the same as in every other stage.
 
-The engine samples rollouts on the training mesh at temperature 1 from the whole distribution, with the parameters of
-the current step. The targets are the sampled tokens, the stop token included; prompts and tool outputs are no targets.
-Sources: nanochat/scripts/chat_rl.py@92d63d4; https://arxiv.org/abs/2402.03300 (GRPO, and its estimate of the KL
-divergence); https://arxiv.org/abs/2503.14476 (the mean over tokens).
+The engine samples rollouts on the training mesh at temperature 1 from the whole distribution, with
+the parameters of the current step. The targets are the sampled tokens, the stop token included;
+prompts and tool outputs are no targets. Sources: nanochat/scripts/chat_rl.py@92d63d4;
+https://arxiv.org/abs/2402.03300 (GRPO, and its estimate of the KL divergence);
+https://arxiv.org/abs/2503.14476 (the mean over tokens).
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ class Problem(NamedTuple):
 def next_problems(
     task: tasks.Task, tokenizer: Tokenizer, position: ProblemPosition, count: int, length: int
 ) -> tuple[list[Problem], ProblemPosition]:
-    """The next `count` problems with prompts shorter than `length` tokens, and the position after them.
+    """The next `count` problems with prompts shorter than `length` tokens, and the position after
+    them.
 
     Raises ValueError if no problem of a whole pass has such a prompt.
     """
@@ -303,7 +306,9 @@ def batch_columns(config: FrozenConfigDict) -> dict[str, Any]:
 def policy_losses(
     config: FrozenConfigDict, nll: jax.Array, batch: Mapping[str, jax.Array]
 ) -> jax.Array:
-    """What each target adds to the loss, (rows, L): the policy gradient, clipped, and the KL penalty."""
+    """What each target adds to the loss, (rows, L): the policy gradient, clipped, and the KL
+    penalty.
+    """
     if config.rl_clip:
         terms = losses.clipped_policy_losses(
             nll, batch["old_losses"], batch["weights"], config.rl_clip

@@ -1,4 +1,4 @@
-"""The training state: its arrays, their abstract shapes and shardings, and its sharded initialization."""
+"""The training state: its arrays, abstract shapes, shardings, and sharded initialization."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +33,8 @@ def abstract_state(
 ) -> TrainState:
     """TrainState of ShapeDtypeStructs with shardings: the target of initialization and of restore.
 
-    An optimizer leaf is sharded like the parameter whose path is the end of its path. A factored moment
-    has size 1 on its reduced axes, and an axis of size 1 is never sharded.
+    An optimizer leaf is sharded like the parameter whose path is the end of its path. A factored
+    moment has size 1 on its reduced axes, and an axis of size 1 is never sharded.
     """
     axes = {_names(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(model.axes)}
 

@@ -51,9 +51,8 @@ ALTERNATIVES = {  # the most important first: a table may stay unfinished
     "splash, blocks of 512": "attention=splash splash_long_forward=[512,512,512] splash_long_backward=[512,512,512]",
     "replicated weights": "logical_axis_rules=[[activation_batch,data,fsdp]]",
 }
-ROWS = (
-    32  # per device and micro-batch if per_device_batch_size is null, the same for all alternatives
-)
+# Per device and micro-batch if per_device_batch_size is null, the same for all alternatives.
+ROWS = 32
 COLUMNS = ("alternative", "more", "all", *costs.CLASSES, "GiB", "compiled s", "failure")
 
 

@@ -28,9 +28,8 @@ from MaxNano.distributed import hardware
 
 # ---- Assumptions about what the compiler does not cost ---------------------------------------------------------------
 
-UNKNOWN_CYCLES = (
-    2**62
-)  # the compiler writes numbers near 2^63 beside operations that it does not cost
+# The compiler writes numbers near 2^63 beside operations that it does not cost.
+UNKNOWN_CYCLES = 2**62
 
 # The share of the peak FLOP/s that a Pallas call reaches. With a head_dim of 128, each product of
 # attention has an axis of 128, which fills half of a 256 x 256 matrix unit. (The compiler gives

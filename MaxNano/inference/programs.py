@@ -2,8 +2,8 @@
 
 Every array has one fixed shape, whatever requests are running, so each program is compiled once:
 decode for all slots, prefill for each prompt length in `EnginePrograms.buckets`. Slots are split
-over the data-parallel mesh axes: each of `setup.data_parallel_size` shards
-computes `slots_per_shard` slots on its own.
+over the data-parallel mesh axes: each of `setup.data_parallel_size` shards computes
+`slots_per_shard` slots on its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +21,7 @@ from MaxNano import scaling
 from MaxNano.distributed import hardware, runtime
 from MaxNano.inference import decode
 from MaxNano.inference.kv_cache import KVCache
+from MaxNano.inference.weights import Weights
 from MaxNano.models.setup import ModelSetup
 
 # XLA's fastest CPU matrix products at these sizes: benchmarks/README.md.
@@ -76,7 +77,7 @@ class EnginePrograms:
         return sorted({self.bucket(length) for length in range(1, self.plan.max_length)})
 
     @cached_property
-    def weights(self) -> decode.Weights:
+    def weights(self) -> Weights:
         """The prepared weights as abstract arrays."""
         shapes = jax.eval_shape(partial(decode.prepare, self.plan), self.setup.params)
         shardings = decode.weight_shardings(self.plan, self.setup.mesh, shapes)
@@ -104,7 +105,7 @@ class EnginePrograms:
         return NamedSharding(self.setup.mesh, self.setup.batch_spec)
 
     @cached_property
-    def prepare(self) -> Callable[[dict[str, Any]], decode.Weights]:
+    def prepare(self) -> Callable[[dict[str, Any]], Weights]:
         """Model parameters -> weights for decoding."""
         shardings = jax.tree.map(lambda x: x.sharding, self.weights)
         return jax.jit(partial(decode.prepare, self.plan), out_shardings=shardings)
@@ -230,7 +231,7 @@ class ModelRunner:
 
     def __init__(self, programs: EnginePrograms):
         self.programs = programs
-        self.weights: decode.Weights | None = None
+        self.weights: Weights | None = None
         self.cache = self._empty_cache()
         seen = np.zeros((programs.slots, programs.weights["head"].shape[1]), np.bool_)
         self._none_seen = jax.device_put(seen, programs.by_slot)

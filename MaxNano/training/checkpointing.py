@@ -3,7 +3,7 @@
 A run's folder has `checkpoints/<step>/`, each with `state/` (the train state, by orbax), `extra/`
 (JSON: data position, metrics, resolved config, versions, devices) and, written last, a manifest
 (MaxNano/storage/checkpoints.py) that makes it count. With several processes all of them call the
-methods of Checkpointer in the same order; process 0 decides what is there.
+methods of Checkpointer in the same order; process 0 lists the folder.
 """
 
 from __future__ import annotations

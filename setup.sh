@@ -1,37 +1,37 @@
 #!/usr/bin/env bash
-# Makes .venv here and installs MaxNano into it, editable, with the versions of constraints.txt.
+# Creates the virtual environment .venv and installs MaxNano in editable mode, with pinned versions.
 #
-#   bash setup.sh                      with what this machine needs
+#   bash setup.sh                      detects the device
 #   DEVICE=tpu bash setup.sh           auto (the default), cpu, tpu or gpu
-#   EXTRAS=track,serve bash setup.sh   and with further extras of pyproject.toml
+#   EXTRAS=track,serve bash setup.sh   also installs these extras of pyproject.toml
 #
-# Where there is no Python 3.11, 3.12 or 3.13 with venv, uv makes the environment, and gets a Python if need be.
-# Run again it does nothing, unless something has changed or more is asked for. Every file that is
-# installed is checked against its hash in constraints.txt, by uv and by pip.
+# If the machine has no Python 3.11, 3.12 or 3.13 with venv, uv creates the environment and
+# downloads a Python if needed. A second run does nothing unless the device, the extras or the
+# pinned versions have changed. uv and pip check the hash of every file against constraints.txt.
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 VENV=.venv
-STAMP=$VENV/maxnano-setup   # what was installed, written last
-LOG=$VENV/maxnano-setup.log # what uv and pip say
+STAMP=$VENV/maxnano-setup   # describes the installation; written last
+LOG=$VENV/maxnano-setup.log # output of uv and pip
 
 fail() {
   echo "setup.sh: $*" >&2
   exit 1
 }
 
-# Whether $1 is an interpreter that will do. It has to run: a version manager's shim may not. No release candidate:
-# Ubuntu 22.04 packages 3.11.0rc1, which many packages refuse.
+# Succeeds if $1 is a supported interpreter. It must run: the shim of a version manager may not.
+# Release candidates do not count: Ubuntu 22.04 packages 3.11.0rc1, which many packages refuse.
 is_right_python() {
   "$1" -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] <= (3, 13) or v[3] != "final")' >/dev/null 2>&1
 }
 
-# Prints the first interpreter on PATH that will do and can import the modules $1.
+# Prints the first supported interpreter on PATH that can import the modules $1.
 find_python() {
   local name path
   for name in python3.11 python3.12 python3.13 python3 python; do
-    # All of that name: a shim may hide the real one.
+    # All interpreters of that name: a shim may hide the real one.
     while IFS= read -r path; do
       if is_right_python "$path" && "$path" -c "import $1" >/dev/null 2>&1; then
         echo "$path"
@@ -47,8 +47,8 @@ has_tpu() {
   if compgen -G '/dev/accel[0-9]*' >/dev/null || [ -n "${TPU_ACCELERATOR_TYPE:-}" ]; then
     return 0
   fi
-  # Newer machines show the chips by vfio only: Google's PCI devices of TPU v3, v4, v5p, v5e, v6e
-  # and 7x. Source: jax/_src/hardware_utils.py.
+  # Newer machines expose the chips through vfio only. These are the PCI devices of TPU v3, v4,
+  # v5p, v5e, v6e and 7x. Source: jax/_src/hardware_utils.py.
   for device in /sys/bus/pci/devices/*; do
     case "$(cat "$device/vendor" "$device/device" 2>/dev/null | tr '\n' ' ')" in
       "0x1ae0 0x0027 " | "0x1ae0 0x005e " | "0x1ae0 0x0062 " | "0x1ae0 0x0063 " | \
@@ -72,27 +72,27 @@ make_venv() {
   local python uv
   if python=$(find_python 'ensurepip, venv'); then
     "$python" -m venv --clear $VENV 2>/dev/null ||
-      fail "$python cannot make an environment in $PWD/$VENV: is the disk full, or the folder write-protected?"
+      fail "$python cannot create an environment in $PWD/$VENV: is the disk full, or the folder write-protected?"
     return
   fi
-  # uv can do without what Debian and Ubuntu package apart (python3-venv), and without any Python at all.
+  # uv needs neither python3-venv, a separate package on Debian and Ubuntu, nor a Python.
   if ! { rm -rf $VENV && mkdir -p $VENV/bin && : >$LOG; } 2>/dev/null; then
-    fail "$PWD/$VENV cannot be made anew: is the folder write-protected?"
+    fail "cannot recreate $PWD/$VENV: is the folder write-protected?"
   fi
-  uv=$(find_uv) || fail "no Python 3.11, 3.12 or 3.13 with venv here, and no uv to get one with ($(explain)); $(advice)"
+  uv=$(find_uv) || fail "no Python 3.11, 3.12 or 3.13 with venv on this machine, and could not download uv ($(explain)); $(advice)"
   {
     python=$(find_python sysconfig) && "$uv" venv --allow-existing --python "$python" $VENV
   } >>$LOG 2>&1 || {
-    echo "No Python 3.11, 3.12 or 3.13 here: uv gets one."
+    echo "No Python 3.11, 3.12 or 3.13 on this machine: uv downloads one."
     "$uv" venv --allow-existing --managed-python --python cpython@3.12 $VENV >>$LOG 2>&1
-  } || fail "no Python 3.11, 3.12 or 3.13 here, and uv could not download one (UV_PYTHON_INSTALL_MIRROR names a mirror); $(advice); see $LOG"
+  } || fail "no Python 3.11, 3.12 or 3.13 on this machine, and uv could not download one (UV_PYTHON_INSTALL_MIRROR names a mirror); $(advice); see $LOG"
   pinned pip >$VENV/maxnano-tool.txt
   tell_uv_the_index
   "$uv" pip install --python $VENV/bin/python --no-deps --require-hashes -r $VENV/maxnano-tool.txt >>$LOG 2>&1 ||
     fail "$(explain); see $LOG"
 }
 
-# What to do where neither this machine nor uv has a Python.
+# Prints how to install a Python on this system.
 advice() {
   local ID='' VERSION_ID=''
   # shellcheck source=/dev/null
@@ -105,7 +105,7 @@ advice() {
   esac
 }
 
-# The lines of constraints.txt about package $1, for installing a tool at its hash.
+# Prints the lines of constraints.txt about package $1: its version and its hashes.
 pinned() {
   awk -v name="$1" 'index($0, name "==") == 1 { on = 1 } on { print } !/\\$/ { on = 0 }' constraints.txt
 }
@@ -119,7 +119,7 @@ install_tool() {
   run_pip install --no-deps --require-hashes -r $VENV/maxnano-tool.txt
 }
 
-# Prints the uv to use, if it can be had.
+# Prints the path of uv, which is downloaded if it is missing.
 find_uv() {
   if command -v uv || command -v ~/.local/bin/uv || command -v $VENV/bin/uv; then
     return
@@ -127,7 +127,8 @@ find_uv() {
   fetch_uv >>$LOG 2>&1 && echo $VENV/bin/uv
 }
 
-# Gets the pinned uv: by the pip of any Python, which knows of mirrors and proxies, or else straight from the index.
+# Downloads the pinned uv with the pip of any Python, which knows mirrors and proxies, or else
+# directly from the package index.
 fetch_uv() {
   local python
   pinned uv >$VENV/maxnano-tool.txt
@@ -141,7 +142,7 @@ fetch_uv() {
   download_uv && unpack_uv
 }
 
-# The wheel of uv for this machine, off the page that the index has about uv.
+# Downloads the wheel of uv for this machine, using the index's page about uv.
 # Source: https://packaging.python.org/en/latest/specifications/simple-repository-api/
 download_uv() {
   local index=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-https://pypi.org/simple}} version address digest
@@ -166,7 +167,7 @@ download_uv() {
   digest=$(sha256sum "$VENV/${address##*/}" | cut -d ' ' -f 1)
   if [[ $(pinned uv) != *"--hash=sha256:$digest"* ]]; then
     rm -f "$VENV/${address##*/}"
-    echo "uv is not the one that constraints.txt pins (its hash differs)"
+    echo "the hash of uv differs from constraints.txt"
     return 1
   fi
 }
@@ -178,12 +179,12 @@ download() {
   elif command -v wget; then
     wget -nv -T 30 -t 3 -O "$2" "$1"
   else
-    echo "neither pip nor curl nor wget"
+    echo "found neither pip nor curl nor wget"
     return 1
   fi
 }
 
-# A wheel is a zip file. Leaves uv in .venv/bin.
+# Unpacks uv into .venv/bin. A wheel is a zip file.
 unpack_uv() {
   local python
   (
@@ -196,7 +197,7 @@ unpack_uv() {
       python=bin/python
       command -v $python || python=python3
       $python -m zipfile -e uv-*.whl . || {
-        echo "neither python3 nor unzip"
+        echo "found neither python3 nor unzip"
         exit 1
       }
     fi
@@ -204,7 +205,7 @@ unpack_uv() {
   )
 }
 
-# uv does not read pip's settings: where pip was told of an index of its own, tell uv.
+# uv does not read pip's settings: pass it the package index that pip is configured with.
 tell_uv_the_index() {
   local python index=${PIP_INDEX_URL:-}
   for python in $VENV/bin/python python3; do
@@ -221,8 +222,8 @@ install_by_uv() {
     --build-constraints constraints.txt --editable ".[$2]" >>$LOG 2>&1
 }
 
-# pip checks hashes of all or of nothing, and a folder has none: first all that MaxNano depends on,
-# then MaxNano alone. Only a new pip takes hashes from a file of constraints.
+# pip checks the hashes of all requirements or of none, and a folder has no hash: install the
+# dependencies first, then MaxNano. Only a recent pip reads hashes from a constraints file.
 install_by_pip() {
   install_tool pip && install_tool setuptools || return
   $VENV/bin/python - "$1" >$VENV/maxnano-requirements.txt <<'PY' || return
@@ -235,7 +236,7 @@ PY
     run_pip install --no-deps --no-build-isolation --editable .
 }
 
-# One line that says why the installation failed.
+# Prints one line: why the installation failed.
 explain() {
   local pattern reason
   while IFS='|' read -r pattern reason; do
@@ -245,9 +246,9 @@ explain() {
     fi
   done <<'REASONS'
 no space left|the disk is full
-hash mismatch|a package is not the one that constraints.txt pins (its hash differs)
-do not match the hashes|a package is not the one that constraints.txt pins (its hash differs)
-no matching distribution|the package index cannot be reached or lacks a package
+hash mismatch|the hash of a package differs from constraints.txt
+do not match the hashes|the hash of a package differs from constraints.txt
+no matching distribution|the package index cannot be reached or does not have a package
 connection|the package index cannot be reached
 timed out|the package index cannot be reached
 dns error|the package index cannot be reached
@@ -256,7 +257,7 @@ REASONS
   tail -n 1 $LOG
 }
 
-# ---- What is wanted, and whether it is there
+# ---- Which device and extras, and are they installed already?
 
 device=${DEVICE:-auto}
 extras=${EXTRAS:-}
@@ -264,7 +265,7 @@ device_before=
 if [ -f $STAMP ]; then
   read -r device_before extras_before <$STAMP
   extras=$extras,${extras_before#extras=}
-  # DEVICE=cpu on a machine with a GPU stays so until another is asked for.
+  # DEVICE=cpu on a machine with a GPU stays in effect until DEVICE names another device.
   device=${DEVICE:-$device_before}
 fi
 if [ "$device" = auto ]; then
@@ -275,15 +276,15 @@ case $device in
   *) fail "DEVICE is '$device', but must be auto, cpu, tpu or gpu" ;;
 esac
 case ",${EXTRAS:-}," in
-  *,tpu,* | *,gpu,*) fail "EXTRAS is '$EXTRAS', but tpu and gpu are asked for by DEVICE" ;;
+  *,tpu,* | *,gpu,*) fail "EXTRAS is '$EXTRAS', but DEVICE selects tpu and gpu" ;;
 esac
-# The extra of the device that was there before goes with it.
+# Drop the extra of the previous device.
 extras=$(tr ',' '\n' <<<"$extras" | sed -E '/^(tpu|gpu|)$/d' | sort -u | paste -sd, -)
 if [ "$device" != cpu ]; then
   extras=${extras:+$extras,}$device
 fi
 for extra in $(tr ',' ' ' <<<"$extras"); do
-  grep -q "^$extra = \[" pyproject.toml || fail "EXTRAS names '$extra', which is no extra of pyproject.toml"
+  grep -q "^$extra = \[" pyproject.toml || fail "EXTRAS names '$extra', which is not an extra in pyproject.toml"
 done
 
 stamp="$device extras=$extras
@@ -291,7 +292,7 @@ $PWD
 $(cat setup.sh pyproject.toml constraints.txt | cksum)"
 
 say_next() {
-  if [ -z "${MAXNANO_QUIET:-}" ]; then # set by the scripts that call this one
+  if [ -z "${MAXNANO_QUIET:-}" ]; then # scripts that call this one set it
     cat <<'NEXT'
 Next:
   bash end_to_end/cpu/quickstart.sh   trains a small model on real text, in about ten minutes
@@ -315,25 +316,25 @@ case $device in
 esac
 free_mb=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024) }')
 if [ ! -x $VENV/bin/python ] && [ "$free_mb" -lt "$needed_mb" ]; then
-  fail "the disk of $PWD has $free_mb MB free, and $needed_mb MB are needed"
+  fail "the disk of $PWD has $free_mb MB free, but the installation needs $needed_mb MB"
 fi
 
 SECONDS=0
-# An environment for another device would keep that device's packages: better a new one.
+# An environment for another device would keep that device's packages: create a new one.
 if [ "$device" != "${device_before:-$device}" ] || ! is_right_python $VENV/bin/python ||
   ! $VENV/bin/python -m pip --version >/dev/null 2>&1; then
   make_venv
 fi
 rm -f $STAMP
 : >$LOG
-echo "Installing into $PWD/$VENV for $device${extras:+, with $extras}; $LOG tells how far it is."
+echo "Installing into $PWD/$VENV for $device${extras:+, with $extras}; progress is in $LOG."
 if uv=$(find_uv); then
   install_by_uv "$uv" "$extras" || install_by_pip "$extras" || fail "$(explain); see $LOG"
 else
   install_by_pip "$extras" || fail "$(explain); see $LOG"
 fi
 versions=$($VENV/bin/python -c 'import platform, jax, MaxNano; print(f"Python {platform.python_version()}, jax {jax.__version__}")' 2>>$LOG) ||
-  fail "what was installed does not import: $(tail -n 1 $LOG)"
+  fail "the installed packages cannot be imported: $(tail -n 1 $LOG)"
 echo "$stamp" >$STAMP
 echo "$VENV is ready ($versions for $device${extras:+, with $extras}; $SECONDS s)."
 say_next

@@ -111,7 +111,7 @@ def evaluate_core(setup: RunSetup, tokenizer: Tokenizer, params: Any, results: R
     """CORE, task by task, in a table."""
     config = setup.config
     tasks = core.load_bundle(config.core_bundle)
-    scorer = prefix_scoring.Scorer(setup, tokenizer.bos_id)
+    scorer = prefix_scoring.PrefixScorer(setup, tokenizer.bos_id)
     with _progress() as shown:
         bar = shown.add_task("CORE", total=None)
         score, rows = evaluate_tasks(
@@ -154,7 +154,7 @@ def evaluate_chat(setup: RunSetup, tokenizer: Tokenizer, params: Any, results: R
             config,
             exams,
             tokenizer,
-            prefix_scoring.Scorer(setup, tokenizer.bos_id).bind(params),
+            prefix_scoring.PrefixScorer(setup, tokenizer.bos_id).bind(params),
             lambda: chat.make_engine(config, setup.mesh, params, tokenizer),
             results,
             dtype=setup.numerics.dtype,

@@ -31,7 +31,8 @@ from ml_collections import FrozenConfigDict
 from MaxNano import pyconfig
 from MaxNano.data import conversations
 from MaxNano.data.loader import DevicePrefetch, Loader, make_loader, merge_states, put_global
-from MaxNano.distributed import compile_cache, runtime, sharding
+from MaxNano.distributed import compile_cache, hardware, runtime, sharding
+from MaxNano.distributed.preemption import EXIT_PREEMPTED, Preempted, Preemption
 from MaxNano.evals import bpb, chat, core, samples
 from MaxNano.evals.results import Results, evaluate_tasks
 from MaxNano.inference import prefix_scoring
@@ -158,7 +159,7 @@ def open_loader(
     )
 
 
-def train(setup: RunSetup, preemption: runtime.Preemption) -> int:
+def train(setup: RunSetup, preemption: Preemption) -> int:
     """Train from the run's last checkpoint, or from the start, to config.steps; returns the exit status."""
     config = setup.config
     directory = run_directory(config)
@@ -223,7 +224,7 @@ def train(setup: RunSetup, preemption: runtime.Preemption) -> int:
             start_step=start,
             tokens_per_step=config.global_batch_tokens,
             flops_per_token=flops_per_token(config),
-            peak_flops=runtime.peak_flops(list(setup.mesh.devices.flat)),
+            peak_flops=hardware.peak_flops(list(setup.mesh.devices.flat)),
             is_main=jax.process_index() == 0,
             state=extra["metrics"],
         )
@@ -247,7 +248,7 @@ def train(setup: RunSetup, preemption: runtime.Preemption) -> int:
         evaluated_step, core_step, chat_step = (
             extra.get(f"{what}_step") for what in ("evaluated", "core", "chat")
         )
-        scorer = prefix_scoring.Scorer(setup, tokenizer.bos_id)
+        scorer = prefix_scoring.PrefixScorer(setup, tokenizer.bos_id)
         skipped_in_a_row = 0
         try:
             for step in itertools.count(start):
@@ -341,13 +342,13 @@ def train(setup: RunSetup, preemption: runtime.Preemption) -> int:
                         f"their updates were skipped. Lower the learning rates or look at the data, and start again "
                         f"from the checkpoints in {directory}"
                     )
-        except runtime.Preempted:
+        except Preempted:
             # Raised only between steps or between batches of an evaluation, where the state is whole.
             if config.enable_checkpointing:
                 save(step)
                 checkpointer.wait()
                 logger.message(f"stopped at step {step}, saved; the same command goes on from here")
-            return runtime.EXIT_PREEMPTED
+            return EXIT_PREEMPTED
         checkpointer.wait()
     return 0
 
@@ -408,7 +409,7 @@ def main(config: FrozenConfigDict) -> int:
     check_memory(setup)
     if config.dry_run:
         return 0
-    with runtime.Preemption() as preemption, jax.set_mesh(setup.mesh):
+    with Preemption() as preemption, jax.set_mesh(setup.mesh):
         return train(setup, preemption)
 
 

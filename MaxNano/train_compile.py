@@ -39,8 +39,8 @@ from ml_collections import FrozenConfigDict
 from MaxNano import pyconfig
 from MaxNano.compile.costs import ASSUMPTIONS, Report, Work, analyze
 from MaxNano.console import print_table
-from MaxNano.distributed import runtime
-from MaxNano.inference import engine
+from MaxNano.distributed import hardware
+from MaxNano.inference import programs as engine_programs
 from MaxNano.storage import files
 from MaxNano.training.setup import RunSetup, flops_per_token, run_directory, set_up
 from MaxNano.training.step import compile_train, lower_evaluate, lower_train
@@ -152,14 +152,14 @@ def _train_work(setup: RunSetup, share: float = 1, steps: int | None = None) -> 
 
 
 def _prefill_work(setup: RunSetup) -> Work:
-    programs = engine.full_programs(setup)
-    tokens = programs.rows * programs.ways * programs.buckets[-1]
+    programs = engine_programs.report_programs(setup)
+    tokens = programs.prefill_size * programs.buckets[-1]
     return Work(flops_per_token(setup.config) / 3 * tokens, tokens, None)
 
 
 def _decode_work(setup: RunSetup) -> Work:
-    programs = engine.full_programs(setup)
-    size, flops = programs.decode_costs(programs.plan.max_length)
+    programs = engine_programs.report_programs(setup)
+    size, flops = engine_programs.decode_costs(programs, programs.plan.max_length)
     return Work(
         flops * programs.steps, programs.slots * programs.steps, None, size * programs.steps
     )
@@ -176,10 +176,14 @@ PROGRAMS = {
         lower_evaluate, lambda setup: _train_work(setup, 1 / 3), "per_device_batch_size"
     ),
     "prefill": Program(
-        lambda setup: engine.full_programs(setup).lower_prefill(), _prefill_work, "decode_slots"
+        lambda setup: engine_programs.lower_prefill(engine_programs.report_programs(setup)),
+        _prefill_work,
+        "decode_slots",
     ),
     "decode": Program(
-        lambda setup: engine.full_programs(setup).lower_decode(), _decode_work, "decode_slots"
+        lambda setup: engine_programs.lower_decode(engine_programs.report_programs(setup)),
+        _decode_work,
+        "decode_slots",
     ),
 }
 
@@ -202,7 +206,7 @@ def compile_program(setup: RunSetup, program: str) -> tuple[RunSetup, Report]:
         compiled = _compile(setup, program)
     report = analyze(
         compiled,
-        runtime.chip(setup.mesh.devices.flat[0]),
+        hardware.chip(setup.mesh.devices.flat[0]),
         mesh=setup.mesh,
         vocab_size=config.vocab_size,
         work=PROGRAMS[program].work(setup),

@@ -1,14 +1,16 @@
-"""Speed of the engine: prefill tokens/s, time to the first token, time a token, tokens/s by batch.
+"""Speed of the engine.
+
+Prefill throughput, time to first token, time per token, throughput by batch size.
 
     python benchmarks/decode.py configs/base.yml model=d24
     python benchmarks/decode.py configs/base.yml model=d4 max_target_length=512 vocab_size=4096 num_cpu_devices=1
 
-Weights are the run's, where run_name has a checkpoint, else random; tokens are greedy. Utilization is of the chip's
-memory bandwidth and FLOP/s, where the chip is known: bytes are the matrices and the cached keys and values that a step
-has to read, FLOPs those of the model. Where decoding is too much for the CPU and there is nothing else, it prints what
-train_compile.py says of compile_topology instead: an estimate, nothing is run. With a nanochat checkout in NANOCHAT and
-a Python that has its packages in NANOCHAT_PYTHON, its engine generates from the same weights and the same prompt in the
-same run, turn by turn. Ends with a JSON line.
+Weights are those of the run if run_name has a checkpoint, else random; decoding is greedy.
+Utilization is of the chip's memory bandwidth and peak FLOP/s: a decode step reads the weight
+matrices and the KV cache, and FLOPs are the model's. For a model that is too large for the CPU of a
+machine without accelerators, it prints train_compile.py's estimate for compile_topology. With a
+nanochat checkout in NANOCHAT and a Python with its packages in NANOCHAT_PYTHON, nanochat's engine
+generates from the same weights and prompt in the same run, by turns. The last line is JSON.
 """
 
 import sys
@@ -38,21 +40,24 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import convert, pyconfig, train_compile
-from MaxNano.distributed import runtime, sharding
-from MaxNano.inference import engine
-from MaxNano.inference.engine import Engine, Request
-from MaxNano.models.setup import numerics_of, set_up_model
-from MaxNano.storage import files
+from MaxNano import pyconfig, train_compile
+from MaxNano.distributed import hardware, runtime
+from MaxNano.inference.engine import Engine
+from MaxNano.inference.programs import EnginePrograms, ModelRunner, decode_costs
+from MaxNano.inference.requests import Request
+from MaxNano.interop import nanochat
+from MaxNano.models.setup import ModelSetup, set_up_model
+from MaxNano.storage.files import run_directory
+from MaxNano.training.loading import load_params
 
 BATCHES = (1, 8, 32, 128)
 NANOCHAT_BATCHES = (1, 16)
 TURNS = 5
-LARGEST_CPU_MODEL = 3e8  # parameters: a token a second on a few cores
+LARGEST_CPU_MODEL = 3e8  # parameters; about 1 token/s on a few cores
 
 
 def random_params(target: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
-    """Parameters of a model whose answers are not all the same token."""
+    """Parameters with which greedy answers are not one repeated token."""
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
@@ -64,65 +69,66 @@ def random_params(target: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def time_prefill(programs: engine.Programs, weights, length: int) -> float:
-    """Median seconds of a call of the prefill program with prompts of `length` tokens on every device."""
+def time_prefill(programs: EnginePrograms, params, length: int) -> float:
+    """Median seconds of a prefill call with prompts of `length` tokens on every device."""
     rng = np.random.default_rng(0)
-    rows = programs.rows * programs.ways
-    tokens = rng.integers(0, programs.config.vocab_size, (rows, length + 1), dtype=np.int32)
+    runner, rows = ModelRunner(programs), programs.prefill_size
+    runner.set_params(params)
+    vocab_size = programs.setup.config.vocab_size
+    tokens = rng.integers(0, vocab_size, (rows, length + 1), dtype=np.int32)
     lengths = np.full(rows, length, np.int32)
-    copies = np.zeros((programs.ways, programs.slots // programs.ways + 1, 2), np.int32)
+    copies = np.zeros((rows // programs.prefill_rows, programs.slots_per_shard + 1, 2), np.int32)
     copies[:, -1] = 1
-    arrays = [jax.device_put(x, programs.by_slot) for x in (tokens, lengths, copies)]
-    cache, seconds = programs.empty_cache(), []
+    seconds = []
     for _ in range(1 + TURNS):
         begin = time.perf_counter()
-        cache, _ = jax.block_until_ready(
-            programs.prefill(False)(weights, cache, *arrays, np.bool_(False))
-        )
+        runner.prefill((tokens, lengths, copies), is_scored=False, with_top=False)
+        jax.block_until_ready(runner.cache)
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds[1:])
 
 
-def time_generation(served: Engine, request: Request) -> tuple[float, float]:
-    """Seconds of the whole answer, and of one that ends with its first token."""
+def time_generation(engine: Engine, request: Request) -> tuple[float, float]:
+    """Seconds of the whole answer, and of its first token alone."""
     seconds = []
-    for own in (request, replace(request, max_tokens=1)):
+    for timed in (request, replace(request, max_tokens=1)):
         begin = time.perf_counter()
-        served.generate([own])
+        engine.generate([timed])
         seconds.append(time.perf_counter() - begin)
     return tuple(seconds)
 
 
-def measure(config: FrozenConfigDict, params, mesh: jax.sharding.Mesh, batch: int) -> common.Row:
+def measure(setup: ModelSetup, params, batch: int) -> common.Row:
     """The engine with `batch` slots, all in use."""
-    served = Engine(config, mesh, params, None, slots=batch)
-    programs = served.programs
-    prompt, new = lengths_of(served.max_length)
+    config, mesh = setup.config, setup.mesh
+    engine = Engine(setup, params, None, slots=batch)
+    programs = engine.programs
+    prompt, new = lengths_of(engine.max_length)
     request = Request(
         prompt=prompt_of(config, prompt), max_tokens=new, samples=batch, temperature=0
     )
-    found = [time_generation(served, request) for _ in range(1 + TURNS)][1:]
-    whole, first = (statistics.median(column) for column in zip(*found, strict=True))
-    a_token = (whole - first) / (new - 1)
-    size, flops = programs.decode_costs(prompt + new // 2)
+    seconds = [time_generation(engine, request) for _ in range(1 + TURNS)][1:]
+    whole, first = (statistics.median(column) for column in zip(*seconds, strict=True))
+    token_seconds = (whole - first) / (new - 1)
+    read_bytes, flops = decode_costs(programs, prompt + new // 2)
     row = {
         "batch": batch,
         "prompt": prompt,
         "new": new,
         "first token ms": 1e3 * first,
-        "ms a token": 1e3 * a_token,
-        "tokens/s": batch / a_token,
-        "GB/s": size / a_token / 1e9,
-        "GFLOP/s": flops / a_token / 1e9,
+        "ms per token": 1e3 * token_seconds,
+        "tokens/s": batch / token_seconds,
+        "GB/s": read_bytes / token_seconds / 1e9,
+        "GFLOP/s": flops / token_seconds / 1e9,
     }
-    chip = runtime.chip(mesh.devices.flat[0])
+    chip = hardware.chip(mesh.devices.flat[0])
     if chip:
-        row["bandwidth"] = size / a_token / chip.memory_bandwidth
-        row["MFU"] = flops / a_token / (chip.peak_flops * mesh.size)
+        row["bandwidth"] = read_bytes / token_seconds / chip.memory_bandwidth
+        row["MFU"] = flops / token_seconds / (chip.peak_flops * mesh.size)
     if batch == BATCHES[0]:
         longest = programs.buckets[-1]
-        rows = programs.rows * programs.ways
-        row["prefill tokens/s"] = rows * longest / time_prefill(programs, served._weights, longest)
+        seconds = time_prefill(programs, params, longest)
+        row["prefill tokens/s"] = programs.prefill_size * longest / seconds
     return row
 
 
@@ -136,19 +142,22 @@ def prompt_of(config: FrozenConfigDict, length: int) -> tuple[int, ...]:
     return tuple(np.random.default_rng(1).integers(0, config.vocab_size, length).tolist())
 
 
-# ---- nanochat beside it ----------------------------------------------------------------------------------------------
+# ---- Comparison with nanochat ------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def start_nanochat(config: FrozenConfigDict, params) -> Iterator[Callable[..., Any] | None]:
-    """A function that lets nanochat generate and returns (seconds, tokens of the first row); None if not asked for."""
+    """A function that runs nanochat and returns (seconds, tokens of the first row).
+
+    None without NANOCHAT.
+    """
     checkout = os.environ.get("NANOCHAT")
     if not checkout:
         yield None
         return
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.npz"
-        np.savez(weights, **convert.params_to_nanochat(params, config))
+        np.savez(weights, **nanochat.from_params(params, config))
         task = {"weights": str(weights), "model": common.nanochat_model(config)}
         program = Path(__file__).with_name("nanochat_decode.py")
         with subprocess.Popen(
@@ -164,9 +173,9 @@ def start_nanochat(config: FrozenConfigDict, params) -> Iterator[Callable[..., A
                 process.stdin.flush()
                 answer = process.stdout.readline()
                 while answer and answer[0] not in '["':
-                    answer = process.stdout.readline()  # what nanochat itself prints
+                    answer = process.stdout.readline()  # skip nanochat's own output
                 if not answer:
-                    raise ValueError("nanochat's side failed; its error stands above")
+                    raise ValueError("nanochat failed; see its error above")
                 return json.loads(answer)
 
             print("nanochat:", ask(task), flush=True)
@@ -174,31 +183,32 @@ def start_nanochat(config: FrozenConfigDict, params) -> Iterator[Callable[..., A
             process.stdin.close()
 
 
-def compare(config: FrozenConfigDict, params, mesh: jax.sharding.Mesh) -> list[common.Row]:
-    """The whole of an answer, prefill included, here and in nanochat, by turns; nothing without nanochat.
+def compare(setup: ModelSetup, params) -> list[common.Row]:
+    """Whole answers, prefill included, here and in nanochat by turns.
 
-    In float32 both must give the same tokens. In 16 bits they round differently, so that after some tokens, which the
-    table counts, another one is the likeliest.
+    An empty list without nanochat.
+
+    In float32 both must generate the same tokens. In 16 bits they round differently: the table
+    counts the tokens before the first difference.
     """
-    rows = []
-    dtype = numerics_of(config, mesh).dtype
+    config, rows = setup.config, []
     with start_nanochat(config, params) as nanochat:
         for batch in NANOCHAT_BATCHES if nanochat else ():
-            served = Engine(config, mesh, params, None, slots=batch)
-            prompt, new = lengths_of(served.max_length)
+            engine = Engine(setup, params, None, slots=batch)
+            prompt, new = lengths_of(engine.max_length)
             request = Request(
                 prompt=prompt_of(config, prompt), max_tokens=new, samples=batch, temperature=0
             )
             ours, theirs = [], []
             for _ in range(1 + TURNS):
                 begin = time.perf_counter()
-                [completions] = served.generate([request])
+                [completions] = engine.generate([request])
                 ours.append(time.perf_counter() - begin)
                 seconds, tokens = nanochat(prompt=request.prompt, samples=batch, max_tokens=new)
                 theirs.append(seconds)
                 same = min(_same_tokens(completion.tokens, tokens) for completion in completions)
-                if same < new and dtype == "float32":
-                    raise ValueError(f"nanochat says other tokens from number {same} on")
+                if same < new and setup.numerics.dtype == "float32":
+                    raise ValueError(f"nanochat generates other tokens from token {same} on")
             ours, theirs = (statistics.median(seconds[1:]) for seconds in (ours, theirs))
             rows.append(
                 {
@@ -215,48 +225,39 @@ def compare(config: FrozenConfigDict, params, mesh: jax.sharding.Mesh) -> list[c
 
 
 def _same_tokens(ours: list[int], theirs: list[int]) -> int:
-    """How many tokens are the same from the first on."""
+    """Length of the common prefix."""
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
     return len(list(pairs))
 
 
 def main(config: FrozenConfigDict) -> int | None:
-    """Measure every batch, then compare."""
+    """Measure every batch size, then compare with nanochat."""
     runtime.initialize(config)
-    mesh = sharding.make_mesh(config)
-    target = set_up_model(config, mesh=mesh).params
-    if (
-        jax.default_backend() == "cpu"
-        and sum(x.size for x in jax.tree.leaves(target)) > LARGEST_CPU_MODEL
-    ):
-        print(
-            f"ESTIMATED for {config.compile_topology}, not measured: this machine has no accelerator",
-            flush=True,
-        )
+    setup = set_up_model(config)
+    parameters = sum(x.size for x in jax.tree.leaves(setup.params))
+    if jax.default_backend() == "cpu" and parameters > LARGEST_CPU_MODEL:
+        chips = config.compile_topology
+        print(f"ESTIMATED for {chips}, not measured: no accelerator on this machine", flush=True)
         return train_compile.main(
             pyconfig.replace(config, "cli", compile_programs=("prefill", "decode"))
         )
-    run = files.run_directory(config)
+    run = run_directory(config)
     has_run = (run / "checkpoints").exists()
-    params = engine.load_params(config, mesh)[0] if has_run else random_params(target, config.seed)
+    params = load_params(setup)[0] if has_run else random_params(setup.params, config.seed)
     print(f"weights: {run if has_run else 'random'}", flush=True)
-    rows = [measure(config, params, mesh, batch) for batch in BATCHES]
+    rows = [measure(setup, params, batch) for batch in BATCHES]
     common.show(rows, digits=2)
-    beside = compare(config, params, mesh)
-    if beside:
-        common.show(beside, digits=2)
-    device = mesh.devices.flat[0].device_kind
-    print(
-        json.dumps(
-            {
-                "model": config.model,
-                "device": device,
-                "devices": mesh.size,
-                "rows": rows,
-                "nanochat": beside,
-            }
-        )
-    )
+    nanochat_rows = compare(setup, params)
+    if nanochat_rows:
+        common.show(nanochat_rows, digits=2)
+    report = {
+        "model": config.model,
+        "device": setup.mesh.devices.flat[0].device_kind,
+        "devices": setup.mesh.size,
+        "rows": rows,
+        "nanochat": nanochat_rows,
+    }
+    print(json.dumps(report))
     return None
 
 

@@ -30,14 +30,14 @@ from MaxNano.training.setup import set_up
 UPDATES = 10
 
 
-def polar_express_flops(params: dict, iterations: int) -> int:
+def polar_express_flops(params: dict, config: FrozenConfigDict) -> int:
     """Floating-point operations of the matrix products: three an iteration, on the shorter side's Gram matrix."""
-    labels = jax.tree.leaves(groups.label_params(params))
+    labels = jax.tree.leaves(groups.label_params(params, groups.parameter_groups(config)))
     total = 0
     for label, leaf in zip(labels, jax.tree.leaves(params), strict=True):
         if label == "muon":
             stack, short, long = leaf.shape[0], min(leaf.shape[1:]), max(leaf.shape[1:])
-            total += stack * iterations * (4 * short**2 * long + 2 * short**3)
+            total += stack * config.muon_iterations * (4 * short**2 * long + 2 * short**3)
     return total
 
 
@@ -48,10 +48,11 @@ def main(config: FrozenConfigDict) -> None:
     jax.set_mesh(mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
-    for row in groups.group_summary(abstract.params, config):
-        print(
-            f"{row.group:14} {row.parameters:>13,} parameters, rate {row.settings.learning_rate:.5g}"
-        )
+    parameter_groups = groups.parameter_groups(config)
+    counts = groups.count_parameters(abstract.params, parameter_groups)
+    for group in parameter_groups:
+        count = counts.get(group.name, 0)
+        print(f"{group.name:14} {count:>13,} parameters, learning rate {group.learning_rate:.5g}")
 
     def draw(key: jax.Array) -> dict:
         return jax.tree.map(lambda p: jax.random.normal(key, p.shape, p.dtype), abstract.params)
@@ -73,7 +74,7 @@ def main(config: FrozenConfigDict) -> None:
         seconds.append(time.perf_counter() - start)
 
     timed = seconds[1:]  # the first update compiles
-    flops = polar_express_flops(abstract.params, config.muon_iterations)
+    flops = polar_express_flops(abstract.params, config)
     print(
         f"{mesh.size} x {jax.devices()[0].device_kind}: update {min(timed) * 1e3:.1f} ms "
         f"(median {statistics.median(timed) * 1e3:.1f}), "

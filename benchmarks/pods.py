@@ -39,7 +39,7 @@ from ml_collections import FrozenConfigDict
 from benchmarks import common
 from MaxNano import pyconfig, train_compile
 from MaxNano.compile import costs, hlo
-from MaxNano.distributed import runtime
+from MaxNano.distributed import hardware
 from MaxNano.training.setup import flops_per_token, run_directory, set_up
 from MaxNano.training.step import compile_train, lower_train
 
@@ -55,7 +55,7 @@ LEAST_EFFORT = {
 FSDP = 8
 RULES = (
     "logical_axis_rules=[[layers,fsdp],[vocab,fsdp,tensor],[heads,tensor],[kv_heads,tensor],[mlp,tensor],"
-    "[activation_batch,data,fsdp],[activation_heads,tensor],[activation_mlp,tensor],[activation_vocab,tensor]]"
+    "[activation_batch,data,fsdp],[activation_heads,tensor]]"
 )
 PER_STEP = (
     "gather",
@@ -112,7 +112,7 @@ def whole_step(config: FrozenConfigDict) -> common.Row:
     started = time.monotonic()
     setup, compiled = compile_train(setup)
     seconds = time.monotonic() - started
-    chip = runtime.chip(setup.mesh.devices.flat[0])
+    chip = hardware.chip(setup.mesh.devices.flat[0])
     walk = costs.walk(
         hlo.parse(compiled.as_text()), chip, mesh=setup.mesh, vocab_size=config.vocab_size
     )
@@ -163,7 +163,7 @@ def short_step(words: Sequence[str], topology: str, layout: Layout) -> common.Ro
             raise
         return {"failure": "does not fit"}
     seconds = time.monotonic() - started
-    chip = runtime.chip(setup.mesh.devices.flat[0])
+    chip = hardware.chip(setup.mesh.devices.flat[0])
     walk = costs.walk(
         hlo.parse(compiled.as_text()), chip, mesh=setup.mesh, vocab_size=config.vocab_size
     )
@@ -192,7 +192,7 @@ def estimate(
     row: common.Row = {"layout": str(layout), "tokens a step": tokens}
     if "failure" in short:
         return row | {"failure": short["failure"]}
-    chip = runtime.CHIPS["TPU v6e"]
+    chip = hardware.CHIPS["TPU v6e"]
     chips = layout.data * layout.fsdp * layout.tensor * layout.slices
     own = tokens / chips
     micro_steps = max(1.0, own * whole["tensor"] / (whole["rows"] * config.max_target_length))

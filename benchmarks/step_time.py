@@ -35,7 +35,7 @@ from ml_collections import FrozenConfigDict
 from benchmarks import common
 from MaxNano import pyconfig, train_compile
 from MaxNano.data.loader import put_global, to_batch
-from MaxNano.distributed import runtime, sharding
+from MaxNano.distributed import hardware, runtime, sharding
 from MaxNano.training import state as train_state
 from MaxNano.training.setup import BatchPlan, RunSetup, check_memory, flops_per_token, set_up
 from MaxNano.training.step import build_programs, compile_train
@@ -163,7 +163,7 @@ def main(config: FrozenConfigDict) -> int | None:
         for _ in range(TURNS):
             ours += [step() for _ in range(STEPS_A_TURN)]
             theirs += nanochat(STEPS_A_TURN) if nanochat else []
-    peak = runtime.peak_flops(list(setup.mesh.devices.flat))
+    peak = hardware.peak_flops(list(setup.mesh.devices.flat))
     rows = [
         {
             "step": "MaxNano",

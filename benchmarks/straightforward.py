@@ -37,7 +37,8 @@ from ml_collections import FrozenConfigDict
 from benchmarks import common
 from MaxNano import console, pyconfig, train_compile
 from MaxNano.compile import costs
-from MaxNano.distributed import runtime, sharding
+from MaxNano.distributed import hardware, sharding
+from MaxNano.distributed.mesh import make_mesh
 from MaxNano.models import attention, layers, transformer
 from MaxNano.models.setup import architecture
 from MaxNano.optimizers import groups
@@ -124,7 +125,7 @@ class Recipe(NamedTuple):
 def hidden_states(recipe: Recipe, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
     """Token ids (B, L) -> normalized final hidden states (B, L, D)."""
     config, dtype = recipe.config, recipe.dtype
-    settings = attention.Settings.from_config(config, recipe.mesh.devices.flat[0].platform)
+    settings = attention.KernelSettings.from_config(config, recipe.mesh.devices.flat[0].platform)
     tables = layers.rotary_tables(tokens.shape[1], config.head_dim, config.rope_theta)
     cos, sin = (jnp.asarray(table, dtype)[None, :, None] for table in tables)
     normed = partial(norm, epsilon=config.norm_epsilon)
@@ -213,15 +214,15 @@ def set_up(
     config = pyconfig.replace(
         config, "recipe", **SPLASH, logical_axis_rules=RULES, per_device_batch_size=rows
     )
-    mesh = sharding.make_mesh(config, devices)
+    mesh = make_mesh(config, devices)
     backend = mesh.devices.flat[0].platform
-    dtype = runtime.compute_dtype(config, backend)
+    dtype = hardware.compute_dtype(config, backend)
     numerics = transformer.Numerics(
-        dtype, runtime.embedding_dtype(config, backend), kernel, "scatter", backend
+        dtype, hardware.embedding_dtype(config, backend), kernel, "scatter", backend
     )
     optimizer = groups.make_optimizer(config, dtype=dtype)
     abstract = train_state.abstract_state(config, architecture(config, numerics), optimizer, mesh)
-    plan = plan_batch(config, sharding.batch_ways(mesh, RULES))
+    plan = plan_batch(config, sharding.data_parallel_size(mesh, RULES))
     return Recipe(config, mesh, dtype, optimizer, abstract, plan, kernel)
 
 
@@ -270,7 +271,7 @@ def compile_recipe(recipe: Recipe) -> costs.Report:
     compiled = lowered.compile()
     return costs.analyze(
         compiled,
-        runtime.chip(mesh.devices.flat[0]),
+        hardware.chip(mesh.devices.flat[0]),
         mesh=mesh,
         vocab_size=config.vocab_size,
         work=costs.Work(

@@ -1,16 +1,16 @@
 # shellcheck shell=bash
-# What the scripts of end_to_end/tpu and end_to_end/gpu share: knobs, stages, and the loop that starts a preempted
-# training again. Sourced from the root of the repository, never run.
+# Shared by the scripts of end_to_end/tpu, gpu and cpu: settings (knobs), stages, and the loop that
+# restarts a preempted training. Sourced from the root of the repository, never run.
 
-export PYTHONUNBUFFERED=1 # lines are seen when they are printed, in a log file too
+export PYTHONUNBUFFERED=1 # print lines at once, into a log file too
 
-# ---- Words
+# ---- Messages
 
 say() {
   printf '[%s] %s\n' "$(date +%H:%M:%S)" "$*"
 }
 
-# One line on stderr, and out: the user's to mend.
+# Prints one line on stderr and exits with status 2, a mistake that the user can correct.
 fail() {
   echo "${0##*/}: $*" >&2
   exit 2
@@ -25,12 +25,12 @@ heading() {
 knob_names=
 knob_lines=
 
-# default NAME VALUE: what NAME is in this script where the environment does not give it; before the knob itself.
+# default NAME VALUE: the default of a knob in this script. Call it before `knob NAME`.
 default() {
   printf -v "default_$1" '%s' "$2"
 }
 
-# knob NAME DEFAULT HELP: reads the environment variable NAME.
+# knob NAME DEFAULT HELP: declares a setting and reads the environment variable NAME.
 knob() {
   local value=default_$1
   value=${!value-$2}
@@ -40,7 +40,7 @@ knob() {
   printf -v "$1" '%s' "${!1-$value}"
 }
 
-# Answers --help and --knobs; sets `dry_run` where --dry-run is among the arguments.
+# Handles --help, --knobs and --dry-run, which sets `dry_run`.
 dry_run=
 parse_arguments() {
   local argument
@@ -48,15 +48,15 @@ parse_arguments() {
     case $argument in
       -h | --help)
         sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
-        printf '\nKnobs, all of them environment variables, with their defaults:\n%s' "$knob_lines"
+        printf '\nSettings, all of them environment variables, with their defaults:\n%s' "$knob_lines"
         exit 0
         ;;
-      --knobs) # their names, for launch.sh
+      --knobs) # the names of all settings, for launch.sh
         echo "$knob_names"
         exit 0
         ;;
       --dry-run) dry_run=1 ;;
-      *) fail "$argument is no argument of this script: see --help" ;;
+      *) fail "unknown argument $argument: see --help" ;;
     esac
   done
 }
@@ -64,43 +64,43 @@ parse_arguments() {
 tpu_defaults() {
   default DEVICE tpu
   default CHIPS 8
-  # A v6e chip of a spot machine in us-central1, in US dollars, as of June 2026. It changes every month.
+  # Spot price of a v6e chip in us-central1 in US dollars, June 2026. It changes every month.
   default PRICE_PER_CHIP_HOUR 0.540137
 }
 
-# What every script that trains can be told.
+# The settings of every script that trains.
 training_knobs() {
-  knob DEVICE auto "cpu, tpu or gpu: training elsewhere is refused; auto: what JAX finds"
-  knob CHIPS "" "chips that must be there; empty: any number"
+  knob DEVICE auto "cpu, tpu or gpu: stop if JAX finds another device; auto: use what JAX finds"
+  knob CHIPS "" "required number of chips; empty: any number"
   knob MODEL d12 "configs/models/<MODEL>.yml, or dN"
-  knob NUM_ITERATIONS "" "optimizer steps; empty: those of the model"
-  knob RUN_NAME "" "the run's folder; empty: after MODEL and NUM_ITERATIONS"
-  knob DATASET_PATH "" "folder of parquet shards, the last one held out; local or gs://; empty: DATASET_NAME is downloaded"
-  knob DATASET_NAME karpathy/climbmix-400b-shuffle "data set of the Hugging Face hub"
-  knob DOWNLOAD_SHARDS 40 "shards of it to train on"
-  knob DOWNLOAD_PATH data "local folder below which downloads are kept"
-  knob TOKENIZER_PATH data/tokenizer "folder of the tokenizer, trained where it is missing; local or gs://"
+  knob NUM_ITERATIONS "" "optimizer steps; empty: the model's number"
+  knob RUN_NAME "" "name of the run's folder; empty: derived from MODEL and NUM_ITERATIONS"
+  knob DATASET_PATH "" "folder of parquet shards, the last one for validation; local or gs://; empty: download DATASET_NAME"
+  knob DATASET_NAME karpathy/climbmix-400b-shuffle "dataset of the Hugging Face hub"
+  knob DOWNLOAD_SHARDS 40 "number of its shards to train on"
+  knob DOWNLOAD_PATH data "local folder for downloads"
+  knob TOKENIZER_PATH data/tokenizer "folder of the tokenizer, which is trained if missing; local or gs://"
   knob OUTPUT runs "folder of all runs; local or gs://"
-  knob EVALS bpb,core,samples "what the stage evaluation evaluates"
-  knob CORE_BUNDLE "" "folder or archive of the CORE tasks; empty: it is downloaded"
-  knob CHAT_DATA "" "folder or archive of the chat tasks; empty: they are downloaded"
-  knob RL "" "1: reinforcement learning too, in the stage rl"
-  knob EXTRA "" "further key=value words of configs/base.yml, separated by blanks; later stages have them from the run"
+  knob EVALS bpb,core,samples "evaluations of the stage evaluation"
+  knob CORE_BUNDLE "" "folder or archive of the CORE tasks; empty: download them"
+  knob CHAT_DATA "" "folder or archive of the chat tasks; empty: download them"
+  knob RL "" "1: run reinforcement learning in the stage rl"
+  knob EXTRA "" "further key=value arguments, separated by spaces; later stages inherit them from the run"
   knob SFT_EXTRA "" "the same for fine-tuning and the chat tasks"
   knob RL_EXTRA "" "the same for reinforcement learning"
-  knob PRICE_PER_CHIP_HOUR "" "US dollars; empty: no price is printed"
-  knob MIN_DISK_GB 20 "free disk that --dry-run wants"
-  knob MAX_CRASHES 3 "times that a training which fell over is started again"
-  knob RESTART_SECONDS 10 "pause before training is started again, or looked again for the tokenizer of host 0"
-  # SkyPilot numbers the hosts of a slice, GKE those of each slice.
+  knob PRICE_PER_CHIP_HOUR "" "US dollars; empty: print no price"
+  knob MIN_DISK_GB 20 "free disk space that --dry-run requires"
+  knob MAX_CRASHES 3 "how often to restart a training that crashed"
+  knob RESTART_SECONDS 10 "pause before a restart, and between checks for the tokenizer of host 0"
+  # SkyPilot numbers the hosts of a slice, GKE the hosts of each slice.
   knob HOST_INDEX "${SKYPILOT_NODE_RANK:-$((${MEGASCALE_SLICE_ID:-0} + ${TPU_WORKER_ID:-0}))}" \
-    "which of a slice's hosts this is: 0 trains the tokenizer"
-  knob STAGES "setup data tokenizer training result" "what to do, in this order"
-  knob MAXNANO_PYTHON .venv/bin/python "interpreter; by default that of setup.sh, which is called where .venv is missing"
-  knob SETUP "" "1: call setup.sh although .venv is there"
+    "index of this host; host 0 trains the tokenizer"
+  knob STAGES "setup data tokenizer training result" "stages to run, in this order"
+  knob MAXNANO_PYTHON .venv/bin/python "interpreter; the default is created by setup.sh if it is missing"
+  knob SETUP "" "1: run setup.sh even if .venv exists"
 }
 
-# add_words WORDS: adds to `config` what a knob has, separated by blanks.
+# add_words WORDS: appends space-separated arguments to `config`.
 add_words() {
   local words
   if [ -n "$1" ]; then
@@ -109,7 +109,7 @@ add_words() {
   fi
 }
 
-# After the knobs: the words that every program of MaxNano/ is called with.
+# Sets `config`: the arguments for every program of MaxNano/.
 set_config() {
   RUN_NAME=${RUN_NAME:-$MODEL${NUM_ITERATIONS:+_${NUM_ITERATIONS}steps}}
   config=(
@@ -133,12 +133,12 @@ set_config() {
   esac
 }
 
-# set_tuning NAME RUN EXTRA: the words for the stage NAME behind pretraining, which starts from RUN. That run's own
-# config comes first and brings the model, the tokenizer and where things lie.
+# set_tuning NAME RUN EXTRA: sets `config` for stage NAME, which starts from the checkpoint of RUN.
+# The config of RUN is the first argument: it sets the model, the tokenizer and the paths.
 set_tuning() {
   local first=$OUTPUT/$2/config.yml
   case $OUTPUT in
-    *://*) # a config is read from a file of this machine
+    *://*) # configs are read from local files
       first=$DOWNLOAD_PATH/configs/$2.yml
       mkdir -p "$DOWNLOAD_PATH/configs"
       results saved "--run=$2" >"$first"
@@ -154,23 +154,23 @@ set_tuning() {
   add_words "$3"
 }
 
-# program NAME ARGUMENT...: a program of MaxNano/ with the config, further words behind.
+# program NAME ARGUMENT...: runs a program of MaxNano/ with the config and further arguments.
 program() {
   "$MAXNANO_PYTHON" "MaxNano/$1" "${config[@]}" "${@:2}"
 }
 
-# results COMMAND OPTION...: see end_to_end/results.py.
+# results COMMAND OPTION...: runs end_to_end/results.py.
 results() {
   "$MAXNANO_PYTHON" end_to_end/results.py "$@" "${config[@]}"
 }
 
-# ---- Stages: each is skipped where its output is whole, so that the same command goes on after any stop
+# ---- Stages. A stage with complete output is skipped: the same command resumes after any stop.
 
 run_stages() {
   local name number=0 names
   read -ra names <<<"$STAGES"
   for name in "${names[@]}"; do
-    declare -f "stage_$name" >/dev/null || fail "STAGES has '$name', which is no stage"
+    declare -f "stage_$name" >/dev/null || fail "STAGES has '$name', which is not a stage"
   done
   for name in "${names[@]}"; do
     number=$((number + 1))
@@ -181,11 +181,11 @@ run_stages() {
 }
 
 venv_is_missing() {
-  # The stamp is written last: an environment without one is half made.
+  # setup.sh writes the stamp last: an environment without it is incomplete.
   if [ "$MAXNANO_PYTHON" = .venv/bin/python ]; then
     [ ! -f .venv/maxnano-setup ] || [ ! -x "$MAXNANO_PYTHON" ]
   else
-    command -v "$MAXNANO_PYTHON" >/dev/null || fail "MAXNANO_PYTHON=$MAXNANO_PYTHON is not there"
+    command -v "$MAXNANO_PYTHON" >/dev/null || fail "MAXNANO_PYTHON=$MAXNANO_PYTHON does not exist"
     return 1
   fi
 }
@@ -194,15 +194,15 @@ stage_setup() {
   if [ -n "$SETUP" ] || venv_is_missing; then
     MAXNANO_QUIET=1 DEVICE=$DEVICE bash setup.sh
   else
-    echo "$MAXNANO_PYTHON is there"
+    echo "using $MAXNANO_PYTHON"
   fi
-  if [ "$DEVICE" != cpu ]; then # a CPU is there, and was asked for: nothing to see
+  if [ "$DEVICE" != cpu ]; then # every machine has a CPU
     check_devices
   fi
 }
 
-# Says what JAX finds; fails where that is another kind or number than DEVICE and CHIPS want. Without this a machine
-# whose driver is broken would train on its CPU.
+# Prints the devices that JAX finds. Fails if they differ from DEVICE and CHIPS: without this check a
+# machine with a broken driver would train on its CPU.
 check_devices() {
   "$MAXNANO_PYTHON" - "$DEVICE" "$CHIPS" <<'PY'
 import sys
@@ -213,13 +213,13 @@ try:
     devices = runtime.find_devices()
 except ValueError as error:
     sys.exit(f"error: {error}")
-found = devices[0].platform
-if wanted not in ("auto", found):
-    sys.exit(f"JAX finds {len(devices)} {found} here and no {wanted}: is the {wanted} in use by another process, "
-             f"or .venv made for another device (DEVICE={wanted} bash setup.sh)?")
+platform = devices[0].platform
+if wanted not in ("auto", platform):
+    sys.exit(f"JAX finds {len(devices)} {platform} and no {wanted}: does another process use the {wanted}, "
+             f"or was .venv created for another device (DEVICE={wanted} bash setup.sh)?")
 if chips and len(devices) != int(chips):
-    sys.exit(f"JAX finds {len(devices)} {found} and CHIPS={chips} are wanted")
-print(f"{len(devices)} x {devices[0].device_kind} ({found})")
+    sys.exit(f"JAX finds {len(devices)} {platform}, but CHIPS={chips}")
+print(f"{len(devices)} x {devices[0].device_kind} ({platform})")
 PY
 }
 
@@ -229,12 +229,12 @@ stage_data() {
     program data/download.py
   fi
   if ! reason=$(results text 2>&1); then
-    fail "no text: put at least two parquet shards with a column of text into DATASET_PATH=$DATASET_PATH (${reason#*: })"
+    fail "no text in DATASET_PATH=$DATASET_PATH: put at least two parquet shards with a text column there (${reason#*: })"
   fi
   echo "$reason"
 }
 
-# On a slice of several hosts this script runs on each of them, and one tokenizer is for all.
+# On a slice of several hosts this script runs on each host. Host 0 trains the tokenizer for all.
 stage_tokenizer() {
   local deadline=$((SECONDS + 3600))
   if results tokenizer 2>/dev/null; then
@@ -243,10 +243,10 @@ stage_tokenizer() {
     program train_tokenizer.py
     return
   fi
-  say "waiting for the tokenizer that host 0 trains"
+  say "waiting for the tokenizer of host 0"
   until results tokenizer 2>/dev/null; do
     [ "$SECONDS" -lt "$deadline" ] ||
-      fail "timed out after 3600 s waiting for the tokenizer at TOKENIZER_PATH=$TOKENIZER_PATH, which host 0 trains: see its log, and take a path that all hosts share"
+      fail "timed out after 3600 s waiting for the tokenizer at TOKENIZER_PATH=$TOKENIZER_PATH, which host 0 trains: see its log, and use a path that all hosts share"
     sleep "$RESTART_SECONDS"
   done
 }
@@ -258,13 +258,13 @@ stage_training() {
     finished) echo "$OUTPUT/$RUN_NAME is finished" ;;
     new) train ;;
     *)
-      say "going on from step $state"
+      say "resuming from step $state"
       train
       ;;
   esac
 }
 
-# What is evaluated already is not evaluated again.
+# Evaluates the run; finished evaluations are not repeated.
 stage_evaluation() {
   if [ -z "$CORE_BUNDLE" ] && [[ ,$EVALS, == *,core,* ]]; then
     program data/download.py "download=[core]"
@@ -272,10 +272,10 @@ stage_evaluation() {
   program evaluate.py "evals=$EVALS"
 }
 
-# Fine-tuning: conversations, in a run of its own.
+# Fine-tunes on conversations, in the run RUN_NAME_sft.
 stage_sft() {
   local base=$RUN_NAME
-  local RUN_NAME=${base}_sft config=("${config[@]}") # for what is called from here
+  local RUN_NAME=${base}_sft config=("${config[@]}") # dynamic scope: for the functions called here
   set_tuning sft "$base" "$SFT_EXTRA"
   if [ -z "$CHAT_DATA" ]; then
     program data/download.py "download=[chat]"
@@ -283,17 +283,17 @@ stage_sft() {
   stage_training
 }
 
-# The chat tasks, of the fine-tuned model.
+# Evaluates the fine-tuned model on the chat tasks.
 stage_chat() {
   chat_tasks "${RUN_NAME}_sft"
 }
 
-# The same of the model that it was made from, to compare with.
+# Evaluates the pretrained model on the chat tasks, for comparison.
 stage_chat_before() {
   chat_tasks "$RUN_NAME"
 }
 
-# chat_tasks RUN: puts to RUN the tasks of SFT_EXTRA. What is answered already is not asked again.
+# chat_tasks RUN: evaluates RUN on the chat tasks of SFT_EXTRA. Finished tasks are not repeated.
 chat_tasks() {
   local base=$RUN_NAME
   local RUN_NAME=$1 config=("${config[@]}")
@@ -301,10 +301,10 @@ chat_tasks() {
   program evaluate.py evals=chat
 }
 
-# Reinforcement learning where it is asked for, and what came of it.
+# Reinforcement learning if RL=1, and its evaluation.
 stage_rl() {
   if [ -z "$RL" ]; then
-    echo "not asked for: RL=1 does it"
+    echo "skipped: set RL=1 to run it"
     return
   fi
   local base=$RUN_NAME
@@ -314,13 +314,13 @@ stage_rl() {
   program evaluate.py evals=chat
 }
 
-# One page of everything: see MaxNano/report.py.
+# Writes the report of the last run: see MaxNano/report.py.
 stage_report() {
   local config=("${config[@]}" "run_name=$(last_run)")
   program report.py
 }
 
-# The run that ends the line of RUN_NAME.
+# Prints the last run that started from RUN_NAME: _rl, _sft or itself.
 last_run() {
   local name=$RUN_NAME stage state base=("${config[@]}")
   for stage in sft rl; do
@@ -347,46 +347,47 @@ stop_training() {
   fi
 }
 
-# In the background, so that a signal to this script can be handed on. Not by `program`: its shell would get the signal.
+# Starts train.py in the background, so that this script can forward signals. Not with `program`:
+# its subshell would receive the signal instead.
 start_training() {
   "$MAXNANO_PYTHON" MaxNano/train.py "${config[@]}" &
   trainer=$!
 }
 
-# Runs train.py to the end of one process and sets `status`. Asked to stop, this script asks train.py, which saves.
+# Runs train.py once and sets `status`. A signal to this script is forwarded to train.py, which saves.
 train_once() {
   start_training
   while true; do
     status=0
     wait "$trainer" || status=$?
-    kill -0 "$trainer" 2>/dev/null || break # a signal ends the waiting, not the process
+    kill -0 "$trainer" 2>/dev/null || break # a signal ends `wait`, not the process
   done
   trainer=
 }
 
-# Trains to the last step: status 75 says saved and preempted, and the machine is still there, so on with it.
-# Crashes count, and 2 is the user's to mend.
+# Trains to the last step. Status 75 means preempted and saved: restart, since the machine still runs.
+# Crashes are counted. Status 2 is a mistake that only the user can correct.
 train() {
   local crashes=0 status
   trap stop_training INT TERM
   while true; do
     train_once
     if [ -n "$stopping" ]; then
-      say "stopped; the same command goes on from here"
+      say "stopped; the same command resumes here"
       exit 75
     fi
     case $status in
       0) break ;;
       2) exit 2 ;;
-      75) say "preempted and saved; starting again in $RESTART_SECONDS s" ;;
-      143) say "preempted before it could save; starting again in $RESTART_SECONDS s" ;; # by SIGTERM, as it started
+      75) say "preempted after saving; restarting in $RESTART_SECONDS s" ;;
+      143) say "preempted before saving; restarting in $RESTART_SECONDS s" ;; # SIGTERM during start-up
       *)
         crashes=$((crashes + 1))
         if [ "$crashes" -gt "$MAX_CRASHES" ]; then
           say "train.py ended with status $status, crash $crashes: giving up"
           exit 1
         fi
-        say "train.py ended with status $status; starting again in $RESTART_SECONDS s ($crashes of $MAX_CRASHES)"
+        say "train.py ended with status $status; restarting in $RESTART_SECONDS s ($crashes of $MAX_CRASHES)"
         ;;
     esac
     sleep "$RESTART_SECONDS"
@@ -398,19 +399,19 @@ train() {
 
 problems=0
 
-# check NAME COMMAND...: its output, or that it failed and why.
+# check NAME COMMAND...: runs a check and prints ok or FAIL with its output.
 check() {
-  local said name=$1
+  local printed name=$1
   shift
-  if said=$("$@" 2>&1); then
-    printf 'ok    %-10s %s\n' "$name" "$said"
+  if printed=$("$@" 2>&1); then
+    printf 'ok    %-10s %s\n' "$name" "$printed"
   else
     problems=$((problems + 1))
-    printf 'FAIL  %-10s %s\n' "$name" "$(tail -n 1 <<<"$said")"
+    printf 'FAIL  %-10s %s\n' "$name" "$(tail -n 1 <<<"$printed")"
   fi
 }
 
-# The nearest folder of a path that exists.
+# Prints the nearest existing parent folder of a path.
 existing_folder() {
   local folder=$1
   while [ ! -d "$folder" ]; do
@@ -422,11 +423,11 @@ existing_folder() {
 check_disk() {
   local folder free
   case $OUTPUT in
-    *://*) folder=. ;; # runs lie elsewhere; text and compiled programs do not
+    *://*) folder=. ;; # text and compiled programs are stored locally
     *) folder=$(existing_folder "$OUTPUT") ;;
   esac
   free=$(df -Pk "$folder" | awk 'NR == 2 { print int($4 / 1000000) }')
-  echo "$free GB free in $folder, $MIN_DISK_GB wanted"
+  echo "$free GB free in $folder, $MIN_DISK_GB required"
   [ "$free" -ge "$MIN_DISK_GB" ]
 }
 
@@ -440,7 +441,7 @@ import os, sys
 from etils import epath
 
 folder = epath.Path(sys.argv[1]).expanduser()
-if "://" in sys.argv[1]:  # only writing tells whether a bucket may be written
+if "://" in sys.argv[1]:  # only a write shows whether the bucket is writable
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".preflight").write_text("")
     (folder / ".preflight").unlink()
@@ -449,7 +450,7 @@ else:
         folder = folder.parent
     if not os.access(folder, os.W_OK):
         sys.exit(f"{folder} is write-protected")
-print(f"{sys.argv[1]} can be written")
+print(f"{sys.argv[1]} is writable")
 PY
 }
 
@@ -457,7 +458,7 @@ check_data() {
   if [ -n "$DATASET_PATH" ]; then
     results text
   else
-    echo "$DATASET_NAME, $DOWNLOAD_SHARDS shards and one for validation, is downloaded into $DOWNLOAD_PATH where it is missing"
+    echo "$DATASET_NAME, $DOWNLOAD_SHARDS shards and one for validation, will be downloaded into $DOWNLOAD_PATH"
   fi
 }
 
@@ -465,13 +466,13 @@ check_core() {
   if [ -n "$CORE_BUNDLE" ]; then
     results core
   else
-    echo "the tasks are downloaded into $DOWNLOAD_PATH where they are missing"
+    echo "the tasks will be downloaded into $DOWNLOAD_PATH"
   fi
 }
 
 check_chat() {
   if [ -z "$CHAT_DATA" ]; then
-    echo "the tasks are downloaded into $DOWNLOAD_PATH where they are missing"
+    echo "the tasks will be downloaded into $DOWNLOAD_PATH"
     return
   fi
   local config=("${config[@]}" stage=sft "chat_data=$CHAT_DATA")
@@ -483,12 +484,13 @@ check_tokenizer() {
   results tokenizer 2>/dev/null || echo "will be trained into $TOKENIZER_PATH"
 }
 
-# What can be known before the first dollar: no training, no compiling, nothing written but a trial file in a bucket.
+# Checks everything that can be checked for free: no training, no compilation, and no writes except a
+# temporary file in the bucket.
 preflight() {
   check disk check_disk
   if venv_is_missing; then
     problems=$((problems + 1))
-    echo "FAIL  python     .venv is not there: DEVICE=$DEVICE bash setup.sh makes it"
+    echo "FAIL  python     .venv is missing: run DEVICE=$DEVICE bash setup.sh"
   else
     check python check_python
     check devices check_devices
@@ -512,7 +514,7 @@ preflight() {
   echo "ready; nothing was trained"
 }
 
-# The whole of a speedrun: what a script does after its knobs.
+# Runs a speedrun script after it has declared its settings.
 speedrun() {
   set_config
   if [ -n "$dry_run" ]; then

@@ -1,22 +1,23 @@
-"""What a run has to show for itself, for the scripts of end_to_end/: is it whole, what came of it, is it sound.
+"""Inspects a run for the scripts of end_to_end/: its state, its results, and whether it is sound.
 
     python end_to_end/results.py COMMAND [--OPTION=VALUE ...] configs/base.yml [key=value ...]
 
-    text                          a document of each split can be read
-    core                          the CORE tasks are there
-    chat                          the conversations and chat tasks are there
-    tokenizer                     the tokenizer is there and whole
-    state                         prints new, finished, or the step that the run will go on from
-    saved --run=RUN               prints the config that RUN has kept
-    summary [--chips= --price=]   loss, bits per byte, speed and price of the run
-    smoke                         the run is finished, its loss fell and no update was skipped
+    text                          checks that a document of each split can be read
+    core                          checks the CORE tasks
+    chat                          checks the conversations and the chat tasks
+    tokenizer                     checks the tokenizer
+    state                         prints new, finished, or the step from which the run resumes
+    saved --run=RUN               prints the saved config of RUN
+    summary [--chips= --price=]   prints loss, bits per byte, throughput and price of the run
+    smoke                         checks that the run is finished, its loss fell, no update was skipped
     resumed --before=FILE [--like=RUN]
-                                  the run went on from where it was when FILE was a copy of its
-                                  metrics.jsonl, and has the losses of RUN, which nothing interrupted
+                                  checks that the run resumed where it stopped, given FILE, a copy of
+                                  metrics.jsonl from then, and that its losses equal those of RUN
     table --runs=A,B,... [--chips= --price=]
-                                  a row for each run, also as <base_output_directory>/table.csv
+                                  prints a row per run and writes <base_output_directory>/table.csv
 
-Status 0: yes; 1: no, with one line that says why; 2: the question is wrong. Never imports JAX.
+Exit status 0: the check passed; 1: it failed, with one line on stderr that says why; 2: wrong arguments.
+Never imports JAX.
 """
 
 import csv
@@ -38,41 +39,41 @@ from ml_collections import FrozenConfigDict  # noqa: E402
 from MaxNano import pyconfig, scaling  # noqa: E402
 from MaxNano.storage import files  # noqa: E402
 
-# The scripts ask often: what is slow to import is imported by the command that needs it.
+# Scripts call this often: commands import slow modules themselves.
 
-FIRST_TIMED_STEP = 11  # earlier ones compile and warm up, as MaxNano/training/metrics.py has it
+FIRST_TIMED_STEP = 11  # earlier steps compile and warm up, as in MaxNano/training/metrics.py
 
 
-class No(Exception):
-    """The answer is no; the message says why."""
+class CheckFailed(Exception):
+    """A check failed; the message says why."""
 
 
 # ---- Reading ------------------------------------------------------------------------------------
 
 
 def rows_of(folder: epath.Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl."""
+    """Returns the rows of metrics.jsonl."""
     path = folder / "metrics.jsonl"
     if not path.exists():
-        raise No(f"{path} is not there")
+        raise CheckFailed(f"{path} does not exist")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def steps_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of train steps; at least one."""
+    """Returns the rows of train steps, at least one."""
     steps = [row for row in rows if "event" not in row]
     if not steps:
-        raise No("metrics.jsonl has no train step")
+        raise CheckFailed("metrics.jsonl has no train step")
     return steps
 
 
 def bpb_of(rows: Sequence[dict[str, Any]]) -> list[float]:
-    """Bits per byte of every validation."""
+    """Returns the bits per byte of every validation."""
     return [row["bpb"] for row in rows if row.get("event") == "validation"]
 
 
 def last_checkpoint(folder: epath.Path) -> int | None:
-    """The step of the last whole checkpoint."""
+    """Returns the step of the last complete checkpoint."""
     root = folder / "checkpoints"
     whole = [
         int(name)
@@ -82,8 +83,8 @@ def last_checkpoint(folder: epath.Path) -> int | None:
     return max(whole, default=None)
 
 
-def steps_in_all(config: FrozenConfigDict) -> float:
-    """Of the whole run. In later stages its data decide, so that only the run itself knows: it has kept it."""
+def total_steps(config: FrozenConfigDict) -> float:
+    """Returns the number of steps of the run. In later stages the data set it, so the saved config has it."""
     if not pyconfig.horizon_is_open(config):
         return config.steps
     path = files.run_directory(config) / "config.yml"
@@ -91,20 +92,20 @@ def steps_in_all(config: FrozenConfigDict) -> float:
 
 
 def evaluated_core(folder: epath.Path, step: int) -> float | None:
-    """CORE after `step`, None where evaluate.py has not computed it."""
+    """Returns CORE after `step`, or None if it was not evaluated."""
     path = folder / f"evals/step_{step:06}.json"
-    found = json.loads(path.read_text())["evals"].get("core") if path.exists() else None
-    return found["values"]["core"] if found else None
+    core = json.loads(path.read_text())["evals"].get("core") if path.exists() else None
+    return core["values"]["core"] if core else None
 
 
-def usual(steps: Sequence[dict[str, Any]], key: str) -> float | None:
-    """The median of a number over the steps that are not warming up, None where it is not given."""
+def median_of(steps: Sequence[dict[str, Any]], key: str) -> float | None:
+    """Returns the median of a metric over the steps after warm-up, or None if no step has it."""
     values = [row[key] for row in steps[FIRST_TIMED_STEP:] or steps if key in row]
     return statistics.median(values) if values else None
 
 
 def price_of(seconds: float, options: dict[str, str]) -> float | None:
-    """US dollars of `seconds` on all chips, None where no price is given."""
+    """Returns the price in US dollars of `seconds` on all chips, or None without a price."""
     price, chips = options.get("price"), options.get("chips")
     return seconds / 3600 * float(chips) * float(price) if price and chips else None
 
@@ -112,71 +113,72 @@ def price_of(seconds: float, options: dict[str, str]) -> float | None:
 # ---- Commands -----------------------------------------------------------------------------------
 
 
-def text(config: FrozenConfigDict, options: dict[str, str]) -> None:
-    from MaxNano.data import sources
+def check_text(config: FrozenConfigDict, options: dict[str, str]) -> None:
+    from MaxNano.data import sources, stream
 
     where = sources.open_source(config, "train").where
     for split in ("train", "validation"):
-        if next(sources.iterate_texts(config, split), None) is None:
-            raise No(f"{where} has no document for {split}")
-    print(f"{where}: documents for training and for validation are there")
+        if next(stream.iterate_texts(config, split), None) is None:
+            raise CheckFailed(f"{where} has no document for {split}")
+    print(f"{where} has documents for training and validation")
 
 
-def core_tasks(config: FrozenConfigDict, options: dict[str, str]) -> None:
+def check_core(config: FrozenConfigDict, options: dict[str, str]) -> None:
     from MaxNano.evals import core
 
-    print(f"{config.core_bundle}: {len(core.load_bundle(config.core_bundle))} tasks are there")
+    print(f"{config.core_bundle}: {len(core.load_bundle(config.core_bundle))} tasks")
 
 
-def chat_tasks(config: FrozenConfigDict, options: dict[str, str]) -> None:
+def check_chat(config: FrozenConfigDict, options: dict[str, str]) -> None:
     from MaxNano import tasks
     from MaxNano.data import conversations
 
-    found = [conversations.Mixture(config, split) for split in ("train", "validation")]
-    asked = [tasks.open_task(config, name) for name in config.chat_tasks]
+    mixtures = [conversations.Mixture(config, split) for split in ("train", "validation")]
+    chat_tasks = [tasks.open_task(config, name) for name in config.chat_tasks]
     print(
-        f"{len(found[0]):,} conversations to train on, {len(found[1]):,} for validation, {len(asked)} chat tasks"
+        f"{len(mixtures[0]):,} conversations for training, {len(mixtures[1]):,} for validation, "
+        f"{len(chat_tasks)} chat tasks"
     )
 
 
-def has_tokenizer(config: FrozenConfigDict, options: dict[str, str]) -> None:
+def check_tokenizer(config: FrozenConfigDict, options: dict[str, str]) -> None:
     from MaxNano.tokenization.tokenizer import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(config)
     except ValueError as error:
-        raise No(str(error)) from None
+        raise CheckFailed(str(error)) from None
     if tokenizer.vocab_size != config.vocab_size:
-        raise No(
+        raise CheckFailed(
             f"{config.tokenizer_path} has {tokenizer.vocab_size} tokens, not {config.vocab_size}"
         )
-    print(f"{config.tokenizer_path} is there")
+    print(f"{config.tokenizer_path} is complete")
 
 
-def state(config: FrozenConfigDict, options: dict[str, str]) -> None:
+def print_state(config: FrozenConfigDict, options: dict[str, str]) -> None:
     step = last_checkpoint(files.run_directory(config))
-    print("new" if step is None else "finished" if step >= steps_in_all(config) else step)
+    print("new" if step is None else "finished" if step >= total_steps(config) else step)
 
 
-def saved(config: FrozenConfigDict, options: dict[str, str]) -> None:
+def print_saved(config: FrozenConfigDict, options: dict[str, str]) -> None:
     print((files.run_directory(config, options["run"]) / "config.yml").read_text(), end="")
 
 
-def summary(config: FrozenConfigDict, options: dict[str, str]) -> None:
+def print_summary(config: FrozenConfigDict, options: dict[str, str]) -> None:
     rows = rows_of(files.run_directory(config))
     steps, bpb = steps_of(rows), bpb_of(rows)
     last = steps[-1]
-    mfu, seconds = usual(steps, "mfu"), last["elapsed_seconds"]
+    mfu, seconds = median_of(steps, "mfu"), last["elapsed_seconds"]
     lines = {
         "steps": f"{last['step'] + 1:,} of {config.steps:,}, {last['skipped_in_all']} updates skipped",
         "tokens": f"{(last['step'] + 1) * config.global_batch_tokens:,}",
-        "loss": f"{steps[0]['loss']:.4f} at first, {last['smoothed_loss']:.4f} at last (smoothed)",
-        "bits per byte": f"{bpb[0]:.4f} at first, {bpb[-1]:.4f} at last"
+        "loss": f"{steps[0]['loss']:.4f} at the start, {last['smoothed_loss']:.4f} at the end (smoothed)",
+        "bits per byte": f"{bpb[0]:.4f} at the start, {bpb[-1]:.4f} at the end"
         if bpb
         else "not evaluated",
-        "speed": f"{usual(steps, 'tokens_per_second'):,.0f} tokens/s (median)"
+        "speed": f"{median_of(steps, 'tokens_per_second'):,.0f} tokens/s (median)"
         + (f", MFU {100 * mfu:.1f} %" if mfu else ""),
-        "time": f"{last['training_seconds'] / 60:.1f} minutes of training steps, {seconds / 60:.1f} in all",
+        "time": f"{last['training_seconds'] / 60:.1f} minutes of training steps, {seconds / 60:.1f} in total",
     }
     evaluated = evaluated_core(files.run_directory(config), config.steps)
     if evaluated is not None:
@@ -191,69 +193,77 @@ def summary(config: FrozenConfigDict, options: dict[str, str]) -> None:
         print(f"{name:<14} {value}")
 
 
-def smoke(config: FrozenConfigDict, options: dict[str, str]) -> None:
+def check_smoke(config: FrozenConfigDict, options: dict[str, str]) -> None:
     rows = check_whole(config)
     steps = steps_of(rows)
     if not steps[-1]["smoothed_loss"] < steps[0]["loss"]:
-        raise No(
+        raise CheckFailed(
             f"the loss did not fall: {steps[0]['loss']:.4f}, then {steps[-1]['smoothed_loss']:.4f}"
         )
     if steps[-1]["skipped_in_all"]:
-        raise No(
+        raise CheckFailed(
             f"{steps[-1]['skipped_in_all']} updates were skipped: loss or gradient was not finite"
         )
     bpb = bpb_of(rows)
     if len(bpb) > 1 and not bpb[-1] < bpb[0]:
-        raise No(f"validation bits per byte did not fall: {bpb[0]:.4f}, then {bpb[-1]:.4f}")
+        raise CheckFailed(
+            f"validation bits per byte did not fall: {bpb[0]:.4f}, then {bpb[-1]:.4f}"
+        )
     print(
         f"sound: {len(steps)} steps, loss {steps[0]['loss']:.4f} -> {steps[-1]['smoothed_loss']:.4f}"
     )
 
 
-def resumed(config: FrozenConfigDict, options: dict[str, str]) -> None:
+def check_resumed(config: FrozenConfigDict, options: dict[str, str]) -> None:
     before = Path(options["before"]).read_text().splitlines()
     after = (files.run_directory(config) / "metrics.jsonl").read_text().splitlines()
     stopped = steps_of([json.loads(line) for line in before])[-1]["step"] + 1
     if not 0 < stopped < config.steps:
-        raise No(f"it was stopped after {stopped} of {config.steps} steps, which tests nothing")
-    # Rows hold the time they were written, so equal ones were not written again.
+        raise CheckFailed(
+            f"the run stopped after {stopped} of {config.steps} steps, so it did not resume"
+        )
+    # Rows contain the time of writing: equal rows were not written again.
     if after[: len(before)] != before:
-        raise No(
-            f"it did not go on from step {stopped}: the rows from before the stop have changed"
+        raise CheckFailed(
+            f"the run did not resume from step {stopped}: the rows written before the stop have changed"
         )
     steps = steps_of(check_whole(config))
     if "like" in options:
         whole = steps_of(rows_of(files.run_directory(config, options["like"])))
         for ours, theirs in zip(steps, whole, strict=True):
             if ours["loss"] != theirs["loss"]:
-                raise No(
-                    f"step {ours['step']} has loss {ours['loss']!r}, and {theirs['loss']!r} "
-                    f"in {options['like']}, which nothing interrupted"
+                raise CheckFailed(
+                    f"step {ours['step']} has loss {ours['loss']!r}, but {theirs['loss']!r} "
+                    f"in the uninterrupted run {options['like']}"
                 )
     print(
-        f"went on: stopped after {stopped} of {config.steps} steps, final loss {steps[-1]['loss']:.6f}"
-        + (f", every loss that of {options['like']} to the last bit" if "like" in options else "")
+        f"resumed: stopped after {stopped} of {config.steps} steps, final loss {steps[-1]['loss']:.6f}"
+        + (
+            f", every loss equals that of {options['like']} bit for bit"
+            if "like" in options
+            else ""
+        )
     )
 
 
 def check_whole(config: FrozenConfigDict) -> list[dict[str, Any]]:
-    """The rows of a run that did each of its steps once, ended, and kept its state."""
+    """Returns the rows of a finished run: each step once, finite losses, a last checkpoint."""
     folder = files.run_directory(config)
     rows = rows_of(folder)
     steps = steps_of(rows)
     if [row["step"] for row in steps] != list(range(config.steps)):
-        raise No(
-            f"{folder} has {len(steps)} rows of steps, which are not each of {config.steps} once"
+        raise CheckFailed(
+            f"{folder} has {len(steps)} rows of steps, not each of the {config.steps} steps once"
         )
-    # A loss that is not finite is written as null.
+    # metrics.jsonl has null for a loss that is not finite.
     if not all(isinstance(row["loss"], float) and math.isfinite(row["loss"]) for row in steps):
-        raise No(f"{folder} has a loss that is not finite")
+        raise CheckFailed(f"{folder} has a loss that is not finite")
     if last_checkpoint(folder) != config.steps:
-        raise No(f"{folder} has no whole checkpoint of step {config.steps}")
+        raise CheckFailed(f"{folder} has no complete checkpoint of step {config.steps}")
     return rows
 
 
-def table(config: FrozenConfigDict, options: dict[str, str]) -> None:
+def print_table(config: FrozenConfigDict, options: dict[str, str]) -> None:
     header = [
         "run",
         "layers",
@@ -289,15 +299,15 @@ def table_row(config: FrozenConfigDict, run: str, options: dict[str, str]) -> li
     folder = files.run_directory(config, run)
     rows = rows_of(folder)
     steps, bpb = steps_of(rows), bpb_of(rows)
-    own = pyconfig.initialize([str(folder / "config.yml")])
-    counts = scaling.parameter_counts(scaling.shape_of(own))
-    tokens = own.steps * own.global_batch_tokens
-    flops = scaling.flops_per_token(scaling.shape_of(own), pyconfig.windows_of(own))
+    run_config = pyconfig.initialize([str(folder / "config.yml")])
+    counts = scaling.parameter_counts(scaling.shape_of(run_config))
+    tokens = run_config.steps * run_config.global_batch_tokens
+    flops = scaling.flops_per_token(scaling.shape_of(run_config), pyconfig.windows_of(run_config))
     seconds = steps[-1]["elapsed_seconds"]
-    mfu, dollars = usual(steps, "mfu"), price_of(seconds, options)
+    mfu, dollars = median_of(steps, "mfu"), price_of(seconds, options)
     return [
         run,
-        own.num_decoder_layers,
+        run_config.num_decoder_layers,
         float(counts.total),
         float(counts.scaling),
         float(tokens),
@@ -311,16 +321,16 @@ def table_row(config: FrozenConfigDict, run: str, options: dict[str, str]) -> li
 
 
 COMMANDS: dict[str, Callable[[FrozenConfigDict, dict[str, str]], None]] = {
-    "text": text,
-    "core": core_tasks,
-    "chat": chat_tasks,
-    "tokenizer": has_tokenizer,
-    "state": state,
-    "saved": saved,
-    "summary": summary,
-    "smoke": smoke,
-    "resumed": resumed,
-    "table": table,
+    "text": check_text,
+    "core": check_core,
+    "chat": check_chat,
+    "tokenizer": check_tokenizer,
+    "state": print_state,
+    "saved": print_saved,
+    "summary": print_summary,
+    "smoke": check_smoke,
+    "resumed": check_resumed,
+    "table": print_table,
 }
 
 
@@ -332,8 +342,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = pyconfig.initialize([word for word in argv[1:] if not word.startswith("--")])
         COMMANDS[argv[0]](config, options)
-    except No as error:
-        print(f"no: {error}", file=sys.stderr)
+    except CheckFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
         return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

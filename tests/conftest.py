@@ -1,13 +1,21 @@
-"""What all tests share: the CPU backend; hypothesis draws the same examples every time and never fails for slowness."""
+"""What all tests share: the CPU backend, fast compilation, one example sequence for hypothesis."""
 
 import os
+import shutil
+import tempfile
 
 import hypothesis
 import pytest
 
+# libtpu is installed to compile with; programs run on the CPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The tests compile for minutes and run for seconds. Programs that tests start inherit these flags.
 os.environ.setdefault(
-    "JAX_PLATFORMS", "cpu"
-)  # libtpu is there to compile with; programs run here too
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
+# The compilation cache of the programs that tests start, shared by all workers of one session.
+os.environ.setdefault("MAXNANO_TEST_CACHE", tempfile.mkdtemp(prefix="maxnano_test_cache_"))
 
 from MaxNano.distributed import runtime  # noqa: E402
 
@@ -16,9 +24,15 @@ hypothesis.settings.register_profile("maxnano", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("maxnano")
 
 
+def pytest_unconfigure(config):
+    """Removes the compilation cache when the session ends, not when one of its workers does."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["MAXNANO_TEST_CACHE"], ignore_errors=True)
+
+
 @pytest.fixture(scope="module")
 def served():
-    """An object store in a process of its own; object_store.use lets the clients of a test speak to it."""
+    """An object store in a separate process; object_store.use points the clients of a test to it."""
     import object_store
 
     with object_store.serve() as store:

@@ -1,22 +1,23 @@
-"""The engine's interface without a model, for tests of those who use it: every reply is what the test says."""
+"""The engine's interface without a model: each test defines the replies."""
 
 import itertools
 import time
 from collections.abc import Callable, Iterable
 
-from MaxNano.inference.engine import Event, Request, TokenLogprobs
-from MaxNano.tokenization.tokenizer import BpeTokenizer
+from MaxNano.inference.dialogue import ReplyDecoder, merge_parts
+from MaxNano.inference.requests import Event, Request, TokenLogprobs
+from MaxNano.tokenization.bpe import BpeTokenizer
 
 SCORE = -0.5  # log-probability of every token
 
 
 def byte_tokenizer() -> BpeTokenizer:
-    """A token a byte, then the nine special tokens."""
+    """One token per byte, and the nine special tokens."""
     return BpeTokenizer(r"\s+|\S+", {bytes([i]): i for i in range(256)})
 
 
 class FakeEngine:
-    """Says `reply(request, sample)`, then stops; some tokens of each running sample a step."""
+    """Generates `reply(request, sample)`, `step_tokens` tokens of each sample per step."""
 
     def __init__(
         self,
@@ -37,6 +38,7 @@ class FakeEngine:
         self._numbers = itertools.count()
         self._queue: list[tuple[int, int, Request]] = []
         self._running: dict[tuple[int, int], tuple[Request, Iterable[int], int]] = {}
+        self._decoders: dict[tuple[int, int], ReplyDecoder] = {}
         self._events: list[Event] = []
 
     @property
@@ -46,10 +48,6 @@ class FakeEngine:
     @property
     def waiting(self) -> int:
         return len({number for number, _, _ in self._queue})
-
-    @property
-    def free_slots(self) -> int:
-        return self.slots - self.running
 
     @property
     def is_idle(self) -> bool:
@@ -69,13 +67,13 @@ class FakeEngine:
         self._queue = [waiting for waiting in self._queue if waiting[0] != number]
         for key in ended:
             self._running.pop(key, None)
-            self._events.append(Event(*key, (), (), "", (), "cancelled"))
+            self._events.append(Event(*key, (), (), (), (), "cancelled"))
 
     def reset(self) -> None:
         keys = [*self._running, *((number, sample) for number, sample, _ in self._queue)]
         self._running.clear()
         self._queue.clear()
-        self._events += [Event(*key, (), (), "", (), "error") for key in keys]
+        self._events += [Event(*key, (), (), (), (), "error") for key in keys]
 
     def step(self) -> list[Event]:
         if self.fails:
@@ -83,8 +81,9 @@ class FakeEngine:
             raise RuntimeError("a step that fails")
         time.sleep(self.step_seconds)
         events, self._events = self._events, []
-        while self._queue and self.free_slots:
+        while self._queue and self.running < self.slots:
             number, sample, request = self._queue.pop(0)
+            self._decoders[number, sample] = ReplyDecoder(self.tokenizer, request.stop)
             self._running[number, sample] = (
                 request,
                 iter(self.reply(request, sample)),
@@ -106,6 +105,11 @@ class FakeEngine:
         stops = [i for i, token in enumerate(new) if token in request.stop_ids]
         if stops:
             new, finish = new[: stops[0]], "stop"
+        parts = self._decoders[key].feed(new)
+        if self._decoders[key].is_stopped:
+            finish = "stop"
+        if finish:
+            parts = merge_parts([*parts, *self._decoders[key].finish()])
         self._running[key] = request, tokens, left - len(new)
         if finish:
             del self._running[key]
@@ -115,7 +119,7 @@ class FakeEngine:
             if request.prompt_logprobs and is_first
             else ()
         )
-        return Event(*key, tuple(new), (False,) * len(new), "", scores, finish, before)
+        return Event(*key, tuple(new), (False,) * len(new), tuple(parts), scores, finish, before)
 
     @staticmethod
     def _scores(tokens: Iterable[int], request: Request) -> tuple[TokenLogprobs, ...]:

@@ -1,4 +1,4 @@
-"""A server on loopback in a thread of the test's process, and requests to it as raw as a test needs them."""
+"""A server on loopback in a thread of the test process, and raw requests to it."""
 
 import contextlib
 import http.client
@@ -10,32 +10,34 @@ from collections.abc import Iterator
 
 import openai
 
-from MaxNano import pyconfig, serve
+from MaxNano import pyconfig
+from MaxNano.serving.app import make_app
+from MaxNano.serving.http_server import bind, make_server
 
 
 def wait_until(condition, seconds=30):
-    """Return once the condition holds; fail where that takes longer."""
+    """Wait until the condition holds; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
+        assert time.monotonic() < deadline, f"timed out after {seconds} s"
         time.sleep(0.005)
 
 
 class Server:
-    """Serves an engine inside a `with`; overrides are key=value words, or a whole config is given."""
+    """Serves an engine within a `with` block. overrides: key=value words, without a config."""
 
     def __init__(self, engine, *overrides, key=None, config=None):
         self.engine = engine
         self.config = config or pyconfig.initialize(
             ["configs/base.yml", "run_name=tiny", *overrides]
         )
-        app = serve.make_app(self.config, engine, key)
+        app = make_app(self.config, engine, key)
         self.service = app.state.service
         self.key = key
-        bound = serve.bind("127.0.0.1", 0)
+        bound = bind("127.0.0.1", 0)
         self.port = bound.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
-        self._server = serve.make_server(app, drain_seconds=5)
+        self._server = make_server(app, drain_seconds=5)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [bound]})
 
     def __enter__(self):
@@ -75,7 +77,7 @@ class Server:
 
     @contextlib.contextmanager
     def streaming(self, **more) -> Iterator[socket.socket]:
-        """A connection on which a reply has begun."""
+        """A connection with a reply that has begun."""
         body = json.dumps(
             {"messages": [{"role": "user", "content": "hi"}], "stream": True, **more}
         ).encode()
@@ -84,7 +86,7 @@ class Server:
             yield connection
 
     def connection(self, rest: bytes) -> socket.socket:
-        """A connection on which the beginning of a chat request has been sent."""
+        """A connection with the beginning of a chat request."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(head.encode() + rest)

@@ -17,7 +17,7 @@ from MaxNano.models import attention
 
 ROOT = Path(__file__).resolve().parents[1]
 RULES = (("activation_batch", "data", "fsdp"), ("activation_heads", "tensor"))
-SETTINGS = attention.Settings(
+SETTINGS = attention.KernelSettings(
     chunk=16,
     splash_long_forward=(256, 256, 128),
     splash_long_backward=(128, 256, 128),
@@ -29,13 +29,10 @@ SETTINGS = attention.Settings(
     interpret=True,
 )
 WIDE = SETTINGS._replace(chunk=96)  # for long rows: fewer blocks to compile
-ANYWHERE = (
-    "reference",
-    "chunked",
-)  # cheap on a CPU; splash is interpreted there, and has tests of its own
-TOLERANCE = (
-    2e-5  # float32; seen: 1e-6 in outputs, 8e-6 in gradients that sum 512 products of either sign
-)
+# Cheap on a CPU; splash is interpreted there and has its own tests.
+ANYWHERE = ("reference", "chunked")
+# float32; measured: 1e-6 in outputs, 8e-6 in gradients that sum 512 products of either sign.
+TOLERANCE = 2e-5
 
 
 @functools.partial(jax.jit, static_argnames=("window", "kernel", "settings"))
@@ -130,7 +127,7 @@ def test_a_window_sees_the_position_and_exactly_its_predecessors(kernel):
 @pytest.mark.parametrize("window", [512, 2047])
 def test_splash_blocks_divide_any_length(length, window):
     config = pyconfig.initialize(["configs/base.yml"])
-    sizes = attention.splash_blocks(length, window, attention.Settings.from_config(config))
+    sizes = attention.splash_blocks(length, window, attention.KernelSettings.from_config(config))
     assert (
         length % sizes.block_q
         == length % sizes.block_kv
@@ -206,6 +203,43 @@ def test_kernels_that_a_backend_does_not_have_are_refused():
         assert "\n" not in str(error.value)
 
 
+def test_a_kernel_is_a_function_and_a_row(monkeypatch):
+    """One row makes a kernel known to the config's resolution, to the model's attention and to prefill."""
+
+    def mean_of_values(q, k, v, window, settings, rules):
+        return jnp.broadcast_to(v.mean(2, keepdims=True), q.shape)
+
+    monkeypatch.setitem(attention.KERNELS, "mean", attention.Kernel(mean_of_values, ("cpu",)))
+    assert resolve("mean", "cpu") == "mean"
+    with pytest.raises(ValueError, match="attention=mean is a CPU kernel, this is gpu"):
+        resolve("mean", "gpu")
+    q, k, v = inputs(8, 2, 2)
+    expected = np.broadcast_to(v.mean(2, keepdims=True), q.shape)
+    np.testing.assert_allclose(attend(q, k, v, 8, "mean"), expected, rtol=1e-6)
+    qkv, _, _ = projected(8, 1, 2, head_dim=8)
+    out = attention.attend(
+        qkv,
+        (np.ones((8, 4)), np.zeros((8, 4))),
+        heads=attention.Heads(2, 1, 8, 1.0, 1e-6),
+        window=8,
+        kernel="mean",
+        settings=SETTINGS,
+        rules=RULES,
+    )
+    values = qkv.reshape(2, 8, 2, 3, 8)[:, :, :, 2].mean(1)
+    np.testing.assert_allclose(out[:, 0].reshape(2, 2, 8), values, rtol=1e-5)
+
+
+def test_the_config_names_every_kernel():
+    for kernel in ("auto", *attention.KERNELS):
+        pyconfig.initialize(["configs/base.yml", f"attention={kernel}"])
+
+
+def test_prefill_replaces_a_kernel_that_takes_fused_projections():
+    arrays = inputs(128, 2, 1, head_dim=128, batch=1)
+    np.testing.assert_array_equal(attend(*arrays, 100, "flash"), attend(*arrays, 100, "splash"))
+
+
 def projected(length, group, kv_heads, head_dim=128, batch=2):
     """What the model's attention takes: qkv as projected, rows of value embeddings and their gates."""
     rng = np.random.default_rng(0)
@@ -225,13 +259,10 @@ def attended_and_gradients(arrays, window, kernel, head_dim=128):
     attended = functools.partial(
         attention.attend,
         tables=(jnp.cos(angles), jnp.sin(angles)),
-        group=arrays[0].shape[2] // (heads * head_dim) - 2,
+        heads=attention.Heads(heads, arrays[0].shape[2] // (heads * head_dim) - 2, 128, 1.2, 1e-6),
         window=window,
         kernel=kernel,
         settings=WIDE,
-        head_dim=128,
-        scale=1.2,
-        epsilon=1e-6,
         rules=RULES,
     )
     out, pull = jax.vjp(lambda qkv, *embeds: attended(qkv, value_embed=embeds), *arrays)

@@ -1,4 +1,4 @@
-"""The terminal chat: what is said to the model, what is shown, and the commands."""
+"""The terminal chat: prompts, display and commands."""
 
 import itertools
 import json
@@ -16,9 +16,15 @@ from pathlib import Path
 import pytest
 from fake_engine import FakeEngine, byte_tokenizer
 
-from MaxNano import chat, pyconfig
-from MaxNano.chat import Chat, CommandError, Terminal
-from MaxNano.inference.dialogue import Part
+from MaxNano import pyconfig
+from MaxNano.inference.dialogue import ReplyPart
+from MaxNano.serving.terminal_chat import (
+    COMMANDS,
+    ChatSession,
+    CommandError,
+    TerminalOutput,
+    handle_line,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = byte_tokenizer()
@@ -26,22 +32,22 @@ SPECIAL = TOKENIZER.special
 
 
 def make(reply="yes", *overrides, **engine):
-    """A chat with a model that always says `reply`: text, or token ids."""
+    """A session with a model whose replies are all `reply`: text, or token ids."""
     ids = TOKENIZER.encode(reply) if isinstance(reply, str) else reply
     config = pyconfig.initialize(["configs/base.yml", "chat_turns=true", *overrides])
-    return Chat(config, FakeEngine(lambda request, sample: ids, **engine))
+    return ChatSession(config, FakeEngine(lambda request, sample: ids, **engine))
 
 
 def terminal(is_styled=False):
-    return Terminal(StringIO(), StringIO(), is_styled)
+    return TerminalOutput(StringIO(), StringIO(), is_styled)
 
 
 def run(talk, *lines, is_styled=False):
-    """(answers, remarks) for typed lines."""
+    """(replies, notes) for typed lines."""
     shown = terminal(is_styled)
     for line in lines:
-        assert chat.take(talk, shown, line)
-    return shown.out.getvalue(), shown.notes.getvalue()
+        assert handle_line(talk, shown, line)
+    return shown.replies.getvalue(), shown.notes.getvalue()
 
 
 def test_an_answer_is_shown_and_remembered():
@@ -99,16 +105,16 @@ def test_calls_of_the_tool_stand_in_brackets():
     ("parts", "shown"),
     [
         ([], ""),
-        ([Part("text", "a\n")], "a\n"),
-        ([Part("python", "1+1")], "[1+1]\n"),
-        ([Part("python_output", "2"), Part("text", "a")], "[= 2]a\n"),
-        ([Part("text", "\x1b]0;title\x07\x1b[2Jok\x9b31m\ttab\r")], "]0;title[2Jok31m\ttab\n"),
+        ([ReplyPart("text", "a\n")], "a\n"),
+        ([ReplyPart("python", "1+1")], "[1+1]\n"),
+        ([ReplyPart("python_output", "2"), ReplyPart("text", "a")], "[= 2]a\n"),
+        ([ReplyPart("text", "\x1b]0;title\x07\x1b[2Jok\x9b31m\ttab\r")], "]0;title[2Jok31m\ttab\n"),
     ],
 )
 def test_what_is_written(parts, shown):
     place = terminal()
-    place.say(iter(parts))
-    assert place.out.getvalue() == shown
+    place.show(iter(parts))
+    assert place.replies.getvalue() == shown
 
 
 def test_without_a_terminal_there_are_no_escapes():
@@ -145,17 +151,19 @@ def test_commands():
         "temperature 0",
         "top-k 5",
         "number from 0 to 2",
-        "whole number",
-        "/what is no command",
+        "takes an integer",
+        "unknown command /what",
     ):
         assert told in notes
-    assert all(command in notes for command in chat.COMMANDS)
-    assert not chat.take(talk, terminal(), "/quit") and not chat.take(talk, terminal(), " exit ")
+    assert all(command in notes for command in COMMANDS)
+    assert not handle_line(talk, terminal(), "/quit") and not handle_line(
+        talk, terminal(), " exit "
+    )
 
 
 def test_regenerate_answers_the_last_message_again():
     talk = make()
-    assert "nothing to answer" in run(talk, "/regenerate")[1]
+    assert "no message to reply to" in run(talk, "/regenerate")[1]
     assert run(talk, "hi", "/regenerate")[0] == "yes\n" * 2
     first, second = talk.engine.requests
     assert first.prompt == second.prompt and len(talk.messages) == 2
@@ -171,7 +179,7 @@ def test_save(tmp_path, monkeypatch):
     }
     TOKENIZER.render_conversation(saved)
     assert os.listdir(tmp_path) == ["talk.json"]
-    assert "cannot be written" in run(talk, "/save talk.json/talk.json")[1]
+    assert "could not write" in run(talk, "/save talk.json/talk.json")[1]
     with pytest.raises(CommandError):
         talk.command("/save")
 
@@ -180,8 +188,8 @@ def test_the_oldest_turns_go_where_the_context_is_full():
     talk = make("a" * 20, "max_new_tokens=40", max_length=128)
     notes = run(talk, *(f"{i} " + "b" * 20 for i in range(4)))[1]
     assert notes.splitlines() == [
-        "(the context is full: the first 2 messages are no longer seen)",
-        "(the context is full: the first 4 messages are no longer seen)",
+        "(the context is full: the first 2 messages are dropped)",
+        "(the context is full: the first 4 messages are dropped)",
     ]
     last = TOKENIZER.decode(talk.engine.requests[-1].prompt)
     assert "0 b" not in last and "3 b" in last and len(talk.messages) == 8
@@ -206,16 +214,16 @@ def test_a_base_checkpoint_goes_on_with_the_text():
 
 @pytest.mark.parametrize(("given", "in_turns"), [("null", False), ("true", True), ("false", False)])
 def test_turns_follow_the_config(given, in_turns):
-    """stage is null, which is pretraining."""
+    """The default follows the stage, here pretraining."""
     config = pyconfig.initialize(["configs/base.yml", f"chat_turns={given}"])
-    assert Chat(config, FakeEngine(lambda request, sample: [])).in_turns == in_turns
+    assert ChatSession(config, FakeEngine(lambda request, sample: [])).in_turns == in_turns
 
 
 def test_an_interrupted_answer_is_kept_as_far_as_it_came():
     talk = make(list(b"ab" * 1000))
     talk.ask("hi")
     polls = itertools.count()
-    said = "".join(part.text for part in talk.answer(lambda: next(polls) >= 3))
+    said = "".join(part.text for part in talk.reply(lambda: next(polls) >= 3))
     assert said == "ab" * 6 and talk.messages[-1]["content"] == said and talk.engine.is_idle
 
 
@@ -223,7 +231,6 @@ SESSION = """
 import sys
 from fake_engine import FakeEngine
 from MaxNano import chat, pyconfig
-from MaxNano.inference import engine
 
 def last_words(request, sample):
     ids = list(request.prompt)
@@ -231,7 +238,7 @@ def last_words(request, sample):
     return ids[start:-2]
 
 fake = FakeEngine(last_words, step_seconds=0.01)
-engine.Engine.load = classmethod(lambda cls, config, slots, streams: fake)
+chat.load_engine = lambda config, slots, streams: fake
 sys.exit(pyconfig.launch(chat.main, ["configs/base.yml", "chat_turns=true", *sys.argv[1:]]))
 """
 
@@ -242,7 +249,7 @@ def command(*words):
 
 @pytest.fixture
 def environment():
-    """Of a machine in an 8-bit locale, as minimal images have it."""
+    """The environment of the command, with UTF-8 output."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return os.environ | {
         "PYTHONPATH": paths,
@@ -253,7 +260,7 @@ def environment():
 
 
 def test_one_shot_and_piped_lines(environment):
-    """Only answers are on standard output, and an encoding that lacks a character stops nothing."""
+    """Only replies are on standard output; unencodable characters are replaced."""
     ran = subprocess.run(command("prompt=né 😀"), env=environment, capture_output=True, check=True)
     assert ran.stdout.decode() == "né 😀\n"
     ran = subprocess.run(
@@ -267,7 +274,7 @@ def test_one_shot_and_piped_lines(environment):
 
 
 def test_at_a_terminal(environment):
-    """History by the arrow key, Ctrl-C at the prompt and Ctrl-D, in a terminal of its own."""
+    """History, Ctrl-C at the prompt and Ctrl-D, in a pseudoterminal."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         command(), env=environment, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True

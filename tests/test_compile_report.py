@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from MaxNano.compile import costs, hlo
-from MaxNano.distributed import runtime
+from MaxNano.distributed import hardware
 
-CHIP = runtime.CHIPS["TPU v6 lite"]
+CHIP = hardware.CHIPS["TPU v6 lite"]
 
 
 def cost(cycles):
@@ -669,7 +669,7 @@ def test_the_report_of_a_compiled_function():
 
 def test_what_is_not_known_is_null():
     text = program(["%x = f32[4096]{0} parameter(0)", fusion("f", "x", 10)], ADD)
-    report = costs.analyze(compiled(text), runtime.CHIPS["TPU v5 lite"])
+    report = costs.analyze(compiled(text), hardware.CHIPS["TPU v5 lite"])
     assert (report.mfu, report.run_seconds, report.run_price, report.model_flops) == (None,) * 4
     assert "unknown" in str(report.tables())
 

@@ -22,10 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_nanochat_reference import hashed
 
-from MaxNano import convert, pyconfig
-from MaxNano.distributed import runtime
+from MaxNano import pyconfig
+from MaxNano.distributed import hardware
 from MaxNano.evals import core
 from MaxNano.inference import prefix_scoring
+from MaxNano.interop import nanochat
 from MaxNano.tokenization.tokenizer import load_tokenizer_from
 from MaxNano.training.setup import set_up
 
@@ -45,12 +46,10 @@ def from_formula(setup, scales):
     """Parameters by the formula of test_nanochat_reference, some of them larger."""
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), setup.model.shapes)
     arrays = {}
-    for index, (name, like) in enumerate(
-        sorted(convert.params_to_nanochat(zeros, setup.config).items())
-    ):
+    for index, (name, like) in enumerate(sorted(nanochat.from_params(zeros, setup.config).items())):
         values = scales.get(name, 1) * hashed(like.size, index) + (name == "resid_lambdas")
         arrays[name] = values.reshape(like.shape).astype(np.float32)
-    params = convert.nanochat_to_params(arrays, setup.config)
+    params = nanochat.to_params(arrays, setup.config)
     return jax.tree.map(
         lambda leaf, like: jax.device_put(leaf, like.sharding), params, setup.abstract.params
     )
@@ -60,7 +59,7 @@ def whole_rows(setup, params, bos_id):
     """The scorer that runs the model as it is over whole rows."""
     params = jax.device_get(params)
 
-    @partial(jax.jit, compiler_options=runtime.compiler_options(setup.config, "cpu"))
+    @partial(jax.jit, compiler_options=hardware.compiler_options(setup.config, "cpu"))
     def forward(tokens):
         bound = setup.model.bind(params)
         return bound.logits(bound(tokens))
@@ -114,7 +113,7 @@ def test_every_answer_is_nanochats(small, few_shapes, limit):
     golden = json.loads((GOLDEN / "core_small.json").read_text())
     tasks = core.load_bundle(GOLDEN / "core_small.zip")
     assert [task.label for task in tasks] == list(golden["tasks"])
-    score = prefix_scoring.Scorer(setup, tokenizer.bos_id).bind(params)
+    score = prefix_scoring.PrefixScorer(setup, tokenizer.bos_id).bind(params)
     right = collections.Counter()
     for task in tasks:
         questions, expected = task.questions(), golden["tasks"][task.label]
@@ -142,8 +141,13 @@ def test_the_recorded_score_is_that_of_the_recorded_answers():
 
 
 def test_the_shared_prefix_changes_no_number(few_shapes):
-    """Layers in a loop, grouped heads, windows shorter than prompts, prompts of all lengths."""
-    setup = make_setup(
+    setup = shared_prefix_setup()
+    check_shared_prefixes(setup, from_formula(setup, {}))
+
+
+def shared_prefix_setup():
+    """Layers in a scan, grouped heads, and windows shorter than the prompts."""
+    return make_setup(
         "max_target_length=24",
         "vocab_size=50",
         "num_decoder_layers=6",
@@ -159,7 +163,10 @@ def test_the_shared_prefix_changes_no_number(few_shapes):
         "steps=1",
         "core_batch_tokens=600",
     )
-    params = from_formula(setup, {})
+
+
+def check_shared_prefixes(setup, params):
+    """Prompts of all lengths have the losses of the whole model over whole rows."""
     rng = np.random.default_rng(0)
     prompts = []
     for prefix, *lengths in (
@@ -176,12 +183,12 @@ def test_the_shared_prefix_changes_no_number(few_shapes):
         prompts.append(
             core.Prompt(rng.integers(0, 49, prefix, np.int32), tuple(rows), (1, 1), (0, 1))
         )
-    own = prefix_scoring.Scorer(setup, 49).bind(params)
+    score = prefix_scoring.PrefixScorer(setup, 49).bind(params)
     expected = dict(whole_rows(setup, params, 49)(prompts, greedy=False))
-    found = dict(own(prompts, greedy=False))
-    assert found.keys() == expected.keys()
+    scores = dict(score(prompts, greedy=False))
+    assert scores.keys() == expected.keys()
     for index, rows in expected.items():
-        for row, other in zip(rows, found[index], strict=True):
+        for row, other in zip(rows, scores[index], strict=True):
             np.testing.assert_allclose(other, row, atol=1e-5)
 
 
@@ -483,7 +490,7 @@ def test_every_answer_on_the_real_bundle_is_nanochats(limit, tmp_path, monkeypat
     """All 22 tasks, of each the first questions of a cut to 60: answers, and losses also of texts to go on with."""
     # The model is small: all prompts at once in few shapes.
     monkeypatch.setitem(
-        prefix_scoring.LIMITS, "cpu", prefix_scoring.Limits(tokens=8192, compilation=400_000)
+        prefix_scoring.LIMITS, "cpu", prefix_scoring.ScoringLimits(tokens=8192, compilation=400_000)
     )
     with zipfile.ZipFile(GOLDEN / "core_real.zip") as archive:
         archive.extract("tokenizer.json", tmp_path)
@@ -500,7 +507,7 @@ def test_every_answer_on_the_real_bundle_is_nanochats(limit, tmp_path, monkeypat
         "steps=1",
     )
     params = from_formula(setup, {"lm_head.weight": 4, "transformer.wte.weight": 4})
-    score = prefix_scoring.Scorer(setup, tokenizer.bos_id).bind(params)
+    score = prefix_scoring.PrefixScorer(setup, tokenizer.bos_id).bind(params)
 
     tasks = core.load_bundle(REAL)
     assert [task.label for task in tasks] == list(golden["tasks"])

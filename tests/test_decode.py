@@ -1,4 +1,4 @@
-"""Decoding over a cache gives the full forward's logits, past the window and past the context, whoever is beside it."""
+"""Decoding over the KV cache gives the full forward's logits, past window and context, whatever other slots do."""
 
 from functools import partial
 from pathlib import Path
@@ -50,11 +50,12 @@ VARIANTS = {
 
 def make(*overrides):
     config = pyconfig.initialize([str(ROOT / "configs/base.yml"), *TINY, *overrides])
-    plan = decode.make_plan(config, FLOAT32, LONGEST, looped="num_decoder_layers=5" in overrides)
-    plan = plan._replace(
-        block=9,  # the short window's ring is one block, the long one's are several
+    plan = decode.make_plan(config, FLOAT32, LONGEST, scans="num_decoder_layers=5" in overrides)
+    layout = plan.cache._replace(
+        block=9,  # the short window takes one block, the long one several
         query_rows=8 if "window_pattern=L" in overrides else 1,
     )
+    plan = plan._replace(cache=layout)
     params = random_params(architecture(config, FLOAT32))
     return config, plan, params, jax.jit(partial(decode.prepare, plan))(params)
 
@@ -73,8 +74,12 @@ def copies(*pairs):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_token_has_the_full_forwards_logits(variant):
-    """Three slots, of which two come from one prompt longer than a window and one from nothing."""
-    config, plan, params, weights = make(*VARIANTS[variant])
+    check_every_token(*VARIANTS[variant])
+
+
+def check_every_token(*overrides):
+    """Three slots: two start from one prompt that is longer than a window, one from nothing."""
+    config, plan, params, weights = make(*overrides)
     tokens = np.random.default_rng(1).integers(0, 50, (3, LONGEST)).astype(np.int32)
     tokens[1, :41] = tokens[0, :41]
     starts = np.array([40, 40, 0])
@@ -83,7 +88,7 @@ def test_every_token_has_the_full_forwards_logits(variant):
     step = jax.jit(partial(decode.decode_step, plan))
     prompts = np.zeros((2, 64), np.int32)
     prompts[1, :40] = tokens[0, :40]
-    cache = jax.tree.map(lambda x: x + 7, empty(plan, 3))  # left by somebody else
+    cache = jax.tree.map(lambda x: x + 7, empty(plan, 3))  # left by another sequence
     cache, hidden = prefill(
         weights, cache, prompts, np.array([1, 40], np.int32), copies((1, 1), (1, 0))
     )
@@ -138,7 +143,7 @@ def test_others_do_not_change_a_bit(small):
 
 
 def test_a_slot_that_waits_stays_as_it_is(small):
-    """A token comes again, or comes early: at its own place in the ring, where nobody sees it."""
+    """A token comes again, or comes early: at its own index of the cache, where no query sees it."""
     plan, weights, step = small
     tokens = np.random.default_rng(3).integers(0, 50, 60)
     expected = run(small, empty(plan, 3), 1, tokens, np.random.default_rng(0))
@@ -155,7 +160,7 @@ def test_a_window_of_512_keeps_513_positions():
     plan = decode.make_plan(config, FLOAT32, 20_480)
     mesh = AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor"))
     cache = decode.cache_shapes(plan, mesh, 4)
-    positions = [sum(keys.shape[2] for keys, _ in ring) for ring in cache]
+    positions = [sum(keys.shape[2] for keys, _ in layer) for layer in cache]
     assert positions == 6 * [513, 513, 513, 2049]
     assert {x.shape[:2] + x.shape[3:] for x in jax.tree.leaves(cache)} == {(4, 12, 128)}
 

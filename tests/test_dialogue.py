@@ -1,4 +1,4 @@
-"""Conversations: what fits, and replies as text whatever way their tokens are cut."""
+"""Conversations: prompts that fit the context, and replies decoded from tokens."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from MaxNano.inference import dialogue
-from MaxNano.inference.dialogue import Part, ReplyDecoder, content_of, merge_parts, trim
+from MaxNano.inference.dialogue import ReplyDecoder, ReplyPart, content_of, merge_parts, trim
 
 TOKENIZER = byte_tokenizer()
 SPECIAL = TOKENIZER.special
@@ -16,7 +16,7 @@ TEXTS = st.text(st.sampled_from("abé€😀 \n"), max_size=12)
 
 
 def decode(ids, stop=(), pieces=1):
-    """The reply's parts, fed by so many tokens at a time."""
+    """The parts of a reply, decoded `pieces` tokens at a time."""
     decoder = ReplyDecoder(TOKENIZER, stop)
     parts = []
     for start in range(0, len(ids), pieces):
@@ -38,8 +38,8 @@ def test_characters_come_whole(text, pieces):
 
 def test_bytes_that_are_no_text_are_shown_as_such():
     ids = [*TOKENIZER.encode("a"), 0xE2, 0x82]
-    assert decode(ids)[0] == [Part("text", "a�")]
-    assert decode([0xE2, *TOKENIZER.encode("b")])[0] == [Part("text", "�b")]
+    assert decode(ids)[0] == [ReplyPart("text", "a�")]
+    assert decode([0xE2, *TOKENIZER.encode("b")])[0] == [ReplyPart("text", "�b")]
 
 
 def test_calls_and_results_are_parts_and_other_specials_are_silent():
@@ -78,8 +78,7 @@ def test_text_ends_before_the_first_stop_string(text, stops, pieces):
     ends = [text.find(stop) for stop in stops if stop in text]
     said = "".join(part.text for part in parts)
     assert said == text[: min(ends, default=len(text))]
-    assert decoder.stopped == bool(ends)
-    assert decoder.length == len(said)
+    assert decoder.is_stopped == bool(ends)
 
 
 def test_what_may_become_a_stop_string_waits():
@@ -92,7 +91,7 @@ def test_what_may_become_a_stop_string_waits():
         "",
         "",
     ]
-    assert decoder.stopped and decoder.finish() == []
+    assert decoder.is_stopped and decoder.finish() == []
 
 
 def turn(text, answer="yes"):
@@ -111,7 +110,7 @@ def test_the_oldest_turns_go_first_and_the_system_message_stays():
 
 
 def test_one_message_that_is_too_long_is_told():
-    with pytest.raises(ValueError, match=r"prompt of 104 tokens; at most 64 fit"):
+    with pytest.raises(ValueError, match=r"prompt has 104 tokens, at most 64 fit"):
         trim(TOKENIZER, [*turn("a"), {"role": "user", "content": "x" * 100}], 64)
 
 
@@ -121,6 +120,6 @@ def test_one_message_that_is_too_long_is_told():
     )
 )
 def test_merged_parts_alternate_and_keep_the_text(pairs):
-    merged = merge_parts([Part(*pair) for pair in pairs])
+    merged = merge_parts([ReplyPart(*pair) for pair in pairs])
     assert "".join(part.text for part in merged) == "".join(text for _, text in pairs)
     assert all(before.kind != after.kind for before, after in itertools.pairwise(merged))

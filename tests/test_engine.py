@@ -1,4 +1,4 @@
-"""The engine says what the model says: nanochat's continuations, and each request's own, whoever shares the batch."""
+"""The engine: nanochat's greedy continuations, and samples that do not depend on the batch."""
 
 import json
 import os
@@ -16,21 +16,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import golden_overrides, named
 
-from MaxNano import convert, pyconfig
-from MaxNano.distributed import runtime, sharding
-from MaxNano.inference import engine
-from MaxNano.inference.engine import Engine, Request, TextStream
-from MaxNano.models.setup import architecture, numerics_of
+from MaxNano import pyconfig
+from MaxNano.distributed import runtime
+from MaxNano.inference.engine import Engine
+from MaxNano.inference.programs import EnginePrograms, decode_costs, lower_decode, lower_prefill
+from MaxNano.inference.requests import Completion, Request
+from MaxNano.inference.text_stream import TextStream
+from MaxNano.interop import nanochat
+from MaxNano.models.setup import set_up_model
 from MaxNano.tokenization.tokenizer import SpecialIds, Tokenizer
+from MaxNano.tools import calculator
+from MaxNano.training import loading
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer
+from MaxNano.training.loading import load_engine
 
 ROOT = Path(__file__).parents[1]
 LONGEST, SLOTS, INTERVAL = 320, 4, 5
 
 
 class Letters(Tokenizer):
-    """A token a letter, several tokens the same letter; the last nine ids are special."""
+    """One letter per token, several tokens per letter; the last nine ids are special."""
 
     def __init__(self, size=250):
         special = SpecialIds(*range(size - 9, size))
@@ -66,27 +72,26 @@ def config(words):
 
 @pytest.fixture(scope="module")
 def params(golden, config):
-    return convert.nanochat_to_params(named(golden, "final/"), config)
+    return nanochat.to_params(named(golden, "final/"), config)
 
 
 @pytest.fixture(scope="module")
-def mesh(config):
-    return sharding.make_mesh(config, jax.devices()[:1])
+def setup(config):
+    return set_up_model(config, jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
-def served(config, mesh, params):
-    return Engine(config, mesh, params, Letters(), slots=SLOTS, max_length=LONGEST)
+def served(setup, params):
+    return Engine(setup, params, Letters(), slots=SLOTS, max_length=LONGEST)
 
 
 @pytest.fixture(scope="module")
-def logits(config, mesh, params):
+def logits(setup, params):
     """The full forward's logits (length, vocabulary) of tokens."""
-    model = architecture(config, numerics_of(config, mesh))
 
     @jax.jit
     def compute(params, tokens):
-        bound = model.bind(params)
+        bound = setup.model.bind(params)
         return bound.logits(bound(tokens))
 
     def of(tokens):
@@ -114,7 +119,7 @@ GREEDY = Request(prompt=prompt(20), max_tokens=12, temperature=0)
 
 @pytest.fixture(scope="module")
 def recorded():
-    """nanochat's greedy continuations, past the window of 128 and past the context of 256: tests/golden/README.md."""
+    """nanochat's greedy continuations, beyond window and context: tests/golden/README.md."""
     content = json.loads((ROOT / "tests/golden/engine_nanochat.json").read_text())
     return [(tuple(row["prompt"]), row["tokens"]) for row in content["continuations"]]
 
@@ -129,9 +134,9 @@ def test_greedy_tokens_are_nanochats(served, recorded):
         assert together.tokens == tokens and together.finish == "length"
 
 
-def test_greedy_tokens_are_nanochats_with_many_slots(config, mesh, params, recorded):
-    """With more rows than runtime.FEW_ROWS a CPU's products are others."""
-    served = Engine(config, mesh, params, Letters(), slots=2 * runtime.FEW_ROWS, max_length=LONGEST)
+def test_greedy_tokens_are_nanochats_with_many_slots(setup, params, recorded):
+    """Above runtime.FEW_ROWS rows, other matrix products run on a CPU."""
+    served = Engine(setup, params, Letters(), slots=2 * runtime.FEW_ROWS, max_length=LONGEST)
     requests = [
         Request(prompt=given, max_tokens=len(tokens), temperature=0) for given, tokens in recorded
     ]
@@ -192,7 +197,7 @@ REQUESTS = st.builds(
 @settings(max_examples=12)
 @given(st.lists(REQUESTS, min_size=2, max_size=6))
 def test_a_request_gets_the_same_alone_and_in_any_batch(served, requests):
-    """To the bit: the log-probabilities too."""
+    """Bit-identical, log-probabilities included."""
     together = served.generate(requests)
     for request, completions in zip(requests, together, strict=True):
         assert served.generate([request]) == [completions]
@@ -211,8 +216,10 @@ def test_samples_differ_by_index_and_seed_and_are_the_same_again(served):
 
 def test_one_prefill_serves_many_samples(served, monkeypatch):
     calls = []
-    run = served._run_prefill
-    monkeypatch.setattr(served, "_run_prefill", lambda *args: calls.append(args) or run(*args))
+    prefill = served._runner.prefill
+    monkeypatch.setattr(
+        served._runner, "prefill", lambda *args: calls.append(args) or prefill(*args)
+    )
     [samples] = served.generate([replace(GREEDY, samples=SLOTS)])
     assert len(calls) == 1 and all(sample == samples[0] for sample in samples)
     [samples] = served.generate([replace(GREEDY, samples=2 * SLOTS + 1)])
@@ -225,17 +232,13 @@ def test_requests_join_and_leave_a_running_batch(served):
 
     def take(events):
         for event in events:
-            found.setdefault((event.request, event.sample), engine.Completion()).add(event)
+            found.setdefault((event.request, event.sample), Completion()).add(event)
 
     long = [served.submit(replace(GREEDY, max_tokens=40)) for _ in range(SLOTS - 1)]
     take(served.step())
     short = served.submit(replace(GREEDY, max_tokens=2))
     take(served.step())
-    assert (
-        found[short, 0].finish == "length"
-        and served.free_slots == 1
-        and served.running == SLOTS - 1
-    )
+    assert found[short, 0].finish == "length" and served.running == SLOTS - 1
     late = [
         served.submit(replace(GREEDY, prompt=prompt(5, seed), max_tokens=3)) for seed in range(3)
     ]
@@ -248,7 +251,7 @@ def test_requests_join_and_leave_a_running_batch(served):
 
 
 def test_a_slot_is_refilled_at_once_when_somebody_waits(served):
-    """The round on the device ends with the first sample that does."""
+    """If requests wait, a round on the device ends with the first sample that ends."""
     for _ in range(SLOTS - 1):
         served.submit(replace(GREEDY, max_tokens=40))
     served.submit(replace(GREEDY, max_tokens=2))
@@ -263,11 +266,12 @@ def test_a_slot_is_refilled_at_once_when_somebody_waits(served):
 @pytest.mark.parametrize(
     ("milliseconds", "gains"), [(0, [1] * 12), (1e6, [1, INTERVAL, INTERVAL, 1])]
 )
-def test_streamed_answers_come_by_the_clock(words, mesh, params, served, milliseconds, gains):
-    """A token at a time to begin with; then as many as the newest round says there is time for."""
-    own = pyconfig.initialize([*words, f"stream_milliseconds={milliseconds}"])
-    streaming = Engine(own, mesh, params, Letters(), slots=SLOTS, max_length=LONGEST, streams=True)
-    found, gained = engine.Completion(), []
+def test_streamed_answers_come_by_the_clock(words, params, served, milliseconds, gains):
+    """The first round has one step, later ones as many as fit the interval."""
+    config = pyconfig.initialize([*words, f"stream_milliseconds={milliseconds}"])
+    setup = set_up_model(config, jax.devices()[:1])
+    streaming = Engine(setup, params, Letters(), slots=SLOTS, max_length=LONGEST, streams=True)
+    found, gained = Completion(), []
     streaming.submit(GREEDY)
     while not streaming.is_idle:
         [event] = streaming.step()
@@ -277,27 +281,27 @@ def test_streamed_answers_come_by_the_clock(words, mesh, params, served, millise
     assert gained == gains
 
 
-def test_several_hosts_do_not_stream(config, mesh, params, monkeypatch):
+def test_several_hosts_do_not_stream(setup, params, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="one host alone: leave num_processes null"):
-        Engine(config, mesh, params, Letters(), streams=True)
+    with pytest.raises(ValueError, match="a single host: leave num_processes null"):
+        Engine(setup, params, Letters(), streams=True)
 
 
 def test_cancelled_requests_leave_their_slots(served):
     numbers = [served.submit(replace(GREEDY, max_tokens=30, samples=2)) for _ in range(4)]
     served.step()
-    assert (served.free_slots, served.waiting) == (0, 2)
+    assert (served.running, served.waiting) == (SLOTS, 2)
     served.cancel(numbers[0])
     served.cancel(numbers[3])
     served.cancel(12345)
-    assert (served.free_slots, served.waiting) == (2, 1)
+    assert (served.running, served.waiting) == (SLOTS - 2, 1)
     events = served.step()
     ended = [(event.request, event.sample) for event in events if event.finish == "cancelled"]
     assert sorted(ended) == [(numbers[0], 0), (numbers[0], 1), (numbers[3], 0), (numbers[3], 1)]
     assert {event.request for event in events if event.tokens} == {numbers[1], numbers[2]}
     while not served.is_idle:
         served.step()
-    assert served.free_slots == SLOTS
+    assert served.running == 0
 
 
 def test_after_a_failure_all_end_with_an_error_and_the_engine_is_new(served, monkeypatch):
@@ -305,13 +309,13 @@ def test_after_a_failure_all_end_with_an_error_and_the_engine_is_new(served, mon
     numbers = [served.submit(replace(GREEDY, samples=3)) for _ in range(2)]
     served.step()
     with monkeypatch.context() as patch:
-        patch.setattr(served, "_run_decode", lambda is_eager: 1 / 0)
+        patch.setattr(served._runner, "decode", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             served.step()
     served.reset()
     ended = [(event.request, event.sample, event.finish) for event in served.step()]
     assert sorted(ended) == [(number, sample, "error") for number in numbers for sample in range(3)]
-    assert one(served, GREEDY) == expected and served.free_slots == SLOTS
+    assert one(served, GREEDY) == expected and served.running == 0
 
 
 # ---- Settings of a request -------------------------------------------------------------------------------------------
@@ -372,7 +376,7 @@ def test_top_k_of_one_is_greedy(served):
 
 
 def test_draws_follow_the_models_probabilities(served, logits):
-    """First tokens of 400 samples at temperature 1 against the full forward, by a chi-square of 8 classes."""
+    """First tokens of 400 samples against the full forward: chi-square test with 8 classes."""
     [samples] = served.generate([replace(GREEDY, temperature=1.0, max_tokens=1, samples=400)])
     probability = np.asarray(jax.nn.softmax(logits(GREEDY.prompt)[-1]))
     groups = np.argsort(-probability) % 8
@@ -388,7 +392,7 @@ def test_draws_follow_the_models_probabilities(served, logits):
     [
         ({"prompt": ()}, "the prompt is empty"),
         ({"prompt": (250,)}, "token id"),
-        ({"prompt": prompt(LONGEST)}, f"there is room for {LONGEST}"),
+        ({"prompt": prompt(LONGEST)}, f"the context of {LONGEST} tokens"),
         ({"max_tokens": 0}, "max_tokens must be"),
         ({"samples": 0}, "samples must be"),
         ({"temperature": -0.1}, "temperature=-0.1"),
@@ -412,14 +416,14 @@ def test_what_cannot_be_served_is_refused(served, changes, problem):
 
 
 def test_a_call_of_the_calculator_is_answered(served, monkeypatch, logits):
-    """Tokens of a greedy answer play the special ones, so that this model calls the tool."""
+    """Two tokens of a greedy completion are declared special, so that it calls the tool."""
     tokens = one(served, GREEDY).tokens
     start = 1
     end = next(i for i in range(start + 2, 12) if tokens[i] not in tokens[:i])
     special = served.tokenizer.special._replace(python_start=tokens[start], python_end=tokens[end])
     monkeypatch.setattr(served.tokenizer, "special", special)
     asked = []
-    monkeypatch.setattr(engine.tools, "calculate", lambda text: asked.append(text) or "abcdefgh")
+    monkeypatch.setattr(calculator, "calculate", lambda text: asked.append(text) or "abcdefgh")
     completion = one(served, replace(GREEDY, max_tokens=25, tools=True, logprobs=0))
     assert asked[0] == served.tokenizer.decode(tokens[start + 1 : end])
     answer = [special.output_start, *range(8), special.output_end]
@@ -440,7 +444,7 @@ def test_a_call_without_an_answer_goes_on(served, monkeypatch):
         python_start=expected.tokens[0], python_end=expected.tokens[3]
     )
     monkeypatch.setattr(served.tokenizer, "special", special)
-    monkeypatch.setattr(engine.tools, "calculate", lambda text: None)
+    monkeypatch.setattr(calculator, "calculate", lambda text: None)
     assert one(served, replace(GREEDY, tools=True)) == expected
 
 
@@ -455,16 +459,18 @@ def test_loads_a_run(config, params, served, tmp_path, monkeypatch):
     with Checkpointer(config, tmp_path / "tiny", tokenizer_fingerprint="letters") as checkpointer:
         checkpointer.save(3, state, {})
         checkpointer.wait()
-    monkeypatch.setattr(engine.tokenizers, "load", lambda config: Letters())
-    loaded = Engine.load(config, devices=jax.devices()[:1])
+    monkeypatch.setattr(loading, "load_tokenizer", lambda config: Letters())
+    loaded = load_engine(config, devices=jax.devices()[:1])
     assert (loaded.slots, loaded.max_length) == (config.decode_slots, config.max_target_length)
     for ours, theirs in zip(
-        jax.tree.leaves(loaded._weights), jax.tree.leaves(served._weights), strict=True
+        jax.tree.leaves(loaded._runner.weights),
+        jax.tree.leaves(served._runner.weights),
+        strict=True,
     ):
         if ours.shape == theirs.shape:  # the rotary tables are as long as max_length
             np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(ValueError, match="4"):
-        Engine.load(pyconfig.replace(config, "test", step=4), devices=jax.devices()[:1])
+        load_engine(pyconfig.replace(config, "test", step=4), devices=jax.devices()[:1])
 
 
 def test_serves_other_parameters(served, params):
@@ -475,16 +481,28 @@ def test_serves_other_parameters(served, params):
     assert one(served, GREEDY) == expected
 
 
+def test_decode_costs_follow_the_declared_parameters(setup):
+    programs = EnginePrograms.build(setup, slots=SLOTS, max_length=LONGEST)
+    params = setup.params
+    matrices = jax.tree.leaves([params["layers"], params["lm_head"], params["value_gate"]])
+    count = sum(leaf.size for leaf in matrices)
+    config, weight_bytes = setup.config, 4 * count
+    read_bytes, flops = decode_costs(programs, 0)
+    assert read_bytes == weight_bytes
+    assert flops == 2 * (count + params["smear_gate"].size) * SLOTS
+    longer_bytes, longer_flops = decode_costs(programs, 10)
+    positions = 10 * config.num_decoder_layers * config.head_dim * SLOTS
+    assert longer_bytes - read_bytes == 4 * 2 * positions * config.num_kv_heads
+    assert longer_flops - flops == 4 * positions * config.num_query_heads
+
+
 @pytest.mark.parametrize("slots", [1, SLOTS])
-def test_the_cache_is_never_copied(config, mesh, params, slots):
+def test_the_cache_is_never_copied(config, slots):
     config = pyconfig.replace(config, "test", num_decoder_layers=2)
-    numerics = numerics_of(config, mesh)
-    target = engine.abstract_params(config, numerics, mesh)
-    programs = engine.Programs.build(
-        config, mesh, numerics, target, slots=slots, max_length=LONGEST
-    )
+    setup = set_up_model(config, jax.devices()[:1])
+    programs = EnginePrograms.build(setup, slots=slots, max_length=LONGEST)
     rings = {f"f32[{','.join(map(str, ring.shape))}]" for ring in jax.tree.leaves(programs.cache)}
-    for lowered in (programs.lower_decode(), programs.lower_prefill(64)):
+    for lowered in (lower_decode(programs), lower_prefill(programs, 64)):
         text = lowered.compile().as_text()
         assert all(ring in text for ring in rings)
         copied = re.findall(r"= (\S+?)\{\S* (?:copy|copy-start)\(", text)
@@ -499,9 +517,9 @@ golden = dict(np.load(ROOT / "tests/golden/nanochat_small.npz"))
 config = pyconfig.initialize([
     str(ROOT / "configs/base.yml"), *golden_overrides(golden), "ici_fsdp_parallelism=2", "ici_tensor_parallelism=2",
 ])
-params = convert.nanochat_to_params(named(golden, "final/"), config)
-served = Engine(config, sharding.make_mesh(config), params, None, slots=3, max_length=192)
-assert served.slots == 4 and served.programs.ways == 2
+params = nanochat.to_params(named(golden, "final/"), config)
+served = Engine(set_up_model(config), params, None, slots=3, max_length=192)
+assert served.slots == 4 and served.programs.setup.data_parallel_size == 2
 requests = [
     replace(GREEDY, prompt=prompt(length, length), samples=2, temperature=t, top_k=k, logprobs=1)
     for length, t, k in ((3, 0, 0), (150, 1, 5), (40, 0.5, 0))
@@ -513,7 +531,7 @@ print(json.dumps([[sample.tokens, [x.logprob for x in sample.logprobs]] for row 
 
 @pytest.mark.slow
 def test_slots_and_heads_over_several_devices(served):
-    """Two devices with slots of their own, each of two that share the heads."""
+    """Two data-parallel shards of two tensor-parallel devices."""
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",

@@ -17,7 +17,7 @@ import yaml
 
 from MaxNano import evaluate, pyconfig, train
 from MaxNano.data import loader
-from MaxNano.distributed import runtime
+from MaxNano.distributed.preemption import EXIT_PREEMPTED, Preempted
 from MaxNano.evals import bpb, core
 from MaxNano.evals.results import Results
 from MaxNano.tokenization.tokenizer import load_tokenizer
@@ -275,14 +275,14 @@ def test_bits_per_byte_are_of_all_batches_together():
 
 
 class Preemption:
-    """A runtime.Preemption that comes in the middle of CORE as soon as `comes()`."""
+    """A Preemption that comes in the middle of CORE as soon as `comes()`."""
 
     def __init__(self, comes):
         self.comes = comes
 
     def check(self, step=None):
         if step is None and self.comes():
-            raise runtime.Preempted
+            raise Preempted
 
     def checked(self, items):
         return items
@@ -315,7 +315,7 @@ def test_core_while_training(place, monkeypatch, capsys):
             return train.train(setup, Preemption(comes))
 
     monkeypatch.setattr(core, "answer", counting)
-    assert train_until(lambda: len(answered) == 1) == runtime.EXIT_PREEMPTED
+    assert train_until(lambda: len(answered) == 1) == EXIT_PREEMPTED
     assert len(answered) == 1
     assert train_until(lambda: False) == 0
     assert set(answered) == set(TASKS), "each once"

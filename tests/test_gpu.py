@@ -53,7 +53,7 @@ def test_cudnn_attention_equals_the_reference():
         from MaxNano.models import attention
 
         config = pyconfig.initialize([str(pyconfig.BASE)])
-        settings = attention.Settings.from_config(config)
+        settings = attention.KernelSettings.from_config(config)
 
         def loss(kernel, window, weights, *qkv):
             out = attention.attention(
@@ -118,8 +118,7 @@ LOSSES = """
     import numpy as np
     import jax
     from MaxNano import pyconfig
-    from MaxNano.distributed import runtime
-    from MaxNano.distributed import sharding
+    from MaxNano.distributed import runtime, sharding
     from MaxNano.training import state as train_state
     from MaxNano.training.setup import set_up
     from MaxNano.training.step import build_programs, compile_train

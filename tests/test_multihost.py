@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from MaxNano.tokenization.tokenizer import train_bpe
+from MaxNano.tokenization.bpe import train_bpe
 
 ROOT = Path(__file__).parents[1]
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix strange and bright potions".split()
@@ -199,6 +199,15 @@ def test_two_processes_told_by_keys_give_the_losses_of_one(place, one):
     assert "loss" not in other_out, "only process 0 speaks"
 
 
+@pytest.mark.parametrize("axis", ["tensor", "fsdp"])
+def test_an_axis_that_spans_the_processes_gives_the_losses_of_one(place, one, axis):
+    """Tensor parallel over processes: both read the whole batch. FSDP: each reads its half."""
+    layout = ("num_cpu_devices=4", f"dcn_{axis}_parallelism=2")
+    (out, _), _ = finish(start_two(words_of(place, axis, *layout)))
+    assert f"{axis} 2" in out
+    assert_same_losses(place, axis)
+
+
 def test_two_processes_go_on_where_one_stopped(place, one):
     copy_of_first_checkpoint(place, "one", "one_then_two")
     (out, _), _ = finish(start_two(words_of(place, "one_then_two", *TWO), by="environment"))
@@ -225,8 +234,8 @@ IN_EACH_PROCESS = """
     import filelock, jax, numpy as np
     from MaxNano import pyconfig
     from MaxNano.training import checkpointing
-    from MaxNano.distributed import runtime
-    from MaxNano.distributed import sharding
+    from MaxNano.distributed import runtime, sharding
+    from MaxNano.distributed.mesh import make_mesh
     from MaxNano.data import loader
 
     port, index, run = sys.argv[1:]
@@ -242,7 +251,7 @@ IN_EACH_PROCESS = """
 LOADING = """
     for word in ("dcn_data_parallelism=2", "dcn_tensor_parallelism=2"):
         config = config_of(word)
-        rows = sharding.batch_sharding(sharding.make_mesh(config), config.logical_axis_rules)
+        rows = sharding.batch_sharding(make_mesh(config), config.logical_axis_rules)
         share = loader.host_share(rows, 400)
         mine = np.split(numbers, share["host_count"])[share["host_index"]]
         batch = loader.put_global({"numbers": mine}, rows)["numbers"]
@@ -253,7 +262,7 @@ LOADING = """
 SAVING = """
     checkpointing.SAVE_TIMEOUT_SECONDS = 8
     config = config_of()
-    layout = sharding.batch_sharding(sharding.make_mesh(config), config.logical_axis_rules)
+    layout = sharding.batch_sharding(make_mesh(config), config.logical_axis_rules)
     state = {"w": jax.make_array_from_callback(numbers.shape, layout, lambda part: numbers[part])}
     with checkpointing.Checkpointer(config, run) as checkpointer:
         checkpointer.save(1, state, {})
@@ -278,7 +287,7 @@ SAVING = """
 SAVING_IN_A_BUCKET = """
     checkpointing.SAVE_TIMEOUT_SECONDS = 8
     config = config_of()
-    layout = sharding.batch_sharding(sharding.make_mesh(config), config.logical_axis_rules)
+    layout = sharding.batch_sharding(make_mesh(config), config.logical_axis_rules)
     state = {"w": jax.make_array_from_callback(numbers.shape, layout, lambda part: numbers[part])}
     with checkpointing.Checkpointer(config, run) as checkpointer:
         for step in (1, 2, 3):  # the second fails in process 1

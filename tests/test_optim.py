@@ -13,8 +13,9 @@ import numpy as np
 import optax
 import pytest
 
-from MaxNano import convert, pyconfig
-from MaxNano.optimizers import groups
+from MaxNano import pyconfig
+from MaxNano.interop import nanochat
+from MaxNano.optimizers import groups, muon
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,7 +55,7 @@ def golden():
         named = {
             name.removeprefix(prefix): file[name] for name in file.files if name.startswith(prefix)
         }
-        return jax.tree.map(jnp.asarray, convert.nanochat_to_params(named, config))
+        return jax.tree.map(jnp.asarray, nanochat.to_params(named, config))
 
     return config, tree
 
@@ -167,7 +168,7 @@ def test_muon_over_several_steps(shape):
 def test_polar_express_makes_singular_values_one(shape):
     left, _, right = np.linalg.svd(normal(shape), full_matrices=False)
     matrix = jnp.float32((left * np.geomspace(1, 0.05, min(shape))) @ right)
-    x = groups.polar_express(matrix, iterations=5, norm_margin=1.01)
+    x = muon.polar_express(matrix, iterations=5, norm_margin=1.01)
     np.testing.assert_allclose(np.linalg.svd(x, compute_uv=False), 1, atol=0.15)
     # Singular vectors stay: the product with the exact polar factor is symmetric.
     product = np.asarray(x).T @ (left @ right)
@@ -176,16 +177,16 @@ def test_polar_express_makes_singular_values_one(shape):
 
 def test_polar_express_in_bfloat16_stays_close():
     matrix = jnp.float32(normal((2, 32, 128)))
-    exact = groups.polar_express(matrix, iterations=5, norm_margin=1.01)
-    x = groups.polar_express(matrix.astype(jnp.bfloat16), iterations=5, norm_margin=1.01)
+    exact = muon.polar_express(matrix, iterations=5, norm_margin=1.01)
+    x = muon.polar_express(matrix.astype(jnp.bfloat16), iterations=5, norm_margin=1.01)
     assert x.dtype == jnp.bfloat16
     assert jnp.linalg.norm(x - exact) < 0.02 * jnp.linalg.norm(exact)
 
 
 def test_fewer_iterations_are_the_first_ones():
     values = np.array([0.5, 0.1, 0.02])
-    x = groups.polar_express(jnp.diag(jnp.float32(values)), iterations=1, norm_margin=1.0)
-    a, b, c = groups.POLAR_EXPRESS[0]
+    x = muon.polar_express(jnp.diag(jnp.float32(values)), iterations=1, norm_margin=1.0)
+    a, b, c = muon.POLAR_EXPRESS[0]
     values = values / (np.linalg.norm(values) + 1e-6)
     np.testing.assert_allclose(
         np.diagonal(x), a * values + b * values**3 + c * values**5, rtol=1e-5
@@ -195,7 +196,7 @@ def test_fewer_iterations_are_the_first_ones():
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_equilibrated_rows_have_one_norm(shape):
     weights = normal(shape) * np.geomspace(1e-3, 1, shape[-1])
-    x = groups.equilibrate_rows(jnp.float32(weights))
+    x = muon.equilibrate_rows(jnp.float32(weights))
     total = np.linalg.norm(weights, axis=(1, 2))
     np.testing.assert_allclose(np.linalg.norm(x, axis=(1, 2)), total, rtol=1e-5)
     rows = np.linalg.norm(x, axis=1)
@@ -204,13 +205,13 @@ def test_equilibrated_rows_have_one_norm(shape):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_renormalized_like_a_semi_orthogonal_matrix(shape):
-    x = groups.renormalize(jnp.float32(normal(shape, scale=7.0)))
+    x = muon.renormalize(jnp.float32(normal(shape, scale=7.0)))
     np.testing.assert_allclose(np.linalg.norm(x, axis=(1, 2)), np.sqrt(min(shape[1:])), rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_neuron_variance_keeps_the_norm_and_evens_out_neurons(shape):
-    normuon = groups.scale_by_neuron_variance(0.9)
+    normuon = muon.scale_by_neuron_variance(0.9)
     longer = 1 if shape[1] > shape[2] else 2
     uneven = np.expand_dims(np.geomspace(0.1, 10, shape[longer]), 2 - longer)
     weights = jnp.float32(normal(shape) * uneven)
@@ -230,7 +231,7 @@ def test_neuron_variance_keeps_the_norm_and_evens_out_neurons(shape):
 
 
 def test_cautious_decay_spares_weights_that_grow():
-    decay = groups.add_cautious_weight_decay(lambda step: 0.1 * step)
+    decay = muon.add_cautious_weight_decay(lambda step: 0.1 * step)
     updates = jnp.array([[1.0, -1.0, 1.0, 0.0]])
     params = jnp.array([[2.0, 2.0, -2.0, 2.0]])
     got, _ = decay.update(updates, decay.init(params), params, step=2)
@@ -350,12 +351,12 @@ def every_parameter():
 
 
 def test_every_parameter_has_its_group():
-    labels = paths(groups.label_params(every_parameter()))
-    muon = {name for name, group in labels.items() if group == "muon"}
-    assert muon == {name for name in labels if name.startswith("layers/")} | {"value_gate"}
+    labels = paths(groups.label_params(every_parameter(), groups.parameter_groups(make_config())))
+    matrices = {name for name, group in labels.items() if group == "muon"}
+    assert matrices == {name for name in labels if name.startswith("layers/")} | {"value_gate"}
     smear = {name for name, group in labels.items() if group == "smear"}
     assert smear == {"smear_gate", "smear_lambda", "backout_lambda"}
-    for name in set(labels) - muon - smear:
+    for name in set(labels) - matrices - smear:
         assert labels[name] == name
 
 
@@ -365,40 +366,64 @@ def test_uncovered_parameter_is_named():
         groups.make_optimizer(make_config(), dtype="float32").init(params)
 
 
-def test_doubly_covered_parameter_is_named(monkeypatch):
-    monkeypatch.setitem(groups.GROUPS, "smear", r"smear_gate|x0_\w+")
-    with pytest.raises(ValueError, match="x0_lambdas matches x0_lambdas and smear"):
-        groups.label_params({"x0_lambdas": jnp.ones(2)})
-
-
-def test_summary_of_the_record_recipe():
-    # At width 1536 and a batch of 2^20 tokens, the width's and the batch's factors cancel for the tables.
-    config = make_config("emb_dim=1536", "head_dim=128", "global_batch_tokens=1048576", "steps=10")
-    rows = groups.group_summary(every_parameter(), config)
-    assert [(row.group, row.parameters) for row in rows] == [
-        ("lm_head", 32),
-        ("token_embed", 32),
-        ("value_embeds", 32),
-        ("resid_lambdas", 2),
-        ("x0_lambdas", 2),
-        ("smear", 5),
-        ("muon", 4 * 32 + 2 * 128 + 4),
+def test_doubly_covered_parameter_is_named():
+    rows = [
+        group._replace(pattern=r"smear_gate|x0_\w+") if group.name == "smear" else group
+        for group in groups.parameter_groups(make_config())
     ]
-    rates = [row.settings.learning_rate for row in rows]
+    with pytest.raises(ValueError, match="x0_lambdas matches x0_lambdas and smear"):
+        groups.label_params({"x0_lambdas": jnp.ones(2)}, rows)
+
+
+def test_a_group_with_another_optimizer_is_one_row(monkeypatch):
+    """Plain gradient descent for the head, as a row in place of the table's."""
+
+    def use_sgd(group, config, dtype):
+        return optax.add_decayed_weights(group.weight_decay)
+
+    usual = groups.parameter_groups
+
+    def changed(config):
+        row = groups.ParameterGroup("lm_head", "lm_head", use_sgd, 0.5, (0.0, 0.0), 0.1)
+        return tuple(row if group.name == "lm_head" else group for group in usual(config))
+
+    monkeypatch.setattr(groups, "parameter_groups", changed)
+    config = make_config("steps=10", "warmup_steps=0")
+    params = {"lm_head": jnp.float32([[2.0]]), "x0_lambdas": jnp.ones(2)}
+    optimizer = groups.make_optimizer(config, dtype="float32")
+    updates, _ = optimizer.update(params, optimizer.init(params), params, step=0)
+    np.testing.assert_allclose(updates["lm_head"], [[-0.5 * (2 + 0.1 * 2)]], rtol=1e-6)
+    assert updates["x0_lambdas"][0] != 0
+
+
+def test_hyperparameters_of_the_record_recipe():
+    # At emb_dim 1536 and a batch of 2^20 tokens, the factors of width and batch cancel for tables.
+    config = make_config("emb_dim=1536", "head_dim=128", "global_batch_tokens=1048576", "steps=10")
+    rows = groups.parameter_groups(config)
+    assert groups.count_parameters(every_parameter(), rows) == {
+        "lm_head": 32,
+        "token_embed": 32,
+        "value_embeds": 32,
+        "resid_lambdas": 2,
+        "x0_lambdas": 2,
+        "smear": 5,
+        "muon": 4 * 32 + 2 * 128 + 4,
+    }
+    rates = [row.learning_rate for row in rows]
     want = [0.008, 0.3, 0.15, 0.0070711, 0.70711, 0.2, 0.0282843]
     np.testing.assert_allclose(rates, want, rtol=1e-5)
-    betas = [row.settings.betas for row in rows]
+    betas = [row.betas for row in rows]
     assert betas[:4] == [(0.8, 0.96), (0.8, 0.995), (0.8, 0.995), (0.8, 0.95)]
     assert betas[4:] == [(0.96, 0.95), (0.8, 0.95), (0.97, 0.9)]
-    decays = [row.settings.weight_decay for row in rows]
+    decays = [row.weight_decay for row in rows]
     np.testing.assert_allclose(
         decays, [0.01, 0.001, 0.01, 0.05, 0, 0, 0.28 * config.weight_decay_scale], rtol=1e-6
     )
 
 
-def test_summary_leaves_out_absent_groups():
-    rows = groups.group_summary({"lm_head": jnp.ones((4, 2))}, make_config())
-    assert [row.group for row in rows] == ["lm_head"]
+def test_empty_groups_are_not_counted():
+    rows = groups.parameter_groups(make_config())
+    assert groups.count_parameters({"lm_head": jnp.ones((4, 2))}, rows) == {"lm_head": 8}
 
 
 # ---- Layout ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The chat page in a real browser: talking, keeping, editing, phones, and that no text of a model becomes code."""
+"""The chat page in a browser: conversations, settings, small screens, and no injected code."""
 
 import itertools
 import shutil
@@ -28,14 +28,14 @@ REPLY = ".message.assistant .bubble"
 
 
 def last_words(request, sample):
-    """What the user said last."""
+    """The user's last message."""
     ids = list(request.prompt)
     start = len(ids) - ids[::-1].index(SPECIAL.user_start)
     return ids[start:-2]
 
 
 def chatter(request, sample):
-    """A reply without end."""
+    """An endless reply."""
     return itertools.cycle(b"blah ")
 
 
@@ -48,7 +48,7 @@ def browser():
 
 @contextmanager
 def opened(browser, reply=last_words, *overrides, size=(1100, 800), key=None, **engine):
-    """(page, server) with a page of its own on a fresh browser profile; it may load nothing from elsewhere."""
+    """(page, server) in a new browser profile; the page may only load from the server."""
     settings = {"max_length": 4096, **engine}
     with Server(FakeEngine(reply, **settings), "chat_turns=true", *overrides, key=key) as server:
         context = browser.new_context(viewport={"width": size[0], "height": size[1]})
@@ -73,7 +73,7 @@ def opened(browser, reply=last_words, *overrides, size=(1100, 800), key=None, **
 
 
 def say(page, text, replies=1):
-    """Send a message and wait for the reply's end, the so-manieth of the page."""
+    """Send a message and wait until the page has `replies` complete replies."""
     page.fill("#input", text)
     page.press("#input", "Enter")
     page.locator(".message.assistant .actions").nth(replies - 1).wait_for(state="attached")
@@ -121,7 +121,7 @@ def test_regenerate_and_edit(browser):
         assert server.engine.requests[1].prompt == server.engine.requests[2].prompt
         page.locator(".message.assistant .actions").nth(1).wait_for(state="attached")
         page.locator(".message.user").first.hover()
-        page.get_by_role("button", name="Edit and go on from here").first.click()
+        page.get_by_role("button", name="Edit and continue from here").first.click()
         page.locator(".edit textarea").fill("changed")
         page.locator(".edit").get_by_text("Send").click()
         page.locator(REPLY).get_by_text("changed").wait_for()
@@ -290,7 +290,7 @@ FOUND = """() => [
 
 
 def test_no_text_becomes_code(browser):
-    """As the user's message, the chat's title, the model's reply, a call of its tool, and after a reload."""
+    """In the user's message, the chat's title, the reply, a tool call, and after a reload."""
     assert len(XSS) >= 20
 
     def reply(request, sample):
@@ -323,7 +323,7 @@ def test_a_full_context_leaves_out_turns(browser):
     ) as (page, server):
         for turn in range(4):
             say(page, f"{turn} " + "a" * 30, turn + 1)
-        assert "first 2 messages were not seen" in page.locator(".note").text_content()
+        assert "first 2 messages were dropped" in page.locator(".note").text_content()
         prompt = TOKENIZER.decode(server.engine.requests[-1].prompt)
         assert "1 aaa" in prompt and "0 aaa" not in prompt
         page.fill("#input", "x" * 500)
@@ -392,7 +392,7 @@ def test_the_whole_page_by_keyboard(browser):
             "New chat",
             "typed at once",
             "Settings",
-            "Edit and go on from here",
+            "Edit and continue from here",
             "Regenerate",
             "Message",
         } <= reached

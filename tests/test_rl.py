@@ -17,12 +17,12 @@ from toy_rl import Sums
 from tuning import GOLDEN, QUICK, check_gradients
 
 from MaxNano import pyconfig
-from MaxNano.inference.engine import Engine
 from MaxNano.models import losses
-from MaxNano.tokenization.tokenizer import NANOCHAT_PATTERN, BpeTokenizer
+from MaxNano.tokenization.bpe import NANOCHAT_PATTERN, BpeTokenizer
 from MaxNano.training import rollouts
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer
+from MaxNano.training.loading import load_engine
 from MaxNano.training.setup import set_up
 from MaxNano.training.step import score_step
 
@@ -285,7 +285,7 @@ def test_rewards_rise_and_are_told(place, whole):
 
 def test_its_checkpoint_can_be_talked_to(place, whole):
     config = pyconfig.initialize([str(place / "runs/d2_rl/config.yml")])
-    engine = Engine.load(config, devices=jax.devices()[:1])
+    engine = load_engine(config, devices=jax.devices()[:1])
     assert engine.max_length == 32, "the model's context, not that of the rollouts"
 
 

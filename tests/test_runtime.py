@@ -17,7 +17,8 @@ import jax
 import pytest
 
 from MaxNano import pyconfig
-from MaxNano.distributed import runtime
+from MaxNano.distributed import hardware, runtime
+from MaxNano.distributed.preemption import Preemption
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,7 +57,7 @@ def test_cpu_devices_share_the_rows_of_a_step(cores, rows, parallelism, expected
 def test_initialize_makes_devices_and_keeps_compiled_programs(tmp_path):
     code = f"""
         from MaxNano import pyconfig
-        from MaxNano.distributed import runtime
+        from MaxNano.distributed import hardware, runtime
         words = ["num_cpu_devices=3", "jax_cache_dir={tmp_path}/a/b"]
         config = pyconfig.initialize(["configs/base.yml", *words])
         runtime.initialize(config)
@@ -65,9 +66,9 @@ def test_initialize_makes_devices_and_keeps_compiled_programs(tmp_path):
         assert jax.device_count() == 3
         jax.jit(lambda x: x @ x)(jax.numpy.ones((3, 3)))
         runtime.initialize(config)  # a second run in one process
-        assert runtime.compute_dtype(config, "cpu") == runtime.embedding_dtype(config, "cpu") == "float32"
-        assert runtime.peak_flops(jax.devices()) is None
-        assert 0 < runtime.memory_limit_bytes() <= runtime.host_memory_bytes() // 3 * 2
+        assert hardware.compute_dtype(config, "cpu") == hardware.embedding_dtype(config, "cpu") == "float32"
+        assert hardware.peak_flops(jax.devices()) is None
+        assert 0 < hardware.memory_limit_bytes() <= hardware.host_memory_bytes() // 3 * 2
     """
     done = run_python(code)
     assert done.returncode == 0, done.stderr
@@ -163,27 +164,30 @@ def environment(monkeypatch):
 )
 def test_who_a_process_is(environment, variables, words, platforms, expected):
     environment(variables, platforms)
-    assert runtime._place(config_of(*words)) == expected
+    assert runtime._find_process(config_of(*words)) == expected
 
 
 @pytest.mark.parametrize(
     "variables,problem",
     [
         ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES must be a number"),
-        ({"JAX_PROCESS_ID": "3"}, "JAX_PROCESS_ID=3 is none of the 3 processes: they are 0 to 2"),
+        (
+            {"JAX_PROCESS_ID": "3"},
+            "JAX_PROCESS_ID=3 is out of range: the 3 processes are numbered 0 to 2",
+        ),
         ({"JAX_COORDINATOR_ADDRESS": "10.0.0.2"}, "must be host:port"),
     ],
 )
 def test_an_environment_that_contradicts_itself_is_told(environment, variables, problem):
     environment({**BY_ENVIRONMENT, **variables})
     with pytest.raises(ValueError, match=problem):
-        runtime._place(config_of())
+        runtime._find_process(config_of())
 
 
 def test_an_address_alone_is_not_enough(environment):
     environment({"JAX_COORDINATOR_ADDRESS": "10.0.0.2:99"})
     with pytest.raises(ValueError, match="set JAX_NUM_PROCESSES and JAX_PROCESS_ID too"):
-        runtime._place(config_of())
+        runtime._find_process(config_of())
 
 
 @pytest.mark.parametrize(
@@ -217,7 +221,7 @@ def test_a_tpu_machine_is_asked_for_its_neighbors(environment, attributes, expec
     with HTTPServer(("127.0.0.1", 0), Metadata) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         environment({"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"}, "tpu,cpu")
-        assert runtime._place(config_of()) == expected
+        assert runtime._find_process(config_of()) == expected
         server.shutdown()
 
 
@@ -245,7 +249,7 @@ def test_devices_that_never_come_are_not_waited_for_without_end():
         import time
         import jax
         from MaxNano import pyconfig
-        from MaxNano.distributed import runtime
+        from MaxNano.distributed import hardware, runtime
         runtime.DEVICE_TIMEOUT_SECONDS = 0.5
         jax.devices = lambda: time.sleep(60)
         runtime.initialize(pyconfig.initialize(["configs/base.yml", "jax_cache_dir="]))
@@ -275,7 +279,7 @@ def test_a_taken_port_is_told():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ValueError, match=f"coordinator address {address} is taken"):
-            runtime._join_processes(runtime._Place(address, 2, 0))
+            runtime._join_processes(runtime._Process(address, 2, 0))
     assert not jax.distributed.is_initialized()
 
 
@@ -287,20 +291,20 @@ def test_flags_of_the_named_groups_and_the_backend():
         "[[a,tpu,xla_x=12,xla_y=true],[b,gpu,xla_x=false],[c,tpu,xla_z=ENABLED],[d,tpu,xla_w=-1]]"
     )
     config = config_of(f"xla_flag_groups={groups}", "xla_flags=[a,b,c]")
-    assert runtime.compiler_options(config, "tpu") == {
+    assert hardware.compiler_options(config, "tpu") == {
         "xla_x": 12,
         "xla_y": True,
         "xla_z": "ENABLED",
     }
-    assert runtime.compiler_options(config, "gpu") == {"xla_x": False}
-    assert runtime.compiler_options(config, "cpu") == {}
+    assert hardware.compiler_options(config, "gpu") == {"xla_x": False}
+    assert hardware.compiler_options(config, "cpu") == {}
 
 
 def test_flags_for_gpus_are_flags_of_xla():
     """XLA has one table of flags for CPU and GPU, and refuses to compile with one that is not in it."""
     config = config_of()
     names = [name for name, backend, *_ in config.xla_flag_groups if backend == "gpu"]
-    options = runtime.compiler_options(pyconfig.replace(config, "test", xla_flags=names), "gpu")
+    options = hardware.compiler_options(pyconfig.replace(config, "test", xla_flags=names), "gpu")
     assert options == {"xla_gpu_deterministic_ops": True}
     jax.jit(lambda x: x + 1, compiler_options=options)(1.0)
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_deterministic_opps"):
@@ -313,7 +317,7 @@ COMPILE_FOR_TPU = """
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
     from MaxNano import pyconfig
-    from MaxNano.distributed import runtime
+    from MaxNano.distributed import hardware, runtime
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x4").devices
     mesh, cut = Mesh(devices, "d"), PartitionSpec("d")
@@ -334,7 +338,7 @@ COMPILE_FOR_TPU = """
     names = [name for name, backend, *_ in config.xla_flag_groups if backend == "tpu"]
     for name in names:
         one = pyconfig.replace(config, "test", xla_flags=(name,))
-        compile_with(runtime.compiler_options(one, "tpu"))
+        compile_with(hardware.compiler_options(one, "tpu"))
     print(*names)
     try:
         compile_with({"xla_tpu_no_such_flag": True})
@@ -357,12 +361,12 @@ def test_the_tpu_compiler_takes_every_flag_group():
 
 
 def test_dtypes_follow_the_config():
-    assert runtime.compute_dtype(config_of(), "tpu") == "bfloat16"
-    assert runtime.embedding_dtype(config_of(), "tpu") == "bfloat16"
-    assert runtime.embedding_dtype(config_of("dtype=float32"), "tpu") == "float32"
+    assert hardware.compute_dtype(config_of(), "tpu") == "bfloat16"
+    assert hardware.embedding_dtype(config_of(), "tpu") == "bfloat16"
+    assert hardware.embedding_dtype(config_of("dtype=float32"), "tpu") == "float32"
     config = config_of("embedding_dtype=float32")
-    assert runtime.compute_dtype(config, "tpu") == "bfloat16"
-    assert runtime.embedding_dtype(config, "tpu") == "float32"
+    assert hardware.compute_dtype(config, "tpu") == "bfloat16"
+    assert hardware.embedding_dtype(config, "tpu") == "float32"
 
 
 @pytest.mark.parametrize(
@@ -381,21 +385,21 @@ def test_dtypes_follow_the_config():
     ],
 )
 def test_peak_flops_by_device_kind(kind, tflops):
-    peak = runtime.peak_flops([SimpleNamespace(device_kind=kind)] * 2)
+    peak = hardware.peak_flops([SimpleNamespace(device_kind=kind)] * 2)
     assert peak == (tflops and 2 * tflops * 1e12)
 
 
 def test_host_memory_is_the_smaller_of_machine_and_container(tmp_path):
-    assert runtime.host_memory_bytes(tmp_path) is None
+    assert hardware.host_memory_bytes(tmp_path) is None
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4000 kB\n")
-    assert runtime.host_memory_bytes(tmp_path) == 4_096_000
+    assert hardware.host_memory_bytes(tmp_path) == 4_096_000
     cgroup = tmp_path / "sys/fs/cgroup"
     cgroup.mkdir(parents=True)
     (cgroup / "memory.max").write_text("max\n")
-    assert runtime.host_memory_bytes(tmp_path) == 4_096_000
+    assert hardware.host_memory_bytes(tmp_path) == 4_096_000
     (cgroup / "memory.max").write_text("1000000\n")
-    assert runtime.host_memory_bytes(tmp_path) == 1_000_000
+    assert hardware.host_memory_bytes(tmp_path) == 1_000_000
 
 
 def test_one_process_gathers_its_own_value():
@@ -412,8 +416,8 @@ def test_freeze_gc():
 
 PREEMPTED = """
     import sys, time
-    from MaxNano.distributed import runtime
-    with runtime.Preemption() as preemption:
+    from MaxNano.distributed.preemption import EXIT_PREEMPTED, Preempted, Preemption
+    with Preemption() as preemption:
         preemption.check(0)
         print("ready", flush=True)
         if "stuck" in sys.argv:
@@ -425,8 +429,8 @@ PREEMPTED = """
                     for _ in preemption.checked(range(10**6)):
                         time.sleep(0.01)
                 preemption.check(step)
-        except runtime.Preempted:
-            sys.exit(runtime.EXIT_PREEMPTED)
+        except Preempted:
+            sys.exit(EXIT_PREEMPTED)
 """
 
 
@@ -450,7 +454,7 @@ def test_a_signal_ends_the_loop_with_code_75(number, phase):
     process.send_signal(number)
     _, stderr = process.communicate()
     assert process.returncode == 75
-    assert len(stderr.split("stopping after this step")) == 2
+    assert len(stderr.split("Stopping after this step")) == 2
 
 
 def test_the_second_interrupt_kills_at_once():
@@ -464,6 +468,6 @@ def test_the_second_interrupt_kills_at_once():
 
 def test_handlers_are_given_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with runtime.Preemption():
+    with Preemption():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before

@@ -1,4 +1,4 @@
-"""The server: what OpenAI's client gets, who is refused and how, and that nobody's leaving or overload hurts others."""
+"""The server: replies to OpenAI's client, errors, access control, overload and shutdown."""
 
 import contextlib
 import itertools
@@ -18,8 +18,10 @@ import pytest
 from fake_engine import SCORE, FakeEngine, byte_tokenizer
 from serving import Server, wait_until
 
-from MaxNano import pyconfig, serve
-from MaxNano.serving import openai_api
+from MaxNano import pyconfig
+from MaxNano.serving import app, openai_api, responses
+from MaxNano.serving.access import read_api_key
+from MaxNano.serving.http_server import bind
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = byte_tokenizer()
@@ -28,18 +30,18 @@ KEY = "a-key-of-sixteen-or-more"
 
 
 def chatter(request, sample):
-    """A reply without end."""
+    """An endless reply."""
     return itertools.cycle(b"blah ")
 
 
 def echo(request, sample):
-    """What the user said, as the model sees it."""
+    """The prompt without its first and last two tokens: the user's message."""
     return request.prompt[2:-2]
 
 
 @pytest.fixture(scope="module")
 def server():
-    """Whose model says what the user said."""
+    """A server whose model repeats the user's message."""
     with Server(FakeEngine(echo, slots=4)) as running:
         yield running
 
@@ -141,7 +143,7 @@ def test_completion_of_ids_is_that_of_their_text(server):
 
 
 def test_echo_scores_the_prompt_as_lm_eval_expects(server):
-    """As lm-eval asks: the scores of the prompt's own tokens, then one drawn token, which it leaves away."""
+    """lm-eval reads the scores of the prompt's tokens and drops the one that is sampled."""
     ids = TOKENIZER.encode("héy")
     request = {
         "prompt": [ids],
@@ -288,7 +290,7 @@ def test_the_page_and_what_every_answer_carries(server):
     assert not re.search(r"<script(?![^>]*src=)|<style|style=|\son\w+=|https?:", page), (
         "the policy forbids it"
     )
-    scripts = b"".join((serve.STATIC / name).read_bytes() for name in ("app.js", "markdown.js"))
+    scripts = b"".join((app.STATIC / name).read_bytes() for name in ("app.js", "markdown.js"))
     assert not re.search(
         rb"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|DOMParser", scripts
     )
@@ -412,7 +414,7 @@ def test_abuse_gets_the_right_status_and_the_server_lives(server):
         assert error["type"] == "invalid_request_error" and 0 < len(error["message"]) < 300
     assert len(server.engine.requests) == before, "nothing of it reached the engine"
     assert server.chat("alive")[1]["choices"][0]["message"]["content"] == "alive"
-    wait_until(lambda: server.service.taken == server.service.uploads == 0)
+    wait_until(lambda: server.service.pending == server.service.uploads == 0)
 
 
 def test_openais_client_sees_its_own_errors(server):
@@ -491,7 +493,7 @@ def test_half_a_surrogate_pair_does_no_harm(server):
 
 
 def test_slow_clients_are_hung_up_on(monkeypatch):
-    monkeypatch.setattr(serve, "UPLOAD_SECONDS", 0.2)
+    monkeypatch.setattr(responses, "UPLOAD_SECONDS", 0.2)
     with Server(FakeEngine(echo)) as running:
         with running.connection(b"X-Slow: yes") as connection:  # a head without an end
             assert connection.recv(100) == b""
@@ -508,14 +510,16 @@ def test_a_body_beyond_all_measure_is_refused_before_its_end(server):
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
     with server.connection(b"Transfer-Encoding: chunked\r\n\r\n") as connection:
         with contextlib.suppress(ConnectionError):
-            for _ in range(3 * serve.MAX_REFUSED_BYTES >> 20):  # of which the last are never read
+            for _ in range(
+                3 * responses.MAX_REFUSED_BYTES >> 20
+            ):  # of which the last are never read
                 connection.sendall(b"100000\r\n" + b" " * (1 << 20) + b"\r\n")
     wait_until(lambda: server.service.uploads == 0)
     assert server.chat()[0] == 200
 
 
 def test_only_this_machine_is_answered_without_a_key(server):
-    """Another site's page reaches a local server under its own name (DNS rebinding)."""
+    """DNS rebinding: another site's page reaches a local server under its own host name."""
     for host in ("evil.example", "127.0.0.1.evil.example", "", "192.168.0.1:8000"):
         assert server.request("GET", "/v1/models", headers={"Host": host})[0] == 403
     for host in ("localhost:1234", "127.0.0.1", "[::1]:8000"):
@@ -547,7 +551,7 @@ def test_with_a_key():
 def test_an_open_address_needs_a_key():
     def key_of(environment, *overrides):
         config = pyconfig.initialize(["configs/base.yml", *overrides])
-        return serve.api_key_of(config, environment)
+        return read_api_key(config, environment)
 
     assert (
         key_of({}) is None
@@ -564,10 +568,10 @@ def test_an_open_address_needs_a_key():
 
 
 def test_an_address_that_is_taken_is_told():
-    with serve.bind("127.0.0.1", 0) as bound:
+    with bind("127.0.0.1", 0) as bound:
         bound.listen()
-        with pytest.raises(ValueError, match="serve_port=.* cannot be had"):
-            serve.bind("127.0.0.1", bound.getsockname()[1])
+        with pytest.raises(ValueError, match="could not bind .* serve_port="):
+            bind("127.0.0.1", bound.getsockname()[1])
 
 
 def test_other_sites_only_where_the_config_says():
@@ -607,13 +611,13 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second():
             wait_until(lambda: engine.waiting == 1)
             waiting.close()
             wait_until(lambda: engine.waiting == 0, seconds=1)
-        wait_until(lambda: running.service.taken == 0, seconds=1)
+        wait_until(lambda: running.service.pending == 0, seconds=1)
         counted = running.request("GET", "/metrics")[2].decode()
         assert 'status="499"' in counted
 
 
 def test_overload_is_told_to_come_back():
-    """Four times what fits: all that is not refused is answered rightly."""
+    """Four times the capacity: requests that are not refused get the right reply."""
     with Server(FakeEngine(echo, slots=2, step_seconds=0.005), "serve_queue=4") as running:
 
         def ask(i):
@@ -630,7 +634,7 @@ def test_overload_is_told_to_come_back():
         with ThreadPoolExecutor(24) as pool:
             statuses = list(pool.map(ask, range(72)))
         assert set(statuses) == {200, 429}
-        wait_until(lambda: running.service.taken == 0)
+        wait_until(lambda: running.service.pending == 0)
         assert running.chat()[0] == 200
 
 
@@ -693,17 +697,19 @@ def test_what_people_write_is_not_logged(caplog, capfd):
 DRAINED = """
 import itertools, sys
 from fake_engine import FakeEngine
-from MaxNano import pyconfig, serve
+from MaxNano import pyconfig
+from MaxNano.serving.app import make_app
+from MaxNano.serving.http_server import bind, serve
 
 config = pyconfig.initialize(["configs/base.yml", "run_name=tiny"])
 engine = FakeEngine(lambda request, sample: itertools.cycle(b"ab"), slots=1, step_seconds=0.02)
-serve.serve(serve.make_app(config, engine), serve.bind("127.0.0.1", 0), drain_seconds=30)
+serve(make_app(config, engine), bind("127.0.0.1", 0), drain_seconds=30)
 print("left", engine.running, engine.waiting)
 """
 
 
 def test_sigterm_lets_replies_end():
-    """One that runs and one that waits for its slot; nobody new is let in, and the status is 0."""
+    """A running and a waiting reply end, new connections are refused, the exit status is 0."""
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "PYTHONUNBUFFERED": "1",

@@ -1,4 +1,4 @@
-"""The server with the real engine and a small random model: the same tokens, whoever else is served; long loads."""
+"""The server with the real engine and a small random model: replies, load, lm-eval."""
 
 import json
 import os
@@ -19,10 +19,10 @@ from fake_engine import byte_tokenizer
 from serving import Server, wait_until
 
 from MaxNano import pyconfig
-from MaxNano.distributed import sharding
 from MaxNano.inference.dialogue import ReplyDecoder, prompt_ids
-from MaxNano.inference.engine import Engine, Request, numerics_of
-from MaxNano.models.setup import architecture
+from MaxNano.inference.engine import Engine
+from MaxNano.inference.requests import Request
+from MaxNano.models.setup import set_up_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = byte_tokenizer()
@@ -47,12 +47,11 @@ TINY = (
 def make(slots, *overrides):
     """(config, engine) of a small model with random weights."""
     config = pyconfig.initialize(["configs/base.yml", *TINY, *overrides])
-    mesh = sharding.make_mesh(config, jax.devices()[:1])
-    shapes = architecture(config, numerics_of(config, mesh)).shapes
+    setup = set_up_model(config, jax.devices()[:1])
     draw = np.random.default_rng(0).normal
-    params = jax.tree.map(lambda leaf: draw(0, 0.4, leaf.shape).astype(np.float32), shapes)
+    params = jax.tree.map(lambda leaf: draw(0, 0.4, leaf.shape).astype(np.float32), setup.params)
     params["resid_lambdas"] += 1
-    return config, Engine(config, mesh, params, TOKENIZER, slots=slots, max_length=128)
+    return config, Engine(setup, params, TOKENIZER, slots=slots, max_length=128)
 
 
 def text_of(tokens):
@@ -97,12 +96,12 @@ def test_replies_are_the_engines():
         )
         best = [max(top.values()) for top in reported.top_logprobs[1:]]
         np.testing.assert_allclose(best, [score.top[0][1] for score in given], rtol=1e-6)
-        wait_until(lambda: server.service.taken == 0 and engine.is_idle)
+        wait_until(lambda: server.service.pending == 0 and engine.is_idle)
 
 
 @pytest.mark.long
 def test_64_streams_are_each_as_alone():
-    """64 streams of 50 tokens over 16 slots: all complete, in order and equal to their solo greedy output."""
+    """64 streams of 50 tokens over 16 slots: each equals the greedy completion alone."""
     config, engine = make(16)
     prompts = [f"{'word ' * (i % 9)}number {i}" for i in range(64)]
     alone = [
@@ -126,11 +125,12 @@ def test_64_streams_are_each_as_alone():
 
 SERVING = """
 import test_serve_engine
-from MaxNano import serve
+from MaxNano.serving.app import make_app
+from MaxNano.serving.http_server import bind, serve
 
 config, engine = test_serve_engine.make(16)
 engine.compile()
-serve.serve(serve.make_app(config, engine), serve.bind("127.0.0.1", 0), drain_seconds=30)
+serve(make_app(config, engine), bind("127.0.0.1", 0), drain_seconds=30)
 """
 
 
@@ -202,7 +202,7 @@ metric_list: [{{metric: acc}}]
 
 @pytest.mark.long
 def test_lm_eval_reads_the_engines_scores(tmp_path):
-    """lm-eval's local-completions, with the server's own tokenizer: every score is that of the model itself."""
+    """lm-eval's local-completions with the server's tokenizer reports the engine's scores."""
     program = shutil.which("lm_eval")
     if not program:
         pytest.skip("lm_eval is not installed (pip install lm_eval[api])")

@@ -58,8 +58,9 @@ def closure(requirements):
     return set(found)
 
 
-def test_a_core_install_is_at_most_65_packages():
-    assert len(closure(CORE)) <= 65
+def test_a_core_install_is_at_most_75_packages():
+    """65, 8 for huggingface_hub (httpx2 with its four parts, hf-xet, click) and 2 for jinja2."""
+    assert len(closure(CORE)) <= 75
 
 
 def test_the_ten_packages_are_in_the_core_and_used():
@@ -158,7 +159,7 @@ def test_without_python_one_line_says_so(machine, interpreters):
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert "no Python 3.11, 3.12 or 3.13" in line
-    assert "neither pip nor curl nor wget" in line
+    assert "found neither pip nor curl nor wget" in line
     assert re.search(r"; (run: sudo \S+ \S*install|install Python 3.12)", line)
 
 
@@ -259,7 +260,7 @@ def test_where_no_python_fits_the_pinned_uv_is_asked_for_one(machine, index, int
     index.pin(index())
     result = machine(interpreters, **PYPI)
     assert result.returncode == 1
-    assert result.stdout == "No Python 3.11, 3.12 or 3.13 here: uv gets one.\n"
+    assert result.stdout == "No Python 3.11, 3.12 or 3.13 on this machine: uv downloads one.\n"
     (line,) = result.stderr.splitlines()
     assert "uv could not download one" in line and "UV_PYTHON_INSTALL_MIRROR" in line
     page, wheel, venv = index.asked()
@@ -276,7 +277,7 @@ def test_a_python_without_venv_is_used_by_uv(machine, index, tmp_path):
     assert index.asked()[3].startswith(
         "pip install --python .venv/bin/python --no-deps --require-hashes -r"
     )
-    assert "uv gets one" not in result.stdout
+    assert "uv downloads one" not in result.stdout
 
 
 @linux
@@ -285,7 +286,7 @@ def test_a_uv_of_another_hash_is_not_run(machine, index):
     result = machine(**PYPI)
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert "its hash differs" in line
+    assert "the hash of uv differs" in line
     assert len(index.asked()) == 2, "the page and the wheel, and nothing run"
 
 
@@ -307,7 +308,7 @@ def test_without_a_tool_to_unpack_one_line_says_so(machine, index):
     index.pin(index(unzip=False))
     result = machine(**PYPI)
     (line,) = result.stderr.splitlines()
-    assert "neither python3 nor unzip" in line
+    assert "found neither python3 nor unzip" in line
 
 
 def test_a_shim_that_fails_is_passed_over(machine, tmp_path):
@@ -317,7 +318,7 @@ def test_a_shim_that_fails_is_passed_over(machine, tmp_path):
     assert result.returncode == 1
     assert (tmp_path / "asked").read_text().splitlines() == [str(tmp_path / "bin/python3.13")] * 2
     (line,) = result.stderr.splitlines()
-    assert "bin/python3.13 cannot make an environment" in line
+    assert "bin/python3.13 cannot create an environment" in line
 
 
 @pytest.mark.parametrize(

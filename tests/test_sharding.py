@@ -7,7 +7,9 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from MaxNano import pyconfig
+from MaxNano.distributed import mesh as mesh_module
 from MaxNano.distributed import sharding
+from MaxNano.distributed.mesh import make_mesh
 
 RULES = (("layers", "fsdp"), ("heads", "tensor"), ("embed",), ("activation_batch", "data", "fsdp"))
 
@@ -58,7 +60,7 @@ TPU_SLICES = [device(i, process=i, platform="tpu", slice_index=i) for i in range
 def grid_of(devices, *words):
     """Axis sizes and device numbers of the mesh that these words give."""
     config = pyconfig.initialize([str(pyconfig.BASE), *words])
-    mesh = sharding.make_mesh(config, devices)
+    mesh = make_mesh(config, devices)
     return tuple(mesh.shape.values()), [d.id for d in mesh.devices.flat]
 
 
@@ -88,7 +90,7 @@ IN_ORDER = list(range(8))
 def test_a_mesh_has_slices_outside_and_their_devices_inside(
     monkeypatch, devices, words, shape, order
 ):
-    monkeypatch.setattr(sharding, "Mesh", lambda grid, axes, axis_types: FakeMesh(grid, axes))
+    monkeypatch.setattr(mesh_module, "Mesh", lambda grid, axes, axis_types: FakeMesh(grid, axes))
     assert grid_of(devices, *words) == (shape, order)
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from test_model import random_params
 
-from MaxNano import convert, pyconfig
-from MaxNano.distributed import runtime
+from MaxNano import pyconfig
+from MaxNano.distributed import hardware
+from MaxNano.interop import nanochat
 from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import Numerics
 from MaxNano.optimizers import groups
@@ -97,13 +98,13 @@ def test_eight_updates_are_nanochats():
     def named(prefix):
         return {k.removeprefix(prefix): v for k, v in golden.items() if k.startswith(prefix)}
 
-    params = convert.nanochat_to_params(named("init/"), config)
+    params = nanochat.to_params(named("init/"), config)
     state = train_state.TrainState(
         state.step, jax.tree.map(jax.numpy.asarray, params), state.opt_state
     )
 
     def check(prefix):
-        got = convert.params_to_nanochat(jax.device_get(state.params), config)
+        got = nanochat.from_params(jax.device_get(state.params), config)
         for name, value in named(prefix).items():
             assert relative(got[name], value) < 1e-3, name
 
@@ -179,7 +180,7 @@ def test_a_batch_that_devices_cannot_share_is_refused():
 
 def test_a_model_that_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch):
     """d24 on a CPU host of 24 GB; d4 fits there."""
-    monkeypatch.setattr(runtime, "memory_limit_bytes", lambda: 24 * 10**9)
+    monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 24 * 10**9)
     before = len(jax.live_arrays())
     with pytest.raises(ValueError, match=r"d24 needs at least .* GB .* and 24.0 GB are there"):
         check_memory(set_up(make_config("model=d24"), jax.devices()[:1]))

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from MaxNano.compile import hlo
-from MaxNano.distributed import runtime
+from MaxNano.distributed import hardware
 
 # ---- What the compiler does not cost: assumptions --------------------------------------------------------------------
 
@@ -159,7 +159,7 @@ AttentionFlops = Callable[[hlo.Instruction], float | None]
 
 def walk(
     module: hlo.Module,
-    chip: runtime.Chip,
+    chip: hardware.Chip,
     *,
     mesh: Mesh | None = None,
     vocab_size: int | None = None,
@@ -725,7 +725,7 @@ class Report:
 
 def analyze(
     compiled: Any,
-    chip: runtime.Chip,
+    chip: hardware.Chip,
     *,
     mesh: Mesh | None = None,
     vocab_size: int | None = None,
@@ -805,7 +805,7 @@ def summarize(
     text: str, device_kind: str = "TPU v6 lite", top: int = 20, vocab_size: int | None = None
 ) -> str:
     """A program's text as lines to print: cycles by class, collectives, the dearest operations and source lines."""
-    chip = runtime.CHIPS[device_kind]
+    chip = hardware.CHIPS[device_kind]
     result = walk(hlo.parse(text), chip, vocab_size=vocab_size)
     report = _report(result, Memory(0, 0, 0, 0, 0, None), chip, 1, None, None, top)
     lines = []

@@ -21,7 +21,9 @@ from MaxNano import tasks
 from MaxNano.distributed import sharding
 from MaxNano.evals import core
 from MaxNano.evals.results import Results
-from MaxNano.inference.engine import Completion, Engine, Request
+from MaxNano.inference.engine import Engine
+from MaxNano.inference.requests import Completion, Request
+from MaxNano.models.setup import set_up_model
 from MaxNano.tokenization.tokenizer import Tokenizer
 
 SLOTS = {"cpu": 8, "other": 16}  # of a device, where chat_slots leaves it open
@@ -70,8 +72,9 @@ def make_engine(
 ) -> Engine:
     """The engine that answers, on all devices of a mesh; max_length as of Engine."""
     each = SLOTS.get(mesh.devices.flat[0].platform, SLOTS["other"])
-    slots = config.chat_slots or each * sharding.batch_ways(mesh, config.logical_axis_rules)
-    return Engine(config, mesh, params, tokenizer, slots=slots, max_length=max_length)
+    slots = config.chat_slots or each * sharding.data_parallel_size(mesh, config.logical_axis_rules)
+    setup = set_up_model(config, mesh=mesh)
+    return Engine(setup, params, tokenizer, slots=slots, max_length=max_length)
 
 
 # ---- Answers ---------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """CORE: 22 tasks answered by likelihood, centered on guessing and averaged; the number that base models compare.
 
-A task is a list of questions in one of three forms. A question becomes a `Prompt`: tokens, behind which one or several
-continuations branch off. A scorer says how likely each token of the continuations is: `branches.Scorer` for models of
-this package, `logits_scorer` for any callable from tokens to logits.
+A task is a list of questions in one of three forms. A question becomes a `Prompt`: a prefix in tokens and the
+continuations that branch off from it. A scorer computes how likely each token of the continuations is:
+`inference.prefix_scoring.PrefixScorer` for models of this package, `logits_scorer` for any function from tokens to
+logits.
 
 Sources: https://arxiv.org/abs/2406.11794 (CORE); nanochat/core_eval.py and scripts/base_eval.py@92d63d4, whose prompts,
 draws and choices are kept exactly, so that scores can be compared.
@@ -19,16 +20,17 @@ import tarfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 from etils import epath
 
 from MaxNano import console
+from MaxNano.inference.prompts import Prompt, Scorer
 from MaxNano.tokenization.tokenizer import Tokenizer
 
 SHUFFLE_SEED = 1337  # of a task's questions, before a cut
@@ -192,19 +194,6 @@ def _files_of_archive(content: bytes) -> Iterator[tuple[str, bytes]]:
 # ---- Prompts --------------------------------------------------------------------------------------------------------
 
 
-class Prompt(NamedTuple):
-    """A question in tokens: a prefix, and branches that go on from it, each with another continuation.
-
-    A branch begins with the last token that all have in common, if there is one, from which its next is predicted.
-    Its tokens from `starts` on are scored; that is at least 1. Equal answers share a branch.
-    """
-
-    prefix: np.ndarray  # (n,) int32, may be empty
-    branches: tuple[np.ndarray, ...]
-    starts: tuple[int, ...]  # of each branch
-    answers: tuple[int, ...]  # the branch of each of the question's answers
-
-
 def draw_shots(index: int, count: int, shots: int) -> list[int]:
     """Indices of the examples shown before question `index` of `count`, all others where there are too few."""
     drawn = random.Random(SHOTS_SEED + index).sample(range(count - 1), min(shots, count - 1))
@@ -294,19 +283,6 @@ def common_length(rows: Sequence[np.ndarray]) -> int:
 
 
 # ---- Scoring --------------------------------------------------------------------------------------------------------
-
-
-class Scorer(Protocol):
-    """How likely the scored tokens of prompts are."""
-
-    def __call__(
-        self, prompts: Sequence[Prompt], *, greedy: bool
-    ) -> Iterable[tuple[int, list[np.ndarray]]]:
-        """(index of a prompt, an array over the scored tokens of each of its branches), in any order.
-
-        The arrays are losses in nats, float32; or, if `greedy`, whether each token is the likeliest, bool.
-        """
-        ...
 
 
 def logits_scorer(forward: Callable[[np.ndarray], Any], bos_id: int) -> Scorer:

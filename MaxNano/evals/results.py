@@ -75,7 +75,7 @@ def evaluate_tasks(
     config: FrozenConfigDict,
     tasks: Sequence[core.Task],
     tokenizer: Tokenizer,
-    scorer: prefix_scoring.Scorer,
+    scorer: prefix_scoring.PrefixScorer,
     params: Any,
     results: Results,
     *,
@@ -140,7 +140,7 @@ def evaluate_tasks(
 def _work(
     tasks: Sequence[core.Task],
     tokenizer: Tokenizer,
-    scorer: prefix_scoring.Scorer,
+    scorer: prefix_scoring.PrefixScorer,
     config: FrozenConfigDict,
 ) -> int:
     """Tokens that tasks are about to be, guessed from a few questions of each."""

@@ -1,1 +1,4 @@
-"""The model at inference: KV cache, decoding, shared-prefix scoring, sampling and the continuous-batching engine."""
+"""The model at inference: KV cache, decoding, sampling, shared-prefix scoring, continuous batching.
+
+Loading a checkpoint belongs in training/loading.py, HTTP and the terminal in serving/.
+"""

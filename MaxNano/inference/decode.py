@@ -1,14 +1,11 @@
-"""The model at inference: prefill, and decoding token by token over a key-value cache.
+"""The model at inference: prefill, and decoding token by token over a KV cache.
 
-Pure functions of weights, which are the parameters as a server wants them, and of a cache. A layer of window w sees
-w + 1 positions, so its part of the cache is a ring of as many: position p lies at p mod (w + 1). A ring is cut into
-blocks, so that a step reads no more of it than is in use. Rows of the cache are slots; a sequence lives in one slot.
+Pure functions of weights and of a cache. The model itself is models/transformer.py's `forward`; here
+are the contexts in which it runs, and the loop of decode steps on the device.
 
-Legend: B slots, R prompts, L length, T tokens, D embed, N heads, K kv_heads, G query heads a kv head, H head_dim,
-V vocab, S positions of a ring.
+Legend: B slots, R prompts, L length, T tokens, D embed, V vocab.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -19,304 +16,142 @@ from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from MaxNano.distributed import sharding
-from MaxNano.inference import sampling
-from MaxNano.models import attention
+from MaxNano.inference import kv_cache, sampling
+from MaxNano.inference import weights as inference_weights
+from MaxNano.inference.kv_cache import CacheLayout, KVCache
+from MaxNano.inference.weights import Weights
+from MaxNano.models import attention, embedding, transformer
 from MaxNano.models.layers import rms_norm, rotary_tables, row_major
-from MaxNano.models.losses import soft_cap
-from MaxNano.models.transformer import LayerKind, Numerics, layer_kinds, repetition, scans_layers
-
-Weights = dict[str, Any]
-Ring = tuple[tuple[jax.Array, jax.Array], ...]
-"""A layer's blocks of keys and values, (B, K, S, H) each."""
-Cache = tuple[Ring, ...]
-"""A ring for each layer."""
+from MaxNano.models.transformer import Context, LayerKind, Numerics, Stack
 
 SCORED = 256  # tokens of a prompt whose logits are computed at a time
-STOP_IDS = 16  # token ids at which a slot can be told to stop
+STOP_IDS = 16  # the largest number of token ids at which a slot stops
 
 
-# ---- What is static --------------------------------------------------------------------------------------------------
+# ---- The plan ------------------------------------------------------------------------------------
 
 
 class Plan(NamedTuple):
-    """What is known about serving a model before any array exists."""
+    """The static facts of serving a model: shapes, dtypes, kernel and cache layout."""
 
     config: FrozenConfigDict
     kinds: tuple[LayerKind, ...]
-    period: int  # prefill goes over the first period x groups layers in a loop ...
-    groups: int  # ... and the others are written out; decoding writes out all
-    max_length: int  # tokens of the longest sequence
+    period: int  # prefill scans the first period x groups layers
+    groups: int  # and unrolls the others; decoding unrolls all
     dtype: str
     kernel: str
-    settings: attention.Settings
-    block: int  # positions of a ring, about, that are read at a time
-    by_head: bool  # a lone slot's keys and values are stored head by head
-    query_rows: int  # query heads of a kv head are padded to a multiple of this many
-    is_full: bool = False  # loops go as far as they ever can: to be costed, not to be run
+    settings: attention.KernelSettings
+    heads: attention.Heads
+    cache: CacheLayout
+    is_full: bool = False  # loops run as long as they ever can: to be costed, not to be run
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.cache.max_length
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Positions that each layer can see, the token's own included."""
-        return tuple(min(kind.window + 1, self.max_length) for kind in self.kinds)
+        return tuple(self.cache.size(kind.window) for kind in self.kinds)
 
 
 def make_plan(
-    config: FrozenConfigDict, numerics: Numerics, max_length: int, looped: bool | None = None
+    config: FrozenConfigDict, numerics: Numerics, max_length: int, scans: bool | None = None
 ) -> Plan:
-    """The plan for sequences of at most `max_length` tokens, prompt and answer together.
+    """The plan for sequences of at most `max_length` tokens, prompt and completion together.
 
-    looped: whether prefill goes over equal groups of layers in a loop; None: with scan_layers on a TPU, whose compiler
-    reads a layer of a stack in place, where others copy it.
+    scans: whether prefill scans equal groups of layers. None: as scan_layers on a TPU, whose compiler
+    reads a layer of a stack in place; other compilers copy it.
     """
-    kinds = layer_kinds(config)
-    period, groups = repetition(kinds)
-    if looped is None:
-        looped = numerics.backend == "tpu" and scans_layers(config, numerics.backend)
-    if not looped or groups < 2:
+    kinds = transformer.layer_kinds(config)
+    period, groups = transformer.repetition(kinds)
+    is_cpu, is_tpu = (numerics.backend == backend for backend in ("cpu", "tpu"))
+    if scans is None:
+        scans = is_tpu and transformer.scans_layers(config, numerics.backend)
+    if not scans or groups < 2:
         period, groups = 0, 0
-    # The flash kernel is bound to the training step.
-    kernel = "splash" if numerics.attention == "flash" else numerics.attention
-    settings = attention.Settings.from_config(config, numerics.backend)
-    is_cpu = numerics.backend == "cpu"
-    block = 128 if is_cpu else 512
-    # A product of fewer rows than a TPU's register has goes to the vector unit, which takes several times the cycles.
-    query_rows = 8 if numerics.backend == "tpu" else 1
+    layout = CacheLayout(
+        max_length=max_length,
+        block=128 if is_cpu else 512,
+        by_head=is_cpu,
+        # A product with fewer rows than a TPU register has runs on the vector unit, which takes
+        # several times the cycles.
+        query_rows=8 if is_tpu else 1,
+    )
     return Plan(
-        config,
-        kinds,
-        period,
-        groups,
-        max_length,
-        numerics.dtype,
-        kernel,
-        settings,
-        block,
-        is_cpu,
-        query_rows,
+        config=config,
+        kinds=kinds,
+        period=period,
+        groups=groups,
+        dtype=numerics.dtype,
+        kernel=numerics.attention,
+        settings=attention.KernelSettings.from_config(config, numerics.backend),
+        heads=attention.Heads.from_config(config),
+        cache=layout,
     )
 
 
-# ---- Weights and cache -----------------------------------------------------------------------------------------------
+# ---- Weights and cache ---------------------------------------------------------------------------
 
 
 def prepare(plan: Plan, params: dict[str, Any]) -> Weights:
-    """The weights of a parameter tree: in the compute dtype, layers apart, queries, keys and values as one matrix.
+    """The weights of a parameter tree, with layers apart: `loop` those that prefill scans, and `layers`.
 
-    A kv head's queries lie before its key and its value: (D, K (G + 2) H). Every matrix is (in, out), the head too:
-    a CPU's products with few rows take more than twice as long with (out, in).
+    loop[j] stacks layer j of every group. `head` is (D, V): a CPU's products with few rows take more
+    than twice as long with (V, D).
     """
-    config, dtype = plan.config, jnp.dtype(plan.dtype)
-    kv_heads, embed = config.num_kv_heads, config.emb_dim
-    layers = params["layers"]
-
-    def by_head(matrix):
-        return matrix.reshape(len(matrix), embed, kv_heads, -1)
-
-    own = layers["attention"]
-    joined = jnp.concatenate([by_head(own[name]) for name in ("query", "key", "value")], axis=-1)
-    stacked = {
-        "qkv": joined.reshape(len(joined), embed, -1),
-        "out": own["out"],
-        "wi": layers["mlp"]["wi"],
-        "wo": layers["mlp"]["wo"],
-    }
-    stacked = {name: matrix.astype(dtype) for name, matrix in stacked.items()}
-    stacked |= {"resid": params["resid_lambdas"], "share": params["x0_lambdas"]}
-
-    def layer(i):
-        found = {name: x[i] for name, x in stacked.items()}
-        if plan.kinds[i].has_value_embed:
-            table = sum(kind.has_value_embed for kind in plan.kinds[:i])
-            found |= {"gate": params["value_gate"][table].astype(dtype), "table": jnp.int32(table)}
-        return found
-
-    looped = plan.period * plan.groups
-    weights = {
-        # Tokens are looked up normalized.
-        "embed": rms_norm(params["token_embed"].astype(dtype), config.norm_epsilon),
-        "head": params["lm_head"].astype(dtype).T,
+    config = plan.config
+    weights = inference_weights.prepare(config, params, plan.dtype)
+    stack = transformer.stack_layers(config, weights, 0, 0)
+    scanned, rest = stack.tail[: plan.period * plan.groups], stack.tail[plan.period * plan.groups :]
+    for name in ("resid_lambdas", "x0_lambdas", "value_gate"):
+        weights.pop(name, None)
+    return weights | {
+        "head": weights.pop("lm_head").T,
         "loop": tuple(
-            jax.tree.map(lambda *x: jnp.stack(x), *map(layer, range(j, looped, plan.period)))
+            jax.tree.map(lambda *x: jnp.stack(x), *scanned[j :: plan.period])
             for j in range(plan.period)
         ),
-        "layers": tuple(map(layer, range(looped, len(plan.kinds)))),
+        "layers": tuple(rest),
         "rotary": tuple(
             map(jnp.asarray, rotary_tables(plan.max_length, config.head_dim, config.rope_theta))
         ),
     }
-    if "value_embeds" in params:
-        weights["tables"] = params["value_embeds"].astype(dtype)
-    scalars = ("smear_gate", "smear_lambda", "backout_lambda")
-    return weights | {name: params[name] for name in scalars if name in params}
-
-
-_WEIGHT_AXES = {
-    "embed": ("vocab", "embed"),
-    "head": ("embed", "vocab"),
-    "tables": (None, "vocab", "kv_heads"),
-    "qkv": ("embed", "kv_heads"),
-    "out": ("heads", "embed"),
-    "wi": ("embed", "mlp"),
-    "wo": ("mlp", "embed"),
-    "gate": (None, "kv_heads"),
-}
-_RING_AXES = ("activation_batch", "activation_heads", None, None)
 
 
 def weight_shardings(plan: Plan, mesh: Mesh, shapes: Weights) -> Weights:
-    """How weights lie: whole on each device along the axes that cut the slots, cut by the rules along the others."""
-    rules = plan.config.logical_axis_rules
-    left = [axis for axis in mesh.axis_names if axis not in sharding.batch_axes(mesh, rules)]
-
-    def place(path, leaf):
-        axes = _WEIGHT_AXES.get(getattr(path[-1], "key", None), ())
-        axes = (None,) * (leaf.ndim - len(axes)) + axes
-        return sharding.named_sharding(mesh, leaf.shape, axes, rules, left)
-
-    return jax.tree_util.tree_map_with_path(place, shapes)
+    """Shardings of the weights: see inference/weights.py."""
+    return inference_weights.shardings(plan.config, mesh, shapes)
 
 
-def cache_shapes(plan: Plan, mesh: Mesh, slots: int) -> Cache:
-    """The cache of `slots` slots as abstract arrays with shardings."""
+def cache_shapes(plan: Plan, mesh: Mesh, slots: int) -> KVCache:
+    """The KV cache of `slots` slots as abstract arrays with shardings."""
     config = plan.config
-
-    def ring(size):
-        def block(length):
-            shape = (slots, config.num_kv_heads, length, config.head_dim)
-            placed = sharding.named_sharding(mesh, shape, _RING_AXES, config.logical_axis_rules)
-            return (jax.ShapeDtypeStruct(shape, plan.dtype, sharding=placed),) * 2
-
-        return tuple(block(end - start) for start, end in _spans(plan, size))
-
-    return tuple(map(ring, plan.sizes))
-
-
-def _spans(plan: Plan, size: int) -> list[tuple[int, int]]:
-    """First place of each block of a ring, and the one behind its last."""
-    number = max(1, round(size / plan.block))
-    length = -(-size // number)
-    return [(start, min(start + length, size)) for start in range(0, size, length)]
-
-
-# ---- The model -------------------------------------------------------------------------------------------------------
-
-Attend = Callable[[jax.Array, jax.Array, jax.Array, int, Ring | None], tuple[jax.Array, Ring]]
-"""(q (T, K, G, H), k and v (T, K, H), window, ring) -> (T, K, G, H), and the ring anew."""
-
-
-def forward(
-    plan: Plan,
-    weights: Weights,
-    cache: Cache | None,
-    tokens: jax.Array,
-    previous: jax.Array,
-    positions: jax.Array,
-    attend: Attend,
-) -> tuple[jax.Array, Cache]:
-    """Final hidden states (T, D), and the cache as `attend` leaves it.
-
-    tokens, the tokens before them and their positions are (T,); `attend` alone knows which tokens see each other.
-    Without a cache, `attend` makes one of new rings, and equal groups of layers are a loop.
-    """
-    config = plan.config
-    x = x0 = _embed(plan, weights, tokens, previous, positions)
-    rotary = tuple(table[positions][:, None, None] for table in weights["rotary"])
-    middle_layer, looped = len(plan.kinds) // 2, plan.period * plan.groups
-
-    def block(x, layer, kind, ring):
-        x = _mix(x, layer["resid"], x0, layer["share"])
-        h = rms_norm(x, config.norm_epsilon)
-        q, k, v = _project(plan, weights, layer, h, tokens, rotary, kind)
-        y, ring = attend(q, k, v, kind.window, ring)
-        x = x + y.reshape(len(x), -1) @ layer["out"]
-        hidden = rms_norm(x, config.norm_epsilon) @ layer["wi"]
-        return x + jnp.square(jax.nn.relu(hidden)) @ layer["wo"], ring
-
-    def step(carry, scanned):
-        x, middle = carry
-        group, layers = scanned
-        rings = []
-        for j, layer in enumerate(layers):
-            x, ring = block(x, layer, plan.kinds[j], None)
-            rings.append(ring)
-            if middle_layer < looped and j == middle_layer % plan.period:
-                middle = jnp.where(group == middle_layer // plan.period, x, middle)
-        return (x, middle), tuple(rings)
-
-    middle, rings = x, []
-    if looped and cache is None:
-        (x, middle), stacked = jax.lax.scan(
-            step, (x, x), (jnp.arange(plan.groups), weights["loop"])
-        )
-        rings += [
-            jax.tree.map(lambda x, i=i: x[i], ring) for i in range(plan.groups) for ring in stacked
-        ]
-    for i in range(len(rings), len(plan.kinds)):
-        x, ring = block(x, _layer(plan, weights, i), plan.kinds[i], cache and cache[i])
-        rings.append(ring)
-        if i == middle_layer:
-            middle = x
-    if config.use_backout:
-        x = _mix(x, jnp.float32(1), middle, -weights["backout_lambda"])
-    return rms_norm(x, config.norm_epsilon), tuple(rings)
-
-
-def _layer(plan, weights, i):
-    """The weights of a layer."""
-    looped = plan.period * plan.groups
-    if i >= looped:
-        return weights["layers"][i - looped]
-    return jax.tree.map(lambda x: x[i // plan.period], weights["loop"][i % plan.period])
+    return kv_cache.cache_shapes(
+        plan.cache,
+        [kind.window for kind in plan.kinds],
+        (slots, config.num_kv_heads, config.head_dim),
+        plan.dtype,
+        mesh,
+        config.logical_axis_rules,
+    )
 
 
 def logits_of(plan: Plan, weights: Weights, hidden: jax.Array) -> jax.Array:
-    """Hidden states (T, D) -> soft-capped float32 logits (T, padded V), -inf where no token stands."""
+    """Hidden states (T, D) -> soft-capped float32 logits (T, padded V), -inf for ids without a token."""
     config = plan.config
-    logits = jnp.matmul(hidden, weights["head"], preferred_element_type=jnp.float32)
+    logits = transformer.head(config, hidden, weights["head"].T)
     logits = sharding.constrain(logits, (None, None), config.logical_axis_rules)
-    logits = soft_cap(logits, config.logits_soft_cap)
     known = jnp.arange(logits.shape[1]) < config.vocab_size
     return logits if logits.shape[1] == config.vocab_size else jnp.where(known, logits, -jnp.inf)
 
 
-def _mix(x, scale, other, share):
-    """scale x + share other in float32, in x's dtype."""
-    return (scale * x.astype(jnp.float32) + share * other.astype(jnp.float32)).astype(x.dtype)
-
-
-def _embed(plan, weights, tokens, previous, positions):
-    """Normalized embeddings, each with a gated share of the previous token's (smear)."""
-    x = weights["embed"][tokens]
-    channels = plan.config.smear_gate_channels
-    if not channels:
-        return x
-    gate = jax.nn.sigmoid(x[:, :channels] @ weights["smear_gate"].astype(x.dtype))
-    gate = jnp.where(positions == 0, 0, weights["smear_lambda"] * gate)[:, None].astype(x.dtype)
-    return x + gate * weights["embed"][previous]
-
-
-def _project(plan, weights, layer, h, tokens, rotary, kind):
-    """Queries (T, K, G, H) and keys (T, K, H), rotated and normalized, and values (T, K, H)."""
-    config = plan.config
-    heads = row_major(h @ layer["qkv"]).reshape(len(h), config.num_kv_heads, -1, config.head_dim)
-    v = heads[:, :, -1]
-    if kind.has_value_embed:
-        gate = jax.nn.sigmoid(h[:, : config.value_embed_gate_channels] @ layer["gate"])
-        tables = weights["tables"]
-        rows = tables.reshape(-1, tables.shape[2])[layer["table"] * tables.shape[1] + tokens]
-        v = v + (config.value_embed_gate_range * gate)[..., None] * rows.reshape(v.shape)
-    cos, sin = rotary
-    a, b = jnp.split(heads[:, :, :-1].astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1).astype(h.dtype)
-    turned = config.qk_norm_scale * rms_norm(turned, config.norm_epsilon)
-    return turned[:, :, :-1], turned[:, :, -1], v
-
-
-# ---- Prefill ---------------------------------------------------------------------------------------------------------
+# ---- Prefill -------------------------------------------------------------------------------------
 
 
 class Copies(NamedTuple):
-    """Which prompts become which slots: rows and slots (B,), of which the first `count` () count."""
+    """Which prompt is copied to which slot: rows and slots (B,), of which the first `count` () are used."""
 
     rows: jax.Array
     slots: jax.Array
@@ -326,65 +161,64 @@ class Copies(NamedTuple):
 def prefill(
     plan: Plan,
     weights: Weights,
-    cache: Cache,
+    cache: KVCache,
     tokens: jax.Array,
     lengths: jax.Array,
     copies: Copies,
-) -> tuple[Cache, jax.Array]:
+) -> tuple[KVCache, jax.Array]:
     """The cache with prompts written to their slots, and the prompts' hidden states (R, L, D).
 
-    tokens (R, L) are prompts, padded behind; lengths (R,). One prompt may become many slots.
+    tokens (R, L) are prompts padded at the end, lengths (R,). One prompt may be copied to many slots.
     """
     rows, length = tokens.shape
-    rules = plan.config.logical_axis_rules
-
-    def attend(q, k, v, window, _):
-        q = q.reshape(rows, length, -1, q.shape[-1]).swapaxes(1, 2)
-        k, v = (x.reshape(rows, length, -1, x.shape[-1]).swapaxes(1, 2) for x in (k, v))
-        y = attention.attention(
-            q, k, v, window=window, kernel=plan.kernel, settings=plan.settings, rules=rules
-        )
-        size = min(window + 1, plan.max_length)
-        left = zip(*(cut(_last(x, lengths, size), size) for x in (k, v)), strict=True)
-        return y.swapaxes(1, 2), tuple(left)
-
-    def cut(x, size):
-        """(..., L, H) into the blocks of a ring, of which the last may be empty."""
-        return jnp.split(
-            x, [min(start, x.shape[-2]) for start, _ in _spans(plan, size)][1:], axis=-2
-        )
-
-    previous = jnp.roll(tokens, 1, axis=1)
     positions = jnp.tile(jnp.arange(length), rows)
-    hidden, made = forward(
-        plan, weights, None, tokens.reshape(-1), previous.reshape(-1), positions, attend
+    rotary = tuple(table[:length] for table in weights["rotary"])
+
+    def attend(qkv, value_embed, kind, index):
+        del index
+        qkv, value_embed = transformer.split_rows(row_major(qkv), value_embed, length)
+        q, k, v = attention.split_heads(qkv, rotary, value_embed, plan.heads)
+        y = attention.attention(
+            q,
+            k,
+            v,
+            window=kind.window,
+            kernel=plan.kernel,
+            settings=plan.settings,
+            rules=plan.config.logical_axis_rules,
+        )
+        made = kv_cache.prompt_cache(plan.cache, k, v, kind.window, lengths)
+        return y.swapaxes(1, 2).reshape(rows * length, -1), made
+
+    context = _context(
+        plan, tokens.reshape(-1), positions, attend, lambda x: jnp.roll(x, 1, axis=0)
     )
-
-    def copy(i, cache):
-        def put(ring, new):
-            row = jax.lax.dynamic_slice_in_dim(new, copies.rows[i], 1)
-            return jax.lax.dynamic_update_slice(ring, row, (copies.slots[i], 0, 0, 0))
-
-        return jax.tree.map(put, cache, made)
-
+    stack = Stack(
+        plan.kinds,
+        weights["layers"],
+        plan.period,
+        plan.groups,
+        weights["loop"],
+        lambda group: group,
+    )
+    hidden, made = transformer.forward(plan.config, weights, stack, context)
     count = len(copies.rows) if plan.is_full else copies.count
-    cache = jax.lax.fori_loop(0, count, copy, cache)
+    cache = kv_cache.copy_to_slots(cache, made, copies.rows, copies.slots, count)
     return cache, hidden.reshape(rows, length, -1)
 
 
-def _last(x, lengths, size):
-    """x (R, K, L, H) of prompts of `lengths` (R,) -> what they leave in a ring of `size`: (R, K, min(L, size), H)."""
-    length = x.shape[2]
-    if length <= size:
-        return x
-    # Place i holds the last position before the prompt's end that is i mod size.
-    last = lengths[:, None] - 1
-    found = last - (last - jnp.arange(size)) % size
-    return jnp.take_along_axis(x, jnp.maximum(found, 0)[:, None, :, None], axis=2)
+def _context(plan, tokens, positions, attend, previous):
+    """The context of tokens and their positions (T,)."""
+
+    def lookup(tables, index, table):
+        del table
+        return embedding.rows(tables, index, tokens)
+
+    return Context(attend, lookup, previous, positions == 0)
 
 
 class TokenScores(NamedTuple):
-    """Log-probabilities: of tokens (...), and those and ids of the likeliest ones (..., LARGEST_LOGPROBS)."""
+    """Log-probabilities of tokens (...), and of the likeliest ones (..., LARGEST_LOGPROBS) with their ids."""
 
     logprobs: jax.Array
     top_logprobs: jax.Array
@@ -394,7 +228,7 @@ class TokenScores(NamedTuple):
 def score(
     plan: Plan, weights: Weights, hidden: jax.Array, targets: jax.Array, with_top: jax.Array
 ) -> TokenScores:
-    """Log-probabilities of targets (R, L) after hidden states (R, L, D); the likeliest ones only if with_top ()."""
+    """Log-probabilities of targets (R, L) given hidden states (R, L, D), and with_top () of the likeliest."""
 
     def chunk(part):
         logits = logits_of(plan, weights, part[0])
@@ -412,7 +246,7 @@ def score(
 
 
 def _top(logits, wanted):
-    """sampling.alternatives where they are wanted, else zeros."""
+    """sampling.alternatives of logits (B, V) if wanted (), else zeros."""
     shape = (len(logits), sampling.LARGEST_LOGPROBS)
     return jax.lax.cond(
         wanted,
@@ -427,125 +261,79 @@ def _top(logits, wanted):
 def decode_step(
     plan: Plan,
     weights: Weights,
-    cache: Cache,
+    cache: KVCache,
     tokens: jax.Array,
     previous: jax.Array,
     positions: jax.Array,
-) -> tuple[jax.Array, Cache]:
-    """Logits (B, V) after one token a slot, and the cache with it; (B,) each.
+) -> tuple[jax.Array, KVCache]:
+    """Logits (B, V) after one token per slot, and the cache with it; the other arguments are (B,).
 
-    A token takes the place of one that it cannot see. A slot in which nothing happens may therefore repeat its last
-    token, or one that is still to come, and stays as it is.
+    A token overwrites one that it cannot see. An idle slot may therefore repeat its last token, or run a
+    token that is still to be decoded, and stays as it is.
     """
+    rotary = tuple(table[positions] for table in weights["rotary"])
 
-    def attend(q, k, v, window, ring):
-        size = min(window + 1, plan.max_length)
-        ring = _store(plan, ring, (k, v), positions % size, size)
-        return _attend_cached(plan, q, ring, positions, size), ring
+    def attend(qkv, value_embed, kind, index):
+        q, k, v = attention.split_heads(row_major(qkv), rotary, value_embed, plan.heads)
+        q, k, v = (x.swapaxes(0, 1) for x in (q, k, v))
+        q = q.reshape(*k.shape[:2], -1, k.shape[2])
+        layer = kv_cache.store(plan.cache, cache[index], (k, v), kind.window, positions)
+        y = kv_cache.attend(plan.cache, q, layer, kind.window, positions, plan.is_full)
+        return y.reshape(len(y), -1), layer
 
-    hidden, cache = forward(plan, weights, cache, tokens, previous, positions, attend)
+    def embed_previous(x):
+        return rms_norm(weights["token_embed"][previous], plan.config.norm_epsilon)
+
+    context = _context(plan, tokens, positions, attend, embed_previous)
+    stack = Stack(plan.kinds, _unrolled(plan, weights))
+    hidden, cache = transformer.forward(plan.config, weights, stack, context)
     return logits_of(plan, weights, hidden), cache
 
 
-def _store(plan, ring, new, place, size):
-    """The ring with a token's key and value (B, K, H) at `place` (B,) of each slot."""
-    slots = jnp.arange(len(place))
-    blocks = []
-    for (start, end), block in zip(_spans(plan, size), ring, strict=True):
-        index = jnp.clip(place, start, end - 1) - start
-        if plan.by_head and len(place) == 1:
-            # One update alone becomes a dynamic slice's, which the CPU's compiler fuses twice, copying the whole ring.
-            where = (slots[:, None], jnp.arange(block[0].shape[1]), index[:, None])
-        else:
-            where = (slots, slice(None), index)
-        if len(ring) > 1:
-            # A place in another block is answered by writing what is there: then nothing is ever copied.
-            is_here = ((place >= start) & (place < end))[:, None, None]
-            rows = [jnp.where(is_here, row, x[where]) for x, row in zip(block, new, strict=True)]
-        else:
-            rows = new
-        pairs = zip(block, rows, strict=True)
-        blocks.append(
-            tuple(
-                x.at[where].set(row, unique_indices=True, mode="promise_in_bounds")
-                for x, row in pairs
-            )
-        )
-    return tuple(blocks)
-
-
-def _attend_cached(plan, q, ring, positions, size):
-    """Each slot's query (B, K, G, H) against what its ring holds, block by block.
-
-    A block that holds nothing of a slot leaves the slot's numbers as they are, to the bit, so how far others have
-    come does not show.
-    """
-    seen = jnp.minimum(positions + 1, size)[:, None, None, None]
-    heads = q.shape[2]
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, -heads % plan.query_rows), (0, 0)))
-
-    def part(block, start, highest=-jnp.inf):
-        """Highest score, or `highest`; sum of weights, which are e to a score less that; sum of weighted values."""
-        keys, values = block
-        scores = (
-            jnp.einsum("BKGH,BKSH->BKGS", q, keys, preferred_element_type=jnp.float32)
-            * q.shape[-1] ** -0.5
-        )
-        scores = jnp.where(start + jnp.arange(keys.shape[2]) < seen, scores, -jnp.inf)
-        higher = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
-        weight = jnp.exp(scores - higher)
-        out = jnp.einsum(
-            "BKGS,BKSH->BKGH",
-            weight.astype(values.dtype),
-            values,
-            preferred_element_type=jnp.float32,
-        )
-        return higher, jnp.sum(weight, axis=-1, keepdims=True), out
-
-    def add(carry, block, start):
-        highest, total, out = carry
-        higher, more_total, more = part(block, start, highest)
-        fade = jnp.exp(highest - higher)
-        return higher, total * fade + more_total, out * fade + more
-
-    (_, *later_spans), (first, *later) = _spans(plan, size), ring
-    carry = part(first, 0)
-    for (start, _), block in zip(later_spans, later, strict=True):
-        if plan.is_full:
-            carry = add(carry, block, start)
-        else:
-            is_used = jnp.max(seen) > start
-            carry = jax.lax.cond(
-                is_used, partial(add, start=start), lambda carry, _: carry, carry, block
-            )
-    _, total, out = carry
-    return (out / total)[:, :, :heads].astype(q.dtype)
+def _unrolled(plan, weights):
+    """The weights of every layer, those that prefill scans first."""
+    scanned = [
+        jax.tree.map(lambda x, g=group: x[g], weights["loop"][j])
+        for group in range(plan.groups)
+        for j in range(plan.period)
+    ]
+    return [*scanned, *weights["layers"]]
 
 
 class Control(NamedTuple):
-    """What the host says of each slot before a round of steps; arrays (B,), int32 unless said otherwise.
+    """The host's instructions for each slot in a round of decode steps; arrays (B,), int32 by default.
 
-    They are the columns of one array, since each array on its way to the devices costs the host a while.
+    They are the columns of one array, because each transfer to the devices costs the host time.
     """
 
-    token: jax.Array  # the newest one, not yet in the cache
-    previous: jax.Array  # the one before it
+    token: jax.Array  # the newest token, not yet in the cache
+    previous: jax.Array  # the token before it
     position: jax.Array  # of `token`
-    left: jax.Array  # tokens that may still come; 0: nobody is here
-    sample: jax.Array  # which of its request's samples this is
+    left: jax.Array  # tokens that may still be generated; 0: the slot is idle
+    sample: jax.Array  # index of the sample in its request
     seed: jax.Array  # (B, 2) uint32
-    temperature: jax.Array  # float32; 0: the likeliest token
+    temperature: jax.Array  # float32; 0: greedy
     top_k: jax.Array  # 0: off
     top_p: jax.Array  # float32; 1: off
     min_p: jax.Array  # float32; 0: off
     penalty: jax.Array  # float32; 1: off
-    logprobs: jax.Array  # 0: none, 1: of the token, 2: and of the likeliest
-    stop: jax.Array  # (B, STOP_IDS), -1 where there are fewer
-    forced: jax.Array  # (B, steps) tokens to take instead of drawn ones, -1: draw
+    logprobs: jax.Array  # 0: none, 1: of the token, 2: and of the likeliest ones
+    stop: jax.Array  # (B, STOP_IDS), padded with -1
+    forced: jax.Array  # (B, steps) tokens that replace sampled ones; -1: sample
+
+    @property
+    def is_sampled(self) -> jax.Array:
+        """Which slots sample; the others are greedy."""
+        return self.temperature > 0
+
+    @property
+    def is_penalized(self) -> jax.Array:
+        """Which slots have a repetition penalty."""
+        return self.penalty != 1
 
     @classmethod
     def of(cls, packed: np.ndarray | jax.Array) -> Self:
-        """The columns of an array (B, CONTROL_COLUMNS + steps) int32; numpy's share its memory."""
+        """The columns of an array (B, CONTROL_COLUMNS + steps) int32; NumPy columns share its memory."""
         singles = [name for name in cls._fields if name not in ("seed", "stop", "forced")]
         columns = {name: packed[:, i] for i, name in enumerate(singles)}
         columns |= {
@@ -557,11 +345,11 @@ class Control(NamedTuple):
         return cls(**columns, forced=packed[:, CONTROL_COLUMNS:])
 
 
-CONTROL_COLUMNS = len(Control._fields) - 3 + 2 + STOP_IDS  # without those of `forced`
+CONTROL_COLUMNS = len(Control._fields) - 3 + 2 + STOP_IDS  # without `forced`
 
 
 class Round(NamedTuple):
-    """What a round of steps brought: tokens (steps, B), -1 where there came none, and their scores."""
+    """The result of a round of decode steps: tokens (steps, B), -1 for none, and their scores."""
 
     tokens: jax.Array
     scores: TokenScores
@@ -570,54 +358,31 @@ class Round(NamedTuple):
 def decode_round(
     plan: Plan,
     weights: Weights,
-    cache: Cache,
+    cache: KVCache,
     control: Control,
     seen: jax.Array,
     is_eager: jax.Array,
-) -> tuple[Cache, Round]:
+) -> tuple[KVCache, Round]:
     """Up to `steps` tokens (the width of control.forced) for each slot, in a loop on the device.
 
-    The loop ends early when no slot is left, and, if is_eager (), when the first slot stops. A slot stops at a
-    token of its own in `stop`, which is among its tokens, or when nothing is left to it.
-    seen (B, padded V): the tokens that the repetition penalty is for.
-    The token at position p of a sample is drawn with a random number made from seed, sample and p alone.
+    The loop ends early when no slot is active and, if is_eager (), when the first slot stops. A slot stops
+    when it samples a token in `stop`, which is returned too, or when `left` tokens are generated.
+    seen (B, padded V): the tokens that the repetition penalty applies to.
+    The random number for position p of a sample depends only on seed, sample and p.
     """
     slots, steps = control.forced.shape
-    sampled = control.temperature > 0
-    filtered = (control.top_k > 0) | (control.top_p < 1)
-    penalized = control.penalty != 1
-    is_plain = ~jnp.any(sampled | penalized)  # the likeliest tokens as they are
+    is_greedy = ~jnp.any(control.is_sampled | control.is_penalized)
     started = control.left > 0
 
-    # All at once, before the loop: a slot that is active goes on by one position a step.
+    # All at once, before the loop: an active slot advances by one position per step.
     uniforms = jax.lax.cond(
-        jnp.any(sampled),
+        jnp.any(control.is_sampled),
         partial(_uniforms, steps),
         lambda control: jnp.zeros((steps, slots)),
         control,
     )
 
-    def draw(logits, uniform):
-        scores = sampling.scale(logits, control.temperature)
-        lowest = jax.lax.cond(
-            jnp.any(filtered),
-            lambda: sampling.lowest_kept(scores, control.top_k, control.top_p),
-            lambda: jnp.full((slots,), -jnp.inf),
-        )
-        lowest = jnp.maximum(lowest, jnp.log(control.min_p))[:, None]
-        return sampling.draw(jnp.where(scores >= lowest, scores, -jnp.inf), uniform)
-
-    def choose(logits, uniform, tokens):
-        adjusted = jax.lax.cond(
-            jnp.any(penalized),
-            lambda: sampling.penalize(
-                logits, seen | _among(tokens, logits.shape[1]), control.penalty
-            ),
-            lambda: logits,
-        )
-        return jnp.where(sampled, draw(adjusted, uniform), sampling.likeliest(adjusted))
-
-    def goes_on(carry):
+    def continues(carry):
         i, left = carry[0], carry[4]
         has_stopped = jnp.any(started & (left == 0))
         return (i < steps) & jnp.any(left > 0) & ~(is_eager & has_stopped)
@@ -626,23 +391,23 @@ def decode_round(
         i, token, previous, position, left, cache, out = carry
         is_active = left > 0
         logits, cache = decode_step(plan, weights, cache, token, previous, position)
-        drawn = jax.lax.cond(
-            is_plain,
+        sampled = jax.lax.cond(
+            is_greedy,
             sampling.likeliest,
-            lambda logits: choose(logits, uniforms[i], out.tokens),
+            lambda logits: _sample(control, logits, uniforms[i], seen, out.tokens),
             logits,
         )
         forced = jax.lax.dynamic_index_in_dim(control.forced, i, axis=1, keepdims=False)
-        new = jnp.where(forced >= 0, forced, drawn)
+        new = jnp.where(forced >= 0, forced, sampled)
         logprobs = jax.lax.cond(
             jnp.any(control.logprobs > 0),
             lambda: sampling.log_probabilities(logits, new),
             lambda: jnp.zeros((slots,), jnp.float32),
         )
         scores = TokenScores(logprobs, *_top(logits, jnp.any(control.logprobs > 1)))
-        brought = Round(jnp.where(is_active, new, -1), scores)
+        result = Round(jnp.where(is_active, new, -1), scores)
         out = jax.tree.map(
-            lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, i, 0), out, brought
+            lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, i, 0), out, result
         )
         stops = (forced < 0) & jnp.any(control.stop == new[:, None], axis=1)
         return (
@@ -655,14 +420,6 @@ def decode_round(
             out,
         )
 
-    def zeros(dtype, *shape):
-        return jnp.zeros((steps, slots, *shape), dtype)
-
-    top = sampling.LARGEST_LOGPROBS
-    out = Round(
-        zeros(jnp.int32) - 1,
-        TokenScores(zeros(jnp.float32), zeros(jnp.float32, top), zeros(jnp.int32, top)),
-    )
     start = (
         jnp.int32(0),
         control.token,
@@ -670,17 +427,49 @@ def decode_round(
         control.position,
         control.left,
         cache,
-        out,
+        _empty_round(steps, slots),
     )
     if plan.is_full:
         *_, cache, out = jax.lax.fori_loop(0, steps, lambda _, carry: step(carry), start)
     else:
-        *_, cache, out = jax.lax.while_loop(goes_on, step, start)
+        *_, cache, out = jax.lax.while_loop(continues, step, start)
     return cache, out
 
 
+def _sample(control, logits, uniform, seen, tokens):
+    """The next token (B,) of each slot: sampled with random numbers uniform (B,), or greedy.
+
+    tokens (steps, B): the tokens of this round, which the repetition penalty counts as seen.
+    """
+    logits = jax.lax.cond(
+        jnp.any(control.is_penalized),
+        lambda: sampling.penalize(logits, seen | _among(tokens, logits.shape[1]), control.penalty),
+        lambda: logits,
+    )
+    scores = sampling.scale(logits, control.temperature)
+    lowest = jax.lax.cond(
+        jnp.any((control.top_k > 0) | (control.top_p < 1)),
+        lambda: sampling.lowest_kept(scores, control.top_k, control.top_p),
+        lambda: jnp.full(uniform.shape, -jnp.inf),
+    )
+    lowest = jnp.maximum(lowest, jnp.log(control.min_p))[:, None]
+    drawn = sampling.draw(jnp.where(scores >= lowest, scores, -jnp.inf), uniform)
+    return jnp.where(control.is_sampled, drawn, sampling.likeliest(logits))
+
+
+def _empty_round(steps, slots):
+    """A Round without tokens."""
+
+    def zeros(dtype, *shape):
+        return jnp.zeros((steps, slots, *shape), dtype)
+
+    top = sampling.LARGEST_LOGPROBS
+    scores = TokenScores(zeros(jnp.float32), zeros(jnp.float32, top), zeros(jnp.int32, top))
+    return Round(zeros(jnp.int32) - 1, scores)
+
+
 def _uniforms(steps, control):
-    """The random numbers (steps, B) of the tokens behind each slot's newest one."""
+    """The random numbers (steps, B) of the tokens after each slot's newest one."""
 
     def of_slot(seed, sample, position):
         key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), sample)
@@ -691,6 +480,6 @@ def _uniforms(steps, control):
 
 
 def _among(tokens, size):
-    """Which of `size` tokens (B, size) are among tokens (steps, B); -1 is none."""
+    """Which of `size` token ids (B, size) occur in tokens (steps, B); -1 is no token."""
     where = jnp.arange(tokens.shape[1]), jnp.where(tokens < 0, size, tokens)
     return jnp.zeros((tokens.shape[1], size), jnp.bool_).at[where].set(True, mode="drop")

@@ -1,11 +1,14 @@
-"""Attention: one signature, several kernels. To add one, write a function and give it a row in KERNELS.
+"""Attention: one table of kernels, KERNELS, and the functions that call them.
 
-Legend: B batch, L length, N heads, K kv_heads, G query heads a kv head, H head_dim.
+To add a kernel, write a function and give it a row in KERNELS: the backends on which it runs, those on
+which `attention=auto` picks it, the layout of queries, keys and values that it takes, and its limits.
+
+Legend: B batch, L length, T tokens, N heads, K kv_heads, G query heads per kv head, H head_dim.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Self
 
 import jax
@@ -21,7 +24,7 @@ from MaxNano.models.kernels import flash
 from MaxNano.models.layers import apply_rotary, rms_norm
 
 SPLASH_RESIDUALS = "attention_out"
-"""Name under which a remat policy can keep splash's output and log-sum-exp, so that its forward runs once."""
+"""Name under which a remat policy keeps splash's output and log-sum-exp, so that its forward runs once."""
 
 _LANES = 128
 _HEAD_AXES = ("activation_batch", "activation_heads", None, None)
@@ -29,8 +32,8 @@ _FLAT_AXES = ("activation_batch", None, "activation_heads")
 _GATE_AXES = ("activation_batch", "activation_heads", None)
 
 
-class Settings(NamedTuple):
-    """What the kernels can be tuned by; each uses its own part. Block sizes are (q, kv, kv computed at a time)."""
+class KernelSettings(NamedTuple):
+    """Tuning parameters of the kernels. Block sizes are (q, kv, kv computed at a time)."""
 
     chunk: int
     splash_long_forward: tuple[int, int, int]
@@ -40,11 +43,11 @@ class Settings(NamedTuple):
     splash_short_backward: tuple[int, int, int]
     splash_fused_backward: bool
     flash_block: int
-    interpret: bool
+    interpret: bool  # Pallas interprets its kernels, as it must where the backend is not a TPU
 
     @classmethod
     def from_config(cls, config: FrozenConfigDict, backend: str | None = None) -> Self:
-        """The config's keys; Pallas kernels are interpreted wherever the backend (the default one) is no TPU."""
+        """The settings of a config for a backend, the default one if None."""
         return cls(
             chunk=config.attention_chunk,
             splash_long_forward=tuple(config.splash_long_forward),
@@ -58,6 +61,27 @@ class Settings(NamedTuple):
         )
 
 
+class Heads(NamedTuple):
+    """How projected queries, keys and values split into heads, and how QK norm scales them."""
+
+    kv_heads: int
+    group: int  # query heads per kv head
+    head_dim: int
+    scale: float  # of normalized queries and keys, each
+    epsilon: float
+
+    @classmethod
+    def from_config(cls, config: FrozenConfigDict) -> Self:
+        """The heads of a model."""
+        return cls(
+            config.num_kv_heads,
+            config.num_query_heads // config.num_kv_heads,
+            config.head_dim,
+            config.qk_norm_scale,
+            config.norm_epsilon,
+        )
+
+
 def attention(
     q: jax.Array,
     k: jax.Array,
@@ -65,101 +89,107 @@ def attention(
     *,
     window: int,
     kernel: str,
-    settings: Settings,
+    settings: KernelSettings,
     rules: sharding.Rules,
 ) -> jax.Array:
     """Causal attention in which position t sees keys t - window ... t, window + 1 of them.
 
-    q (B, N, L, H); k, v (B, K, L, H), N a multiple of K -> (B, N, L, H) in q's dtype. Scores are scaled by
-    1 / sqrt(H); softmax is in float32. `rules` say how the heads and rows lie over the ambient mesh, for kernels that
-    the compiler cannot cut up itself. Raises ValueError for a kernel that does not exist.
+    q (B, N, L, H); k, v (B, K, L, H), N a multiple of K -> (B, N, L, H) in q's dtype. Scores are
+    multiplied by 1 / sqrt(H); softmax is in float32. `rules` say how heads and batch are sharded over
+    the ambient mesh, for kernels that the compiler cannot partition. A kernel that takes fused qkv is
+    replaced by its `separate` kernel. Raises ValueError for an unknown kernel.
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"attention={kernel} is unknown: choose one of {', '.join(KERNELS)}")
-    return KERNELS[kernel](q, k, v, window, settings, rules)
+    row = _row(kernel)
+    if row.separate:
+        row = KERNELS[row.separate]
+    return row.run(q, k, v, window, settings, rules)
 
 
 def attend(
     qkv: jax.Array,
     tables: tuple[jax.Array, jax.Array],
     *,
-    group: int,
+    heads: Heads,
     window: int,
     kernel: str,
-    settings: Settings,
-    head_dim: int,
-    scale: float,
-    epsilon: float,
+    settings: KernelSettings,
     rules: sharding.Rules,
     value_embed: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
-    """The model's attention: rotary embedding, QK norm times `scale`, value embeddings, then `attention`.
+    """The model's attention over whole sequences: rotary embedding, QK norm, value embeddings, scores.
 
-    qkv (B, L, K x (G + 2) x H), as projected: for each kv head its `group` = G query heads, its keys and its values.
-    tables: cosines and sines (L, H / 2). value_embed: rows (B, L, K x H) and their gates (B, K, L) float32, whose
-    product is added to the values. Returns (B, L, N x H).
+    qkv (B, L, K x (G + 2) x H), as projected: for each kv head its G query heads, its keys and its
+    values. tables: cosines and sines (L, H / 2). value_embed: rows (B, L, K x H) and their gates
+    (B, K, L) float32, whose product is added to the values. Returns (B, L, N x H).
     """
-    batch, length, width = qkv.shape
-    kv_heads = width // ((group + 2) * head_dim)
-    if kernel == "flash":
-        embeds = value_embed or ()
-
-        def own(qkv, *embeds):
-            return flash.attention(
-                qkv,
-                tables,
-                group=group,
-                value_embed=embeds or None,
-                window=window,
-                head_dim=head_dim,
-                scale=scale,
-                epsilon=epsilon,
-                block=settings.flash_block,
-                interpret=settings.interpret,
-            )
-
-        axes = (_FLAT_AXES, _FLAT_AXES, _GATE_AXES)[: 1 + len(embeds)]
-        return _on_local_blocks(own, (qkv, *embeds), axes, _FLAT_AXES, rules, kv_heads)
-
-    parts = qkv.reshape(batch, length, kv_heads, group + 2, head_dim)
-    q = parts[:, :, :, :group].reshape(batch, length, kv_heads * group, head_dim)
-    k, v = parts[:, :, :, group], parts[:, :, :, group + 1].swapaxes(1, 2)
-    if value_embed is not None:
-        rows, gate = value_embed
-        rows = rows.reshape(batch, length, kv_heads, head_dim).swapaxes(1, 2)
-        v = (v.astype(jnp.float32) + gate[..., None] * rows.astype(jnp.float32)).astype(v.dtype)
-    q, k = (scale * rms_norm(apply_rotary(x, tables), epsilon).swapaxes(1, 2) for x in (q, k))
+    if _row(kernel).separate:
+        return KERNELS[kernel].run(qkv, tables, value_embed, heads, window, settings, rules)
+    q, k, v = split_heads(qkv, tables, value_embed, heads)
     y = attention(q, k, v, window=window, kernel=kernel, settings=settings, rules=rules)
     y = checkpoint_name(y, "attention_out")
-    return y.swapaxes(1, 2).reshape(batch, length, -1)
+    return y.swapaxes(1, 2).reshape(*qkv.shape[:2], -1)
+
+
+def split_heads(
+    qkv: jax.Array,
+    tables: tuple[jax.Array, jax.Array],
+    value_embed: tuple[jax.Array, jax.Array] | None,
+    heads: Heads,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries (..., N, T, H) and keys (..., K, T, H), rotated and normalized, and values like keys.
+
+    qkv (..., T, K x (G + 2) x H) as projected; tables: cosines and sines (T, H / 2) or (..., T, H / 2);
+    value_embed: rows (..., T, K x H) and their gates (..., K, T) float32, or None.
+    """
+    group = heads.group
+    parts = qkv.reshape(*qkv.shape[:-1], heads.kv_heads, group + 2, heads.head_dim)
+    q = parts[..., :group, :].reshape(*qkv.shape[:-1], -1, heads.head_dim)
+    k, v = parts[..., group, :], parts[..., group + 1, :].swapaxes(-3, -2)
+    if value_embed is not None:
+        rows, gate = value_embed
+        rows = rows.reshape(k.shape).swapaxes(-3, -2)
+        v = (v.astype(jnp.float32) + gate[..., None] * rows.astype(jnp.float32)).astype(v.dtype)
+    q, k = (
+        heads.scale * rms_norm(apply_rotary(x, tables), heads.epsilon).swapaxes(-3, -2)
+        for x in (q, k)
+    )
+    return q, k, v
 
 
 def resolve(kernel: str, device: jax.Device, *, dtype: str, head_dim: int) -> str:
-    """The kernel to use on a device; attention=auto picks the fastest that runs there.
+    """The kernel to use on a device; attention=auto picks the first row of KERNELS that can run there.
 
-    dtype: of the activations; head_dim: what the model has. Raises ValueError where the requested kernel cannot run.
+    dtype: of the activations. Raises ValueError if the requested kernel cannot run.
     """
     backend = device.platform
     if kernel == "auto":
-        if backend == "gpu" and cudnn_problem(device, dtype, head_dim):
-            return "chunked"
-        return {"tpu": "flash", "gpu": "cudnn"}.get(backend, "chunked")
-    if kernel not in (*KERNELS, "flash"):
-        raise ValueError(
-            f"attention={kernel} is unknown: choose auto, flash or one of {', '.join(KERNELS)}"
+        able = (
+            name
+            for name, row in KERNELS.items()
+            if backend in row.auto and not row.problem(device, dtype, head_dim)
         )
-    if kernel == "cudnn" and (problem := cudnn_problem(device, dtype, head_dim)):
-        raise ValueError(f"attention=cudnn {problem}: choose attention=auto")
-    if kernel in ("flash", "splash") and backend == "gpu":
-        raise ValueError(f"attention={kernel} is a TPU kernel, this is gpu: choose attention=auto")
+        return next(able)
+    row = _row(kernel)
+    problem = row.problem(device, dtype, head_dim)
+    if not problem and backend not in (*row.backends, *row.interpreted):
+        problem = f"is a {' and '.join(row.backends).upper()} kernel, this is {backend}"
+    if problem:
+        raise ValueError(f"attention={kernel} {problem}: choose attention=auto")
     return kernel
 
 
-def cudnn_problem(device: jax.Device, dtype: str, head_dim: int) -> str | None:
-    """Why cuDNN's attention cannot run on a device, None if it can.
+def _row(kernel: str) -> "Kernel":
+    if kernel not in KERNELS:
+        choices = ", ".join(("auto", *KERNELS))
+        raise ValueError(f"attention={kernel} is unknown: choose one of {choices}")
+    return KERNELS[kernel]
 
-    Source: https://docs.nvidia.com/deeplearning/cudnn (fused flash attention), and the checks that JAX makes
-    (jax/_src/cudnn/fused_attention_stablehlo.py).
+
+def cudnn_problem(device: jax.Device, dtype: str, head_dim: int) -> str | None:
+    """Why cuDNN's attention cannot run on a device, or None.
+
+    Sources: https://docs.nvidia.com/deeplearning/cudnn (fused flash attention), and JAX's own checks in
+    jax/_src/cudnn/fused_attention_stablehlo.py.
     """
     if device.platform != "gpu":
         return f"needs an NVIDIA GPU, this is {device.platform}"
@@ -179,15 +209,15 @@ def cudnn_problem(device: jax.Device, dtype: str, head_dim: int) -> str | None:
 
 
 def reference(q, k, v, window, settings, rules):
-    """All scores at once, masked: the definition, right anywhere, and the one to test others against."""
+    """All scores at once, masked: the definition, with which tests compare the other kernels."""
     del settings, rules
     return _block(q, k, v, window, first_query=0, first_key=0)
 
 
 def chunked(q, k, v, window, settings, rules):
-    """Blocks of `chunk` queries, each against only the keys that it can see.
+    """Blocks of `chunk` queries, each with only the keys that it can see.
 
-    The work falls from L x L to what causality and the window leave, rounded up to blocks.
+    This skips the scores that causality and the window mask, up to whole blocks.
     """
     del rules
     length = q.shape[2]
@@ -203,11 +233,11 @@ def chunked(q, k, v, window, settings, rules):
 
 
 def splash(q, k, v, window, settings, rules):
-    """JAX's block-sparse flash kernel for TPU, forward and backward; elsewhere Pallas interprets it, slowly.
+    """JAX's block-sparse flash kernel for TPU, forward and backward.
 
-    Blocks that a window hides are not visited. Lengths are padded up to whole tiles at the end, where causality
-    hides the padding from every real row. The compiler cannot cut a Pallas kernel up, so it runs on the local rows
-    and heads of each device.
+    Blocks outside the window are skipped. Lengths are padded at the end to whole tiles, where causality
+    hides the padding from all real positions. The compiler cannot partition a Pallas kernel, so it runs
+    on the local batch and heads of each device.
     Source: jax.experimental.pallas.ops.tpu.splash_attention.
     """
     length, head_dim = q.shape[2:]
@@ -232,16 +262,60 @@ def cudnn(q, k, v, window, settings, rules):
     return out.swapaxes(1, 2)
 
 
-KERNELS: dict[str, Callable[..., jax.Array]] = {
-    "reference": reference,
-    "chunked": chunked,
-    "splash": splash,
-    "cudnn": cudnn,
+def fused_flash(qkv, tables, value_embed, heads, window, settings, rules):
+    """MaxNano's flash kernel, which splits, rotates and normalizes heads itself: see kernels/flash.py."""
+    embeds = value_embed or ()
+
+    def local(qkv, *embeds):
+        return flash.attention(
+            qkv,
+            tables,
+            group=heads.group,
+            value_embed=embeds or None,
+            window=window,
+            head_dim=heads.head_dim,
+            scale=heads.scale,
+            epsilon=heads.epsilon,
+            block=settings.flash_block,
+            interpret=settings.interpret,
+        )
+
+    axes = (_FLAT_AXES, _FLAT_AXES, _GATE_AXES)[: 1 + len(embeds)]
+    return _on_local_blocks(local, (qkv, *embeds), axes, _FLAT_AXES, rules, heads.kv_heads)
+
+
+class Kernel(NamedTuple):
+    """A row of KERNELS.
+
+    run: (q, k, v, window, settings, rules) -> as `attention`. If `separate` names a kernel, `run` takes
+    the fused projection, (qkv, tables, value_embed, heads, window, settings, rules) -> as `attend`, and
+    the named kernel replaces it where queries, keys and values are separate, as in prefill.
+    """
+
+    run: Callable[..., jax.Array]
+    backends: Sequence[str]  # on which it runs
+    auto: Sequence[str] = ()  # on which attention=auto picks it; rows are in order of preference
+    interpreted: Sequence[str] = ()  # on which it runs slowly, for tests
+    separate: str = ""
+    problem: Callable[[jax.Device, str, int], str | None] = lambda device, dtype, head_dim: None
+
+
+EVERYWHERE = ("cpu", "gpu", "tpu")
+# fmt: off
+KERNELS: dict[str, Kernel] = {
+    "flash": Kernel(fused_flash, ("tpu",), auto=("tpu",), interpreted=("cpu",), separate="splash"),
+    "cudnn": Kernel(cudnn, ("gpu",), auto=("gpu",), problem=cudnn_problem),
+    "chunked": Kernel(chunked, EVERYWHERE, auto=EVERYWHERE),
+    "splash": Kernel(splash, ("tpu",), interpreted=("cpu",)),
+    "reference": Kernel(reference, EVERYWHERE),
 }
+# fmt: on
 
 
-def splash_blocks(length: int, window: int, settings: Settings) -> splash_attention.BlockSizes:
-    """The blocks for a window, each cut down to a multiple of 128 that divides what it is a part of."""
+def splash_blocks(
+    length: int, window: int, settings: KernelSettings
+) -> splash_attention.BlockSizes:
+    """Block sizes for a window, each reduced to a multiple of 128 that divides the size it splits."""
 
     def fit(size, whole):
         return max(n for n in range(_LANES, min(size, whole) + 1, _LANES) if whole % n == 0)
@@ -267,9 +341,11 @@ def splash_blocks(length: int, window: int, settings: Settings) -> splash_attent
 
 
 @functools.lru_cache
-def splash_kernel(length: int, window: int, settings: Settings):
-    """One sequence's kernel, q (N, L, H), k and v (K, L, H). All heads share one mask; its tables are NumPy arrays,
-    so that the kernel outlives the trace that asked for it first."""
+def splash_kernel(length: int, window: int, settings: KernelSettings):
+    """The kernel of one sequence, q (N, L, H), k and v (K, L, H), with one mask for all heads.
+
+    Its tables are NumPy arrays, so that the cached kernel outlives the trace that created it.
+    """
     shape = (length, length)
     if window >= length - 1:
         mask = splash_attention.CausalMask(shape)
@@ -288,9 +364,9 @@ def splash_kernel(length: int, window: int, settings: Settings):
 
 
 def _on_local_blocks(kernel, arrays, logical_axes, out_axes, rules, kv_heads):
-    """Call kernel(*arrays) on each device's rows and heads, over the axes of the ambient mesh not yet manual.
+    """kernel(*arrays) on each device's batch and heads, over the axes of the ambient mesh not yet manual.
 
-    logical_axes: of each array; out_axes: of the result. Heads are cut where that divides the kv heads.
+    logical_axes: of each array; out_axes: of the result. Heads are sharded if that divides the kv heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = [
@@ -325,7 +401,7 @@ def _on_local_blocks(kernel, arrays, logical_axes, out_axes, rules, kv_heads):
 
 
 def _block(q, k, v, window, *, first_query: int, first_key: int):
-    """Queries at first_query ... against keys at first_key ...: one masked softmax."""
+    """One masked softmax: queries from position first_query on, keys from position first_key on."""
     batch, heads, queries, head_dim = q.shape
     kv_heads = k.shape[1]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, queries, head_dim)

@@ -1,7 +1,6 @@
-"""The small parts of the model: parameters with their axes, norm, rotary embedding, MLP.
+"""The parts of the model: declared parameters and their initializers, norm, rotary embedding, MLP.
 
-Legend: B batch, L length, T tokens, D embed, N heads, H head_dim, F mlp. Stacked parameters carry the layers on axis 0;
-a layer sees its own slice, so the shapes in `__call__` are without that axis.
+Legend: L length, T tokens, D embed, N heads, H head_dim.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from MaxNano.distributed.sharding import Axes
-from MaxNano.models.quantization import matmul
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -96,8 +94,8 @@ rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 def row_major(x: jax.Array) -> jax.Array:
     """`x`, and in the backward pass its gradient, with the last axis innermost in memory.
 
-    Left to itself, the TPU compiler stores the residual stream (T, D) token by token across lanes, which suits the
-    norms and makes every matrix product around them several times dearer.
+    Otherwise the TPU compiler stores the residual stream (T, D) with tokens along lanes, which suits the
+    norms and makes every matrix product between them several times as expensive.
     """
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
@@ -105,40 +103,38 @@ def row_major(x: jax.Array) -> jax.Array:
 row_major.defvjp(lambda x: (row_major(x), None), lambda _, grad: (row_major(grad),))
 
 
-def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """(length, head_dim / 2) cosines and sines of position x theta^(-2j / head_dim), float32.
+def rotary(positions: np.ndarray | jax.Array, head_dim: int, theta: float):
+    """Cosines and sines (..., head_dim / 2) of positions (...) x theta^(-2j / head_dim), float32.
 
     Positions and angles stay in float32: bfloat16 cannot tell 256 from 257.
     """
+    numpy = np if isinstance(positions, np.ndarray) else jnp
     frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-    angle = np.outer(np.arange(length, dtype=np.float32), frequency.astype(np.float32))
-    return np.cos(angle), np.sin(angle)
+    angle = positions[..., None].astype(np.float32) * frequency.astype(np.float32)
+    return numpy.cos(angle), numpy.sin(angle)
+
+
+def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """The tables of `rotary` for positions 0 ... length - 1, each (length, head_dim / 2)."""
+    return rotary(np.arange(length), head_dim, theta)
 
 
 def apply_rotary(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate x (B, L, N, H), halves (not pairs) of H together, by minus the position's angle, in float32.
+    """Rotate x (..., L, N, H) by minus the position's angle, in float32; tables (..., L, H / 2).
 
+    The two halves of H form the pairs, not neighboring channels.
     Source: nanochat/gpt.py@92d63d4, apply_rotary_emb; the sign is kept for its checkpoints.
     """
-    cos, sin = (t[None, :, None, :] for t in tables)
+    cos, sin = (table[..., None, :] for table in tables)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1).astype(x.dtype)
 
 
-class Mlp(nnx.Module):
-    """wo(relu(wi x)^2) for a stack of layers; x (T, D) -> (T, D)."""
-
-    def __init__(self, config, layers: int, *, rngs: nnx.Rngs):
-        embed, mlp = config.emb_dim, config.mlp_dim
-        bound = config.mlp_init_scale * (3 / embed) ** 0.5
-        self.quantization = config.quantization
-        self.wi = parameter(
-            rngs, (layers, embed, mlp), ("layers", "embed", "mlp"), uniform(-bound, bound)
-        )
-        self.wo = parameter(rngs, (layers, mlp, embed), ("layers", "mlp", "embed"), constant(0.0))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = matmul(x, self.wi[...].astype(x.dtype), self.quantization)
-        hidden = checkpoint_name(hidden, "mlp_hidden")
-        hidden = jnp.square(jax.nn.relu(hidden))
-        return matmul(hidden, self.wo[...].astype(x.dtype), self.quantization)
+def mlp(
+    weights: dict[str, jax.Array],
+    x: jax.Array,
+    matmul: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """wo(relu(wi x)^2): x (..., T, D) -> (..., T, D). scaling.BLOCK["mlp"] declares the matrices."""
+    hidden = checkpoint_name(matmul(x, weights["wi"]), "mlp_hidden")
+    return matmul(jnp.square(jax.nn.relu(hidden)), weights["wo"])

@@ -9,18 +9,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-WHOLE_VOCAB = (
-    8192  # the largest vocabulary, and the largest part of one, that is scored at once by default
-)
+# The largest vocabulary, and the largest chunk of one, that is scored at once by default.
+WHOLE_VOCAB = 8192
 
 
 def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
-    """cap x tanh(logits / cap); cap 0 leaves them alone."""
+    """cap x tanh(logits / cap); a cap of 0 is off."""
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
+def logits(hidden: jax.Array, rows: jax.Array, cap: float) -> jax.Array:
+    """Soft-capped float32 logits (..., V) of hidden states (..., D) for rows (V, D) of the output head."""
+    rows = rows.astype(hidden.dtype)
+    return soft_cap(
+        jnp.einsum("...D,VD->...V", hidden, rows, preferred_element_type=jnp.float32), cap
+    )
+
+
 def vocab_chunk(vocab_size: int, chunk: int | None) -> int:
-    """Vocabulary rows at a time that `vocab_chunk_size` means; null keeps a small vocabulary whole."""
+    """Vocabulary rows per chunk for a value of `vocab_chunk_size`; null keeps a small vocabulary whole."""
     if chunk is None:
         return 0 if vocab_size <= WHOLE_VOCAB else WHOLE_VOCAB
     return min(chunk, vocab_size)
@@ -32,8 +39,8 @@ def token_losses(
     """Negative log-likelihood of each target in nats, float32 (B, L), 0 where the target is -1.
 
     hidden (B, L, D); head (padded V, D), of which the first `vocab_size` rows count; targets (B, L) int32.
-    `chunk` vocabulary rows are scored at a time and scored again in the backward pass, so that no (B, L, V)
-    array lives; 0 scores all at once and keeps the logits instead.
+    `chunk` vocabulary rows are scored at a time, and again in the backward pass, so that no (B, L, V)
+    array exists; 0 scores all at once and keeps the logits.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     return _token_losses(flat, head, targets.reshape(-1), vocab_size, cap, chunk).reshape(
@@ -44,11 +51,11 @@ def token_losses(
 def clipped_policy_losses(
     losses: jax.Array, drawn: jax.Array, weights: jax.Array, clip: float
 ) -> jax.Array:
-    """What each token adds to the loss of reinforcement learning when its ratio counts only within 1 +- clip.
+    """PPO's clipped surrogate loss of each token, with ratios clipped to 1 +- clip.
 
-    The ratio is that of a token's probability now to the one with which it was drawn, of which `drawn` is minus the
-    log, nan where it is not known: then the ratio is 1. `losses` are minus the log of the probability now, `weights`
-    the advantages. At a ratio of 1 the gradient is that of losses x weights.
+    losses: negative log-probabilities under the current policy; drawn: those under the policy that
+    sampled the tokens, nan where unknown, which makes the ratio 1; weights: advantages. At a ratio of 1
+    the gradient is that of losses x weights.
     Source: https://arxiv.org/abs/1707.06347 (PPO).
     """
     ratio = jnp.exp(jnp.where(jnp.isnan(drawn), jax.lax.stop_gradient(losses), drawn) - losses)
@@ -56,9 +63,10 @@ def clipped_policy_losses(
 
 
 def divergence(losses: jax.Array, reference: jax.Array) -> jax.Array:
-    """An estimate of the divergence from a reference model at each drawn token, never negative, in nats.
+    """An estimate of the KL divergence from a reference model at each sampled token, in nats, at least 0.
 
-    Both are minus the token's log-probability. Source: http://joschu.net/blog/kl-approx.html (its k3).
+    losses, reference: the token's negative log-probabilities under the two models.
+    Source: http://joschu.net/blog/kl-approx.html (its k3).
     """
     log_ratio = losses - reference
     return jnp.exp(log_ratio) - log_ratio - 1
@@ -66,44 +74,36 @@ def divergence(losses: jax.Array, reference: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _token_losses(hidden, head, targets, vocab_size, cap, chunk):
-    """The same for hidden (T, D) and targets (T,)."""
+    """token_losses for hidden (T, D) and targets (T,)."""
     return _forward(hidden, head, targets, vocab_size, cap, chunk)[0]
 
 
-def _logits(hidden, rows, cap):
-    """Capped float32 logits of some vocabulary rows (V', D): the product in hidden's dtype, summed in float32."""
-    logits = jnp.einsum(
-        "TD,VD->TV", hidden, rows.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
-    return soft_cap(logits, cap)
-
-
 class _Sums(NamedTuple):
-    """What is known of every token (T,) from the part of the vocabulary scored so far."""
+    """Running sums of every token (T,) over the vocabulary rows scored so far."""
 
-    highest: jax.Array  # logit; with a soft cap not needed
-    total: jax.Array  # of exponentials, less the cap or the highest
-    at_target: jax.Array  # logit
+    highest: jax.Array  # highest logit; not needed with a soft cap
+    total: jax.Array  # sum of exp(logit - cap), or of exp(logit - highest)
+    at_target: jax.Array  # the target's logit
 
 
 def _forward(hidden, head, targets, vocab_size, cap, chunk):
     keeps = not 0 < chunk < vocab_size
 
     def add(sums, start, rows):
-        logits = _logits(hidden, rows, cap)
+        scores = logits(hidden, rows, cap)
         highest, total = sums.highest, sums.total
-        # A soft cap bounds the logits, so its value is a safe shift and no maximum need be found.
+        # A soft cap bounds the scores, so its value is a safe shift and no maximum need be found.
         if cap:
-            total += jnp.sum(jnp.exp(logits - cap), axis=-1)
+            total += jnp.sum(jnp.exp(scores - cap), axis=-1)
         else:
-            highest = jnp.maximum(highest, jnp.max(logits, axis=-1))
+            highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
             total *= jnp.exp(sums.highest - highest)
-            total += jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1)
+            total += jnp.sum(jnp.exp(scores - highest[:, None]), axis=-1)
         inside = (targets >= start) & (targets < start + len(rows))
         index = jnp.where(inside, targets - start, 0)
-        picked = jnp.take_along_axis(logits, index[:, None], axis=-1)[:, 0]
+        picked = jnp.take_along_axis(scores, index[:, None], axis=-1)[:, 0]
         sums = _Sums(highest, total, sums.at_target + jnp.where(inside, picked, 0))
-        return sums, logits if keeps else None
+        return sums, scores if keeps else None
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
     sums = _Sums(zeros - jnp.inf, zeros, zeros)
@@ -120,11 +120,11 @@ def _backward(vocab_size, cap, chunk, residuals, cotangent):
 
     def add(grad_hidden, start, rows):
         rows = rows.astype(hidden.dtype)
-        logits = _logits(hidden, rows, cap) if kept is None else kept
-        hot = targets[:, None] - start == jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-        grad = (jnp.exp(logits - log_total[:, None]) - hot) * scale
+        scores = logits(hidden, rows, cap) if kept is None else kept
+        hot = targets[:, None] - start == jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        grad = (jnp.exp(scores - log_total[:, None]) - hot) * scale
         if cap:
-            grad *= 1 - jnp.square(logits / cap)
+            grad *= 1 - jnp.square(scores / cap)
         grad = grad.astype(hidden.dtype)
         grad_hidden += jnp.einsum("TV,VD->TD", grad, rows, preferred_element_type=jnp.float32)
         grad_rows = jnp.einsum("TV,TD->VD", grad, hidden, preferred_element_type=jnp.float32)
@@ -139,7 +139,7 @@ def _backward(vocab_size, cap, chunk, residuals, cotangent):
 
 
 def _parts(head, vocab_size, chunk):
-    """(first ids, rows of the head) of equal chunks, n at once (n,), (n, V', D); then of the rest, if there is one."""
+    """(first ids (n,), rows of the head (n, V', D)) of all equal chunks; then of the rest, if any."""
     chunk = min(chunk or vocab_size, vocab_size)
     number, rest = divmod(vocab_size, chunk)
     whole = number * chunk
@@ -150,7 +150,7 @@ def _parts(head, vocab_size, chunk):
 
 
 def _each(function, carry, arrays):
-    """lax.scan over the leading axis, which compiles its body once; an axis of one needs no loop."""
+    """lax.scan over the leading axis, or a plain call if its size is 1."""
     if len(arrays[0]) > 1:
         return jax.lax.scan(function, carry, arrays)
     return function(carry, tuple(x[0] for x in arrays))

@@ -1,4 +1,4 @@
-"""What a model is made of before any array exists: config, mesh, numerics, architecture, shardings.
+"""A model before any array exists: config, mesh, numerics, architecture, shardings.
 
 Training, inference and evaluation all start from a ModelSetup.
 """
@@ -12,7 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
-from MaxNano.distributed import runtime, sharding
+from MaxNano.distributed import hardware, sharding
+from MaxNano.distributed.mesh import make_mesh
 from MaxNano.models import attention, embedding, quantization
 from MaxNano.models.transformer import Numerics, Transformer
 
@@ -31,7 +32,7 @@ class Architecture:
 
 
 def architecture(config: FrozenConfigDict, numerics: Numerics) -> Architecture:
-    """The model's structure, found without allocating anything."""
+    """The model's structure, without allocating any array."""
     model = nnx.eval_shape(lambda: Transformer(config, numerics, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
     # PartitionSpec is a leaf to jax.tree, which a tuple of names is not.
@@ -44,13 +45,13 @@ def architecture(config: FrozenConfigDict, numerics: Numerics) -> Architecture:
 
 
 def numerics_of(config: FrozenConfigDict, mesh: Mesh) -> Numerics:
-    """What the devices of a mesh decide."""
+    """The dtypes and kernels for the devices of a mesh."""
     device = mesh.devices.flat[0]
     backend = device.platform
-    dtype = runtime.compute_dtype(config, backend)
+    dtype = hardware.compute_dtype(config, backend)
     return Numerics(
         dtype=dtype,
-        embedding_dtype=runtime.embedding_dtype(config, backend),
+        embedding_dtype=hardware.embedding_dtype(config, backend),
         attention=attention.resolve(
             config.attention, device, dtype=dtype, head_dim=config.head_dim
         ),
@@ -87,7 +88,7 @@ class ModelSetup:
     @property
     def data_parallel_size(self) -> int:
         """Number of parts into which the batch is split."""
-        return sharding.batch_ways(self.mesh, self.config.logical_axis_rules)
+        return sharding.data_parallel_size(self.mesh, self.config.logical_axis_rules)
 
     @property
     def batch_spec(self) -> PartitionSpec:
@@ -96,7 +97,7 @@ class ModelSetup:
 
     @property
     def replicated(self) -> NamedSharding:
-        """Sharding of an array that every device holds whole: what the hosts read."""
+        """Sharding of an array that every device holds whole, so that each host can read it."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def manual_specs(self, tree: Any) -> Any:
@@ -126,7 +127,7 @@ def set_up_model(
 
     Raises ValueError if layout, quantization and devices do not fit together.
     """
-    mesh = sharding.make_mesh(config, devices) if mesh is None else mesh
+    mesh = make_mesh(config, devices) if mesh is None else mesh
     quantization.check(config.quantization, mesh.devices.flat)
     numerics = numerics_of(config, mesh)
     model = architecture(config, numerics)

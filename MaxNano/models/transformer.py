@@ -1,17 +1,23 @@
-"""The Transformer: nanochat's architecture in Flax NNX, built from the config.
+"""The Transformer, nanochat's architecture: the only definition of its forward pass.
 
-Every layer parameter is stacked on a leading `layers` axis, whatever the depth. The forward pass cuts the layers
-into equal groups (one period of the window pattern and of the value embeddings), loops over the groups and then
-runs the layers that are left; unrolled or looped, the checkpoint and the numbers are the same.
+Training, prefill, decoding and CORE's shared prefixes all run `forward`. What they do differently is
+in its `Context`: which keys a query sees and where keys and values are kept (`attend`), how rows of
+tables are read, and how matrices multiply. `Transformer` declares the parameters in Flax NNX and runs
+`forward` for whole sequences, as training does.
 
-Between attention and attention, tokens stand in one axis: on a TPU that lets the compiler lay out every matrix
-product well.
+Every parameter of a layer is stacked on a leading `layers` axis. The forward pass splits the layers
+into equal groups (one period of the window pattern and of the value embeddings), scans over the
+groups, and unrolls the layers that remain. Scanned or unrolled, checkpoints and numbers are the same.
 
-Legend: B batch, L length, T tokens (B x L), D embed, N heads, K kv_heads, H head_dim, V vocab.
+Legend: B batch, L length, T tokens, D embed, N heads, K kv_heads, G query heads per kv head,
+H head_dim, V vocab, C gate channels. `...` is empty in training and decoding, whose tokens are one
+axis: on a TPU this lets the compiler choose good layouts for every matrix product.
 Source: nanochat/gpt.py@92d63d4.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +27,8 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig, scaling
 from MaxNano.distributed.sharding import constrain
-from MaxNano.models import attention, embedding
+from MaxNano.models import attention, embedding, layers, losses, quantization
 from MaxNano.models.layers import (
-    Mlp,
     constant,
     linspace,
     normal,
@@ -33,15 +38,18 @@ from MaxNano.models.layers import (
     row_major,
     uniform,
 )
-from MaxNano.models.losses import soft_cap
-from MaxNano.models.quantization import matmul
 
-RESIDUAL_AXES = ("activation_batch", "activation_embed")
-HEAD_AXES = ("activation_batch", "activation_heads")
+Layer = dict[str, Any]
+"""One layer's arrays: attention {qkv, out}, mlp, the two lambdas, and value {gate, index} if it has one."""
+ValueEmbed = tuple[jax.Array, jax.Array]
+"""Rows of a table of value embeddings (..., T, K x H), and their gates (..., K, T) in float32."""
+
+
+# ---- Kinds of layers -----------------------------------------------------------------------------
 
 
 class Numerics(NamedTuple):
-    """What the backend decides and the config leaves open: dtypes by name, kernels, and the backend itself."""
+    """The choices that depend on the backend: dtypes by name, kernels, and the backend itself."""
 
     dtype: str
     embedding_dtype: str
@@ -50,270 +58,11 @@ class Numerics(NamedTuple):
     backend: str
 
 
-def scans_layers(config: FrozenConfigDict, backend: str) -> bool:
-    """Whether equal groups of layers are one compiled loop on a backend (cpu, gpu, tpu)."""
-    return backend != "gpu" if config.scan_layers is None else config.scan_layers
-
-
 class LayerKind(NamedTuple):
-    """What is static about a layer: its window in tokens, and whether it has a value embedding."""
+    """The static facts of a layer: its window in tokens, and whether it has a value embedding."""
 
     window: int
     has_value_embed: bool
-
-
-def residual(x: jax.Array, config: FrozenConfigDict) -> jax.Array:
-    """The residual stream (T, D) as it lies over devices and in memory."""
-    return row_major(constrain(x, RESIDUAL_AXES, config.logical_axis_rules))
-
-
-class Attention(nnx.Module):
-    """Multi-head attention with rotary embedding, QK norm, a window and gated value embeddings."""
-
-    def __init__(self, config: FrozenConfigDict, layers: int, *, rngs: nnx.Rngs):
-        embed = config.emb_dim
-        queries = config.num_query_heads * config.head_dim
-        keys = config.num_kv_heads * config.head_dim
-        init = uniform(-((3 / embed) ** 0.5), (3 / embed) ** 0.5)
-        self.config = config
-        self.query = parameter(rngs, (layers, embed, queries), ("layers", "embed", "heads"), init)
-        self.key = parameter(rngs, (layers, embed, keys), ("layers", "embed", "kv_heads"), init)
-        self.value = parameter(rngs, (layers, embed, keys), ("layers", "embed", "kv_heads"), init)
-        self.out = parameter(
-            rngs, (layers, queries, embed), ("layers", "heads", "embed"), constant(0.0)
-        )
-
-    def __call__(self, x, value_embed, rotary, window: int, kernel: str, settings) -> jax.Array:
-        """x (T, D), already normalized -> (T, D).
-
-        value_embed: rows (T, K x H) and their gates (K, T) float32, or None. rotary: cosines and sines (L, H / 2);
-        T is a number of whole rows of L tokens.
-        """
-        config = self.config
-        length = len(rotary[0])
-        qkv = checkpoint_name(matmul(x, self.qkv_weight(x.dtype), config.quantization), "qkv")
-        qkv = constrain(qkv, HEAD_AXES, config.logical_axis_rules)
-        if value_embed is not None:
-            rows, gate = value_embed
-            gate = gate.reshape(len(gate), -1, length).swapaxes(0, 1)
-            value_embed = rows.reshape(-1, length, rows.shape[1]), gate
-        with jax.named_scope("attend"):
-            y = attention.attend(
-                qkv.reshape(-1, length, qkv.shape[1]),
-                rotary,
-                group=config.num_query_heads // config.num_kv_heads,
-                value_embed=value_embed,
-                window=window,
-                kernel=kernel,
-                settings=settings,
-                head_dim=config.head_dim,
-                scale=config.qk_norm_scale,
-                epsilon=config.norm_epsilon,
-                rules=config.logical_axis_rules,
-            )
-        return matmul(y.reshape(len(x), -1), self.out[...].astype(x.dtype), config.quantization)
-
-    def qkv_weight(self, dtype) -> jax.Array:
-        """The three projections as one (D, K x (G + 2) x H): for each kv head its query heads, its keys, its values."""
-        heads = self.config.num_kv_heads
-        parts = [
-            weight[...].astype(dtype).reshape(-1, heads, weight.shape[-1] // heads)
-            for weight in (self.query, self.key, self.value)
-        ]
-        # Row-major, or on a TPU its gradient takes the layout of the parts, and activations are transposed for it.
-        return row_major(jnp.concatenate(parts, axis=-1).reshape(self.config.emb_dim, -1))
-
-
-class Layers(nnx.Module):
-    """The stacked parameters of `layers` blocks; sliced to one layer, it is that block."""
-
-    def __init__(self, config: FrozenConfigDict, layers: int, *, rngs: nnx.Rngs):
-        self.config = config
-        self.attention = Attention(config, layers, rngs=rngs)
-        self.mlp = Mlp(config, layers, rngs=rngs)
-
-    def __call__(
-        self, x, value_gate, value_rows, rotary, window: int, kernel: str, settings
-    ) -> jax.Array:
-        """One block: x (T, D) -> (T, D). value_rows (T, K x H) with value_gate (channels, K), or None."""
-        config = self.config
-        h = rms_norm(x, config.norm_epsilon)
-        value_embed = None
-        if value_rows is not None:
-            channels = h[:, : config.value_embed_gate_channels]
-            # Tokens last: an array whose last axis is a few heads wastes most of a register.
-            gate = jnp.einsum("TC,CK->KT", channels, value_gate.astype(h.dtype)).astype(jnp.float32)
-            gate = config.value_embed_gate_range * jax.nn.sigmoid(gate)
-            value_embed = value_rows.astype(h.dtype), gate
-        x = residual(x + self.attention(h, value_embed, rotary, window, kernel, settings), config)
-        x = checkpoint_name(x, "attention_residual")
-        return residual(x + self.mlp(rms_norm(x, config.norm_epsilon)), config)
-
-
-class Transformer(nnx.Module):
-    """Token ids -> final hidden states (`__call__`) -> logits (`logits`)."""
-
-    def __init__(self, config: FrozenConfigDict, numerics: Numerics, *, rngs: nnx.Rngs):
-        layers, embed = config.num_decoder_layers, config.emb_dim
-        vocab = scaling.round_up(config.vocab_size, config.vocab_multiple)
-        keys = config.num_kv_heads * config.head_dim
-        table_dtype = jnp.dtype(numerics.embedding_dtype)
-        bound = (3 / embed) ** 0.5
-        gate_init = uniform(0.0, config.gate_init_max)
-        self.config = config
-        self.numerics = numerics
-        self.kinds = nnx.static(layer_kinds(config))
-
-        self.token_embed = parameter(
-            rngs, (vocab, embed), ("vocab", "embed"), normal(config.embed_init_std), table_dtype
-        )
-        self.layers = Layers(config, layers, rngs=rngs)
-        valued = sum(kind.has_value_embed for kind in self.kinds)
-        if valued:
-            channels = config.value_embed_gate_channels
-            self.value_embeds = parameter(
-                rngs,
-                (valued, vocab, keys),
-                (None, "vocab", "kv_heads"),
-                uniform(-bound, bound),
-                table_dtype,
-            )
-            self.value_gate = parameter(
-                rngs, (valued, channels, config.num_kv_heads), (None, None, "kv_heads"), gate_init
-            )
-        self.resid_lambdas = parameter(
-            rngs, (layers,), (None,), linspace(*config.resid_lambda_init)
-        )
-        self.x0_lambdas = parameter(rngs, (layers,), (None,), linspace(*config.x0_lambda_init))
-        if config.smear_gate_channels:
-            self.smear_gate = parameter(rngs, (config.smear_gate_channels,), (None,), gate_init)
-            self.smear_lambda = parameter(rngs, (), (), constant(0.0))
-        if config.use_backout:
-            self.backout_lambda = parameter(rngs, (), (), constant(config.backout_lambda_init))
-        self.lm_head = parameter(
-            rngs, (vocab, embed), ("vocab", "embed"), normal(config.head_init_std)
-        )
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Token ids (B, L) -> normalized final hidden states (B, L, D) in the compute dtype."""
-        config = self.config
-        order = embedding.order(tokens, self.numerics.embedding_gradient)
-        x = self._embed(order, tokens.shape[1])
-        x, middle = self._run_layers(x, order, tokens.shape[1])
-        if config.use_backout:
-            x = _mix(x, jnp.float32(1), middle, -self.backout_lambda[...])
-        return rms_norm(x, config.norm_epsilon).reshape(*tokens.shape, -1)
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states (B, L, D) -> soft-capped float32 logits (B, L, vocab_size)."""
-        head = self.lm_head[...][: self.config.vocab_size].astype(hidden.dtype)
-        logits = jnp.einsum("BLD,VD->BLV", hidden, head).astype(jnp.float32)
-        return soft_cap(logits, self.config.logits_soft_cap)
-
-    def _lookup(self, own, tables, index, order):
-        """Rows (T, width) of table `index`; its gradient goes to `own`: see embedding.lookup."""
-        numerics = self.numerics
-        rows = embedding.lookup(
-            own,
-            jax.lax.stop_gradient(tables),
-            index,
-            order,
-            numerics.embedding_gradient,
-            numerics.backend != "tpu",
-        )
-        return constrain(rows, RESIDUAL_AXES, self.config.logical_axis_rules)
-
-    def _embed(self, order, length):
-        """Normalized embeddings, each with a gated share of the previous token's (smear)."""
-        config = self.config
-        table = self.token_embed[...]
-        x = self._lookup(table, table[None], 0, order).astype(self.numerics.dtype)
-        x = rms_norm(x, config.norm_epsilon)
-        if config.smear_gate_channels:
-            gate = jax.nn.sigmoid(
-                x[:, : config.smear_gate_channels] @ self.smear_gate[...].astype(x.dtype)
-            )
-            first = jnp.arange(len(x)) % length == 0  # a row's first token has no previous one
-            gate = jnp.where(first, 0, self.smear_lambda[...] * gate)[:, None].astype(x.dtype)
-            x = x + gate * jnp.roll(x, 1, axis=0)
-        return residual(x, config)
-
-    def _run_layers(self, x, order, length):
-        """All blocks; returns the last output and the output of block num_decoder_layers // 2 (for backout)."""
-        config = self.config
-        rotary = tuple(map(jnp.asarray, rotary_tables(length, config.head_dim, config.rope_theta)))
-        settings = attention.Settings.from_config(config, self.numerics.backend)
-        graph, params = nnx.split(self.layers)
-        per_layer = (params, self.resid_lambdas[...], self.x0_lambdas[...])
-        valued = any(kind.has_value_embed for kind in self.kinds)
-        tables = self.value_embeds[...] if valued else None
-        per_value = (tables, self.value_gate[...], jnp.arange(len(tables))) if valued else ()
-        x0 = x
-        middle_layer = config.num_decoder_layers // 2
-
-        def block(x, layer, value, kind):
-            layer_params, resid, share = layer
-            x = residual(_mix(x, resid, x0, share), config)
-            gate = rows = None
-            if kind.has_value_embed:
-                own, gate, index = value
-                rows = self._lookup(own, tables, index, order)
-            return nnx.merge(graph, layer_params)(
-                x, gate, rows, rotary, kind.window, self.numerics.attention, settings
-            )
-
-        def run(x, middle, kinds, layers, values, is_middle, looped):
-            """The blocks of `kinds` on slices of the stacks; `is_middle(j)`: whether block j is the middle one."""
-            run_block = _rematerialize(block, config, looped)
-            value_index = 0
-            for j, kind in enumerate(kinds):
-                value = jax.tree.map(lambda a, e=value_index: a[e], values)
-                value_index += kind.has_value_embed
-                x = run_block(x, jax.tree.map(lambda a, j=j: a[j], layers), value, kind)
-                keep = is_middle(j)
-                if keep is not False:
-                    middle = x if keep is True else jnp.where(keep, x, middle)
-            return x, middle
-
-        period, groups = repetition(self.kinds)
-        if not scans_layers(config, self.numerics.backend) or groups < 2:
-            groups = 0
-        looped = period * groups
-        middle = x
-        if groups:
-            kinds = self.kinds[:period]
-            valued = sum(kind.has_value_embed for kind in kinds)
-
-            def grouped(tree, size):
-                return jax.tree.map(
-                    lambda a: a[: groups * size].reshape(groups, size, *a.shape[1:]), tree
-                )
-
-            def step(carry, scanned):
-                index, layers, values = scanned
-                wanted, offset = divmod(middle_layer, period)
-                in_loop = middle_layer < looped
-                return run(
-                    *carry,
-                    kinds,
-                    layers,
-                    values,
-                    lambda j: index == wanted if in_loop and j == offset else False,
-                    looped=True,
-                ), None
-
-            scanned = (jnp.arange(groups), grouped(per_layer, period), grouped(per_value, valued))
-            (x, middle), _ = jax.lax.scan(step, (x, middle), scanned)
-        first_value = sum(kind.has_value_embed for kind in self.kinds[:looped])
-        return run(
-            x,
-            middle,
-            self.kinds[looped:],
-            jax.tree.map(lambda a: a[looped:], per_layer),
-            jax.tree.map(lambda a: a[first_value:], per_value),
-            lambda j: looped + j == middle_layer,
-            looped=False,
-        )
 
 
 def layer_kinds(config: FrozenConfigDict) -> tuple[LayerKind, ...]:
@@ -324,10 +73,15 @@ def layer_kinds(config: FrozenConfigDict) -> tuple[LayerKind, ...]:
     return tuple(LayerKind(window, i in valued) for i, window in enumerate(windows))
 
 
-def repetition(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
-    """(period, groups): the loop over equal groups of layers that leaves the fewest layers to compile one by one.
+def scans_layers(config: FrozenConfigDict, backend: str) -> bool:
+    """Whether equal groups of layers are one compiled loop on a backend (cpu, gpu, tpu)."""
+    return backend != "gpu" if config.scan_layers is None else config.scan_layers
 
-    The first period x groups layers repeat the first `period`; the rest, if any, are the tail.
+
+def repetition(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
+    """(period, groups) of the loop over equal groups that leaves the fewest layers to compile.
+
+    The first period x groups layers repeat the first `period`; the layers that remain are unrolled.
     """
 
     def groups_of(period):
@@ -343,20 +97,185 @@ def repetition(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
     return best, groups_of(best)
 
 
+# ---- The forward pass ----------------------------------------------------------------------------
+
+
+class Context(NamedTuple):
+    """The differences between training, prefill, decoding and CORE.
+
+    attend(qkv, value_embed, kind, index) -> (y (..., T, N x H), state that the layer leaves, such as its
+        KV cache). qkv (..., T, K x (G + 2) x H) is as projected; value_embed may be None; index is the
+        layer's number, None inside the scan. It may return fewer tokens: then only the last ones continue.
+    lookup(tables (E, V, W), index, table) -> rows (..., T, W) of table `index` for the tokens, in the
+        compute dtype. `table` is where the gradient goes: see embedding.lookup.
+    previous(x) -> the embeddings of the tokens before those of x (..., T, D).
+    is_first: (..., T) whether a token has no token before it.
+    matmul(x, w): the product of x (..., T, D) and a matrix.
+    wrap(run_layer, scanned) -> run_layer, with rematerialization for instance.
+    """
+
+    attend: Callable[..., tuple[jax.Array, Any]]
+    lookup: Callable[[jax.Array, Any, jax.Array | None], jax.Array]
+    previous: Callable[[jax.Array], jax.Array]
+    is_first: jax.Array
+    matmul: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul
+    wrap: Callable[[Callable, bool], Callable] = lambda run_layer, scanned: run_layer
+
+
+class Stack(NamedTuple):
+    """A model's layers, as `run_layers` takes them: the first period x groups in a scan, then `tail`.
+
+    scanned: a tree with a leading axis of groups; layers_of(one group's slice) gives its layers.
+    """
+
+    kinds: tuple[LayerKind, ...]
+    tail: Sequence[Layer]
+    period: int = 0
+    groups: int = 0
+    scanned: Any = ()
+    layers_of: Callable[[Any], Sequence[Layer]] = list
+
+
+def forward(
+    config: FrozenConfigDict, weights: dict[str, Any], stack: Stack, context: Context
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Normalized final hidden states (..., T, D), and the state that `attend` left for each layer.
+
+    weights: token_embed (V, D), value_embeds (E, V, K x H) and the scalars of smear and backout,
+    named as the parameters are.
+    """
+    x = embed(config, weights, context)
+    x, middle, states = run_layers(config, weights, stack, x, context)
+    if config.use_backout:
+        x = mix(x, jnp.float32(1), _last(middle, x), -weights["backout_lambda"])
+    return rms_norm(x, config.norm_epsilon), states
+
+
+def head(config: FrozenConfigDict, hidden: jax.Array, lm_head: jax.Array) -> jax.Array:
+    """Soft-capped float32 logits (..., V) of hidden states (..., D); lm_head (V, D)."""
+    return losses.logits(hidden, lm_head, config.logits_soft_cap)
+
+
+def embed(config: FrozenConfigDict, weights: dict[str, Any], context: Context) -> jax.Array:
+    """Normalized embeddings (..., T, D), each with a gated share of the previous token's (smear)."""
+    table = weights["token_embed"]
+    x = rms_norm(context.lookup(table[None], 0, table), config.norm_epsilon)
+    if config.smear_gate_channels:
+        channels = x[..., : config.smear_gate_channels]
+        gate = jax.nn.sigmoid(channels @ weights["smear_gate"].astype(x.dtype))
+        gate = jnp.where(context.is_first, 0, weights["smear_lambda"] * gate)
+        x = x + gate[..., None].astype(x.dtype) * context.previous(x)
+    return residual(x, config)
+
+
+def block(
+    config: FrozenConfigDict,
+    layer: Layer,
+    x: jax.Array,
+    x0: jax.Array,
+    value_rows: jax.Array | None,
+    attend: Callable[[jax.Array, ValueEmbed | None], tuple[jax.Array, Any]],
+    matmul: Callable[[jax.Array, jax.Array], jax.Array],
+) -> tuple[jax.Array, Any]:
+    """One layer: x and the embeddings x0 (..., T, D) -> (x (..., T', D), the state of `attend`).
+
+    value_rows: (..., at least T, K x H), the last T of them used, or None. T' is the number of tokens
+    that `attend` returns.
+    """
+    x = residual(mix(x, layer["resid_lambda"], _last(x0, x), layer["x0_lambda"]), config)
+    h = rms_norm(x, config.norm_epsilon)
+    value_embed = None
+    if value_rows is not None:
+        value_embed = _last(value_rows, h), value_gate(config, layer["value"]["gate"], h)
+    qkv = checkpoint_name(matmul(h, layer["attention"]["qkv"]), "qkv")
+    with jax.named_scope("attend"):
+        y, state = attend(_constrain(qkv, "activation_heads", config), value_embed)
+    x = residual(_last(x, y) + matmul(y, layer["attention"]["out"]), config)
+    x = checkpoint_name(x, "attention_residual")
+    h = rms_norm(x, config.norm_epsilon)
+    return residual(x + layers.mlp(layer["mlp"], h, matmul), config), state
+
+
+def value_gate(config: FrozenConfigDict, gate: jax.Array, h: jax.Array) -> jax.Array:
+    """Gates (..., K, T) of the value embeddings, float32; gate (C, K), h (..., T, D)."""
+    channels = h[..., : config.value_embed_gate_channels]
+    # Tokens last: an array whose last axis is a few heads wastes most of a register.
+    gates = jnp.einsum("...TC,CK->...KT", channels, gate.astype(h.dtype)).astype(jnp.float32)
+    return config.value_embed_gate_range * jax.nn.sigmoid(gates)
+
+
+def run_layers(
+    config: FrozenConfigDict, weights: dict[str, Any], stack: Stack, x: jax.Array, context: Context
+) -> tuple[jax.Array, jax.Array, tuple[Any, ...]]:
+    """All layers: the last output, the output of layer num_decoder_layers // 2, and the layers' states."""
+    x0, middle_layer = x, len(stack.kinds) // 2
+    in_scan = stack.period * stack.groups
+
+    def run_layer(x, layer, kind, index):
+        rows = None
+        if kind.has_value_embed:
+            value = layer["value"]
+            rows = context.lookup(weights["value_embeds"], value["index"], value.get("table"))
+        attend = partial(context.attend, kind=kind, index=index)
+        return block(config, layer, x, x0, rows, attend, context.matmul)
+
+    def step(carry, scanned):
+        x, middle = carry
+        group, weights_of_group = scanned
+        run, states = context.wrap(run_layer, True), []
+        for j, layer in enumerate(stack.layers_of(weights_of_group)):
+            x, state = run(x, layer, stack.kinds[j], None)
+            states.append(state)
+            if middle_layer < in_scan and j == middle_layer % stack.period:
+                middle = jnp.where(group == middle_layer // stack.period, x, middle)
+        return (x, middle), tuple(states)
+
+    middle, states = x, []
+    if in_scan:
+        scanned = (jnp.arange(stack.groups), stack.scanned)
+        (x, middle), stacked = jax.lax.scan(step, (x, x), scanned)
+        states = [
+            jax.tree.map(lambda a, g=g: a[g], s) for g in range(stack.groups) for s in stacked
+        ]
+    run = context.wrap(run_layer, False)
+    for index, layer in enumerate(stack.tail, in_scan):
+        x, state = run(x, layer, stack.kinds[index], index)
+        states.append(state)
+        if index == middle_layer:
+            middle = x
+    return x, middle, tuple(states)
+
+
+def residual(x: jax.Array, config: FrozenConfigDict) -> jax.Array:
+    """The residual stream (..., T, D), with its layout over devices and in memory."""
+    return row_major(_constrain(x, "activation_embed", config))
+
+
+def _constrain(x: jax.Array, last_axis: str, config: FrozenConfigDict) -> jax.Array:
+    axes = ("activation_batch", *[None] * (x.ndim - 2), last_axis)
+    return constrain(x, axes, config.logical_axis_rules)
+
+
+def _last(x: jax.Array, like: jax.Array) -> jax.Array:
+    """As many of the last tokens of x (..., T, D) as `like` has."""
+    extra = x.shape[-2] - like.shape[-2]
+    return x[..., extra:, :] if extra else x
+
+
 @jax.custom_vjp
-def _mix(x: jax.Array, scale: jax.Array, other: jax.Array, share: jax.Array) -> jax.Array:
-    """scale x + share other in float32, in x's dtype; x and other (T, D), scale and share scalars."""
+def mix(x: jax.Array, scale: jax.Array, other: jax.Array, share: jax.Array) -> jax.Array:
+    """scale x + share other in float32, in x's dtype; x and other (..., T, D), scale and share ()."""
     mixed = scale * x.astype(jnp.float32) + share * other.astype(jnp.float32)
     return mixed.astype(x.dtype)
 
 
 def _mix_forward(x, scale, other, share):
-    return _mix(x, scale, other, share), (x, scale, other, share)
+    return mix(x, scale, other, share), (x, scale, other, share)
 
 
 def _mix_backward(residuals, cotangent):
-    # The scalars' gradients sum millions of products of both signs. As dot products they are summed in
-    # blocks, which keeps the digits that one long running sum in float32 loses.
+    # The gradients of the scalars sum millions of products of both signs. Dot products are summed in
+    # blocks, which keeps digits that one long running sum in float32 loses.
     x, scale, other, share = residuals
 
     def dot(a, b):
@@ -372,27 +291,247 @@ def _mix_backward(residuals, cotangent):
     )
 
 
-_mix.defvjp(_mix_forward, _mix_backward)
+mix.defvjp(_mix_forward, _mix_backward)
 
 
-# The results that a remat policy can keep, in the order in which a block makes them.
-RESIDUALS = ("qkv", "attention_out", "attention_residual", "mlp_hidden")
+# ---- Weights -------------------------------------------------------------------------------------
+
+
+def fuse_layers(config: FrozenConfigDict, params: Layer, dtype) -> Layer:
+    """The matrices of one layer or of a stack of layers, cast, with query, key and value as one `qkv`.
+
+    qkv (..., D, K x (G + 2) x H): for each kv head its G query heads, its keys and its values.
+    """
+    cast = {part: {k: w.astype(dtype) for k, w in params[part].items()} for part in scaling.BLOCK}
+    attend, heads = cast["attention"], config.num_kv_heads
+    parts = [attend.pop(name) for name in ("query", "key", "value")]
+    parts = [w.reshape(*w.shape[:-1], heads, w.shape[-1] // heads) for w in parts]
+    qkv = jnp.concatenate(parts, axis=-1)
+    # Row-major: otherwise its gradient takes the layout of the parts on a TPU, and activations are
+    # transposed for it.
+    attend["qkv"] = row_major(qkv.reshape(*qkv.shape[:-2], -1))
+    return params | cast
+
+
+def stack_layers(
+    config: FrozenConfigDict, params: dict[str, Any], period: int, groups: int, tables: bool = False
+) -> Stack:
+    """The layers of a parameter tree, of which the first period x groups are scanned.
+
+    tables: each layer carries its table of value embeddings, for its gradient.
+    """
+    kinds = layer_kinds(config)
+    per_layer = params["layers"] | {
+        "resid_lambda": params["resid_lambdas"],
+        "x0_lambda": params["x0_lambdas"],
+    }
+    per_value: Layer = {}
+    if "value_gate" in params:
+        gate = params["value_gate"]
+        per_value = {"gate": gate, "index": jnp.arange(len(gate))}
+        per_value |= {"table": params["value_embeds"]} if tables else {}
+    in_scan = period * groups
+    values_in_scan = sum(kind.has_value_embed for kind in kinds[:in_scan])
+
+    def grouped(tree, count):
+        return jax.tree.map(lambda a: a[:count].reshape(groups, -1, *a.shape[1:]), tree)
+
+    def rest(tree, count):
+        return jax.tree.map(lambda a: a[count:], tree)
+
+    tail = unstack(kinds[in_scan:], rest(per_layer, in_scan), rest(per_value, values_in_scan))
+    if not in_scan:
+        return Stack(kinds, tail)
+    scanned = (
+        grouped(per_layer, in_scan),
+        grouped(per_value, values_in_scan) if values_in_scan else {},
+    )
+    return Stack(
+        kinds, tail, period, groups, scanned, lambda group: unstack(kinds[:period], *group)
+    )
+
+
+def unstack(kinds: Sequence[LayerKind], per_layer: Layer, per_value: Layer) -> list[Layer]:
+    """One tree per layer, from trees stacked over layers and over the layers with value embeddings."""
+    unstacked, value_index = [], 0
+    for j, kind in enumerate(kinds):
+        layer = jax.tree.map(lambda a, j=j: a[j], per_layer)
+        if kind.has_value_embed:
+            layer["value"] = jax.tree.map(lambda a, e=value_index: a[e], per_value)
+            value_index += 1
+        unstacked.append(layer)
+    return unstacked
+
+
+class Layers(nnx.Module):
+    """The block's matrices as scaling.BLOCK lists them, stacked over layers."""
+
+    def __init__(self, config: FrozenConfigDict, *, rngs: nnx.Rngs):
+        for part in scaling.BLOCK:
+            setattr(self, part, Part(config, part, rngs=rngs))
+
+
+class Part(nnx.Module):
+    """The matrices of one part of the block: `attention` or `mlp`."""
+
+    def __init__(self, config: FrozenConfigDict, part: str, *, rngs: nnx.Rngs):
+        sizes = scaling.axis_sizes(scaling.shape_of(config))
+        scale = config.mlp_init_scale if part == "mlp" else 1.0
+        bound = scale * (3 / config.emb_dim) ** 0.5
+        for name, axes in scaling.BLOCK[part].items():
+            shape = (config.num_decoder_layers, *(sizes[axis] for axis in axes))
+            # Matrices that write to the residual stream start at zero.
+            init = constant(0.0) if axes[1] == "embed" else uniform(-bound, bound)
+            setattr(self, name, parameter(rngs, shape, ("layers", *axes), init))
+
+
+class Transformer(nnx.Module):
+    """Token ids -> final hidden states (`__call__`) -> logits (`logits`)."""
+
+    def __init__(self, config: FrozenConfigDict, numerics: Numerics, *, rngs: nnx.Rngs):
+        depth, embed_dim = config.num_decoder_layers, config.emb_dim
+        vocab = scaling.round_up(config.vocab_size, config.vocab_multiple)
+        keys = config.num_kv_heads * config.head_dim
+        table_dtype = jnp.dtype(numerics.embedding_dtype)
+        bound = (3 / embed_dim) ** 0.5
+        gate_init = uniform(0.0, config.gate_init_max)
+        self.config = config
+        self.numerics = numerics
+
+        self.token_embed = parameter(
+            rngs, (vocab, embed_dim), ("vocab", "embed"), normal(config.embed_init_std), table_dtype
+        )
+        self.layers = Layers(config, rngs=rngs)
+        valued = sum(kind.has_value_embed for kind in layer_kinds(config))
+        if valued:
+            channels = config.value_embed_gate_channels
+            self.value_embeds = parameter(
+                rngs,
+                (valued, vocab, keys),
+                (None, "vocab", "kv_heads"),
+                uniform(-bound, bound),
+                table_dtype,
+            )
+            self.value_gate = parameter(
+                rngs, (valued, channels, config.num_kv_heads), (None, None, "kv_heads"), gate_init
+            )
+        self.resid_lambdas = parameter(rngs, (depth,), (None,), linspace(*config.resid_lambda_init))
+        self.x0_lambdas = parameter(rngs, (depth,), (None,), linspace(*config.x0_lambda_init))
+        if config.smear_gate_channels:
+            self.smear_gate = parameter(rngs, (config.smear_gate_channels,), (None,), gate_init)
+            self.smear_lambda = parameter(rngs, (), (), constant(0.0))
+        if config.use_backout:
+            self.backout_lambda = parameter(rngs, (), (), constant(config.backout_lambda_init))
+        self.lm_head = parameter(
+            rngs, (vocab, embed_dim), ("vocab", "embed"), normal(config.head_init_std)
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Token ids (B, L) -> normalized final hidden states (B, L, D) in the compute dtype."""
+        config = self.config
+        params = nnx.to_pure_dict(nnx.state(self, nnx.Param))
+        period, groups = repetition(layer_kinds(config))
+        if not scans_layers(config, self.numerics.backend) or groups < 2:
+            period = groups = 0
+        stack = stack_layers(config, params, period, groups, tables=True)
+        context = training_context(config, self.numerics, tokens)
+        hidden, _ = forward(config, params, stack, context)
+        return hidden.reshape(*tokens.shape, -1)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states (..., D) -> soft-capped float32 logits (..., vocab_size)."""
+        return head(self.config, hidden, self.lm_head[...][: self.config.vocab_size])
+
+
+# ---- Whole sequences, with gradients -------------------------------------------------------------
+
+
+def training_context(config: FrozenConfigDict, numerics: Numerics, tokens: jax.Array) -> Context:
+    """The context of whole sequences, tokens (B, L), of which every layer has all tokens in one axis."""
+    length = tokens.shape[1]
+    order = embedding.order(tokens, numerics.embedding_gradient)
+    rotary = tuple(map(jnp.asarray, rotary_tables(length, config.head_dim, config.rope_theta)))
+    settings = attention.KernelSettings.from_config(config, numerics.backend)
+
+    def lookup(tables, index, table):
+        method, interpret = numerics.embedding_gradient, numerics.backend != "tpu"
+        tables = jax.lax.stop_gradient(tables)
+        rows = embedding.lookup(table, tables, index, order, method, interpret)
+        return _constrain(rows, "activation_embed", config).astype(numerics.dtype)
+
+    def attend(qkv, value_embed, kind, index):
+        del index
+        qkv, value_embed = split_rows(qkv, value_embed, length)
+        y = attention.attend(
+            qkv,
+            rotary,
+            heads=attention.Heads.from_config(config),
+            value_embed=value_embed,
+            window=kind.window,
+            kernel=numerics.attention,
+            settings=settings,
+            rules=config.logical_axis_rules,
+        )
+        return y.reshape(-1, y.shape[2]), None
+
+    def wrap(run_layer, scanned):
+        def fused(x, layer, kind, index):
+            return run_layer(x, fuse_layers(config, layer, x.dtype), kind, index)
+
+        return _rematerialize(fused, config, scanned)
+
+    return Context(
+        attend=attend,
+        lookup=lookup,
+        previous=lambda x: jnp.roll(x, 1, axis=0),
+        is_first=jnp.arange(tokens.size) % length == 0,
+        matmul=partial(quantization.matmul, kind=config.quantization),
+        wrap=wrap,
+    )
+
+
+def split_rows(
+    qkv: jax.Array, value_embed: ValueEmbed | None, length: int
+) -> tuple[jax.Array, ValueEmbed | None]:
+    """Projections (T, W) and value embeddings of flat tokens, with tokens as (B, L), L being `length`."""
+    if value_embed is not None:
+        rows, gate = value_embed
+        gate = gate.reshape(len(gate), -1, length).swapaxes(0, 1)
+        value_embed = rows.reshape(-1, length, rows.shape[1]), gate
+    return qkv.reshape(-1, length, qkv.shape[1]), value_embed
+
+
+def residual_widths(config: FrozenConfigDict) -> dict[str, int]:
+    """Numbers per token of each result that a remat policy can keep, in the order of computation."""
+    sizes = scaling.axis_sizes(scaling.shape_of(config))
+
+    def read(part):
+        """Columns of the matrices that read the residual stream."""
+        return sum(sizes[axes[1]] for axes in scaling.BLOCK[part].values() if axes[0] == "embed")
+
+    return {
+        "qkv": read("attention"),
+        "attention_out": sizes["heads"],
+        "attention_residual": sizes["embed"],
+        "mlp_hidden": read("mlp"),
+    }
 
 
 def kept_residuals(config: FrozenConfigDict) -> tuple[str, ...] | None:
-    """Which of RESIDUALS the backward pass finds again; None: everything that it needs."""
-    kept = {"none": None, "minimal": RESIDUALS, "full": (), "names": tuple(config.remat_names)}
+    """The names in residual_widths that the backward pass does not recompute; None: all it needs."""
+    minimal = tuple(residual_widths(config))
+    kept = {"none": None, "minimal": minimal, "full": (), "names": tuple(config.remat_names)}
     return kept[config.remat_policy]
 
 
-def _rematerialize(block, config, looped: bool):
-    """`block` with the config's remat policy: what is not kept is computed again in the backward pass.
+def _rematerialize(run_layer, config, scanned: bool):
+    """`run_layer` with the config's remat policy, which names the results that are not recomputed.
 
-    Outside a loop only a barrier keeps the compiler from finding the two computations equal; inside one it cannot,
-    and a barrier would only cost copies.
+    Outside a scan only a barrier keeps the compiler from merging the two computations; inside one
+    it cannot merge them, and a barrier would only cost copies.
     """
     kept = kept_residuals(config)
     if kept is None:
-        return block
+        return run_layer
     policy = jax.checkpoint_policies.save_only_these_names(*kept)
-    return jax.checkpoint(block, policy=policy, static_argnums=(3,), prevent_cse=not looped)
+    return jax.checkpoint(run_layer, policy=policy, static_argnums=(2, 3), prevent_cse=not scanned)

@@ -1,22 +1,27 @@
-"""Learning rate, Muon momentum and weight decay as functions of the step.
+"""Schedules: learning rate, Muon momentum and weight decay as functions of the step.
 
-`step` counts updates from 0 and is a Python int or a traced array; everything else is a plain number that is
-fixed when the train step is compiled. Results are float32 scalars.
+`step` counts updates from 0 and is a Python int or a traced array; the other arguments are plain
+numbers, fixed when the train step is compiled. Results are float32 scalars.
 
-Source: nanochat/scripts/base_train.py@92d63d4 (and @324e69c for the linear decay).
+Source: nanochat/scripts/base_train.py@92d63d4 (and @324e69c for the linear weight decay).
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+Schedule = Callable[[ArrayLike], jax.Array]
+
 
 def lr_multiplier(
     step: ArrayLike, steps: int, warmup_steps: int, warmdown_ratio: float, final_fraction: float
 ) -> jax.Array:
-    """What every learning rate is multiplied by: up from 1/warmup_steps, 1, then down to final_fraction.
+    """Multiplier of all learning rates: linear warm-up, constant 1, linear warm-down.
 
-    The fall begins after step `steps - warmdown` and would meet final_fraction at step `steps`, one after the last.
+    The warm-up begins at 1 / warmup_steps. The warm-down begins after step `steps - warmdown` and
+    would reach final_fraction at step `steps`, one after the last step.
     """
     warmdown = _warmdown_steps(steps, warmdown_ratio)
     left = (steps - step) / max(warmdown, 1)
@@ -33,9 +38,10 @@ def muon_momentum(
     peak: float,
     final: float,
 ) -> jax.Array:
-    """Muon's momentum: `start` to `peak` over its own warm-up, then to `final` while the learning rates fall.
+    """Muon's momentum: `start` to `peak` over warmup_steps, then to `final` over the warm-down.
 
-    Where the two overlap the warm-up wins, so that a short run jumps as it ends. final = peak: no warm-down.
+    If the two overlap, the warm-up wins, so that a short run jumps at its end. final = peak: no
+    warm-down.
     """
     warmdown = _warmdown_steps(steps, warmdown_ratio)
     risen = step / max(warmup_steps, 1)
@@ -45,7 +51,10 @@ def muon_momentum(
 
 
 def weight_decay_multiplier(step: ArrayLike, steps: int, kind: str) -> jax.Array:
-    """What Muon's weight decay is multiplied by; `kind` is constant, linear or cosine, the latter two end at 0."""
+    """Multiplier of Muon's weight decay. kind: constant, or linear or cosine to 0 at step `steps`.
+
+    Raises ValueError for another kind.
+    """
     done = jnp.asarray(step) / steps
     match kind:
         case "constant":
@@ -58,5 +67,5 @@ def weight_decay_multiplier(step: ArrayLike, steps: int, kind: str) -> jax.Array
 
 
 def _warmdown_steps(steps: int, ratio: float) -> int:
-    # Python's round takes a half to the even neighbor, as nanochat's does.
+    # Python's round() takes a half to the even neighbor, as nanochat's does.
     return round(ratio * steps)

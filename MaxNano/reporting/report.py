@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from MaxNano import pyconfig, scaling
-from MaxNano.distributed import runtime
+from MaxNano.distributed import hardware
 from MaxNano.reporting import charts, evaluations
 from MaxNano.reporting.blocks import (
     Block,
@@ -196,7 +196,7 @@ class Price(NamedTuple):
 def _price_of(run: Run) -> Price | None:
     """The price of a run's recorded time by the chip table, None if one of them is unknown."""
     devices = run.saved.get("devices")
-    chip = runtime.CHIPS.get(devices["kind"]) if devices else None
+    chip = hardware.CHIPS.get(devices["kind"]) if devices else None
     if chip is None or chip.spot_price is None:
         return None
     hours = (_recorded_seconds(run) + _evaluation_seconds(run)) / 3600
@@ -253,7 +253,7 @@ def _time_and_price(runs: Sequence[Run]) -> Section:
             f"{run.name} {price.chips} chips x {price.hours:.3f} h x ${price.chip_hour:.6g} per chip-hour"
             for run, price in prices
         )
-        source = "the spot prices in MaxNano/distributed/runtime.py"
+        source = "the spot prices in MaxNano/distributed/hardware.py"
         blocks.append(Note(f"Prices are computed, not billed, from {source}: {terms}."))
     for run in trained:
         kind = run.saved.get("devices", {}).get("kind")
@@ -362,7 +362,7 @@ def _missing_curves(run: Run) -> Iterator[Missing]:
         yield Missing(f"No validation of {run.name}: eval_interval={run.config['eval_interval']}.")
     if not points(timed(run), "mfu"):
         kind = run.saved.get("devices", {}).get("kind")
-        unknown = kind is not None and kind not in runtime.CHIPS
+        unknown = kind is not None and kind not in hardware.CHIPS
         why = f"the chip table has no peak FLOP/s of {kind}" if unknown else "its rows have none"
         yield Missing(f"No MFU of {run.name}: {why}; tokens/s are shown.")
 

@@ -1,1 +1,4 @@
-"""The HTTP server: the app, the OpenAI API and the web page. Requests become engine requests here."""
+"""Clients of the engine: the OpenAI-compatible server with its web page, and the terminal chat.
+
+Running the model and decoding its tokens belong in inference/.
+"""

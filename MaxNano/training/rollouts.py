@@ -23,7 +23,7 @@ from ml_collections import FrozenConfigDict
 from MaxNano import pyconfig, tasks
 from MaxNano.data.loader import Batch
 from MaxNano.evals import chat
-from MaxNano.inference.engine import Completion, Request
+from MaxNano.inference.requests import Completion, Request
 from MaxNano.tokenization.tokenizer import Tokenizer
 
 Params = dict[str, Any]

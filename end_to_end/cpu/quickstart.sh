@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# From a fresh clone to a small language model: every stage, on real text, on a CPU, in about ten minutes.
+# Trains a small language model on real text from a fresh clone, on a CPU, in about ten minutes.
 #
 #   bash end_to_end/cpu/quickstart.sh            speeches and encyclopedia articles (17 MB)
-#   bash end_to_end/cpu/quickstart.sh FOLDER     the .txt and .md files of your own in FOLDER
+#   bash end_to_end/cpu/quickstart.sh FOLDER     your own .txt and .md files in FOLDER
 #
-# A stage whose output is already there is skipped; stopped anywhere, the same command goes on.
+# A stage with complete output is skipped: after any stop, the same command resumes.
 set -euo pipefail
 unset CDPATH
-own=
+folder=
 if [ $# -gt 0 ]; then
-  own=$(cd "$1" && pwd) || exit 2
+  folder=$(cd "$1" && pwd) || exit 2
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=.venv/bin/python
@@ -21,7 +21,7 @@ stage() {
 text=data/text
 tokenizer=data/tokenizer_4096
 run_name=d4_quickstart
-if [ -n "$own" ]; then
+if [ -n "$folder" ]; then
   text=data/own_text
   tokenizer=data/own_tokenizer
   run_name=d4_own_text
@@ -34,16 +34,16 @@ stage "1/4 set-up"
 MAXNANO_QUIET=1 bash setup.sh
 
 stage "2/4 text"
-$python end_to_end/cpu/prepare_text.py "$text" ${own:+"$own"}
+$python end_to_end/cpu/prepare_text.py "$text" ${folder:+"$folder"}
 
 stage "3/4 tokenizer"
 if $python - "${config[@]}" 2>/dev/null <<'PY'; then
 import sys
 from MaxNano import pyconfig
 from MaxNano.tokenization.tokenizer import load_tokenizer
-load_tokenizer(pyconfig.initialize(sys.argv[1:]))  # raises where it is missing, damaged or of another size
+load_tokenizer(pyconfig.initialize(sys.argv[1:]))  # raises if missing, damaged or of another size
 PY
-  echo "$tokenizer is already there"
+  echo "$tokenizer already exists"
 else
   $python MaxNano/train_tokenizer.py "${config[@]}"
 fi
@@ -66,10 +66,10 @@ checkpoints  {run}/checkpoints
 metrics      {run}/metrics.jsonl, and curves in {run}/tensorboard
 
 Next:
-  train another one for twice as long:
+  train a model for twice as long:
     .venv/bin/python MaxNano/train.py {config} run_name={run.removeprefix("runs/")}_long steps={2 * (last["step"] + 1)}
-  every key that can be changed like that:
+  list the config keys:
     .venv/bin/python MaxNano/train.py --help
-  what a larger model would need, without training it:
+  show what a larger model needs, without training it:
     .venv/bin/python MaxNano/train.py configs/base.yml model=d12 dry_run=true""")
 PY

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# From documents to a small model of twelve layers that talks, on one NVIDIA GPU: tokenizer, training, evaluation,
-# fine-tuning, chat tasks, reinforcement learning where it is asked for, report, result.
+# Trains a small chat model of twelve layers on one NVIDIA GPU: text, tokenizer, training, evaluation,
+# fine-tuning, chat tasks, reinforcement learning if RL=1, report, result.
 #
-#   bash end_to_end/gpu/d12_speedrun.sh                the whole of it
-#   bash end_to_end/gpu/d12_speedrun.sh --dry-run      what can be checked beforehand
+#   bash end_to_end/gpu/d12_speedrun.sh                all stages
+#   bash end_to_end/gpu/d12_speedrun.sh --dry-run      checks the machine and prints the plan
 #   NUM_ITERATIONS=250 bash end_to_end/gpu/d12_speedrun.sh    a smoke run
-#   RL=1 bash end_to_end/gpu/d12_speedrun.sh           with reinforcement learning
+#   RL=1 bash end_to_end/gpu/d12_speedrun.sh           adds reinforcement learning
 #
-# Stopped anywhere, the same command goes on where it was. Ctrl-C and SIGTERM save and end with status 75.
+# After any stop, the same command resumes. Ctrl-C and SIGTERM save and exit with status 75.
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

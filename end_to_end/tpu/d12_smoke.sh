@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Does everything work on this machine? A short training of twelve layers, which must be sound: every step done, the
-# loss finite and falling, no update skipped, the last checkpoint whole.
+# Smoke test: trains twelve layers for a few minutes and checks the run. Every step is recorded once, the
+# loss is finite and falls, no update is skipped and the last checkpoint is complete.
 #
-#   bash end_to_end/tpu/d12_smoke.sh              minutes; status 0 if all is well
-#   bash end_to_end/tpu/d12_smoke.sh --dry-run    what can be checked beforehand
+#   bash end_to_end/tpu/d12_smoke.sh              status 0 if all checks pass
+#   bash end_to_end/tpu/d12_smoke.sh --dry-run    checks the machine only
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# From nothing to a GPT-2 grade model that talks, on the machine of a TPU v6e-8: documents, tokenizer, training,
-# evaluation, fine-tuning, chat tasks, reinforcement learning where it is asked for, report, result.
+# Trains a chat model of GPT-2 grade on a TPU v6e-8: text, tokenizer, training, evaluation, fine-tuning,
+# chat tasks, reinforcement learning if RL=1, report, result.
 #
-#   bash end_to_end/tpu/d24_speedrun.sh                the whole of it
-#   bash end_to_end/tpu/d24_speedrun.sh --dry-run      what can be checked beforehand, for nothing
+#   bash end_to_end/tpu/d24_speedrun.sh                all stages
+#   bash end_to_end/tpu/d24_speedrun.sh --dry-run      checks the machine and prints the plan
 #   NUM_ITERATIONS=250 bash end_to_end/tpu/d24_speedrun.sh    a smoke run
-#   RL=1 bash end_to_end/tpu/d24_speedrun.sh           with reinforcement learning
+#   RL=1 bash end_to_end/tpu/d24_speedrun.sh           adds reinforcement learning
 #
-# Stopped or preempted anywhere, the same command goes on where it was. Ctrl-C and SIGTERM save and end with status 75.
-# To rent the machine as well: end_to_end/tpu/launch.sh.
+# After any stop or preemption, the same command resumes. Ctrl-C and SIGTERM save and exit with
+# status 75. end_to_end/tpu/launch.sh also rents the machine.
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -18,7 +18,7 @@ source end_to_end/common.sh
 tpu_defaults
 default MODEL d24_speedrun
 default MIN_DISK_GB 60
-default DOWNLOAD_SHARDS 170 # as nanochat takes for this model
+default DOWNLOAD_SHARDS 170 # nanochat's number for this model
 default STAGES "setup data tokenizer training evaluation sft chat rl report result"
 training_knobs
 parse_arguments "$@"

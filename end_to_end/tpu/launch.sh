@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Rents a TPU v6e-8 spot machine, trains on it, brings the result home and gives the machine back.
+# Rents a TPU v6e-8 spot machine, trains on it, stores the results in a bucket and deletes the machine.
 #
 #   export BUCKET=gs://my-bucket DATASET_PATH=gs://my-bucket/text
-#   bash end_to_end/tpu/launch.sh --dry-run    what would be done, and its price an hour
+#   bash end_to_end/tpu/launch.sh --dry-run    prints the plan and the price per hour
 #   bash end_to_end/tpu/launch.sh
 #
-# The road without further software; end_to_end/cloud/ has more clouds, more hosts and no need for this computer to stay.
+# Needs only gcloud. end_to_end/cloud/ supports more clouds and several hosts, and works while this computer is off.
 #
-# Runs and tokenizer lie in the bucket, for a spot machine's disk is lost with it. After a preemption another machine is
-# asked for and training resumes from the last checkpoint. However this script ends, the job saves, and the machine is
-# deleted and seen to be gone, unless KEEP=1. Where this computer sleeps, training continues; started again, the same
-# command finds the machine. Where it does not come back, the machine deletes itself: see watchdog.sh, which also keeps
-# to MAX_HOURS. Knobs of the script that is run (see its --help) are handed on where the environment sets them.
+# Runs and tokenizer are stored in the bucket, because a spot machine loses its disk. After a preemption the script
+# requests another machine, and training resumes from the last checkpoint. However the script ends, the job saves and
+# the machine is deleted and confirmed deleted, unless KEEP=1. Training continues while this computer sleeps; the same
+# command finds the machine again. If this computer does not return, the machine deletes itself: see watchdog.sh, which
+# also enforces MAX_HOURS. Settings of SCRIPT (see its --help) are passed on if the environment sets them.
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -23,37 +23,37 @@ source end_to_end/tpu/cloud.sh
 tpu_defaults
 default TPU_NAME maxnano-d24
 cloud_knobs
-knob BUCKET "" "gs:// address for runs and tokenizer, in the region of the zones; needed"
-knob DATASET_PATH "" "gs:// folder with at least two parquet shards of text; needed"
+knob BUCKET "" "gs:// address for runs and tokenizer, in the region of the zones; required"
+knob DATASET_PATH "" "gs:// folder with at least two parquet shards of text; required"
 knob OUTPUT "" "folder of all runs; empty: BUCKET/TPU_NAME/runs"
 knob TOKENIZER_PATH "" "folder of the tokenizer; empty: BUCKET/TPU_NAME/tokenizer"
-knob ALLOW_OTHER_REGION "" "1: a bucket far from the machine, slow and charged by the byte"
-knob SCRIPT end_to_end/tpu/d24_speedrun.sh "what the machine runs"
-knob ACCELERATOR v6e-8 "type of the TPU, of one host"
-knob CHIPS 8 "chips of that type, for the price"
+knob ALLOW_OTHER_REGION "" "1: accept a bucket in another region, which is slow and charged by the byte"
+knob SCRIPT end_to_end/tpu/d24_speedrun.sh "script to run on the machine"
+knob ACCELERATOR v6e-8 "TPU type, of one host"
+knob CHIPS 8 "number of its chips, for the price"
 knob RUNTIME v2-alpha-tpuv6e "the machine's system image"
 knob PRICE_PER_CHIP_HOUR "" "US dollars"
-knob SERVICE_ACCOUNT "" "account that the machine acts as; empty: the project's default for Compute Engine"
-knob INTERNAL_IP "" "1: no external address; ssh goes through IAP, and the network needs Private Google Access and Cloud NAT"
+knob SERVICE_ACCOUNT "" "service account of the machine; empty: the Compute Engine default of the project"
+knob INTERNAL_IP "" "1: no external address; ssh uses IAP, and the network needs Private Google Access and Cloud NAT"
 knob NETWORK "" "VPC network of the machine; empty: default"
 knob SUBNETWORK "" "its subnetwork, in the region of the zones"
-knob ZONE_WAIT_SECONDS 900 "how long to wait in the queue of a zone before the next one is tried"
-knob MAX_HOURS 12 "waiting and training together; then the job saves and all is given back, whatever has been reached"
-knob SAVE_SECONDS 300 "how long the job may take to save before the machine is given back"
-knob IDLE_SECONDS 1800 "after which a machine that runs no job and that nobody looks at deletes itself"
-knob MAX_CRASHES 3 "times that a script which fell over is started again"
-knob KEEP "" "1: leave the machine running at the end (and pay for it)"
+knob ZONE_WAIT_SECONDS 900 "time to wait in the queue of a zone before trying the next zone"
+knob MAX_HOURS 12 "time limit for waiting and training; then the job saves and the machine is deleted"
+knob SAVE_SECONDS 300 "time for the job to save before the machine is deleted"
+knob IDLE_SECONDS 1800 "time after which a machine without a job that launch.sh does not check deletes itself"
+knob MAX_CRASHES 3 "how often to restart a script that crashed"
+knob KEEP "" "1: keep the machine at the end (and pay for it)"
 parse_arguments "$@"
 
-zone=          # where we have, or may have, a queued resource
-active_since=  # second of this script's clock at which the machine became ours
-active_total=0 # seconds that machines were ours
+zone=          # zone of the current queued resource
+active_since=  # value of SECONDS when the machine became active
+active_total=0 # seconds that machines were active
 machines=0
-left_out= # zones that will never give a machine, and why
+left_out= # zones that never provide a machine, and why
 
-# ---- Place
+# ---- Zones and bucket
 
-# Whether a bucket at location $1 is near zone $2. Locations: https://cloud.google.com/storage/docs/locations
+# Succeeds if a bucket at location $1 is near zone $2. Locations: https://cloud.google.com/storage/docs/locations
 is_near() {
   local region=${2%-*}
   case $1 in
@@ -67,63 +67,63 @@ is_near() {
   esac
 }
 
-# Leaves in `places` those near the bucket. A checkpoint crosses this way every few minutes.
+# Keeps the zones near the bucket: the machine writes a checkpoint there every few minutes.
 choose_zones() {
   local location near=() each
-  [ -n "$BUCKET" ] || fail "BUCKET is needed, as gs://name: a spot machine's disk goes with the machine"
+  [ -n "$BUCKET" ] || fail "BUCKET is required, as gs://name: a spot machine loses its disk"
   BUCKET=gs://${BUCKET#gs://}
   BUCKET=${BUCKET%/}
   location=$(cloud storage buckets describe "gs://$(cut -d / -f 3 <<<"$BUCKET")" '--format=value(location)') ||
-    fail "BUCKET=$BUCKET cannot be looked at: is the name right, and gcloud logged in?"
-  for each in "${places[@]}"; do
+    fail "BUCKET=$BUCKET is not accessible: is the name right, and is gcloud logged in?"
+  for each in "${candidates[@]}"; do
     if [ -n "$ALLOW_OTHER_REGION" ] || is_near "$location" "$each"; then
       near+=("$each")
     fi
   done
   [ ${#near[@]} -gt 0 ] ||
-    fail "BUCKET=$BUCKET is in $location and none of ZONES ($ZONES) is: take a bucket or zones of one region, or set ALLOW_OTHER_REGION=1"
-  places=("${near[@]}")
+    fail "BUCKET=$BUCKET is in $location, but none of ZONES ($ZONES): use a bucket and zones in one region, or set ALLOW_OTHER_REGION=1"
+  candidates=("${near[@]}")
   store=$BUCKET/$TPU_NAME
-  say "bucket in $location; zones ${places[*]}"
+  say "bucket in $location; zones ${candidates[*]}"
 }
 
-# Slices of more than 8 chips have several hosts, of any type: https://cloud.google.com/tpu/docs/v6e#configurations
+# Slices with more than 8 chips have several hosts: https://cloud.google.com/tpu/docs/v6e#configurations
 check_accelerator() {
   local size=${ACCELERATOR##*-}
   case $size in
     "" | *[!0-9]*) fail "ACCELERATOR is '$ACCELERATOR', but must be a type and a number, such as v6e-8" ;;
   esac
   [ "$size" -le 8 ] ||
-    fail "ACCELERATOR=$ACCELERATOR has several hosts, and this script sets up one: end_to_end/cloud/v6e-16.yaml runs on each host of a slice, see end_to_end/cloud/README.md"
+    fail "ACCELERATOR=$ACCELERATOR has several hosts, but this script supports one: use end_to_end/cloud/v6e-16.yaml, see end_to_end/cloud/README.md"
 }
 
-# The machine has no text of its own, and a bucket is all that it shares with this one. Asked now, before it costs money.
+# The machine reads its text from a bucket. Checked before it costs money.
 check_text() {
   case $DATASET_PATH in
     gs://*) cloud storage ls "$DATASET_PATH" >/dev/null || fail "DATASET_PATH=$DATASET_PATH cannot be listed" ;;
-    *) fail "DATASET_PATH is needed, as gs://name/folder with at least two parquet shards that have a column of text" ;;
+    *) fail "DATASET_PATH is required, as gs://name/folder with at least two parquet shards with a text column" ;;
   esac
 }
 
-# ---- Getting a machine
+# ---- Request a machine
 
 seconds_left() {
   awk -v hours="$MAX_HOURS" -v gone="$SECONDS" 'BEGIN { print int(hours * 3600 - gone) }'
 }
 
 check_time() {
-  [ "$(seconds_left)" -gt 0 ] || fail "MAX_HOURS=$MAX_HOURS are over; what there is lies in $store"
+  [ "$(seconds_left)" -gt 0 ] || fail "MAX_HOURS=$MAX_HOURS are over; the results so far are in $store"
 }
 
-# Variables of watchdog.sh, as words. Its time is ours and what it takes to save, so that we are first if we are here.
+# Prints the variables of watchdog.sh. Its time limit includes SAVE_SECONDS, so that this script acts first.
 watch_words() {
   printf 'WATCH_NAME=%q WATCH_ZONE=%q WATCH_PROJECT=%q WATCH_STORE=%q ' "$TPU_NAME" "$zone" "$PROJECT" "$store"
   printf 'WATCH_SECONDS=%d WATCH_IDLE_SECONDS=%d WATCH_SAVE_SECONDS=%d WATCH_POLL_SECONDS=%s' \
     $(($(seconds_left) + SAVE_SECONDS)) "$IDLE_SECONDS" "$SAVE_SECONDS" "$POLL_SECONDS"
 }
 
-# Asks for a spot machine in `zone`; sets `reason` where that is refused. The request expires by itself, and the machine
-# deletes itself, should this script not be there any more.
+# Requests a spot machine in `zone`; sets `reason` if the request is refused. The request expires and the machine
+# deletes itself if this script no longer runs.
 ask() {
   local flags=("--zone=$zone" "--node-id=$TPU_NAME" "--accelerator-type=$ACCELERATOR" "--runtime-version=$RUNTIME" --spot
     --async "--valid-until-duration=$(seconds_left)s" "--metadata-from-file=startup-script=$scratch/startup.sh"
@@ -142,7 +142,7 @@ ask() {
   fi
 }
 
-# Waits for the queued resource in `zone`; fails where it does not come in time, with the `reason` if there is one.
+# Waits for the queued resource in `zone`. Fails if it is not active in time, and sets `reason`.
 wait_until_active() {
   local seen='' deadline=$((SECONDS + ZONE_WAIT_SECONDS))
   while true; do
@@ -159,10 +159,10 @@ wait_until_active() {
         return 0
         ;;
       FAILED | SUSPENDED | DELETING | NONE | CLOSED) return 1 ;;
-      PROVISIONING) ;; # about to come: too good to give up
+      PROVISIONING) ;; # about to become active: keep waiting
       *)
         if [ "$SECONDS" -ge "$deadline" ]; then
-          say "$zone: nothing in $ZONE_WAIT_SECONDS s"
+          say "$zone: no machine after $ZONE_WAIT_SECONDS s"
           reason=
           return 1
         fi
@@ -179,16 +179,16 @@ stop_the_clock() {
   fi
 }
 
-# Deletes what we have in `zone`. What cannot be deleted ends the script: another machine beside it is out of the question.
+# Deletes the machine in `zone`. Exits if that fails, to never have two machines.
 give_back() {
   stop_the_clock
   delete_resource "$TPU_NAME" "$zone" || exit 1
   zone=
 }
 
-# What a request that failed with $1 is worth in this zone: never (a quota of 0, a closed zone), soon (a quota that other
-# machines use up, what is not known) or later (capacity, a rate, the service's own trouble; no reason at all).
-# Texts: "Quota limit 'TPUV6EPreemptiblePerProjectPerZoneForTPUAPI' has been exceeded. Limit: 0 in zone us-east5-a.", of
+# Prints when to repeat a request that failed with error $1: never (a quota of 0, a closed zone), soon (a quota that
+# other machines use, an unknown error) or later (capacity, a rate limit, an internal error, no error).
+# Error texts: "Quota limit 'TPUV6EPreemptiblePerProjectPerZoneForTPUAPI' has been exceeded. Limit: 0 in zone us-east5-a.", of
 # several limits "Limit: 0,0 in region us-central1,zone us-central1-a.", https://cloud.google.com/tpu/docs/quota and
 # https://cloud.google.com/docs/quotas/troubleshoot; "There is no more capacity in the zone ...".
 outlook() {
@@ -203,7 +203,7 @@ outlook() {
   fi
 }
 
-# No zone will give a machine, so that waiting is in vain. $1: each zone and why.
+# Fails because no zone provides a machine. $1: each zone and its error.
 give_up() {
   local limits advice=''
   limits=$(grep -oE "Quota limit '[^']*'" <<<"$1" | cut -d "'" -f 2 | tr ',' '\n' | sort -u | paste -sd, - || true)
@@ -213,23 +213,23 @@ give_up() {
   fail "no zone accepts the request for $ACCELERATOR spot: ${1% | }$advice"
 }
 
-# Goes round the zones until one gives a machine. A zone that never will is left out from then on.
+# Requests a machine in one zone after the other until one is active. Drops zones that never provide one.
 acquire() {
   local each open waits why hopeless=0
   while true; do
     open=()
     waits=
     why=
-    for each in "${places[@]}"; do
+    for each in "${candidates[@]}"; do
       check_time
       zone=$each
-      say "asking for $ACCELERATOR spot in $zone"
+      say "requesting $ACCELERATOR spot in $zone"
       if ask && wait_until_active; then
         return
       fi
       case $(outlook "$reason") in
         never)
-          say "$each is left out from here on"
+          say "$each is skipped from now on"
           left_out="$left_out$each: $reason | "
           ;;
         soon)
@@ -243,20 +243,20 @@ acquire() {
       esac
       give_back
     done
-    places=(${open[@]+"${open[@]}"})
+    candidates=(${open[@]+"${open[@]}"})
     hopeless=$((waits ? 0 : hopeless + 1))
-    if [ ${#places[@]} = 0 ] || [ "$hopeless" -ge 10 ]; then
+    if [ ${#candidates[@]} = 0 ] || [ "$hopeless" -ge 10 ]; then
       give_up "$left_out$why"
     fi
     sleep "$POLL_SECONDS"
   done
 }
 
-# Takes over the machine that an earlier call of this script has left, if there is one. Zones that are closed to this
-# account are left out; where gcloud cannot tell for another reason, a second machine might come about beside the first.
+# Takes over the machine of an earlier call of this script, if it exists. Skips zones that this account cannot use.
+# Fails if gcloud fails for another reason, because a second machine might be created.
 adopt() {
   local each open=() attempt
-  for each in "${places[@]}"; do
+  for each in "${candidates[@]}"; do
     for attempt in 1 2 3; do
       find_state "$TPU_NAME" "$each"
       [ "$state" = UNKNOWN ] && [ "$attempt" -lt 3 ] || break
@@ -265,7 +265,7 @@ adopt() {
     case $state in
       UNKNOWN) fail "gcloud cannot say whether $TPU_NAME is in $each: $reason" ;;
       CLOSED)
-        say "$each is left out, for it cannot be looked into: $reason"
+        say "$each is skipped, because it is not accessible: $reason"
         left_out="$left_out$each: $reason | "
         ;;
       *) open+=("$each") ;;
@@ -274,23 +274,23 @@ adopt() {
       NONE | CLOSED) continue ;;
     esac
     zone=$each
-    say "$TPU_NAME is already in $zone"
+    say "$TPU_NAME already exists in $zone"
     if wait_until_active; then
       return 0
     fi
     give_back
   done
-  places=(${open[@]+"${open[@]}"})
-  [ ${#places[@]} -gt 0 ] || give_up "$left_out"
+  candidates=(${open[@]+"${open[@]}"})
+  [ ${#candidates[@]} -gt 0 ] || give_up "$left_out"
   return 1
 }
 
-# ---- Working on it
+# ---- Run the script on the machine
 
-# Neither a prompt nor a connection that has died may be waited for. gcloud tries ten times by itself.
+# Never wait for a prompt or a dead connection. gcloud itself retries ten times.
 ssh_options=(-oBatchMode=yes -oConnectTimeout=20 -oServerAliveInterval=15 -oServerAliveCountMax=4)
 
-# reach ssh|scp ARGUMENT...: only queued-resources knows IAP outside of alpha.
+# reach ssh|scp ARGUMENT...: outside of alpha only queued-resources supports IAP.
 reach() {
   local kind=tpu-vm how=$1
   shift
@@ -298,21 +298,21 @@ reach() {
   tpus "$kind" "$how" "$@" "--zone=$zone" ${INTERNAL_IP:+--tunnel-through-iap} "${ssh_options[@]/#/--$how-flag=}"
 }
 
-# remote COMMAND: in bash on the machine, from the home folder. What gcloud says is in $scratch/error. The watchdog is told
-# that somebody looks, and how long our hours still last.
+# remote COMMAND: runs a command in bash on the machine, in the home folder. gcloud's errors are in $scratch/error. Also
+# tells the watchdog about this check and about the remaining time.
 remote() {
-  local told="mkdir -p $watch_folder; touch $watch_folder/looked"
-  told="$told; echo \$((\$(date +%s) + $(seconds_left) + $SAVE_SECONDS)) >$watch_folder/until"
-  reach ssh "$TPU_NAME" "--command=$told; $1" 2>"$scratch/error"
+  local prefix="mkdir -p $watch_folder; touch $watch_folder/looked"
+  prefix="$prefix; echo \$((\$(date +%s) + $(seconds_left) + $SAVE_SECONDS)) >$watch_folder/until"
+  reach ssh "$TPU_NAME" "--command=$prefix; $1" 2>"$scratch/error"
 }
 
-# Whether gcloud has just said that there is no such machine any more, as after a preemption that its request does not
-# show yet: `This TPU has terminal state "PREEMPTED", so it cannot be used or updated.`
+# Succeeds if the last error says that the machine no longer exists, as after a preemption that the queued resource
+# does not show yet: `This TPU has terminal state "PREEMPTED", so it cannot be used or updated.`
 is_lost() {
   grep -qE 'terminal state|NOT_FOUND' "$scratch/error"
 }
 
-# Tries until the machine answers, which takes a while after its start.
+# persist COMMAND...: repeats a command until the machine answers, which takes a while after its start.
 persist() {
   local attempt
   for attempt in 1 2 3 4 5 6 7 8 9 10; do
@@ -322,7 +322,7 @@ persist() {
     if is_lost; then
       return 1
     fi
-    say "no answer yet ($attempt): $(tail -n 1 "$scratch/error")"
+    say "no answer yet (attempt $attempt): $(tail -n 1 "$scratch/error")"
     find_state "$TPU_NAME" "$zone"
     [ "$state" = ACTIVE ] || return 1
     sleep "$POLL_SECONDS"
@@ -330,30 +330,30 @@ persist() {
   return 1
 }
 
-# What the machine may do, for its service account counts here and not the user's: a line for its account, and one for
-# each right that it lacks.
+# Checks the permissions of the machine's service account. Writes a line with the account, and a line per missing
+# permission.
 ask_rights() {
   remote "echo account \$(gcloud auth list --filter=status:ACTIVE '--format=value(account)' --quiet 2>/dev/null)
-    said=\$(echo launch.sh was here | gcloud storage cp - $store/.writable --quiet 2>&1 &&
-      gcloud storage rm $store/.writable --quiet 2>&1) || echo write \$said
-    said=\$(gcloud storage ls $DATASET_PATH --quiet 2>&1) || echo read \$said
-    said=\$(gcloud compute tpus queued-resources describe $TPU_NAME --zone=$zone ${PROJECT:+--project=$PROJECT} --quiet 2>&1) ||
-      echo delete \$said" >"$scratch/rights"
+    output=\$(echo launch.sh was here | gcloud storage cp - $store/.writable --quiet 2>&1 &&
+      gcloud storage rm $store/.writable --quiet 2>&1) || echo write \$output
+    output=\$(gcloud storage ls $DATASET_PATH --quiet 2>&1) || echo read \$output
+    output=\$(gcloud compute tpus queued-resources describe $TPU_NAME --zone=$zone ${PROJECT:+--project=$PROJECT} --quiet 2>&1) ||
+      echo delete \$output" >"$scratch/rights"
 }
 
 check_rights() {
-  local account member why place
-  say "asking the machine whether it may write to $BUCKET"
+  local account member why target
+  say "checking that the machine may write to $BUCKET"
   persist ask_rights || return 1
   account=$(sed -n 's/^account //p' "$scratch/rights")
   member="--member=serviceAccount:${account:-ACCOUNT}"
   if why=$(grep -m 1 -E '^(write|read) ' "$scratch/rights"); then
-    place=$store
-    [[ $why == write* ]] || place=$DATASET_PATH
-    fail "the machine's service account ${account:-(it has none)} may not ${why%% *} $place (${why#* }): gcloud storage buckets add-iam-policy-binding gs://$(cut -d / -f 3 <<<"$place") $member --role=roles/storage.objectAdmin"
+    target=$store
+    [[ $why == write* ]] || target=$DATASET_PATH
+    fail "the machine's service account ${account:-(none)} may not ${why%% *} $target (${why#* }): gcloud storage buckets add-iam-policy-binding gs://$(cut -d / -f 3 <<<"$target") $member --role=roles/storage.objectAdmin"
   fi
   if grep -q '^delete ' "$scratch/rights"; then
-    say "warning: without this computer the machine could not delete itself, only shut down, for its service account lacks the role: gcloud projects add-iam-policy-binding ${PROJECT:-PROJECT} $member --role=roles/tpu.admin"
+    say "warning: without this computer the machine can only shut down, not delete itself, because its service account does not have the role: gcloud projects add-iam-policy-binding ${PROJECT:-PROJECT} $member --role=roles/tpu.admin"
   fi
 }
 
@@ -367,7 +367,7 @@ upload() {
     remote "mkdir -p MaxNano && tar -xzf maxnano.tar.gz -C MaxNano"
 }
 
-# Prints NAME=value for each knob of the script that the environment, or this script, sets.
+# Prints NAME=value for each setting of SCRIPT that the environment or this script sets.
 knobs_to_hand_on() {
   local name
   OUTPUT=${OUTPUT:-$store/runs}
@@ -379,9 +379,9 @@ knobs_to_hand_on() {
   done
 }
 
-# Starts the script on the machine, in a session of its own: a broken connection does not end it. Does nothing where it
-# runs already, as after a connection that broke in just this moment. Asked to stop, the script ends and its status is
-# kept. The watchdog is there already, unless startup scripts are forbidden.
+# Starts SCRIPT on the machine in a new session, so that a broken connection does not end it. Does nothing if it runs
+# already, as after a connection that broke during this call. When SCRIPT exits, its status is stored in a file. Also
+# starts the watchdog, in case startup scripts are forbidden.
 start() {
   local job
   job="trap : TERM
@@ -393,15 +393,15 @@ echo \$? >status.new; mv status.new status"
     rm -f status; touch log; (setsid nohup bash -c $(printf '%q' "$job") >>log 2>&1 </dev/null & echo \$! >pid); }; }"
 }
 
-# First line: running, gone, absent or the exit status; size of the log. Then the log from byte $1 on.
+# Fetches a first line, `running`, `gone`, `absent` or the exit status, and the size of the log; then the log from byte $1.
 look() {
   remote "cd MaxNano 2>/dev/null && [ -f pid ] || { echo absent 0; exit; }
     state=\$(cat status 2>/dev/null || { kill -0 \$(cat pid) 2>/dev/null && echo running; } || echo gone)
     size=\$(wc -c <log); echo \$state \$size; tail -c +$(($1 + 1)) log | head -c \$((size - $1))" >"$scratch/look"
 }
 
-# Sees the script through on the machine. Fails where the machine is lost. Where this computer has no network, neither
-# state nor machine can be seen: the machine works on, and so does this loop when the network is back.
+# Watches SCRIPT on the machine until it is done. Fails if the machine is lost. Without a network the machine continues,
+# and so does this loop when the network is back.
 work() {
   local seen=0 silent=0 crashes=0 status size blind=
   while true; do
@@ -410,7 +410,7 @@ work() {
     case $state in
       ACTIVE) ;;
       UNKNOWN)
-        [ -n "$blind" ] || say "gcloud cannot see the machine, trying again: $reason"
+        [ -n "$blind" ] || say "gcloud cannot reach the machine, retrying: $reason"
         blind=1
         sleep "$POLL_SECONDS"
         continue
@@ -442,34 +442,34 @@ work() {
         persist upload && persist start || return 1
         ;;
       0) return 0 ;;
-      2) fail "$SCRIPT cannot run as it is told; see above" ;;
-      75 | 143 | gone) # asked to stop, which on a spot machine is most often the beginning of its end
+      2) fail "$SCRIPT exited with status 2: correct the mistake above" ;;
+      75 | 143 | gone) # asked to stop: usually the machine is being preempted
         sleep "$POLL_SECONDS"
         persist start || return 1
         ;;
       *)
         crashes=$((crashes + 1))
         [ "$crashes" -le "$MAX_CRASHES" ] || fail "$SCRIPT ended with status $status, crash $crashes: giving up"
-        say "$SCRIPT ended with status $status; starting it again ($crashes of $MAX_CRASHES)"
+        say "$SCRIPT ended with status $status; restarting it ($crashes of $MAX_CRASHES)"
         persist start || return 1
         ;;
     esac
   done
 }
 
-# After the machine is lost: whether it had deleted itself with its job done, while this computer slept.
+# Succeeds if the lost machine had deleted itself after its job, while this computer slept.
 was_done() {
   local status why
   cloud storage cat "$store/ended" >"$scratch/ended" 2>/dev/null || return 1
   cloud storage rm "$store/ended" >/dev/null 2>&1 || true
   read -r status why <"$scratch/ended"
-  say "the machine has deleted itself: $why; status of the job: $status"
+  say "the machine deleted itself: $why; status of the job: $status"
   [ "$status" = 0 ]
 }
 
-# ---- The end
+# ---- Clean up
 
-# Asks the job to save, unless the machine is kept, and copies to the bucket what lies on the machine's disk alone.
+# Asks the job to save, unless KEEP=1, and copies local results to the bucket.
 save() {
   local CALL_SECONDS=$((SAVE_SECONDS + 1800))
   remote "cd MaxNano && env $(watch_words) bash end_to_end/tpu/watchdog.sh $([ -n "$KEEP" ] && echo keep || echo save)" >/dev/null
@@ -480,44 +480,44 @@ price() {
     printf "%d chips x %.2f h x %s USD = %.2f USD", chips, seconds / 3600, price, chips * seconds / 3600 * price }'
 }
 
-# However the script ends: nothing stays behind.
+# Deletes the machine, however the script ends.
 clean_up() {
   local status=$?
-  trap '' INT TERM # an impatient second Ctrl-C must not leave a machine behind
-  exec >&3 2>&4 # a signal may have come where a function's output goes into a file
+  trap '' INT TERM # a second Ctrl-C must not leave a machine running
+  exec >&3 2>&4 # a signal may arrive while a function's output goes into a file
   set +e
   end_call
   if [ -n "$zone" ]; then
     if [ -n "$active_since" ]; then
-      say "copying what is left on the machine to $store"
-      persist save || say "the job could not be asked to save; what the bucket has lies in $store"
+      say "copying the machine's local results to $store"
+      persist save || say "the job could not be asked to save; $store has the results so far"
     fi
     if [ -n "$KEEP" ] && [ -n "$active_since" ]; then
       stop_the_clock
-      say "KEEP=1: $TPU_NAME goes on costing money in $zone, until: TPU_NAME=$TPU_NAME ZONES=$zone bash end_to_end/tpu/teardown.sh"
+      say "KEEP=1: $TPU_NAME in $zone costs money until you run: TPU_NAME=$TPU_NAME ZONES=$zone bash end_to_end/tpu/teardown.sh"
     else
       stop_the_clock
       delete_resource "$TPU_NAME" "$zone" || status=1
     fi
   fi
   if [ "$machines" -gt 0 ]; then
-    say "machines: $machines, $(price "$active_total"), from the moment they were there"
+    say "machines: $machines, $(price "$active_total"), from when they became active"
   fi
   rm -rf "$scratch"
   exit "$status"
 }
 
-# ---- All of it
+# ---- Main
 
 watch_folder=/var/tmp/maxnano # as in watchdog.sh
 check_accelerator
 require_gcloud
-[ -f "$SCRIPT" ] || fail "SCRIPT=$SCRIPT is not there"
+[ -f "$SCRIPT" ] || fail "SCRIPT=$SCRIPT does not exist"
 choose_zones
 check_text
 if [ -n "$dry_run" ]; then
-  say "would ask for $ACCELERATOR spot as $TPU_NAME, at most $MAX_HOURS h, $(price 3600) an hour"
-  say "would run there: env $(knobs_to_hand_on) bash $SCRIPT"
+  say "would request $ACCELERATOR spot as $TPU_NAME, at most $MAX_HOURS h, $(price 3600) per hour"
+  say "would run: env $(knobs_to_hand_on) bash $SCRIPT"
   exit
 fi
 exec 3>&1 4>&2
@@ -525,7 +525,7 @@ trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 pack
-cloud storage rm "$store/ended" >/dev/null 2>&1 || true # of an earlier machine
+cloud storage rm "$store/ended" >/dev/null 2>&1 || true # from an earlier machine
 adopt || acquire
 until work; do
   say "the machine is lost${reason:+: $reason}"
@@ -533,7 +533,7 @@ until work; do
   if was_done; then
     break
   fi
-  say "asking for another"
+  say "requesting another machine"
   acquire
 done
-say "done; everything is in $store (a copy: gcloud storage rsync $store/runs runs --recursive)"
+say "done; the results are in $store (copy them with: gcloud storage rsync $store/runs runs --recursive)"

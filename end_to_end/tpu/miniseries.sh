@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The same recipe at several depths, each trained for the same number of tokens per scaling parameter, and a table at
-# the end. What is better at every depth is better; what is better at one may be luck.
+# Trains one recipe at several depths, with the same number of tokens per scaling parameter, and prints a
+# table. A change that helps at every depth is real; a gain at one depth may be noise.
 #
 #   bash end_to_end/tpu/miniseries.sh              all depths, one after the other
-#   bash end_to_end/tpu/miniseries.sh --dry-run    what can be checked beforehand, for the deepest
+#   bash end_to_end/tpu/miniseries.sh --dry-run    checks the machine and prints the deepest model's plan
 #
-# Stopped anywhere, the same command goes on where it was.
+# After any stop, the same command resumes.
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -15,13 +15,13 @@ source end_to_end/common.sh
 tpu_defaults
 knob DEPTHS "10 12 14 16 18" "numbers of layers"
 knob RATIO 12 "tokens per scaling parameter"
-knob SERIES miniseries "folder of the series below OUTPUT; change it with what you try"
+knob SERIES miniseries "folder of the series in OUTPUT; use a new one for each experiment"
 training_knobs
 parse_arguments "$@"
 OUTPUT=$OUTPUT/$SERIES
-[ -z "$NUM_ITERATIONS" ] || fail "NUM_ITERATIONS would give each depth the same steps: set RATIO"
+[ -z "$NUM_ITERATIONS" ] || fail "NUM_ITERATIONS would train each depth for the same number of steps: set RATIO instead"
 
-# Sets the config of one depth.
+# Sets the config for depth $1.
 choose_depth() {
   MODEL=d$1
   RUN_NAME=d$1

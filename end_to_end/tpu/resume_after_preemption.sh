@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Does a preempted run go on as if nothing had been? Starts a training, sends it SIGTERM in the middle as a spot machine
-# that is taken back does, starts it again, and holds it to this: status 75 within GRACE_SECONDS; afterwards the rows
-# from before the stop unchanged, every step done once, the final loss and the last checkpoint there, and every loss
-# that of the same training without interruption, to the last bit.
+# Tests that a preempted run resumes exactly. Starts a training, sends it SIGTERM in the middle as the
+# preemption of a spot machine does, restarts it, and checks: exit status 75 within GRACE_SECONDS; the rows
+# written before the stop are unchanged; every step is recorded once; the final loss and the last
+# checkpoint exist; every loss equals that of an uninterrupted run bit for bit.
 #
-#   bash end_to_end/tpu/resume_after_preemption.sh    status 0 if all of it holds
+#   bash end_to_end/tpu/resume_after_preemption.sh    status 0 if all checks pass
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -14,9 +14,9 @@ source end_to_end/common.sh
 tpu_defaults
 default NUM_ITERATIONS 60
 default RUN_NAME d12_preempted # must be new
-knob STOP_AT_STEP 20 "SIGTERM comes when this step is done"
-knob GRACE_SECONDS 30 "what a spot machine leaves"
-knob UNBROKEN d12_unbroken "the run to compare with, trained where it is not finished; empty: none"
+knob STOP_AT_STEP 20 "step after which to send SIGTERM"
+knob GRACE_SECONDS 30 "time that a preempted spot machine has to save"
+knob UNBROKEN d12_unbroken "uninterrupted run to compare with, trained if it is not finished; empty: no comparison"
 default STAGES "setup data tokenizer stop resume compare"
 training_knobs
 parse_arguments "$@"
@@ -28,10 +28,10 @@ stage_stop() {
   local state status asked
   metrics=$OUTPUT/$RUN_NAME/metrics.jsonl
   case $OUTPUT in
-    *://*) fail "OUTPUT=$OUTPUT must be a local folder here: steps are watched as they are written" ;;
+    *://*) fail "OUTPUT=$OUTPUT must be a local folder: this script watches metrics.jsonl" ;;
   esac
   state=$(results state)
-  [ "$state" = new ] || fail "$OUTPUT/$RUN_NAME is there already: remove it, or choose another RUN_NAME"
+  [ "$state" = new ] || fail "$OUTPUT/$RUN_NAME already exists: remove it, or choose another RUN_NAME"
   start_training
   trap stop_training INT TERM EXIT
   until grep -q "^{\"step\": $STOP_AT_STEP," "$metrics" 2>/dev/null; do
@@ -45,9 +45,9 @@ stage_stop() {
   trap - INT TERM EXIT
   trainer=''
   stopping=''
-  [ "$status" = 75 ] || fail "train.py ended with status $status and not with 75, preempted"
+  [ "$status" = 75 ] || fail "train.py ended with status $status instead of 75 (preempted)"
   say "stopped with status 75, $((SECONDS - asked)) s after SIGTERM"
-  [ $((SECONDS - asked)) -le "$GRACE_SECONDS" ] || fail "that is more than GRACE_SECONDS=$GRACE_SECONDS"
+  [ $((SECONDS - asked)) -le "$GRACE_SECONDS" ] || fail "longer than GRACE_SECONDS=$GRACE_SECONDS"
   before=$OUTPUT/$RUN_NAME/metrics_before.jsonl
   cp "$metrics" "$before"
 }
@@ -59,10 +59,10 @@ stage_resume() {
 
 stage_compare() {
   if [ -z "$UNBROKEN" ]; then
-    echo "not asked for"
+    echo "skipped: UNBROKEN is empty"
     return
   fi
-  ( # with another run's name
+  ( # a subshell, so that the run's name changes only here
     config+=("run_name=$UNBROKEN")
     if [ "$(results state)" != finished ]; then
       train
@@ -71,6 +71,6 @@ stage_compare() {
   results resumed "--before=$before" "--like=$UNBROKEN"
 }
 
-[ -z "$dry_run" ] || fail "--dry-run: take that of d12_smoke.sh"
+[ -z "$dry_run" ] || fail "--dry-run: use that of d12_smoke.sh"
 set_config
 run_stages

@@ -1,4 +1,4 @@
-// The chat page: conversations kept in this browser, replies streamed from the server that served it.
+// The chat page: conversations in the browser's storage, replies streamed from the server of the page.
 
 import { element, insertMark, render, withoutMarks } from "./markdown.js";
 
@@ -34,7 +34,7 @@ function button(name, label, action, { text = "", className = "quiet" } = {}) {
   return node;
 }
 
-// ---- What is kept in the browser -----------------------------------------------------------------
+// ---- Storage in the browser ----------------------------------------------------------------------
 
 const CHAT = "maxnano.chat.";
 const SETTINGS = "maxnano.settings";
@@ -57,19 +57,19 @@ function store(key, value) {
   try {
     localStorage.setItem(key, JSON.stringify(value));
   } catch {
-    toast("The browser's storage is full or off: this chat is not kept.");
+    toast("Could not save this chat: the browser's storage is full or disabled.");
   }
 }
 
 function storedChats() {
-  const found = [];
+  const valid = [];
   for (let i = 0; i < localStorage.length; i++) {
     const key = localStorage.key(i);
     if (!key.startsWith(CHAT)) continue;
     const chat = stored(key);
-    if (typeof chat?.id === "string" && Array.isArray(chat.messages) && chat.messages.every(isMessage)) found.push(chat);
+    if (typeof chat?.id === "string" && Array.isArray(chat.messages) && chat.messages.every(isMessage)) valid.push(chat);
   }
-  return found.sort((a, b) => b.updated - a.updated);
+  return valid.sort((a, b) => b.updated - a.updated);
 }
 
 const newChat = () => ({ id: crypto.randomUUID?.() ?? String(Math.random()).slice(2), title: "New chat", updated: Date.now(), messages: [] });
@@ -78,7 +78,7 @@ let model = { id: "", chat: true, defaults: { temperature: 0.6, top_k: 50, max_t
 let settings = { system: "", key: "", theme: "auto", ...stored(SETTINGS) };
 let chats = storedChats();
 let chat = newChat();
-let running = null; // {chat, controller} while a reply comes in
+let running = null; // {chat, controller} while a reply is generated
 
 function save(which = chat) {
   which.updated = Date.now();
@@ -109,7 +109,7 @@ async function ask(path, options = {}) {
   return response;
 }
 
-/** The objects of an event stream, as they come. */
+/** The JSON objects of a server-sent event stream. */
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
@@ -128,7 +128,7 @@ async function* events(response) {
 const contentOf = (parts) =>
   parts.every((part) => part.type === "text") ? parts.map((part) => part.text).join("") : parts;
 
-/** Messages as the server takes them, without the first `dropped` of them. */
+/** The messages of a request, without the first `dropped`. */
 function conversation(messages, dropped) {
   const sent = messages.slice(dropped).map((message) =>
     message.role === "user"
@@ -138,7 +138,7 @@ function conversation(messages, dropped) {
   return settings.system.trim() ? [{ role: "system", content: settings.system.trim() }, ...sent] : sent;
 }
 
-/** A reply's stream, with as few of the oldest turns left out as makes the rest fit. */
+/** Request a reply; drops the oldest turns until the prompt fits into the context. */
 async function request(messages, signal) {
   for (let dropped = 0; ; dropped += 2) {
     const body = {
@@ -160,8 +160,8 @@ async function request(messages, signal) {
 }
 
 function explain(error) {
-  if (error.status === 401) return "The server asks for an API key: enter it in Settings.";
-  if (error instanceof TypeError) return "The server cannot be reached.";
+  if (error.status === 401) return "The server requires an API key: enter it in Settings.";
+  if (error instanceof TypeError) return "Could not reach the server.";
   return error.message;
 }
 
@@ -173,21 +173,21 @@ function append(parts, delta) {
   }
 }
 
-/** Have the last message of the open chat answered. */
+/** Generate the reply to the last message of the open chat. */
 async function reply() {
-  const own = chat;
+  const target = chat;
   const message = { role: "assistant", parts: [] };
-  const asked = [...own.messages];
-  own.messages.push(message);
-  running = { chat: own, controller: new AbortController() };
-  save(own);
+  const messages = [...target.messages];
+  target.messages.push(message);
+  running = { chat: target, controller: new AbortController() };
+  save(target);
   showAll();
   scrollToEnd(true);
   const started = performance.now();
   let first = 0;
   let saved = started;
   try {
-    const { response, dropped } = await request(asked, running.controller.signal);
+    const { response, dropped } = await request(messages, running.controller.signal);
     if (dropped) message.dropped = dropped;
     for await (const chunk of events(response)) {
       if (chunk.error) throw new ServerError(response.status, chunk.error);
@@ -200,20 +200,20 @@ async function reply() {
         message.stats = `${chunk.usage.completion_tokens} tokens · ${(chunk.usage.completion_tokens / seconds).toFixed(0)}/s`;
       }
       if (performance.now() - saved > 1000) {
-        save(own);
+        save(target);
         saved = performance.now();
       }
-      showLast(own);
+      showLast(target);
     }
   } catch (error) {
     if (error.name === "AbortError") message.finish = "stopped";
     else message.error = explain(error);
   } finally {
     running = null;
-    if (stored(CHAT + own.id)) save(own); // unless it was deleted meanwhile
-    if (own === chat) showAll();
+    if (stored(CHAT + target.id)) save(target); // unless it was deleted in the meantime
+    if (target === chat) showAll();
     else showList();
-    if (own === chat && document.activeElement === document.body) focusInput();
+    if (target === chat && document.activeElement === document.body) focusInput();
   }
 }
 
@@ -228,7 +228,7 @@ function say(text) {
   reply();
 }
 
-/** Answer again from message `index` on, which is the user's; what came behind it is forgotten. */
+/** Replace the user's message `index` and all after it by `text` and a new reply. */
 function answerFrom(index, text = chat.messages[index].text) {
   if (running) return;
   if (!index) chat.title = text.trim().split("\n")[0].slice(0, 80);
@@ -240,7 +240,7 @@ function answerFrom(index, text = chat.messages[index].text) {
 
 const KINDS = new Set(["python", "python_output"]);
 
-/** The nodes of a reply: text as markdown, a call of the tool with its result as one insert in it. */
+/** The nodes of a reply: text as markdown, with a tool call and its result as one insert. */
 function bodyOf(parts) {
   const inserts = [];
   let text = "";
@@ -272,18 +272,18 @@ function showMessage(message, index) {
   node.setAttribute("aria-label", message.role === "user" ? "You" : "Model");
   if (message.role === "user") {
     bubble.textContent = message.text;
-    actions.append(button("edit", "Edit and go on from here", () => edit(node, index)));
+    actions.append(button("edit", "Edit and continue from here", () => edit(node, index)));
     actions.append(button("copy", "Copy", () => copy(message.text)));
   } else {
     bubble.append(bodyOf(message.parts));
     if (message.dropped) {
-      const text = `The context is full: the first ${message.dropped} messages were not seen for this reply.`;
+      const text = `The context is full: the first ${message.dropped} messages were dropped for this reply.`;
       node.prepend(element("p", { className: "note", textContent: text }));
     }
     if (!message.parts.length && !isStreaming) bubble.append(element("em", { textContent: message.error ? "no reply" : "(empty)" }));
     const text = message.parts.map((part) => part.text).join("");
     actions.append(button("again", "Regenerate", () => answerFrom(index - 1)), button("copy", "Copy", () => copy(text)));
-    const ends = { length: "cut at the longest length", stopped: "stopped" };
+    const ends = { length: "stopped at the token limit", stopped: "stopped" };
     const facts = [message.stats, ends[message.finish]].filter(Boolean).join(" · ");
     if (facts) actions.append(element("span", { className: "stats", textContent: facts }));
     if (message.error) {
@@ -298,7 +298,7 @@ function showMessage(message, index) {
 
 let frame = 0;
 
-/** Show what the last message of a chat gained, at most once a frame. */
+/** Update the last message of a chat, at most once per frame. */
 function showLast(which) {
   if (which !== chat || frame) return;
   frame = requestAnimationFrame(() => {
@@ -383,7 +383,7 @@ async function copy(text) {
     await navigator.clipboard.writeText(text);
     toast("Copied");
   } catch {
-    toast("The browser did not allow copying.");
+    toast("The browser blocked copying.");
   }
 }
 
@@ -431,7 +431,7 @@ function neighbor(step) {
   if (next) openChat(next);
 }
 
-// On a touch screen the focus would bring up the keyboard.
+// On a touch screen, focus opens the keyboard.
 const focusInput = () => matchMedia("(hover: hover)").matches && $("input").focus();
 
 function showSidebar(shown) {
@@ -465,7 +465,7 @@ function readSettings() {
   $("temperature-value").textContent = Number(setting("temperature")).toFixed(2);
   store(SETTINGS, settings);
   setTheme();
-  if (settings.key !== hadKey) meet();
+  if (settings.key !== hadKey) loadModel();
 }
 
 function setTheme() {
@@ -476,14 +476,14 @@ function setTheme() {
 
 const EXAMPLES = ["Why is the sky blue?", "What is 37 × 43 + 12?", "Write a haiku about the sea.", "How do I boil an egg?"];
 
-/** Ask the server which model it has. */
-async function meet() {
+/** Load the model's name and defaults from the server. */
+async function loadModel() {
   try {
     const answer = await (await ask("/v1/models")).json();
     model = { ...model, ...answer.data[0] };
     $("model").textContent = model.id;
     $("model").hidden = false;
-    notice(model.chat ? "" : "This checkpoint has not learned to chat yet: do not expect answers before fine-tuning.");
+    notice(model.chat ? "" : "This is a base model: it is not fine-tuned for chat.");
   } catch (error) {
     notice(explain(error));
   }
@@ -564,7 +564,7 @@ function listen() {
       $("input").focus();
     }
   });
-  // Another tab wrote: take over what it has, unless a reply comes in here.
+  // Another tab changed the storage: reload it, unless a reply is generated here.
   window.addEventListener("storage", (event) => {
     if (running || (event.key && !event.key.startsWith(CHAT))) return;
     chats = storedChats();
@@ -581,4 +581,4 @@ if (chats.length && chats[0].messages.at(-1)?.role === "assistant") chat = chats
 showAll();
 scrollToEnd(true);
 focusInput();
-meet();
+loadModel();

@@ -1,17 +1,17 @@
-// Markdown to DOM nodes. Text of the model only ever becomes text nodes; no HTML is parsed anywhere.
+// Markdown to DOM nodes. The model's text only becomes text nodes; no HTML is parsed.
 //
 //   element.replaceChildren(render(text, inserts))
 //
-// `inserts` are nodes that stand in the text: the character U+E000 + i is replaced by inserts[i].
+// `inserts` are nodes within the text: the character U+E000 + i is replaced by inserts[i].
 
 const FIRST_INSERT = 0xe000;
 const LAST_INSERT = 0xf8ff; // the end of the private use area
-const DEEPEST = 12; // lists and quotes within each other
+const DEEPEST = 12; // nested lists and quotes
 
-/** The character that stands for insert i. */
+/** The character that marks insert i. */
 export const insertMark = (i) => String.fromCharCode(Math.min(FIRST_INSERT + i, LAST_INSERT));
 
-/** Text of a model without characters that would be taken for inserts. */
+/** The model's text without characters that mark inserts. */
 export const withoutMarks = (text) => text.replace(/[\ue000-\uf8ff]/g, "\ufffd");
 
 export function element(tag, properties = {}, ...children) {
@@ -122,7 +122,7 @@ function listBlock(lines, at, inserts, depth) {
       at += 1;
     }
     const content = blocks(inner, inserts, depth + 1);
-    // A lone paragraph stands in the item without one's margins.
+    // The first paragraph of an item has no margins.
     if (content.length && content[0].tagName === "P") content.splice(0, 1, ...content[0].childNodes);
     list.append(element("li", {}, ...content));
     while (at < lines.length && isBlank(lines[at]) && at + 1 < lines.length && ITEM.test(lines[at + 1])) at += 1;
@@ -160,7 +160,7 @@ function codeBlock(code, language, inserts) {
 
 // ---- Inline ------------------------------------------------------------------------------------
 
-// One alternative a construct; each is tried at every position, from left to right.
+// One alternative per construct, tried at every position from left to right.
 const INLINE = new RegExp(
   [
     /\\(?<escaped>[!-/:-@[-`{-~])/,
@@ -187,24 +187,24 @@ function inline(text, inserts, depth = 0) {
   let at = 0;
   const within = (inner) => inline(inner, inserts, depth + 1);
   for (const match of text.matchAll(INLINE)) {
-    const found = match.groups;
+    const groups = match.groups;
     if (match.index > at) out.push(text.slice(at, match.index));
     at = match.index + match[0].length;
-    if (found.escaped !== undefined) out.push(found.escaped);
-    else if (found.code !== undefined) out.push(element("code", {}, ...plain(found.code, inserts)));
-    else if (found.label !== undefined) out.push(link(found.target, within(found.label || found.target), match[0]));
-    else if (found.auto ?? found.bare) out.push(link(found.auto ?? found.bare, [found.auto ?? found.bare], match[0]));
-    else if (found.strong ?? found.strong2) out.push(element("strong", {}, ...within(found.strong ?? found.strong2)));
-    else if (found.struck) out.push(element("del", {}, ...within(found.struck)));
-    else if (found.em ?? found.em2) out.push(element("em", {}, ...within(found.em ?? found.em2)));
-    else if (found.broken) out.push(element("br"));
+    if (groups.escaped !== undefined) out.push(groups.escaped);
+    else if (groups.code !== undefined) out.push(element("code", {}, ...plain(groups.code, inserts)));
+    else if (groups.label !== undefined) out.push(link(groups.target, within(groups.label || groups.target), match[0]));
+    else if (groups.auto ?? groups.bare) out.push(link(groups.auto ?? groups.bare, [groups.auto ?? groups.bare], match[0]));
+    else if (groups.strong ?? groups.strong2) out.push(element("strong", {}, ...within(groups.strong ?? groups.strong2)));
+    else if (groups.struck) out.push(element("del", {}, ...within(groups.struck)));
+    else if (groups.em ?? groups.em2) out.push(element("em", {}, ...within(groups.em ?? groups.em2)));
+    else if (groups.broken) out.push(element("br"));
     else out.push(...plain(match[0], inserts));
   }
   if (at < text.length) out.push(text.slice(at));
   return out;
 }
 
-/** A link to another site, opened apart; what leads anywhere else stays as it was written. */
+/** A link that opens in a new tab; unsafe targets stay text. */
 function link(target, children, source) {
   let url;
   try {
@@ -216,7 +216,7 @@ function link(target, children, source) {
   return element("a", { href: url.href, target: "_blank", rel: "noopener noreferrer nofollow" }, ...children);
 }
 
-/** Text with its inserts and nothing else. */
+/** Text with its inserts, without markdown. */
 function plain(text, inserts) {
   return text
     .split(/([\ue000-\uf8ff])/)

@@ -1,0 +1,146 @@
+"""Facts about devices, and what follows from them: chip table, memory, dtypes, compiler flags."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from ml_collections import FrozenConfigDict
+
+# ---- Chips ---------------------------------------------------------------------------------------
+
+
+class Chip(NamedTuple):
+    """One JAX device according to its vendor's data sheet."""
+
+    peak_flops: float  # bfloat16 FLOP/s, dense
+    memory_bytes: float
+    memory_bandwidth: float  # bytes/s
+    clock_hz: float | None = None
+    # The part of memory_bytes that the compiler gives to a program.
+    program_memory_bytes: int | None = None
+    # Bytes/s of one link between chips of a slice, in one direction.
+    ici_link_bandwidth: float | None = None
+    # Bytes/s from one chip to other slices, in one direction.
+    dcn_bandwidth: float | None = None
+    spot_price: float | None = None  # USD per chip-hour
+
+
+def _gib(count: float) -> int:
+    return int(count * 2**30)
+
+
+# By jax.Device.device_kind. A new chip is a row here.
+# Sources: TPU https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and the pages of each
+# version there (a v4 or v5p chip is one device, a TPU7x chip two); clock and networks
+# https://jax-ml.github.io/scaling-book/tpus and peak FLOP/s over the matrix units' FLOPs per cycle;
+# program memory: libtpu's message for a program that is too large; spot price: us-central1, June
+# 2026. NVIDIA data sheets, figures without sparsity:
+# https://www.nvidia.com/en-us/data-center/{a100,h100,h200,dgx-b200}.
+CHIPS = {
+    "TPU v4": Chip(275e12, 32 * 2**30, 1.228e12, 1.05e9, _gib(30.75), 45e9, 6.25e9),
+    "TPU v5 lite": Chip(197e12, 16 * 2**30, 0.819e12, 1.5e9, _gib(15.75), 45e9, 3.125e9),
+    "TPU v5": Chip(459e12, 95 * 2**30, 2.765e12, 1.75e9, _gib(95.74), 90e9, 6.25e9),
+    "TPU v5p": Chip(459e12, 95 * 2**30, 2.765e12, 1.75e9, _gib(95.74), 90e9, 6.25e9),
+    "TPU v6 lite": Chip(918e12, 32 * 2**30, 1.64e12, 1.75e9, _gib(31.25), 90e9, 12.5e9, 0.540137),
+    "TPU v6e": Chip(918e12, 32 * 2**30, 1.64e12, 1.75e9, _gib(31.25), 90e9, 12.5e9, 0.540137),
+    "TPU7x": Chip(2307e12 / 2, 192 * 2**30 / 2, 7.38e12 / 2),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 40e9, 1.555e12),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80e9, 2.039e12),
+    "NVIDIA A100 80GB PCIe": Chip(312e12, 80e9, 1.935e12),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 80e9, 3.35e12),
+    "NVIDIA H100 NVL": Chip(835e12, 94e9, 3.9e12),
+    "NVIDIA H100 PCIe": Chip(756e12, 80e9, 2.0e12),
+    "NVIDIA H200": Chip(989e12, 141e9, 4.8e12),
+    "NVIDIA H200 NVL": Chip(835e12, 141e9, 4.8e12),
+    "NVIDIA B200": Chip(2250e12, 180e9, 8.0e12),
+}
+
+
+def chip(device: jax.Device) -> Chip | None:
+    """The device's row of CHIPS, or None if it has no row (a CPU, or a chip not listed yet)."""
+    return CHIPS.get(device.device_kind)
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+    """Sum of the peak bfloat16 FLOP/s of all devices, or None if a device has no row in CHIPS."""
+    chips = [chip(device) for device in devices]
+    return None if None in chips else sum(c.peak_flops for c in chips)
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+
+
+def memory_limit_bytes() -> int | None:
+    """Bytes that one device of this process may use, None if unknown.
+
+    For a CPU device: its share of the available memory of the host or container.
+    """
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        host = host_memory_bytes()
+        return None if host is None else host // len(devices)
+    stats = devices[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    known = chip(devices[0])
+    return int(known.memory_bytes) if known else None
+
+
+def host_memory_bytes(root: Path = Path("/")) -> int | None:
+    """Bytes of available memory on the host, limited by the cgroup; None if not on Linux.
+
+    root: the folder that contains proc and sys.
+    """
+    limits = []
+    for name in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = _read(root / name)
+        if text.isdigit():  # "max" means no limit
+            limits.append(int(text))
+    for line in _read(root / "proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            limits.append(1024 * int(line.split()[1]))
+    return min(limits, default=None)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+# ---- Choices by backend --------------------------------------------------------------------------
+
+
+def compute_dtype(config: FrozenConfigDict, backend: str) -> str:
+    """Name of the dtype of activations and matrix products on a backend (cpu, gpu, tpu)."""
+    return config.dtype or ("float32" if backend == "cpu" else "bfloat16")
+
+
+def embedding_dtype(config: FrozenConfigDict, backend: str) -> str:
+    """Name of the dtype of the embedding tables and their Adam moments on a backend."""
+    return config.embedding_dtype or compute_dtype(config, backend)
+
+
+def compiler_options(config: FrozenConfigDict, backend: str) -> dict[str, bool | int | str]:
+    """The XLA flags of the groups that config.xla_flags names, for jax.jit's compiler_options.
+
+    backend: tpu, gpu or cpu; groups of other backends are ignored.
+    """
+    groups = {name: (target, flags) for name, target, *flags in config.xla_flag_groups}
+    options: dict[str, bool | int | str] = {}
+    for name in config.xla_flags:
+        target, flags = groups[name]
+        if target == backend:
+            options |= dict(map(_parse_flag, flags))
+    return options
+
+
+def _parse_flag(flag: str) -> tuple[str, bool | int | str]:
+    """`name=value` -> (name, value as bool, int or str)."""
+    name, _, text = flag.partition("=")
+    if text in ("true", "false"):
+        return name, text == "true"
+    return name, int(text) if re.fullmatch(r"-?\d+", text) else text

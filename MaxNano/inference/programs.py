@@ -1,0 +1,291 @@
+"""The engine's compiled programs, prefill and decode, and the weights and KV cache they run on.
+
+Every array has one fixed shape, whatever requests are running, so each program is compiled once:
+decode for all slots, prefill for each prompt length in `EnginePrograms.buckets`. Slots are split
+over the data-parallel mesh axes: each of `setup.data_parallel_size` shards computes
+`slots_per_shard` slots on its own.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.layout import Format, Layout
+from jax.sharding import NamedSharding, PartitionSpec
+
+from MaxNano import scaling
+from MaxNano.distributed import hardware, runtime
+from MaxNano.inference import decode
+from MaxNano.inference.kv_cache import KVCache
+from MaxNano.inference.weights import Weights
+from MaxNano.models.setup import ModelSetup
+
+# XLA's fastest CPU matrix products at these sizes: benchmarks/README.md.
+_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+_FEW_ROWS_OPTIONS = _CPU_OPTIONS | {"xla_cpu_multi_thread_eigen": False}
+SMALLEST_BUCKET = 64  # prompts are padded to this many tokens times a power of two
+
+
+@dataclass(frozen=True)
+class EnginePrograms:
+    """The programs of an engine, compiled when first used."""
+
+    setup: ModelSetup
+    plan: decode.Plan
+    slots: int
+    steps: int  # most decode steps between two host syncs
+    prefill_rows: int  # prompts per shard and prefill call
+
+    @classmethod
+    def build(
+        cls, setup: ModelSetup, *, slots: int, max_length: int, is_full: bool = False
+    ) -> Self:
+        """Programs for at least `slots` sequences of up to `max_length` tokens, prompt included.
+
+        is_full: loops run as long as they ever can, for the compile report.
+        """
+        config, shards = setup.config, setup.data_parallel_size
+        plan = decode.make_plan(config, setup.numerics, max_length)._replace(is_full=is_full)
+        prefill_rows = config.prefill_rows or (1 if setup.numerics.backend == "cpu" else 8)
+        slots = -(-slots // shards) * shards
+        return cls(setup, plan, slots, config.stream_interval, prefill_rows)
+
+    @property
+    def slots_per_shard(self) -> int:
+        """Number of slots in each data-parallel shard."""
+        return self.slots // self.setup.data_parallel_size
+
+    @property
+    def prefill_size(self) -> int:
+        """Prompts per prefill call, over all shards."""
+        return self.prefill_rows * self.setup.data_parallel_size
+
+    def bucket(self, length: int) -> int:
+        """The padded length of a prompt of `length` tokens."""
+        size = SMALLEST_BUCKET
+        while size < length:
+            size *= 2
+        return min(size, max(self.plan.max_length, 1))
+
+    @property
+    def buckets(self) -> list[int]:
+        """All padded prompt lengths, shortest first."""
+        return sorted({self.bucket(length) for length in range(1, self.plan.max_length)})
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The prepared weights as abstract arrays."""
+        shapes = jax.eval_shape(partial(decode.prepare, self.plan), self.setup.params)
+        shardings = decode.weight_shardings(self.plan, self.setup.mesh, shapes)
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            shapes,
+            shardings,
+        )
+
+    @cached_property
+    def cache(self) -> KVCache:
+        """The KV cache as abstract arrays."""
+        return decode.cache_shapes(self.plan, self.setup.mesh, self.slots)
+
+    @cached_property
+    def cache_formats(self) -> KVCache:
+        """Memory layout of the cache; on a TPU, the heads of a position are adjacent."""
+        if self.setup.numerics.backend != "tpu":
+            return jax.tree.map(lambda x: x.sharding, self.cache)
+        return jax.tree.map(lambda x: Format(Layout((0, 2, 1, 3)), x.sharding), self.cache)
+
+    @cached_property
+    def by_slot(self) -> NamedSharding:
+        """Sharding of arrays whose first axis is slots or prompts."""
+        return NamedSharding(self.setup.mesh, self.setup.batch_spec)
+
+    @cached_property
+    def prepare(self) -> Callable[[dict[str, Any]], Weights]:
+        """Model parameters -> weights for decoding."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.weights)
+        return jax.jit(partial(decode.prepare, self.plan), out_shardings=shardings)
+
+    @cached_property
+    def decode(self) -> Callable:
+        """(weights, cache, packed Control, seen, is_eager) -> (cache, Round); donates the cache."""
+
+        def local(weights, cache, packed, seen, is_eager):
+            control = decode.Control.of(packed)
+            return decode.decode_round(self.plan, weights, cache, control, seen, is_eager)
+
+        slots, by_step = self.setup.batch_spec, PartitionSpec(None, self.setup.batch_axes)
+        is_small = self.slots_per_shard <= runtime.FEW_ROWS
+        return self._jit(
+            local,
+            (slots, slots, PartitionSpec()),
+            by_step,
+            _FEW_ROWS_OPTIONS if is_small else _CPU_OPTIONS,
+        )
+
+    @cached_property
+    def prefill(self) -> Callable:
+        """(weights, cache, tokens, lengths, copies, with_top) -> (cache, ()): prompts into slots.
+
+        tokens (prefill_size, L + 1) and lengths (prefill_size,) int32. copies (shards,
+        slots_per_shard + 1, 2) int32: pairs of a prompt and a slot of the same shard; the last pair
+        is their number, twice. Donates the cache.
+        """
+        return self._jit_prefill(is_scored=False)
+
+    @cached_property
+    def scoring_prefill(self) -> Callable:
+        """Like `prefill`, and returns the TokenScores (prefill_size, L) of tokens[:, 1:]."""
+        return self._jit_prefill(is_scored=True)
+
+    def _jit_prefill(self, is_scored: bool) -> Callable:
+        plan = self.plan
+
+        def local(weights, cache, tokens, lengths, copies, with_top):
+            pairs = decode.Copies(copies[0, :-1, 0], copies[0, :-1, 1], copies[0, -1, 0])
+            # The prompt's last token goes through decode, so that all tokens are sampled there.
+            cache, hidden = decode.prefill(plan, weights, cache, tokens[:, :-1], lengths - 1, pairs)
+            if not is_scored:
+                return cache, ()
+            return cache, decode.score(plan, weights, hidden, tokens[:, 1:], with_top)
+
+        rows = self.setup.batch_spec
+        return self._jit(local, (rows, rows, rows, PartitionSpec()), rows, _CPU_OPTIONS)
+
+    def _jit(self, function: Callable, in_specs, out_spec, cpu_options: dict[str, Any]) -> Callable:
+        """jit of `function(weights, cache, *inputs) -> (cache, output)` over the shards.
+
+        in_specs: of the inputs; out_spec: of the output, which every host receives whole.
+        """
+        setup, backend = self.setup, self.setup.numerics.backend
+        weights, cache = setup.manual_specs(self.weights), setup.manual_specs(self.cache)
+        local = setup.over_devices(function, (weights, cache, *in_specs), (cache, out_spec))
+        return jax.jit(
+            local,
+            donate_argnums=1,
+            in_shardings=(None, self.cache_formats, *[None] * len(in_specs)),
+            out_shardings=(self.cache_formats, setup.replicated),
+            compiler_options=(cpu_options if backend == "cpu" else {})
+            | hardware.compiler_options(setup.config, backend),
+        )
+
+
+# ---- Compile report ----------------------------------------------------------------------------
+
+
+def report_programs(setup: ModelSetup) -> EnginePrograms:
+    """The programs of a config with every slot at its longest, to be compiled but not run."""
+    config = setup.config
+    max_length = config.decode_max_length or config.max_target_length
+    return EnginePrograms.build(
+        setup, slots=config.decode_slots, max_length=max_length, is_full=True
+    )
+
+
+def lower_decode(programs: EnginePrograms) -> jax.stages.Lowered:
+    """Lower the decode program."""
+
+    def abstract(dtype, columns):
+        return jax.ShapeDtypeStruct((programs.slots, columns), dtype, sharding=programs.by_slot)
+
+    packed = abstract(np.int32, decode.CONTROL_COLUMNS + programs.steps)
+    seen = abstract(np.bool_, programs.weights["head"].shape[1])
+    return programs.decode.lower(programs.weights, programs.cache, packed, seen, np.bool_(False))
+
+
+def lower_prefill(programs: EnginePrograms, length: int | None = None) -> jax.stages.Lowered:
+    """Lower the prefill of prompts of `length` tokens (None: the longest)."""
+    length = programs.bucket(length or programs.plan.max_length)
+    shards, rows = programs.setup.data_parallel_size, programs.prefill_size
+    shapes = (rows, length + 1), (rows,), (shards, programs.slots_per_shard + 1, 2)
+    inputs = [jax.ShapeDtypeStruct(shape, np.int32, sharding=programs.by_slot) for shape in shapes]
+    return programs.prefill.lower(programs.weights, programs.cache, *inputs, np.bool_(False))
+
+
+def decode_costs(programs: EnginePrograms, context: int) -> tuple[float, float]:
+    """(bytes read per device, model FLOPs over all devices) of one decode step of all slots.
+
+    Bytes are the weight matrices, without embedding tables, and the KV cache at `context` tokens.
+    """
+    plan, setup = programs.plan, programs.setup
+    config, shape = setup.config, scaling.shape_of(setup.config)
+    itemsize = jnp.dtype(plan.dtype).itemsize
+    positions = tuple(min(context, size) for size in plan.sizes)  # per layer
+    cache_bytes = 2 * config.num_kv_heads * config.head_dim * sum(positions) * itemsize
+    weight_bytes = scaling.parameter_counts(shape).scaling * itemsize
+    # Each data-parallel shard reads all weights and the cache of its slots.
+    total_bytes = weight_bytes * setup.data_parallel_size + cache_bytes * programs.slots
+    forward_flops = scaling.flops_per_token(shape, positions) / 3
+    return total_bytes / setup.mesh.size, forward_flops * programs.slots
+
+
+# ---- Weights and cache on the devices ----------------------------------------------------------
+
+
+class ModelRunner:
+    """Runs the programs on weights and a KV cache. `cache` is replaced by every call."""
+
+    def __init__(self, programs: EnginePrograms):
+        self.programs = programs
+        self.weights: Weights | None = None
+        self.cache = self._empty_cache()
+        seen = np.zeros((programs.slots, programs.weights["head"].shape[1]), np.bool_)
+        self._none_seen = jax.device_put(seen, programs.by_slot)
+
+    def set_params(self, params: dict[str, Any]) -> None:
+        """Prepare a parameter tree of jax or numpy arrays for decoding."""
+        setup = self.programs.setup
+        placed = jax.tree.map(
+            lambda x, like: x if isinstance(x, jax.Array) else jax.device_put(x, like.sharding),
+            params,
+            setup.params,
+        )
+        self.weights = self.programs.prepare(placed)
+        if setup.numerics.backend == "cpu" and jax.process_count() == 1:
+            # Virtual devices of one process can share the memory of replicated arrays.
+            self.weights = jax.tree.map(
+                lambda x: jax.device_put(np.asarray(x), x.sharding), self.weights
+            )
+
+    def clear(self) -> None:
+        """Replace the cache, after a call that failed and may have consumed it."""
+        self.cache = self._empty_cache()
+
+    def _empty_cache(self) -> KVCache:
+        shapes, formats = self.programs.cache, self.programs.cache_formats
+
+        def zeros():
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        return jax.jit(zeros, out_shardings=formats)()
+
+    def prefill(
+        self, inputs: Sequence[np.ndarray], is_scored: bool, with_top: bool
+    ) -> decode.TokenScores | tuple[()]:
+        """Write prompts into slots. inputs: tokens, lengths, copies of EnginePrograms.prefill."""
+        programs = self.programs
+        program = programs.scoring_prefill if is_scored else programs.prefill
+        inputs = (jax.device_put(x, programs.by_slot) for x in inputs)
+        self.cache, scores = program(self.weights, self.cache, *inputs, np.bool_(with_top))
+        return jax.device_get(scores)
+
+    def decode(
+        self, packed: np.ndarray, seen: np.ndarray | None, is_eager: bool, with_scores: bool
+    ) -> tuple[np.ndarray, decode.TokenScores | None]:
+        """Run decode steps: (tokens (steps, slots), -1 for none; their scores if wanted).
+
+        packed (slots, columns) int32 is a packed Control; seen (slots, padded vocabulary) bool,
+        None if no slot has a repetition penalty. is_eager: end the round when the first sample
+        stops.
+        """
+        programs = self.programs
+        seen = self._none_seen if seen is None else jax.device_put(seen, programs.by_slot)
+        # jit transfers a small numpy array to the devices several times as fast as device_put.
+        self.cache, out = programs.decode(
+            self.weights, self.cache, packed, seen, np.bool_(is_eager)
+        )
+        return np.asarray(out.tokens), jax.device_get(out.scores) if with_scores else None

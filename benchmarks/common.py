@@ -13,7 +13,7 @@ import jax
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import train_compile
+from MaxNano import console, train_compile
 from MaxNano.compile import costs
 from MaxNano.training.setup import set_up
 
@@ -42,7 +42,7 @@ def compile_step(config: FrozenConfigDict) -> Row:
         )
         setup, report = train_compile.compile_program(setup, "train")
     except ValueError as error:  # out of memory, or a layout or kernel that is refused
-        return {"failure": " ".join(str(error).split())}
+        return {"failure": console.one_line(error)}
     finally:
         jax.clear_caches()  # a session compiles many steps
     row |= {"rows": setup.plan.micro_rows, "micro-steps": setup.plan.micro_steps}

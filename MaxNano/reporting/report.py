@@ -1,8 +1,8 @@
 """The report of a run and of those that it started from: facts from their folders as plain data."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import yaml
 
@@ -27,6 +27,7 @@ from MaxNano.reporting.run_history import Run
 from MaxNano.reporting.words import (
     STAGE_TITLES,
     Points,
+    describe_data,
     duration,
     large,
     median_of,
@@ -85,20 +86,6 @@ def _overview(runs: Sequence[Run], problem: str | None) -> Section:
 # ---- What ran -----------------------------------------------------------------------------------
 
 
-def _describe_data(config: Mapping[str, Any]) -> str:
-    kind = config["dataset_type"]
-    if kind == "rollouts":
-        return f"{config['rl_task']}, {config['rl_samples']} answers to each of {config['rl_problems']} problems a step"
-    if kind == "chat":
-        return ", ".join(
-            f"{task} x {amount}" + "".join(f" (at most {count})" for count in limit)
-            for task, amount, *limit in config["chat_train_mixture"]
-        )
-    if kind == "mixture":
-        return ", ".join(f"{row[1]} x {row[0]}" for row in config["dataset_mixture"])
-    return f"{kind}, {config['dataset_name'] or config['dataset_path']}"
-
-
 def _describe_devices(run: Run) -> str:
     if not run.steps:  # the devices on which it was imported do not matter
         return ""
@@ -131,7 +118,7 @@ FACTS: dict[str, Callable[[Run], str]] = {
     "parameters": lambda run: f"{scaling.parameter_counts(scaling.shape_of(run.config)).total:,}",
     "vocabulary": lambda run: f"{run.config['vocab_size']:,} tokens",
     "context": lambda run: f"{run.config['max_target_length']:,} tokens",
-    "data": lambda run: _describe_data(run.config),
+    "data": lambda run: describe_data(run.config),
     "batch": lambda run: f"{run.config['global_batch_tokens']:,} tokens",
     "done": status,
     "tokens": lambda run: f"{_tokens_done(run):,}" if run.steps else "",

@@ -13,6 +13,7 @@ import jax
 from etils import epath
 from ml_collections import FrozenConfigDict
 
+from MaxNano import console
 from MaxNano.compile import programs as compile_programs
 from MaxNano.compile import report as compile_report
 from MaxNano.compile import topologies
@@ -41,7 +42,7 @@ def compile_step(config: FrozenConfigDict) -> Row:
         )
         setup, report = compile_programs.compile_program(setup, "train")
     except ValueError as error:  # out of memory, or a layout or kernel that is refused
-        return {"failure": " ".join(str(error).split())}
+        return {"failure": console.one_line(error)}
     finally:
         jax.clear_caches()  # a session compiles many steps
     row |= {"rows": setup.plan.micro_rows, "micro-steps": setup.plan.accumulation_steps}

@@ -163,9 +163,8 @@ def test_killed_and_stopped_in_the_middle_of_uploads_it_goes_on_bit_for_bit_and_
     )
     place.run("MaxNano/chat.py", "broken", "prompt=the quick", "max_new_tokens=4")
     out = place.run("MaxNano/report.py", "next")
-    assert (
-        "written to gs://ours/runs/next/report.html" in out
-        and "runs/next/report.md" in place.names("runs/next/")
+    assert "Wrote gs://ours/runs/next/report.html" in out and "runs/next/report.md" in place.names(
+        "runs/next/"
     )
     assert "finished" in place.run("end_to_end/results.py", "broken", before=["state"])
 

@@ -395,7 +395,7 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(settings, place, hub, 
         asked = json.loads((folder / f"evals/step_{len(steps):06}.json").read_text())["evals"]
         assert asked["chat SimpleSpelling/test"]["values"]["problems"] == 2
     assert "2 answers to each of 2 problems of SimpleSpelling/train" in out
-    assert f"written to {place}/runs/downloaded_rl/report.html" in out
+    assert f"Wrote {place}/runs/downloaded_rl/report.html" in out
 
     extra = extra.replace(f"hub_url={hub}", "hub_url=http://127.0.0.1:9")
     more |= {"EXTRA": extra, "STAGES": "data evaluation sft rl", "EVALS": "core"}
@@ -408,9 +408,7 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(settings, place, hub, 
 
     shutil.rmtree(place / "runs/downloaded_rl")
     out = run("tpu/d24_speedrun.sh", {**settings, **more}, STAGES="report")
-    assert f"written to {place}/runs/downloaded_sft/report.html" in out, (
-        "of the last run that there is"
-    )
+    assert f"Wrote {place}/runs/downloaded_sft/report.html" in out, "of the last run that there is"
 
 
 @pytest.mark.slow

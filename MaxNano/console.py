@@ -12,7 +12,9 @@ def one_line(error: BaseException | str, limit: int | None = None) -> str:
 
     A text over `limit` characters loses its middle, because causes are at the end.
     """
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if not text and isinstance(error, BaseException):
+        text = type(error).__name__
     if limit is None or len(text) <= limit:
         return text
     head = limit // 3

@@ -1,18 +1,18 @@
-"""From depth to everything else: widths, parameter counts, FLOPs, horizon, batch, rates.
+"""Scaling laws: from depth to width, parameters, FLOPs, steps, batch size and learning rates.
 
-Pure functions of plain numbers, so that pyconfig can fill a config without starting JAX.
+Pure functions of plain numbers, so that pyconfig can derive a config without JAX.
 
 Source: nanochat@92d63d4 (scripts/base_train.py, nanochat/gpt.py), which cites
-https://arxiv.org/abs/2505.13738 for the batch and https://arxiv.org/abs/2405.13698 for the decay.
+https://arxiv.org/abs/2505.13738 for the batch size and https://arxiv.org/abs/2405.13698 for weight decay.
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-REFERENCE_DEPTH = 12  # the depth at which the base rates, batch and weight decay were tuned
+REFERENCE_DEPTH = 12  # depth at which learning rates, batch size and weight decay were tuned
 REFERENCE_BATCH_TOKENS = 2**19
-BATCH_EXPONENT = 0.383  # the best batch grows with the horizon to this power
+BATCH_EXPONENT = 0.383  # optimal batch size ~ training tokens ** BATCH_EXPONENT
 
 
 # The matrices of a block: part -> name -> logical axes of its inputs and outputs. Parameters are
@@ -46,7 +46,7 @@ ARCHITECTURE_KEYS: Mapping[str, Any] = {
     "value_embed_gate_channels": None,
     "smear_gate_channels": None,
     "use_backout": None,
-    # What is computed with them.
+    # The computation.
     "rope_theta": None,
     "qk_norm_scale": None,
     "value_embed_gate_range": None,
@@ -64,14 +64,12 @@ CONTEXT_KEYS: Mapping[str, Any] = {
 }
 
 
-def architecture_of(
-    values: Mapping[str, Any], keys: Mapping[str, Any] = ARCHITECTURE_KEYS
-) -> dict[str, Any]:
-    """The architecture keys of a config, which any version may have saved.
+def architecture_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The ARCHITECTURE_KEYS of a config, which any version may have saved.
 
     Raises ValueError that names a key which is missing although every version has it.
     """
-    architecture = {key: values.get(key, implied) for key, implied in keys.items()}
+    architecture = {key: values.get(key, implied) for key, implied in ARCHITECTURE_KEYS.items()}
     for key, value in architecture.items():
         if value is None:
             raise ValueError(f"the saved config has no {key}, which defines the model")
@@ -95,7 +93,7 @@ class Shape(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Parameters by group. `matrices` are all of the layers' weights, value gates included."""
+    """Number of parameters by kind. `matrices` are all weights of the layers and the value gates."""
 
     token_embed: int
     value_embeds: int
@@ -110,14 +108,14 @@ class Counts(NamedTuple):
 
     @property
     def scaling(self) -> int:
-        """The parameters that the scaling laws count: those that multiply every token."""
+        """The parameters that the scaling laws count: those in a matrix product with every token."""
         return self.matrices + self.lm_head
 
 
 def shape_of(values: Mapping[str, Any]) -> Shape:
     """The Shape in a config, which any version may have saved."""
-    architecture = architecture_of(values, {key: ARCHITECTURE_KEYS[key] for key in Shape._fields})
-    return Shape(**architecture)
+    architecture = architecture_of(values)
+    return Shape(*(architecture[key] for key in Shape._fields))
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -131,7 +129,7 @@ def width(depth: int, aspect_ratio: int, head_dim: int) -> int:
 
 
 def reference_shape(shape: Shape, aspect_ratio: int) -> Shape:
-    """The depth-12 member of a model's family: same head_dim, tables, options and proportions."""
+    """The depth-12 model of the same family: same head_dim, vocabulary, options and proportions."""
     emb_dim = width(REFERENCE_DEPTH, aspect_ratio, shape.head_dim)
     heads = emb_dim // shape.head_dim
     return shape._replace(
@@ -144,19 +142,19 @@ def reference_shape(shape: Shape, aspect_ratio: int) -> Shape:
 
 
 def value_embed_layers(num_layers: int, gate_channels: int) -> tuple[int, ...]:
-    """Layers with value embeddings: every second one, from the last back; none without a gate."""
+    """Layers with value embeddings: every second layer, the last included; none without a gate."""
     return tuple(range((num_layers - 1) % 2, num_layers, 2)) if gate_channels else ()
 
 
 def window_sizes(
     num_layers: int, pattern: str, length: int, fraction: float, multiple: int
 ) -> tuple[int, ...]:
-    """Attention window of each layer in tokens; a window w sees w + 1 keys, the query's included.
+    """Attention window of each layer in tokens; a window w has w + 1 keys, the query's included.
 
-    `pattern` is tiled over the layers; S is `fraction` of `length` rounded up to `multiple` and at
-    most `length`, L is `length`, and so is the last layer whatever the pattern says.
+    `pattern` is tiled over the layers: S is `fraction` of `length` rounded up to `multiple` and at
+    most `length`, L is `length`. The last layer always has `length`.
     """
-    # The inner round keeps 0.1 * 1280 / 128 at 1 where floats make it a little more.
+    # The inner round removes the float error of quotients such as 0.1 * 1280 / 128.
     short = min(length, multiple * math.ceil(round(length * fraction / multiple, 9)))
     windows = [short if pattern[i % len(pattern)] == "S" else length for i in range(num_layers)]
     return (*windows[:-1], length)
@@ -183,7 +181,7 @@ def block_matrices(shape: Shape) -> dict[tuple[str, str], tuple[int, int]]:
 
 
 def parameter_counts(shape: Shape) -> Counts:
-    """Parameters by group, with the rows that pad the tables."""
+    """Number of parameters by kind, with the padding rows of the tables."""
     table = round_up(shape.vocab_size, shape.vocab_multiple)
     layers = shape.num_decoder_layers
     value_layers = len(value_embed_layers(layers, shape.value_embed_gate_channels))
@@ -201,8 +199,8 @@ def parameter_counts(shape: Shape) -> Counts:
 def flops_per_token(shape: Shape, windows: tuple[int, ...]) -> int:
     """Training FLOPs per token, forward and backward.
 
-    Six for each weight in a matrix product, and twelve per query channel and visible key for the
-    two products of attention. Counts w keys a layer, without halving for the causal mask.
+    6 per weight in a matrix product, and 12 per query channel and key for the two products of
+    attention. A window w counts as w keys, not halved for the causal mask.
     Source: https://arxiv.org/abs/2204.02311, appendix B.
     """
     weights = parameter_counts(shape).scaling + shape.smear_gate_channels
@@ -216,29 +214,29 @@ def horizon_tokens(ratio: float, scaling_parameters: int) -> int:
 
 
 def batch_tokens(scaling_parameters: int, reference_parameters: int, ratio: float) -> int:
-    """Tokens per step: a power of two, from the horizon relative to the reference model's."""
+    """Batch size in tokens: a power of two, by training tokens relative to the reference model."""
     relative = horizon_tokens(ratio, scaling_parameters) / (ratio * reference_parameters)
     return 2 ** max(0, round(math.log2(REFERENCE_BATCH_TOKENS * relative**BATCH_EXPONENT)))
 
 
 def learning_rate_scale(batch: int) -> float:
-    """Factor of the base learning rates at `batch` tokens per step."""
+    """Multiplier of the learning rates for a batch of `batch` tokens."""
     return math.sqrt(batch / REFERENCE_BATCH_TOKENS)
 
 
 def weight_decay_scale(
     batch: int, scaling_parameters: int, reference_parameters: int, ratio: float
 ) -> float:
-    """Factor of the weight decay: keeps batch / (rate x decay x horizon) as in the reference."""
+    """Multiplier of weight decay: keeps batch / (learning rate x decay x tokens) constant."""
     horizon = horizon_tokens(ratio, scaling_parameters)
     return math.sqrt(batch / REFERENCE_BATCH_TOKENS) * (ratio * reference_parameters / horizon)
 
 
 def steps_for_ratio(ratio: float, scaling_parameters: int, batch: int) -> int:
-    """Whole steps within the horizon."""
+    """Whole steps within horizon_tokens."""
     return horizon_tokens(ratio, scaling_parameters) // batch
 
 
 def steps_for_flops(target_flops: float, flops_per_token: int, batch: int) -> int:
-    """Steps that spend `target_flops`, to the nearest step."""
+    """Steps that take `target_flops`, rounded to the nearest step."""
     return round(target_flops / (flops_per_token * batch))

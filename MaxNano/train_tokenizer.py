@@ -1,9 +1,9 @@
-"""Tokenizer training: learns a byte-level BPE vocabulary from the training documents.
+"""Trains a byte-level BPE tokenizer on the training documents.
 
     python MaxNano/train_tokenizer.py configs/base.yml [key=value ...]
 
-It reads dataset_path, writes tokenizer_path (an earlier tokenizer there is replaced once the new
-one is whole) and prints how many bytes a token holds on texts of several kinds.
+Reads the data set, saves the tokenizer to tokenizer_path (atomically) and prints the bytes per
+token on several kinds of text.
 Source: nanochat/scripts/tok_train.py and tok_eval.py@92d63d4.
 """
 
@@ -22,19 +22,14 @@ import tiktoken
 from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
-from MaxNano.data import sources
-from MaxNano.tokenization.tokenizer import (
-    BpeTokenizer,
-    Tokenizer,
-    cut_long_space,
-    train_bpe,
-    valid_unicode,
-)
+from MaxNano.data import sources, stream
+from MaxNano.tokenization.bpe import BpeTokenizer, cut_long_space, train_bpe
+from MaxNano.tokenization.tokenizer import Tokenizer, valid_unicode
 
 PROGRESS_SECONDS = 5.0  # between progress lines
-REFERENCES = ("gpt2", "cl100k_base")  # vocabularies of tiktoken to compare with
-REFERENCE_SECONDS = 15.0  # for getting them; tiktoken itself would wait for ever
-TABLE_DOCUMENTS = 1024  # of each split in the table
+REFERENCES = ("gpt2", "cl100k_base")  # tiktoken's encodings to compare with
+REFERENCE_SECONDS = 15.0  # timeout for their download; tiktoken has none
+TABLE_DOCUMENTS = 1024  # documents of each split in the table
 
 SAMPLES = {
     "news": """\
@@ -95,25 +90,25 @@ light-harvesting antennae, which protects the D1 protein; damaged D1 is replaced
 
 
 def capped(texts: Iterable[str], characters: int, document_characters: int) -> Iterator[str]:
-    """The start of each text, until more than `characters` have been given out."""
-    given = 0
+    """The first `document_characters` of each text, until they are more than `characters`."""
+    total = 0
     for text in texts:
         text = text[:document_characters]
-        given += len(text)
+        total += len(text)
         yield text
-        if given > characters:
+        if total > characters:
             return
 
 
 def with_progress(texts: Iterable[str], characters: int) -> Iterator[str]:
-    """The texts, with a line on stdout every few seconds and at the end."""
+    """The texts, with a progress line every PROGRESS_SECONDS and at the end."""
     start = shown = time.monotonic()
     documents = seen = 0
 
     def show() -> None:
         rate = seen / max(time.monotonic() - start, 1e-9)
         print(
-            f"read {documents:,} documents, {seen / 1e6:,.1f} M of at most"
+            f"Read {documents:,} documents, {seen / 1e6:,.1f} M of at most"
             f" {characters / 1e6:,.1f} M characters, {rate / 1e6:.1f} M characters/s",
             flush=True,
         )
@@ -128,9 +123,9 @@ def with_progress(texts: Iterable[str], characters: int) -> Iterator[str]:
 
 
 def train(config: FrozenConfigDict) -> BpeTokenizer:
-    """The tokenizer of the config's training documents, not yet written."""
+    """Train the config's tokenizer on its training documents; does not save it."""
     characters = config.tokenizer_train_characters
-    texts = sources.iterate_texts(config, split="train")
+    texts = stream.iterate_texts(config, split="train")
     texts = capped(texts, characters, config.tokenizer_train_document_characters)
     return train_bpe(with_progress(texts, characters), config.vocab_size, config.tokenizer_threads)
 
@@ -139,23 +134,23 @@ def train(config: FrozenConfigDict) -> BpeTokenizer:
 
 
 def reference_encodings(names: Sequence[str], seconds: float) -> dict[str, tiktoken.Encoding]:
-    """Those of tiktoken's named encodings that can be had within some seconds.
+    """The named tiktoken encodings that are available within some seconds.
 
-    tiktoken downloads them once into TIKTOKEN_CACHE_DIR, and its downloads never time out.
+    tiktoken downloads them once into TIKTOKEN_CACHE_DIR, without a timeout.
     """
-    found: dict[str, tiktoken.Encoding] = {}
+    encodings: dict[str, tiktoken.Encoding] = {}
 
     def get() -> None:
         for name in names:
             try:
-                found[name] = tiktoken.get_encoding(name)
-            except Exception:  # whatever it is, the table does without this column
+                encodings[name] = tiktoken.get_encoding(name)
+            except Exception:  # of any type: the table omits this column
                 continue
 
-    thread = threading.Thread(target=get, daemon=True)  # one that hangs ends with the process
+    thread = threading.Thread(target=get, daemon=True)  # a hanging download ends with the process
     thread.start()
     thread.join(seconds)
-    return dict(found)
+    return dict(encodings)
 
 
 def compression_table(
@@ -163,14 +158,14 @@ def compression_table(
     references: Mapping[str, tiktoken.Encoding],
     texts: Mapping[str, Sequence[str]],
 ) -> list[str]:
-    """Lines of a table: UTF-8 bytes per token of each group of texts (rows) and vocabulary."""
+    """Lines of a table: UTF-8 bytes per token of each group of texts (rows) and tokenizer."""
     header = f"{'bytes per token':<16}{'bytes':>12}{'ours':>12}"
     lines = [header + "".join(f"{name:>14}" for name in references)]
     for name, group in texts.items():
         group = [valid_unicode(text) for text in group]
         size = sum(len(text.encode()) for text in group)
         rows = ours.encode_batch(group, bos=False)
-        assert [ours.decode(row) for row in rows] == group, "decoding must undo encoding"
+        assert [ours.decode(row) for row in rows] == group, "decoding must invert encoding"
         tokens = sum(map(len, rows))
         line = f"{name:<16}{size:>12,}{size / max(tokens, 1):>12.2f}"
         for encoding in references.values():
@@ -188,7 +183,7 @@ def table_texts(config: FrozenConfigDict) -> dict[str, list[str]]:
     """The samples and the first documents of both splits, by name."""
     texts = {name: [text] for name, text in SAMPLES.items()}
     for split in ("train", "validation"):
-        documents = itertools.islice(sources.iterate_texts(config, split=split), TABLE_DOCUMENTS)
+        documents = itertools.islice(stream.iterate_texts(config, split=split), TABLE_DOCUMENTS)
         limit = config.tokenizer_train_document_characters
         texts[split] = [document[:limit] for document in documents]
     return texts
@@ -200,17 +195,15 @@ def table_texts(config: FrozenConfigDict) -> dict[str, list[str]]:
 def main(config: FrozenConfigDict) -> None:
     if config.tokenizer_type != "bpe":
         raise ValueError(
-            f"tokenizer_type={config.tokenizer_type} loads a vocabulary made elsewhere; what is"
-            " trained here has tokenizer_type=bpe"
+            f"tokenizer_type={config.tokenizer_type} cannot be trained; set tokenizer_type=bpe"
         )
-    print(
-        f"Training a tokenizer of {config.vocab_size:,} tokens on {sources.open_source(config, 'train').where}"
-    )
+    where = sources.open_source(config, "train").where
+    print(f"Training a tokenizer of {config.vocab_size:,} tokens on {where}")
     start = time.monotonic()
     trained = train(config)
     trained.save(config.tokenizer_path)
-    print(f"trained in {time.monotonic() - start:.1f} s")
-    print(f"wrote {config.tokenizer_path} (fingerprint {trained.fingerprint()[:16]})")
+    print(f"Trained in {time.monotonic() - start:.1f} s")
+    print(f"Saved {config.tokenizer_path} (fingerprint {trained.fingerprint()[:16]})")
 
     references = reference_encodings(REFERENCES, REFERENCE_SECONDS)
     print()
@@ -218,7 +211,8 @@ def main(config: FrozenConfigDict) -> None:
     missing = [name for name in REFERENCES if name not in references]
     if missing:
         print(
-            f"without {', '.join(missing)}: not in TIKTOKEN_CACHE_DIR and could not be downloaded"
+            f"No comparison with {', '.join(missing)}: not in TIKTOKEN_CACHE_DIR and could not be"
+            " downloaded"
         )
 
 

@@ -2,10 +2,10 @@
 
     python benchmarks/attention.py configs/base.yml model=d24
 
-Measures the kernels that run on this backend, forward and forward + backward. Without an accelerator it also compiles
-the TPU kernels and ESTIMATES them: the compiler's final schedule gives cycles for each part of a kernel, the mask says
-how often each part runs, and the compiler's own estimates stand for the operations around the kernels. Waiting for
-memory is in none of these. Prints a table and a JSON line.
+Measures the kernels that run on this backend, forward and forward + backward. Without an accelerator it
+also compiles the TPU kernels and ESTIMATES them: the compiler's final schedule gives the cycles of each
+part of a kernel, the mask gives how often each part runs, and the compiler's own estimates give the
+operations around the kernels. No estimate includes waiting for memory. Prints a table and a JSON line.
 """
 
 import sys
@@ -50,11 +50,6 @@ BLOCKS = (  # forward and backward, each (q, kv, kv computed at a time)
     ((2048, 2048, 512), (1024, 2048, 512)),
 )
 FLASH_BLOCKS = (128, 256, 512)
-KERNELS = {
-    "cpu": ("reference", "chunked"),
-    "gpu": ("reference", "chunked", "cudnn"),
-    "tpu": ("reference", "splash", "flash"),
-}
 
 Row = dict[str, Any]
 
@@ -63,21 +58,21 @@ Row = dict[str, Any]
 
 
 def useful_scores(length: int, window: int) -> int:
-    """Scores of one head of one row that the mask leaves."""
+    """Number of unmasked scores of one head of one row."""
     return sum(min(t, window) + 1 for t in range(length))
 
 
 def flops(config: FrozenConfigDict, rows: int, window: int, *, backward: bool) -> int:
-    """Of the matrix products that no kernel can do without: two forward, five backward."""
+    """FLOPs of the matrix products that every kernel needs: two forward, five backward."""
     scores = rows * config.num_query_heads * useful_scores(config.max_target_length, window)
     return 2 * config.head_dim * scores * (7 if backward else 2)
 
 
 def variants(
     config: FrozenConfigDict, kernel: str, backend: str
-) -> Iterator[tuple[str, attention.Settings]]:
-    """The settings to try for a kernel, each behind its name."""
-    settings = attention.Settings.from_config(config, backend)
+) -> Iterator[tuple[str, attention.KernelSettings]]:
+    """(name, settings) to try for a kernel."""
+    settings = attention.KernelSettings.from_config(config, backend)
     if kernel == "flash":
         for block in FLASH_BLOCKS:
             yield str(block), settings._replace(flash_block=block)
@@ -95,18 +90,17 @@ def variants(
         yield str(settings.chunk) if kernel == "chunked" else "", settings
 
 
-def functions(config: FrozenConfigDict, kernel: str, window: int, settings: attention.Settings):
-    """Of qkv: forward alone; and forward with the gradient, given the output's."""
+def functions(
+    config: FrozenConfigDict, kernel: str, window: int, settings: attention.KernelSettings
+):
+    """Two functions: qkv -> output; (qkv, the output's gradient) -> output and qkv's gradient."""
     attend = functools.partial(
         attention.attend,
         tables=layers.rotary_tables(config.max_target_length, config.head_dim, config.rope_theta),
-        group=config.num_query_heads // config.num_kv_heads,
+        heads=attention.Heads.from_config(config),
         window=window,
         kernel=kernel,
         settings=settings,
-        head_dim=config.head_dim,
-        scale=config.qk_norm_scale,
-        epsilon=config.norm_epsilon,
         rules=config.logical_axis_rules,
     )
 
@@ -120,7 +114,7 @@ def functions(config: FrozenConfigDict, kernel: str, window: int, settings: atte
 def shapes(
     config: FrozenConfigDict, rows: int, dtype: str, sharding=None
 ) -> list[jax.ShapeDtypeStruct]:
-    """Of queries, keys and values in one array, and of the output's gradient."""
+    """The shapes of fused queries, keys and values, and of the output's gradient."""
     heads, kv_heads = config.num_query_heads, config.num_kv_heads
     return [
         jax.ShapeDtypeStruct(
@@ -134,7 +128,11 @@ def shapes(
 
 
 def measure(
-    config: FrozenConfigDict, kernel: str, window: int, settings: attention.Settings, rows: int
+    config: FrozenConfigDict,
+    kernel: str,
+    window: int,
+    settings: attention.KernelSettings,
+    rows: int,
 ) -> Row:
     """Median milliseconds of forward and of forward + backward, with the rate of the useful FLOPs."""
     keys = jax.random.split(jax.random.key(config.seed))
@@ -220,7 +218,7 @@ def dumped_schedules(folder: Path) -> dict[str, Schedule]:
 
 
 def splash_cycles(
-    length: int, window: int, settings: attention.Settings, parts: dict[str, Schedule]
+    length: int, window: int, settings: attention.KernelSettings, parts: dict[str, Schedule]
 ) -> tuple[int, int]:
     """Cycles of one head of one row, forward and backward."""
     blocks = attention.splash_blocks(length, window, settings)
@@ -238,8 +236,10 @@ def splash_cycles(
     return cycles["fwd"], cycles["dkv"] + cycles["dq"]
 
 
-def splash_scores(length: int, window: int, settings: attention.Settings) -> tuple[float, float]:
-    """Scores computed for each that the mask leaves, forward and backward."""
+def splash_scores(
+    length: int, window: int, settings: attention.KernelSettings
+) -> tuple[float, float]:
+    """Computed scores per unmasked score, forward and backward."""
     blocks = attention.splash_blocks(length, window, settings)
     kernel = attention.splash_kernel(length, min(window, length - 1), settings)
     pairs = (
@@ -254,11 +254,11 @@ def estimate(
     config: FrozenConfigDict,
     kernel: str,
     window: int,
-    settings: attention.Settings,
+    settings: attention.KernelSettings,
     device: jax.Device,
     folder: Path,
 ) -> Row:
-    """One row's cycles on a TPU by its compiler's schedule; for splash, what its blocks waste."""
+    """Cycles of one row on a TPU by its compiler's schedule; for splash, also what its blocks waste."""
     rows, heads, length = 2, config.num_query_heads, config.max_target_length
     chip = hardware.CHIPS[KIND]
     result: Row = {}
@@ -280,7 +280,7 @@ def estimate(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return result | {"fits VMEM": "no"}
-    # The compiler's figure for the sum over dq's partials is ten times what its own schedule for it takes.
+    # The compiler's estimate for the sum over dq's partials is ten times that of its own schedule.
     text = "\n".join(line for line in program.as_text().splitlines() if " reduce(" not in line)
     around = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text))) // rows
     around += (
@@ -317,7 +317,8 @@ def main(config: FrozenConfigDict) -> None:
         {"window": window, "kernel": kernel, "blocks": name}
         | measure(config, kernel, window, settings, rows)
         for window in windows
-        for kernel in KERNELS[backend]
+        for kernel, row in attention.KERNELS.items()
+        if backend in row.backends
         for name, settings in variants(config, kernel, backend)
     ]
     heads = f"{config.num_query_heads} heads of {config.head_dim}, {length} positions"
@@ -346,9 +347,7 @@ def main(config: FrozenConfigDict) -> None:
         print(
             f"\nESTIMATED for {KIND} from the compiler's schedule, not measured: one row, {heads}, bfloat16"
         )
-        print(
-            "scores: computed for one that the mask leaves; of peak: useful FLOPs of forward + backward"
-        )
+        print("scores: computed per unmasked score; of peak: useful FLOPs of forward + backward")
         common.show(report["estimated"])
     print(json.dumps(report))
 

@@ -30,11 +30,13 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import convert, evaluate, pyconfig
+from MaxNano import evaluate, pyconfig
 from MaxNano.distributed import runtime
 from MaxNano.evals import core
 from MaxNano.inference import prefix_scoring
-from MaxNano.tokenization.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
+from MaxNano.interop import nanochat
+from MaxNano.tokenization.bpe import FILE_NAME
+from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.setup import run_directory, set_up
 
@@ -56,9 +58,7 @@ def start_nanochat(
         yield None
         return
     with tempfile.TemporaryDirectory() as folder:
-        arrays = convert.params_to_nanochat(
-            jax.tree.map(np.asarray, jax.device_get(params)), config
-        )
+        arrays = nanochat.from_params(jax.tree.map(np.asarray, jax.device_get(params)), config)
         np.savez(Path(folder) / "model.npz", **arrays)
         facts = {
             "model": common.nanochat_model(config),

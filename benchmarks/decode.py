@@ -40,11 +40,12 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import convert, pyconfig, train_compile
+from MaxNano import pyconfig, train_compile
 from MaxNano.distributed import hardware, runtime
 from MaxNano.inference.engine import Engine
 from MaxNano.inference.programs import EnginePrograms, ModelRunner, decode_costs
 from MaxNano.inference.requests import Request
+from MaxNano.interop import nanochat
 from MaxNano.models.setup import ModelSetup, set_up_model
 from MaxNano.storage.files import run_directory
 from MaxNano.training.loading import load_params
@@ -156,7 +157,7 @@ def start_nanochat(config: FrozenConfigDict, params) -> Iterator[Callable[..., A
         return
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.npz"
-        np.savez(weights, **convert.params_to_nanochat(params, config))
+        np.savez(weights, **nanochat.from_params(params, config))
         task = {"weights": str(weights), "model": common.nanochat_model(config)}
         program = Path(__file__).with_name("nanochat_decode.py")
         with subprocess.Popen(

@@ -1,14 +1,14 @@
-"""Speed of the input pipeline: encoding, packing and transfer alone, the whole loader, and the loader with processes.
+"""Throughput of the input pipeline: encoding, packing and transfer alone, and the whole loader.
 
     python benchmarks/input_pipeline.py configs/base.yml dataset_path=... tokenizer_path=...
 
-Prints tokens/s and the CPU seconds of a million tokens, which are the cores that a million tokens/s needs and do not
-change when the machine is busy with other things; then how many cores and which data_workers that makes, and a JSON
-line. A v6e-8 that trains d24 in 99 minutes takes a million tokens/s.
+Prints tokens/s and the CPU seconds per million tokens, which equal the cores needed for a million
+tokens/s and do not depend on the machine's other load; then the number of cores and data_workers
+for a million tokens/s, and a JSON line. A v6e-8 that trains d24 in 99 minutes needs that throughput.
 
-With NANOCHAT=/path/to/its/checkout and NANOCHAT_PYTHON=/path/to/a/python with its packages, nanochat's own loader reads
-the same parquet files with the same tokenizer in the same run, turn by turn, and its first rows are compared token by
-token.
+With NANOCHAT=/path/to/its/checkout and NANOCHAT_PYTHON=/path/to/a/python with its packages,
+nanochat's loader reads the same parquet files with the same tokenizer in alternation, and its first
+rows are compared token by token.
 """
 
 import sys
@@ -40,19 +40,20 @@ from ml_collections import FrozenConfigDict
 
 from benchmarks import common
 from MaxNano import pyconfig
-from MaxNano.data import loader, packing, sources
-from MaxNano.tokenization.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
+from MaxNano.data import loader, packing, sources, stream
+from MaxNano.tokenization.bpe import FILE_NAME
+from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 WARM_TOKENS = 1_000_000
 MEASURED_TOKENS = 6_000_000
 REPEATS = 3
-POOL_DOCUMENTS = 20_000  # encoded beforehand for packing alone, then used again and again
+POOL_DOCUMENTS = 20_000  # encoded once, and reused to measure packing alone
 
 MILLION = 1e6
 
 
-class Result(NamedTuple):
-    """Tokens/s, a hash of the rows before the measured ones, and CPU seconds of a million tokens if known."""
+class PipelineResult(NamedTuple):
+    """Tokens/s, a hash of the warm-up rows, and CPU seconds per million tokens if known."""
 
     speed: float
     rows: str
@@ -60,7 +61,7 @@ class Result(NamedTuple):
 
 
 def cpu_seconds() -> float:
-    """CPU time that this process and its running children have taken."""
+    """CPU time of this process and its running children."""
     return time.process_time() + sum(
         _cpu_seconds_of(child.pid) for child in multiprocessing.active_children()
     )
@@ -69,59 +70,61 @@ def cpu_seconds() -> float:
 def _cpu_seconds_of(pid: int) -> float:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:  # no Linux, or just ended
+    except OSError:  # not Linux, or it has just ended
         return math.nan
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(batches: Iterator[loader.Batch]) -> Result:
-    """Speed of `batches`; what comes before the measured ones is hashed."""
+def measure(batches: Iterator[loader.Batch]) -> PipelineResult:
+    """Throughput of `batches`; the warm-up rows are hashed."""
     rows = hashlib.sha256()
-    for name, most in (("warm", WARM_TOKENS), ("measured", MEASURED_TOKENS)):
+    for name, limit in (("warm", WARM_TOKENS), ("measured", MEASURED_TOKENS)):
         tokens, begin, cpu = 0, time.perf_counter(), cpu_seconds()
-        while tokens < most:
+        while tokens < limit:
             batch = next(batches)
             tokens += batch["inputs"].size
             if name == "warm":
                 for part in ("inputs", "targets"):
                     rows.update(batch[part].tobytes())
     spent = cpu_seconds() - cpu
-    return Result(
+    return PipelineResult(
         tokens / (time.perf_counter() - begin), rows.hexdigest(), spent / tokens * MILLION
     )
 
 
-def measure_encoding(config: FrozenConfigDict, texts: list[list[str]]) -> Result:
-    """Lists of documents into tokens, with one thread."""
-    encoder = load_tokenizer(pyconfig.replace(config, "benchmark", tokenizer_threads=1))
-    encoder.encode_batch(texts[0], bos=True)
+def measure_encoding(config: FrozenConfigDict, texts: list[list[str]]) -> PipelineResult:
+    """Encoding alone, with one thread."""
+    tokenizer = load_tokenizer(pyconfig.replace(config, "benchmark", tokenizer_threads=1))
+    tokenizer.encode_batch(texts[0], bos=True)
     tokens, begin, cpu = 0, time.perf_counter(), cpu_seconds()
     for documents in texts:
-        tokens += sum(map(len, encoder.encode_batch(documents, bos=True)))
+        tokens += sum(map(len, tokenizer.encode_batch(documents, bos=True)))
         if tokens >= MEASURED_TOKENS:
             break
     spent = cpu_seconds() - cpu
-    return Result(tokens / (time.perf_counter() - begin), "", spent / tokens * MILLION)
+    return PipelineResult(tokens / (time.perf_counter() - begin), "", spent / tokens * MILLION)
 
 
-def measure_transfer(config: FrozenConfigDict, rows: int) -> Result:
-    """One batch again and again from this host's memory to its devices, cut by rows where they divide."""
+def measure_transfer(config: FrozenConfigDict, rows: int) -> PipelineResult:
+    """Transfer of one batch from this host's memory to its devices, sharded by rows if possible."""
     devices = jax.local_devices()
-    ways = math.gcd(rows, len(devices))
-    mesh = jax.make_mesh((ways,), ("data",), devices=devices[:ways])
-    place = NamedSharding(mesh, PartitionSpec("data"))
+    shards = math.gcd(rows, len(devices))
+    mesh = jax.make_mesh((shards,), ("data",), devices=devices[:shards])
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
     batch = loader.to_batch(np.zeros((rows, config.max_target_length + 1), np.int32))
-    jax.block_until_ready(loader.put_global(batch, place))
+    jax.block_until_ready(loader.put_global(batch, sharding))
     tokens, begin, cpu = 0, time.perf_counter(), cpu_seconds()
     while tokens < MEASURED_TOKENS:
-        jax.block_until_ready(loader.put_global(batch, place))
+        jax.block_until_ready(loader.put_global(batch, sharding))
         tokens += batch["inputs"].size
     spent = cpu_seconds() - cpu
-    return Result(tokens / (time.perf_counter() - begin), "", spent / tokens * MILLION)
+    return PipelineResult(tokens / (time.perf_counter() - begin), "", spent / tokens * MILLION)
 
 
-def measure_packing(config: FrozenConfigDict, lists: list[list[np.ndarray]], rows: int) -> Result:
-    """Documents that are already encoded, as lists of arrays, into batches."""
+def measure_packing(
+    config: FrozenConfigDict, lists: list[list[np.ndarray]], rows: int
+) -> PipelineResult:
+    """Packing alone, of encoded documents as lists of arrays."""
     row_tokens = config.max_target_length + 1
     endless = itertools.cycle(lists)
 
@@ -140,17 +143,17 @@ def measure_packing(config: FrozenConfigDict, lists: list[list[np.ndarray]], row
     return measure(batches())
 
 
-def measure_loader(config: FrozenConfigDict, encoder: Tokenizer, rows: int) -> Result:
-    """Files into batches: reading, encoding, packing, in the background."""
-    with loader.make_loader(config, encoder, "train", batch_rows=rows) as batches:
+def measure_loader(config: FrozenConfigDict, tokenizer: Tokenizer, rows: int) -> PipelineResult:
+    """The whole loader: reading, encoding and packing in the background."""
+    with loader.make_loader(config, tokenizer, "train", batch_rows=rows) as batches:
         return measure(batches)
 
 
 def text_pool(config: FrozenConfigDict) -> list[list[str]]:
-    """Lists of documents as one reader gets them."""
+    """Lists of documents of one reader."""
     source = sources.SOURCES[config.dataset_type](config, "train")
     size = config.tokenize_batch_documents
-    lists = sources.read_lists(source, 0, 1, size, sources.start_of(0))
+    lists = stream.read_lists(source, 0, 1, size, stream.StreamPosition(1, 0, 0, 0))
     pool, documents = [], 0
     for position, texts in lists:
         if position.epoch > 1 or documents >= POOL_DOCUMENTS:
@@ -161,14 +164,16 @@ def text_pool(config: FrozenConfigDict) -> list[list[str]]:
 
 
 @contextlib.contextmanager
-def start_nanochat(config: FrozenConfigDict, rows: int) -> Iterator[Callable[[str], Result] | None]:
-    """A function that runs nanochat's "packing" or "loader"; None where it is not asked for."""
+def start_nanochat(
+    config: FrozenConfigDict, rows: int
+) -> Iterator[Callable[[str], PipelineResult] | None]:
+    """A function that runs nanochat's "packing" or "loader"; None without NANOCHAT."""
     if not os.environ.get("NANOCHAT"):
         yield None
         return
     if (config.dataset_type, config.tokenizer_type) != ("parquet", "bpe"):
         raise ValueError(
-            "NANOCHAT can be compared on dataset_type=parquet, tokenizer_type=bpe only"
+            "the comparison with NANOCHAT needs dataset_type=parquet and tokenizer_type=bpe"
         )
     source = sources.ParquetSource(config, "train")
     task = {
@@ -195,13 +200,13 @@ def start_nanochat(config: FrozenConfigDict, rows: int) -> Iterator[Callable[[st
         text=True,
     )
 
-    def run(what: str) -> Result:
+    def run(what: str) -> PipelineResult:
         process.stdin.write(f"{what}\n")
         process.stdin.flush()
         answer = process.stdout.readline()
         if not answer:
-            raise ValueError("nanochat's loader failed; its error stands above")
-        return Result(*json.loads(answer))
+            raise ValueError("nanochat's loader failed; see its error above")
+        return PipelineResult(*json.loads(answer))
 
     with process:
         yield run
@@ -209,9 +214,11 @@ def start_nanochat(config: FrozenConfigDict, rows: int) -> Iterator[Callable[[st
 
 
 def report(
-    name: str, ours: Callable[[], Result], nanochat: Callable[[], Result] | None = None
+    name: str,
+    ours: Callable[[], PipelineResult],
+    nanochat: Callable[[], PipelineResult] | None = None,
 ) -> common.Row:
-    """Measure by turns and give the medians."""
+    """Measure REPEATS times in alternation; returns the medians."""
     mine, theirs = [], []
     for _ in range(REPEATS):
         mine.append(ours())
@@ -238,13 +245,13 @@ def report(
 
 
 def worker_counts(config: FrozenConfigDict) -> list[int]:
-    """Powers of two up to the cores and the readers."""
-    most = min(os.cpu_count(), config.data_readers)
-    return [2**power for power in range(most.bit_length())]
+    """Powers of two up to the number of cores and of readers."""
+    limit = min(os.cpu_count(), config.data_readers)
+    return [2**power for power in range(limit.bit_length())]
 
 
 def needed(rows: dict[str, common.Row]) -> str:
-    """What a million tokens/s takes, from the CPU seconds of the parts."""
+    """The cores and data_workers for a million tokens/s, from the CPU seconds of the parts."""
     encoding, packing_, transfer = (
         rows[name]["CPU s a million"] for name in ("encoding", "packing", "transfer")
     )
@@ -253,19 +260,20 @@ def needed(rows: dict[str, common.Row]) -> str:
     )
     main = packing_ + transfer
     return (
-        f"A million tokens/s needs {encoding:.2f} cores to encode, {packing_:.2f} to pack and {transfer:.2f} to hand "
-        f"batches to the devices; with reading, and what processes tell each other, {loading:.2f} cores in all. That "
-        f"makes data_workers={math.ceil(encoding)} or more, and {main:.0%} of a core in the process that trains"
+        f"A million tokens/s needs {encoding:.2f} cores to encode, {packing_:.2f} to pack and "
+        f"{transfer:.2f} to transfer batches; with reading and communication, {loading:.2f} cores in "
+        f"all. Set data_workers={math.ceil(encoding)} or more; the training process needs {main:.0%} "
+        "of a core"
     )
 
 
 def main(config: FrozenConfigDict) -> None:
     """Measure the pipeline that a config describes."""
-    encoder = load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
     rows = 2 * config.data_readers
     one_reader = pyconfig.replace(config, "benchmark", data_readers=1)
     texts = text_pool(config)
-    pool = [encoder.encode_batch(documents, bos=True) for documents in texts]
+    pool = [tokenizer.encode_batch(documents, bos=True) for documents in texts]
     lengths = [len(ids) for ids in itertools.chain.from_iterable(pool)]
     print(
         f"MEASURED: {len(lengths):,} documents of {statistics.mean(lengths):,.0f} tokens on average, "
@@ -274,7 +282,7 @@ def main(config: FrozenConfigDict) -> None:
     table = [report("encoding", lambda: measure_encoding(config, texts))]
     with start_nanochat(config, rows) as nanochat:
 
-        def run_nanochat(what: str) -> Callable[[], Result] | None:
+        def run_nanochat(what: str) -> Callable[[], PipelineResult] | None:
             return (lambda: nanochat(what)) if nanochat else None
 
         table.append(
@@ -283,7 +291,9 @@ def main(config: FrozenConfigDict) -> None:
         table.append(report("transfer", lambda: measure_transfer(config, rows)))
         name = "loader, data_readers=1"
         table.append(
-            report(name, lambda: measure_loader(one_reader, encoder, rows), run_nanochat("loader"))
+            report(
+                name, lambda: measure_loader(one_reader, tokenizer, rows), run_nanochat("loader")
+            )
         )
     for workers in (0, *worker_counts(config)):
         name = (
@@ -291,8 +301,8 @@ def main(config: FrozenConfigDict) -> None:
             if workers
             else "loader, a thread"
         )
-        own = pyconfig.replace(config, "benchmark", data_workers=workers)
-        table.append(report(name, lambda own=own: measure_loader(own, encoder, rows)))
+        variant = pyconfig.replace(config, "benchmark", data_workers=workers)
+        table.append(report(name, lambda c=variant: measure_loader(c, tokenizer, rows)))
     common.show(table, digits=2)
     print(needed({row["what"]: row for row in table}))
     print(json.dumps({"cores": os.cpu_count(), "rows": table}))

@@ -1,10 +1,10 @@
-"""Head and loss alone, forward and backward: the parts of the vocabulary, or of the tokens, that are scored at a time.
+"""Head and loss alone, forward and backward, by how many vocabulary rows or tokens are scored at a time.
 
     python benchmarks/loss.py configs/base.yml model=d24
 
-Takes per_device_batch_size rows (null: 32) and measures median times where there is an accelerator. Without one it
-compiles for a chip of compile_topology and ESTIMATES cycles and memory; nothing is run then. Prints a table and a JSON
-line.
+Takes per_device_batch_size rows (null: 32). Measures median times on an accelerator. Without one it
+compiles for a chip of compile_topology and ESTIMATES cycles and memory, without running anything.
+Prints a table and a JSON line.
 """
 
 import sys
@@ -35,15 +35,13 @@ from MaxNano.models import losses
 
 ROWS = 32
 REPEATS = 10
-CHUNKS = (1024, 2048, 4096, 8192, 16384, 0)  # of the vocabulary; 0: all of it, the logits kept
-TOKEN_PARTS = (
-    8,
-    32,
-)  # of the tokens, each against the whole vocabulary and again in the backward pass
+CHUNKS = (1024, 2048, 4096, 8192, 16384, 0)  # vocabulary rows at a time; 0: all, with logits kept
+# Parts of the tokens, each scored against the whole vocabulary, and again in the backward pass.
+TOKEN_PARTS = (8, 32)
 
 
 def plain(config: FrozenConfigDict, hidden, head, targets) -> jax.Array:
-    """The loss as one writes it first: whole float32 logits, differentiated by JAX."""
+    """The straightforward loss: whole float32 logits, differentiated by JAX."""
     logits = jnp.einsum(
         "BLD,VD->BLV", hidden, head[: config.vocab_size], preferred_element_type=jnp.float32
     )
@@ -52,14 +50,14 @@ def plain(config: FrozenConfigDict, hidden, head, targets) -> jax.Array:
 
 
 def by_vocabulary(config: FrozenConfigDict, chunk: int, hidden, head, targets) -> jax.Array:
-    """The product's loss with vocab_chunk_size=chunk."""
+    """MaxNano's loss with vocab_chunk_size=chunk."""
     return jnp.sum(
         losses.token_losses(hidden, head, targets, config.vocab_size, config.logits_soft_cap, chunk)
     )
 
 
 def by_tokens(config: FrozenConfigDict, parts: int, hidden, head, targets) -> jax.Array:
-    """The loss of one part of the rows after the other."""
+    """The loss computed for one part of the rows after another."""
 
     @jax.checkpoint
     def part(hidden, targets):
@@ -89,7 +87,7 @@ def variants(config: FrozenConfigDict, rows: int) -> dict[str, Callable]:
 def shapes(
     config: FrozenConfigDict, rows: int, dtype: str, place=None
 ) -> list[jax.ShapeDtypeStruct]:
-    """Of hidden states, head and targets; the head in the compute dtype, as a step has it gathered."""
+    """The shapes of hidden states, head and targets; the head is in the compute dtype, as in a step."""
     vocab = scaling.round_up(config.vocab_size, config.vocab_multiple)
     length = config.max_target_length
     return [
@@ -103,12 +101,12 @@ def shapes(
 
 
 def matmul_flops(config: FrozenConfigDict, rows: int) -> int:
-    """Of the three products that no variant can do without."""
+    """FLOPs of the three products that every variant needs."""
     return 6 * rows * config.max_target_length * config.emb_dim * config.vocab_size
 
 
 def measure(config: FrozenConfigDict, program: Callable, rows: int) -> common.Row:
-    """Median and spread of milliseconds, and the rate of the FLOPs that are needed."""
+    """Median and spread of milliseconds, and the rate of the needed FLOPs."""
     backend = jax.default_backend()
     keys = jax.random.split(jax.random.key(config.seed), 3)
     hidden, head, targets = shapes(config, rows, hardware.compute_dtype(config, backend))
@@ -141,7 +139,7 @@ def measure(config: FrozenConfigDict, program: Callable, rows: int) -> common.Ro
 
 
 def estimate(config: FrozenConfigDict, program: Callable, rows: int, device) -> common.Row:
-    """Million cycles by class, and GiB, on a chip that is not there."""
+    """Million cycles by class, and GiB, on a chip that need not be present."""
     arguments = shapes(
         config, rows, hardware.compute_dtype(config, "tpu"), SingleDeviceSharding(device)
     )

@@ -55,7 +55,7 @@ LEAST_EFFORT = {
 FSDP = 8
 RULES = (
     "logical_axis_rules=[[layers,fsdp],[vocab,fsdp,tensor],[heads,tensor],[kv_heads,tensor],[mlp,tensor],"
-    "[activation_batch,data,fsdp],[activation_heads,tensor],[activation_mlp,tensor],[activation_vocab,tensor]]"
+    "[activation_batch,data,fsdp],[activation_heads,tensor]]"
 )
 PER_STEP = (
     "gather",

@@ -114,11 +114,11 @@ def price_of(seconds: float, options: dict[str, str]) -> float | None:
 
 
 def check_text(config: FrozenConfigDict, options: dict[str, str]) -> None:
-    from MaxNano.data import sources
+    from MaxNano.data import sources, stream
 
     where = sources.open_source(config, "train").where
     for split in ("train", "validation"):
-        if next(sources.iterate_texts(config, split), None) is None:
+        if next(stream.iterate_texts(config, split), None) is None:
             raise CheckFailed(f"{where} has no document for {split}")
     print(f"{where} has documents for training and validation")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from MaxNano.inference.dialogue import ReplyDecoder, merge_parts
 from MaxNano.inference.requests import Event, Request, TokenLogprobs
-from MaxNano.tokenization.tokenizer import BpeTokenizer
+from MaxNano.tokenization.bpe import BpeTokenizer
 
 SCORE = -0.5  # log-probability of every token
 

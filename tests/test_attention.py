@@ -203,6 +203,43 @@ def test_kernels_that_a_backend_does_not_have_are_refused():
         assert "\n" not in str(error.value)
 
 
+def test_a_kernel_is_a_function_and_a_row(monkeypatch):
+    """One row makes a kernel known to the config's resolution, to the model's attention and to prefill."""
+
+    def mean_of_values(q, k, v, window, settings, rules):
+        return jnp.broadcast_to(v.mean(2, keepdims=True), q.shape)
+
+    monkeypatch.setitem(attention.KERNELS, "mean", attention.Kernel(mean_of_values, ("cpu",)))
+    assert resolve("mean", "cpu") == "mean"
+    with pytest.raises(ValueError, match="attention=mean is a CPU kernel, this is gpu"):
+        resolve("mean", "gpu")
+    q, k, v = inputs(8, 2, 2)
+    expected = np.broadcast_to(v.mean(2, keepdims=True), q.shape)
+    np.testing.assert_allclose(attend(q, k, v, 8, "mean"), expected, rtol=1e-6)
+    qkv, _, _ = projected(8, 1, 2, head_dim=8)
+    out = attention.attend(
+        qkv,
+        (np.ones((8, 4)), np.zeros((8, 4))),
+        heads=attention.Heads(2, 1, 8, 1.0, 1e-6),
+        window=8,
+        kernel="mean",
+        settings=SETTINGS,
+        rules=RULES,
+    )
+    values = qkv.reshape(2, 8, 2, 3, 8)[:, :, :, 2].mean(1)
+    np.testing.assert_allclose(out[:, 0].reshape(2, 2, 8), values, rtol=1e-5)
+
+
+def test_the_config_names_every_kernel():
+    for kernel in ("auto", *attention.KERNELS):
+        pyconfig.initialize(["configs/base.yml", f"attention={kernel}"])
+
+
+def test_prefill_replaces_a_kernel_that_takes_fused_projections():
+    arrays = inputs(128, 2, 1, head_dim=128, batch=1)
+    np.testing.assert_array_equal(attend(*arrays, 100, "flash"), attend(*arrays, 100, "splash"))
+
+
 def projected(length, group, kv_heads, head_dim=128, batch=2):
     """What the model's attention takes: qkv as projected, rows of value embeddings and their gates."""
     rng = np.random.default_rng(0)

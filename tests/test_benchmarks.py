@@ -269,7 +269,7 @@ def test_the_input_pipeline_says_what_a_million_tokens_need(tmp_path, monkeypatc
         pq.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet", row_group_size=15)
     for name, value in (("WARM_TOKENS", 100), ("MEASURED_TOKENS", 2000), ("REPEATS", 1)):
         monkeypatch.setattr(input_pipeline, name, value)
-    monkeypatch.setattr(input_pipeline.tokenizer, "load", lambda config: ByteTokenizer())
+    monkeypatch.setattr(input_pipeline, "load_tokenizer", lambda config: ByteTokenizer())
     monkeypatch.setattr(input_pipeline.os, "cpu_count", lambda: 1)
     monkeypatch.delenv("NANOCHAT", raising=False)
     input_pipeline.main(

@@ -144,7 +144,7 @@ def test_killed_and_stopped_in_the_middle_of_uploads_it_goes_on_bit_for_bit_and_
     store.mend()
     out = place.finish(process, status=75)
     assert "going on from step 2 of gs://ours/runs/broken" in out
-    assert "the checkpoint of step 4 in gs://ours/runs/broken was never finished; removed" in out
+    assert "the checkpoint of step 4 in gs://ours/runs/broken is unfinished; removed" in out
     store.slow()
     found, whole = place.steps("broken")
     assert found == whole and max(whole) < STEPS

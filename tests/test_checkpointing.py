@@ -1,6 +1,7 @@
 """Checkpoints come back bit for bit or not at all: after kill -9, damage, full disks, rivals."""
 
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -14,10 +15,14 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
+from ml_collections import ConfigDict, FrozenConfigDict
+from orbax.checkpoint.utils import TMP_DIR_SUFFIX
 
-from MaxNano import pyconfig
+from MaxNano import pyconfig, scaling
+from MaxNano.storage import checkpoints
+from MaxNano.storage.checkpoints import MANIFEST, CheckpointError
 from MaxNano.training import checkpointing
-from MaxNano.training.checkpointing import MANIFEST, Checkpointer, CheckpointError
+from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.state import TrainState
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -258,6 +263,26 @@ def test_another_model_or_tokenizer_is_refused(tmp_path):
         checkpointer.restore(abstract(make_state(0)))
 
 
+def test_a_checkpoint_from_before_a_key_existed_loads_with_the_value_it_implies(
+    tmp_path, monkeypatch
+):
+    """A key that a later version adds: older checkpoints load with its default, and only with it."""
+    with Checkpointer(make_config(), tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(1), {})
+    assert "mlp_activation" not in scaling.ARCHITECTURE_KEYS
+    monkeypatch.setitem(scaling.ARCHITECTURE_KEYS, "mlp_activation", "relu2")
+    for value in ("relu2", "swiglu"):
+        config = ConfigDict({**make_config(), "mlp_activation": value})
+        later = Checkpointer(FrozenConfigDict(config), tmp_path, writer=False)
+        if value == "relu2":
+            assert_same(later.restore(abstract(make_state(0)))[0], make_state(1))
+            continue
+        with pytest.raises(
+            CheckpointError, match="^mlp_activation is relu2 in the .* but swiglu now"
+        ):
+            later.restore(abstract(make_state(0)))
+
+
 def test_failed_saves_are_reported_retried_and_stop_the_third_time(tmp_path, capfd):
     """A limit on file sizes stands in for a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -268,7 +293,7 @@ def test_failed_saves_are_reported_retried_and_stop_the_third_time(tmp_path, cap
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         try:
             checkpointer.save(step, large, {})
-            checkpointer._join()
+            checkpointer._saver.join()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -326,6 +351,11 @@ def test_due_by_steps_and_by_minutes(tmp_path, monkeypatch):
     with Checkpointer(config, tmp_path) as checkpointer:
         now[0] += 1e9
         assert not any(checkpointer.should_save(s) for s in range(1, 100))
+
+
+def test_unfinished_checkpoints_are_named_as_orbax_does():
+    assert re.fullmatch(checkpoints.TEMPORARY, f"12{TMP_DIR_SUFFIX}.1")
+    assert not re.fullmatch(checkpoints.TEMPORARY, "12")
 
 
 def test_manifest_lists_every_file_and_is_json(run):

@@ -33,7 +33,7 @@ def store(served, monkeypatch):
 
 def programs_of_another_machine():
     Bucket.clear_instance_cache()
-    return compile_cache._Programs(FOLDER)
+    return compile_cache._RemoteCache(FOLDER)
 
 
 def get(programs, name):
@@ -42,7 +42,7 @@ def get(programs, name):
 
 
 def put(name="a-cache", entry=b"program" * 1000):
-    programs = compile_cache._Programs(FOLDER)
+    programs = compile_cache._RemoteCache(FOLDER)
     assert get(programs, name) is None
     programs.write(name, entry)
     assert get(programs, name) == entry, "while it is on its way too"
@@ -112,7 +112,7 @@ def test_a_store_that_cannot_be_read_costs_one_time_limit_and_one_warning(
     assert time.monotonic() - began < 5
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(
-        f"warning: compiled programs of {FOLDER} cannot be read, they are compiled anew: "
+        f"warning: cannot read compiled programs from {FOLDER}, compiling them again: "
     )
 
 
@@ -123,7 +123,7 @@ def test_a_store_that_cannot_be_written_costs_one_warning_and_is_tried_again(
     monkeypatch.setattr(compile_cache, "WRITE_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(compile_cache, "RETRY_SECONDS", 0.1)
     store.fail(fault, "write", count=None)
-    programs = compile_cache._Programs(FOLDER)
+    programs = compile_cache._RemoteCache(FOLDER)
     began = time.monotonic()
     programs.write("a-cache", b"a")
     programs.write("b-cache", b"b")
@@ -135,7 +135,7 @@ def test_a_store_that_cannot_be_written_costs_one_warning_and_is_tried_again(
         time.sleep(0.01)
     assert get(programs_of_another_machine(), "b-cache") == b"b"
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"warning: compiled programs cannot be written to {FOLDER} now: ")
+    assert line.startswith(f"warning: cannot write compiled programs to {FOLDER} now: ")
 
 
 def compile_on_a_machine(store, folder, **limits):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from MaxNano import pyconfig, tasks
 from MaxNano.data import conversations, loader, packing
-from MaxNano.tokenization.tokenizer import NANOCHAT_PATTERN, BpeTokenizer
+from MaxNano.tokenization.bpe import NANOCHAT_PATTERN, BpeTokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tasks_packing.json").read_text())
 TOKENIZER = BpeTokenizer(NANOCHAT_PATTERN, {bytes([i]): i for i in range(256)})
@@ -150,16 +150,16 @@ def test_no_token_is_lost_or_comes_twice(lengths, length, buffer_documents, list
         [["list:any", 1]], max_target_length=length, tokenize_batch_documents=list_documents
     )
     encoding = conversations.ConversationEncoding(config, TOKENIZER, "train")
-    lists = encoding.lists(0, encoding.beginning(0))
+    lists = encoding.lists(0, encoding.start_position(0))
     if not documents:
         with pytest.raises(ValueError, match="none of the conversations of reader 0"):
             list(lists)
         return
-    position = encoding.beginning(0)
+    position = encoding.start_position(0)
 
     def next_documents():
         nonlocal position
-        if position.place >= len(lengths):
+        if position.index >= len(lengths):
             raise StopIteration  # the pass ends here
         position, new = next(lists)
         return new
@@ -261,7 +261,7 @@ def test_rows_that_are_no_conversations_are_left_out_and_counted():
 )
 def test_weights_give_their_share_of_a_pass(tasks_of):
     lengths, weights = zip(*tasks_of, strict=True)
-    counts = conversations.conversations_of_a_pass(lengths, weights, "weights")
+    counts = conversations.conversations_per_epoch(lengths, weights, "weights")
     used = [(n, w) for n, w in tasks_of if n and w]
     size, whole = sum(n for n, _ in used), math.fsum(w for _, w in used)
     assert sum(counts) == size
@@ -312,7 +312,7 @@ def test_an_empty_task_changes_nothing(unit):
             [["list:full", 0.1]],
             "data_readers=8 is too many for .* 2 conversations; set data_readers=2",
         ),
-        ([["GSM9K/train", 1]], "no task 'GSM9K/train'; did you mean GSM8K"),
+        ([["GSM9K/train", 1]], "unknown task 'GSM9K/train'; did you mean GSM8K"),
     ],
 )
 def test_a_wrong_mixture_is_one_line(mixture, problem):
@@ -397,7 +397,7 @@ def test_a_state_of_other_data_is_refused(chat_file):
     LISTS["full"] = [dialogue(f"{n}", "x") for n in range(20)]
     config = make_config([["list:full", 1]], max_target_length=64, data_readers=4)
     with pytest.raises(
-        ValueError, match="position lies in 92 of json:.*but the run has 20 of list:full"
+        ValueError, match="position is in 92 of json:.*but the run has 20 of list:full"
     ):
         loader.make_loader(config, TOKENIZER, "train", batch_rows=8, state=state)
 

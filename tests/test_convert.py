@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import tiktoken
 
-from MaxNano import convert, pyconfig
+from MaxNano import convert, pyconfig, scaling
 from MaxNano.distributed.mesh import make_mesh
+from MaxNano.interop import nanochat, tensor_files
 from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import Numerics
 from MaxNano.optimizers import groups
-from MaxNano.tokenization.tokenizer import NANOCHAT_PATTERN, SPECIAL_TOKENS, load_tokenizer
+from MaxNano.tokenization.bpe import NANOCHAT_PATTERN
+from MaxNano.tokenization.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.state import abstract_state
 
@@ -57,8 +59,8 @@ def assert_same(found, expected):
 
 def test_golden_checkpoint_goes_round():
     arrays, _ = golden()
-    params = convert.nanochat_to_params(arrays, golden_config())
-    assert_same(convert.params_to_nanochat(params, golden_config()), arrays)
+    params = nanochat.to_params(arrays, golden_config())
+    assert_same(nanochat.from_params(params, golden_config()), arrays)
 
 
 @pytest.mark.parametrize(
@@ -75,13 +77,13 @@ def test_the_models_own_parameters_go_round(words):
     config = golden_config(*words)
     params = random_params(config)
     assert params["token_embed"].dtype == ml_dtypes.bfloat16
-    arrays = convert.params_to_nanochat(params, config)
-    assert_same(convert.nanochat_to_params(arrays, config), params)
+    arrays = nanochat.from_params(params, config)
+    assert_same(nanochat.to_params(arrays, config), params)
 
 
 def test_matrices_are_transposed_and_layers_stacked():
     arrays, _ = golden()
-    params = convert.nanochat_to_params(arrays, golden_config())
+    params = nanochat.to_params(arrays, golden_config())
     np.testing.assert_array_equal(
         params["layers"]["mlp"]["wi"][2], arrays["transformer.h.2.mlp.c_fc.weight"].T
     )
@@ -96,9 +98,9 @@ def test_matrices_are_transposed_and_layers_stacked():
 def test_vocabulary_rows_survive_another_padding(multiple):
     arrays, _ = golden()
     config = golden_config(f"vocab_multiple={multiple}")
-    params = convert.nanochat_to_params(arrays, config)
+    params = nanochat.to_params(arrays, config)
     assert params["token_embed"].shape[0] == max(250, multiple)
-    back = convert.params_to_nanochat(params, config)
+    back = nanochat.from_params(params, config)
     for name, array in arrays.items():
         rows = 250 if array.shape[0] == 256 and "h." not in name else len(array)
         assert back[name].shape == array.shape
@@ -109,7 +111,7 @@ def test_old_checkpoints_get_neutral_lambdas_and_lose_the_compile_prefix():
     arrays, _ = golden()
     del arrays["resid_lambdas"], arrays["x0_lambdas"]
     arrays = {f"_orig_mod.{name}": array for name, array in arrays.items()}
-    params = convert.nanochat_to_params(arrays, golden_config())
+    params = nanochat.to_params(arrays, golden_config())
     np.testing.assert_array_equal(params["resid_lambdas"], np.ones(4, np.float32))
     np.testing.assert_array_equal(params["x0_lambdas"], np.zeros(4, np.float32))
 
@@ -117,21 +119,21 @@ def test_old_checkpoints_get_neutral_lambdas_and_lose_the_compile_prefix():
 def test_misfits_are_named():
     arrays, _ = golden()
     config = golden_config()
-    params = convert.nanochat_to_params(arrays, config)
+    params = nanochat.to_params(arrays, config)
     missing = {k: v for k, v in arrays.items() if k != "transformer.h.2.attn.c_k.weight"}
-    with pytest.raises(ValueError, match=r"lacks 'transformer.h.2.attn.c_k.weight'"):
-        convert.nanochat_to_params(missing, config)
-    with pytest.raises(ValueError, match=r"holds 'transformer.h.4.thing'"):
-        convert.nanochat_to_params({**arrays, "transformer.h.4.thing": np.ones(1)}, config)
+    with pytest.raises(ValueError, match=r"does not have 'transformer.h.2.attn.c_k.weight'"):
+        nanochat.to_params(missing, config)
+    with pytest.raises(ValueError, match=r"has 'transformer.h.4.thing'"):
+        nanochat.to_params({**arrays, "transformer.h.4.thing": np.ones(1)}, config)
     with pytest.raises(ValueError, match=r"'lm_head.weight' has shape \(64, 256\) .* \(256, 64\)"):
-        convert.nanochat_to_params({**arrays, "lm_head.weight": arrays["lm_head.weight"].T}, config)
-    with pytest.raises(ValueError, match="lack 'lm_head'"):
-        convert.params_to_nanochat({k: v for k, v in params.items() if k != "lm_head"}, config)
-    with pytest.raises(ValueError, match="'layers/extra' has no place"):
+        nanochat.to_params({**arrays, "lm_head.weight": arrays["lm_head.weight"].T}, config)
+    with pytest.raises(ValueError, match="do not have 'lm_head'"):
+        nanochat.from_params({k: v for k, v in params.items() if k != "lm_head"}, config)
+    with pytest.raises(ValueError, match="no tensor for parameter 'layers/extra'"):
         layers = {**params["layers"], "extra": np.ones(1)}
-        convert.params_to_nanochat({**params, "layers": layers}, config)
+        nanochat.from_params({**params, "layers": layers}, config)
     with pytest.raises(ValueError, match=r"'x0_lambdas' has shape \(3,\), expected \(4,\)"):
-        convert.params_to_nanochat({**params, "x0_lambdas": np.ones(3)}, config)
+        nanochat.from_params({**params, "x0_lambdas": np.ones(3)}, config)
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -145,10 +147,10 @@ def torch_or_skip(suffix: str) -> None:
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt"])
 def test_files_keep_every_bit(tmp_path, suffix):
     torch_or_skip(suffix)
-    arrays = convert.params_to_nanochat(random_params(golden_config()), golden_config())
+    arrays = nanochat.from_params(random_params(golden_config()), golden_config())
     path = tmp_path / "new" / f"model_000012{suffix}"
-    convert.write_nanochat(path, arrays, {"step": 12})
-    assert_same(convert.read_tensors(path), arrays)
+    nanochat.write_checkpoint(path, arrays, {"step": 12})
+    assert_same(tensor_files.read_tensors(path), arrays)
     assert sorted(p.name for p in path.parent.iterdir()) == ["meta_000012.json", path.name]
 
 
@@ -157,11 +159,11 @@ def test_files_keep_every_bit(tmp_path, suffix):
 def test_cut_files_are_one_line(tmp_path, suffix, keep):
     torch_or_skip(suffix)
     path = tmp_path / f"model_000001{suffix}"
-    convert.write_nanochat(path, golden()[0], {})
+    nanochat.write_checkpoint(path, golden()[0], {})
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
     with pytest.raises(ValueError, match="cannot read .*model_000001") as caught:
-        convert.read_tensors(path)
+        tensor_files.read_tensors(path)
     assert "\n" not in str(caught.value)
 
 
@@ -189,7 +191,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, evil_file, suffix):
 
         torch.save({"x": Evil()}, path)
     with pytest.raises(ValueError, match="cannot read"):
-        convert.read_tensors(path)
+        tensor_files.read_tensors(path)
 
 
 def encoding(**changes) -> tiktoken.Encoding:
@@ -207,7 +209,7 @@ def encoding(**changes) -> tiktoken.Encoding:
 def test_tokenizer_pickle_is_read(tmp_path):
     path = tmp_path / "tokenizer.pkl"
     path.write_bytes(pickle.dumps(encoding()))
-    found = convert.read_tokenizer(path)
+    found = nanochat.read_tokenizer(path)
     text = "the theory\n\n of 1234 things, <|bos|> é"
     assert found.encode(text) == encoding().encode_ordinary(text)
     assert found.vocab_size == 267 and found.bos_id == 258
@@ -235,7 +237,7 @@ def test_other_pickles_are_refused(tmp_path, evil_file, content):
     path = tmp_path / "tokenizer.pkl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="tokenizer.pkl is not nanochat's tokenizer: .") as caught:
-        convert.read_tokenizer(path)
+        nanochat.read_tokenizer(path)
     assert "\n" not in str(caught.value)
 
 
@@ -243,21 +245,21 @@ def test_foreign_special_tokens_are_refused(tmp_path):
     path = tmp_path / "tokenizer.pkl"
     path.write_bytes(pickle.dumps(encoding(special_tokens={"<|endoftext|>": 258})))
     with pytest.raises(ValueError, match="special token '<|endoftext|>'"):
-        convert.read_tokenizer(path)
+        nanochat.read_tokenizer(path)
 
 
 # ---- The command ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def nanochat(tmp_path):
+def checkpoint(tmp_path):
     """nanochat's folders with the golden checkpoint, tables in bfloat16, at step 7."""
     arrays, model = golden()
     for name in arrays:
         if name == "transformer.wte.weight" or name.startswith("value_embeds"):
             arrays[name] = arrays[name].astype(ml_dtypes.bfloat16)
     path = tmp_path / "nanochat/base_checkpoints/d4/model_000007.safetensors"
-    convert.write_nanochat(path, arrays, {"step": 7, "model_config": model})
+    nanochat.write_checkpoint(path, arrays, {"step": 7, "model_config": model})
     return path, arrays
 
 
@@ -266,8 +268,8 @@ def run_command(tmp_path, *words: str) -> None:
     convert.main(pyconfig.initialize(argv), argv)
 
 
-def test_command_imports_and_exports(tmp_path, nanochat):
-    path, arrays = nanochat
+def test_command_imports_and_exports(tmp_path, checkpoint):
+    path, arrays = checkpoint
     run_command(tmp_path, f"from_nanochat={path}", "run_name=a", "steps=9")
     config = pyconfig.initialize([str(tmp_path / "runs/a/config.yml")])
     assert (config.num_decoder_layers, config.emb_dim, config.head_dim) == (4, 64, 32)
@@ -281,33 +283,33 @@ def test_command_imports_and_exports(tmp_path, nanochat):
         optimizer = groups.make_optimizer(config, dtype="float32")
         mesh = make_mesh(config, jax.devices()[:1])
         state, extra = checkpointer.restore(abstract_state(config, model, optimizer, mesh))
-    assert_same(params, convert.nanochat_to_params(arrays, config))
+    assert_same(params, nanochat.to_params(arrays, config))
     assert_same(jax.tree.map(np.asarray, state.params), params)
     assert int(state.step) == 7 and extra["data"] is None
 
     target = tmp_path / "out/model_000007.npz"
     run_command(tmp_path, f"to_nanochat={target}", "run_name=a")
-    assert_same(convert.read_tensors(target), arrays)
-    assert convert.read_meta(target)["model_config"] == golden()[1]
-    with pytest.raises(ValueError, match="already holds checkpoints"):
+    assert_same(tensor_files.read_tensors(target), arrays)
+    assert nanochat.read_meta(target)["model_config"] == golden()[1]
+    with pytest.raises(ValueError, match="already has checkpoints"):
         run_command(tmp_path, f"from_nanochat={path}", "run_name=a")
 
 
-def test_command_brings_the_tokenizer(tmp_path, nanochat):
-    path, _ = nanochat
+def test_command_brings_the_tokenizer(tmp_path, checkpoint):
+    path, _ = checkpoint
     folder = tmp_path / "nanochat/tokenizer"
     folder.mkdir()
     (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoding()))
     with pytest.raises(ValueError, match="has 267 tokens but the model has 250"):
         run_command(tmp_path, f"from_nanochat={path}", "run_name=a")
     assert not (tmp_path / "runs/a").exists()
-    meta = convert.read_meta(path)
+    meta = nanochat.read_meta(path)
     meta["model_config"]["vocab_size"] = 267
     arrays = {
         name: np.zeros((320, a.shape[1]), a.dtype) if a.shape[0] == 256 and "h." not in name else a
-        for name, a in convert.read_tensors(path).items()
+        for name, a in tensor_files.read_tensors(path).items()
     }
-    convert.write_nanochat(path, arrays, meta)
+    nanochat.write_checkpoint(path, arrays, meta)
     run_command(tmp_path, f"from_nanochat={path}", "run_name=a")
     config = pyconfig.initialize([str(tmp_path / "runs/a/config.yml")])
     found = load_tokenizer(config)
@@ -319,34 +321,34 @@ def test_command_brings_the_tokenizer(tmp_path, nanochat):
 @pytest.mark.parametrize(
     "words,message",
     [
-        (["max_target_length=512"], "max_target_length is 512 by the command line but 256 in"),
-        (["model=d6"], "num_decoder_layers is 6 by the command line but 4 in"),
-        (["window_pattern=L"], "window_pattern is L by the command line but SSSL in"),
-        (["smear_gate_channels=0"], "smear_gate_channels is 0 by the command line but 24 in"),
+        (["max_target_length=512"], "max_target_length is 512 on the command line but 256 in"),
+        (["model=d6"], "num_decoder_layers is 6 on the command line but 4 in"),
+        (["window_pattern=L"], "window_pattern is L on the command line but SSSL in"),
+        (["smear_gate_channels=0"], "smear_gate_channels is 0 on the command line but 24 in"),
     ],
 )
-def test_the_command_line_cannot_contradict_the_checkpoint(tmp_path, nanochat, words, message):
+def test_the_command_line_cannot_contradict_the_checkpoint(tmp_path, checkpoint, words, message):
     with pytest.raises(ValueError, match=message):
-        run_command(tmp_path, f"from_nanochat={nanochat[0]}", "run_name=a", *words)
+        run_command(tmp_path, f"from_nanochat={checkpoint[0]}", "run_name=a", *words)
     assert not (tmp_path / "runs/a").exists()
 
 
-def test_tables_may_widen_but_lose_no_digits(tmp_path, nanochat):
-    path, arrays = nanochat
+def test_tables_may_widen_but_lose_no_digits(tmp_path, checkpoint):
+    path, arrays = checkpoint
     run_command(tmp_path, f"from_nanochat={path}", "run_name=wide", "embedding_dtype=float32")
     run_command(tmp_path, f"to_nanochat={tmp_path}/model_1.npz", "run_name=wide")
-    wide = convert.read_tensors(tmp_path / "model_1.npz")
+    wide = tensor_files.read_tensors(tmp_path / "model_1.npz")
     assert wide["transformer.wte.weight"].dtype == np.float32
     for name, array in arrays.items():
         np.testing.assert_array_equal(wide[name], array.astype(np.float32))
-    convert.write_nanochat(path, golden()[0], convert.read_meta(path))
+    nanochat.write_checkpoint(path, golden()[0], nanochat.read_meta(path))
     with pytest.raises(ValueError, match="token_embed is float32 .* would lose digits"):
         run_command(tmp_path, f"from_nanochat={path}", "run_name=b", "embedding_dtype=bfloat16")
 
 
-def test_models_that_nanochat_cannot_run_are_not_exported(tmp_path, nanochat):
-    run_command(tmp_path, f"from_nanochat={nanochat[0]}", "run_name=a", "rope_theta=10000")
-    with pytest.raises(ValueError, match="rope_theta is 10000.0, there 100000.0"):
+def test_models_that_nanochat_cannot_run_are_not_exported(tmp_path, checkpoint):
+    run_command(tmp_path, f"from_nanochat={checkpoint[0]}", "run_name=a", "rope_theta=10000")
+    with pytest.raises(ValueError, match="rope_theta is 10000.0, in nanochat 100000.0"):
         run_command(tmp_path, f"to_nanochat={tmp_path}/model_1.npz", "run_name=a")
 
 
@@ -355,27 +357,41 @@ def test_models_that_nanochat_cannot_run_are_not_exported(tmp_path, nanochat):
     [
         (lambda m: m["model_config"].pop("n_embd"), "n_embd"),
         (lambda m: m["model_config"].update(n_layer="4"), "model_config.n_layer is '4'"),
-        (lambda m: m["model_config"].update(n_head=3), "n_embd is no multiple of n_head"),
+        (lambda m: m["model_config"].update(n_head=3), "n_embd is not a multiple of n_head"),
         (lambda m: m.pop("model_config"), "model_config"),
         (lambda m: m.update(step=-1), "step -1"),
     ],
 )
-def test_bad_metadata_is_one_line(tmp_path, nanochat, change, message):
-    meta_path = nanochat[0].with_name("meta_000007.json")
+def test_bad_metadata_is_one_line(tmp_path, checkpoint, change, message):
+    meta_path = checkpoint[0].with_name("meta_000007.json")
     meta = json.loads(meta_path.read_text())
     change(meta)
     meta_path.write_text(json.dumps(meta))
     with pytest.raises(ValueError, match=message) as caught:
-        run_command(tmp_path, f"from_nanochat={nanochat[0]}", "run_name=a")
+        run_command(tmp_path, f"from_nanochat={checkpoint[0]}", "run_name=a")
     assert "\n" not in str(caught.value)
 
 
-def test_metadata_without_a_window_pattern_means_full_windows(nanochat):
-    meta_path = nanochat[0].with_name("meta_000007.json")
+def test_metadata_without_a_window_pattern_means_full_windows(checkpoint):
+    meta_path = checkpoint[0].with_name("meta_000007.json")
     meta = json.loads(meta_path.read_text())
     del meta["model_config"]["window_pattern"]
     meta_path.write_text(json.dumps(meta))
-    assert convert.read_meta(nanochat[0])["model_config"]["window_pattern"] == "L"
+    assert nanochat.read_meta(checkpoint[0])["model_config"]["window_pattern"] == "L"
+
+
+def test_a_run_older_than_an_architecture_key_is_exported(tmp_path, checkpoint, monkeypatch):
+    """It has the value that such runs imply; with another value nanochat cannot run the model."""
+    path, arrays = checkpoint
+    run_command(tmp_path, f"from_nanochat={path}", "run_name=a")
+    keys = {**scaling.ARCHITECTURE_KEYS, "mlp_activation": "relu2"}
+    monkeypatch.setattr(scaling, "ARCHITECTURE_KEYS", keys)
+    config = pyconfig.initialize([BASE, f"base_output_directory={tmp_path / 'runs'}", "run_name=a"])
+    newer = pyconfig.FrozenConfigDict({**config.to_dict(), "mlp_activation": "swiglu"})
+    saved, _, step = convert._read_run(newer, nanochat.check_exportable)
+    assert (saved.mlp_activation, step) == ("relu2", 7)
+    with pytest.raises(ValueError, match="mlp_activation is swiglu, in nanochat relu2"):
+        nanochat.check_exportable(newer)
 
 
 @pytest.mark.parametrize("path", ["weights.npz", "model_1.bin", "model_1"])

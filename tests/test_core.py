@@ -22,10 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_nanochat_reference import hashed
 
-from MaxNano import convert, pyconfig
+from MaxNano import pyconfig
 from MaxNano.distributed import hardware
 from MaxNano.evals import core
 from MaxNano.inference import prefix_scoring
+from MaxNano.interop import nanochat
 from MaxNano.tokenization.tokenizer import load_tokenizer_from
 from MaxNano.training.setup import set_up
 
@@ -45,12 +46,10 @@ def from_formula(setup, scales):
     """Parameters by the formula of test_nanochat_reference, some of them larger."""
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), setup.model.shapes)
     arrays = {}
-    for index, (name, like) in enumerate(
-        sorted(convert.params_to_nanochat(zeros, setup.config).items())
-    ):
+    for index, (name, like) in enumerate(sorted(nanochat.from_params(zeros, setup.config).items())):
         values = scales.get(name, 1) * hashed(like.size, index) + (name == "resid_lambdas")
         arrays[name] = values.reshape(like.shape).astype(np.float32)
-    params = convert.nanochat_to_params(arrays, setup.config)
+    params = nanochat.to_params(arrays, setup.config)
     return jax.tree.map(
         lambda leaf, like: jax.device_put(leaf, like.sharding), params, setup.abstract.params
     )
@@ -142,8 +141,13 @@ def test_the_recorded_score_is_that_of_the_recorded_answers():
 
 
 def test_the_shared_prefix_changes_no_number(few_shapes):
-    """Layers in a loop, grouped heads, windows shorter than prompts, prompts of all lengths."""
-    setup = make_setup(
+    setup = shared_prefix_setup()
+    check_shared_prefixes(setup, from_formula(setup, {}))
+
+
+def shared_prefix_setup():
+    """Layers in a scan, grouped heads, and windows shorter than the prompts."""
+    return make_setup(
         "max_target_length=24",
         "vocab_size=50",
         "num_decoder_layers=6",
@@ -159,7 +163,10 @@ def test_the_shared_prefix_changes_no_number(few_shapes):
         "steps=1",
         "core_batch_tokens=600",
     )
-    params = from_formula(setup, {})
+
+
+def check_shared_prefixes(setup, params):
+    """Prompts of all lengths have the losses of the whole model over whole rows."""
     rng = np.random.default_rng(0)
     prompts = []
     for prefix, *lengths in (
@@ -176,12 +183,12 @@ def test_the_shared_prefix_changes_no_number(few_shapes):
         prompts.append(
             core.Prompt(rng.integers(0, 49, prefix, np.int32), tuple(rows), (1, 1), (0, 1))
         )
-    own = prefix_scoring.PrefixScorer(setup, 49).bind(params)
+    score = prefix_scoring.PrefixScorer(setup, 49).bind(params)
     expected = dict(whole_rows(setup, params, 49)(prompts, greedy=False))
-    found = dict(own(prompts, greedy=False))
-    assert found.keys() == expected.keys()
+    scores = dict(score(prompts, greedy=False))
+    assert scores.keys() == expected.keys()
     for index, rows in expected.items():
-        for row, other in zip(rows, found[index], strict=True):
+        for row, other in zip(rows, scores[index], strict=True):
             np.testing.assert_allclose(other, row, atol=1e-5)
 
 

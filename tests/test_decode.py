@@ -1,4 +1,4 @@
-"""Decoding over a cache gives the full forward's logits, past the window and past the context, whoever is beside it."""
+"""Decoding over the KV cache gives the full forward's logits, past window and context, whatever other slots do."""
 
 from functools import partial
 from pathlib import Path
@@ -74,8 +74,12 @@ def copies(*pairs):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_token_has_the_full_forwards_logits(variant):
-    """Three slots, of which two come from one prompt longer than a window and one from nothing."""
-    config, plan, params, weights = make(*VARIANTS[variant])
+    check_every_token(*VARIANTS[variant])
+
+
+def check_every_token(*overrides):
+    """Three slots: two start from one prompt that is longer than a window, one from nothing."""
+    config, plan, params, weights = make(*overrides)
     tokens = np.random.default_rng(1).integers(0, 50, (3, LONGEST)).astype(np.int32)
     tokens[1, :41] = tokens[0, :41]
     starts = np.array([40, 40, 0])
@@ -84,7 +88,7 @@ def test_every_token_has_the_full_forwards_logits(variant):
     step = jax.jit(partial(decode.decode_step, plan))
     prompts = np.zeros((2, 64), np.int32)
     prompts[1, :40] = tokens[0, :40]
-    cache = jax.tree.map(lambda x: x + 7, empty(plan, 3))  # left by somebody else
+    cache = jax.tree.map(lambda x: x + 7, empty(plan, 3))  # left by another sequence
     cache, hidden = prefill(
         weights, cache, prompts, np.array([1, 40], np.int32), copies((1, 1), (1, 0))
     )

@@ -153,9 +153,7 @@ def test_help_lists_every_knob_that_is_read(script):
 
 def test_a_wrong_argument_is_one_line(settings):
     out = run("tpu/d24_speedrun.sh", settings, "--dryrun", status=2)
-    assert out.splitlines() == [
-        "d24_speedrun.sh: unknown argument --dryrun: see --help"
-    ]
+    assert out.splitlines() == ["d24_speedrun.sh: unknown argument --dryrun: see --help"]
 
 
 # ---- Preflight
@@ -1070,9 +1068,7 @@ def test_without_a_network_it_waits_and_the_machine_trains_on(training):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0, out
     assert (
-        out.count(
-            "gcloud cannot reach the machine, retrying: ERROR: (gcloud) There was a problem"
-        )
+        out.count("gcloud cannot reach the machine, retrying: ERROR: (gcloud) There was a problem")
         == 1
     )
     assert "machines: 1," in out and training.left() == []

@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import golden_overrides, named
 
-from MaxNano import convert, pyconfig
+from MaxNano import pyconfig
 from MaxNano.distributed import runtime
 from MaxNano.inference.engine import Engine
 from MaxNano.inference.programs import EnginePrograms, decode_costs, lower_decode, lower_prefill
 from MaxNano.inference.requests import Completion, Request
 from MaxNano.inference.text_stream import TextStream
+from MaxNano.interop import nanochat
 from MaxNano.models.setup import set_up_model
 from MaxNano.tokenization.tokenizer import SpecialIds, Tokenizer
 from MaxNano.tools import calculator
@@ -71,7 +72,7 @@ def config(words):
 
 @pytest.fixture(scope="module")
 def params(golden, config):
-    return convert.nanochat_to_params(named(golden, "final/"), config)
+    return nanochat.to_params(named(golden, "final/"), config)
 
 
 @pytest.fixture(scope="module")
@@ -518,7 +519,7 @@ golden = dict(np.load(ROOT / "tests/golden/nanochat_small.npz"))
 config = pyconfig.initialize([
     str(ROOT / "configs/base.yml"), *golden_overrides(golden), "ici_fsdp_parallelism=2", "ici_tensor_parallelism=2",
 ])
-params = convert.nanochat_to_params(named(golden, "final/"), config)
+params = nanochat.to_params(named(golden, "final/"), config)
 served = Engine(set_up_model(config), params, None, slots=3, max_length=192)
 assert served.slots == 4 and served.programs.setup.data_parallel_size == 2
 requests = [

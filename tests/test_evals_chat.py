@@ -15,7 +15,7 @@ from tuning import QUICK
 from MaxNano import evaluate, pyconfig, tasks
 from MaxNano.evals import chat, core
 from MaxNano.inference.requests import Completion
-from MaxNano.tokenization.tokenizer import NANOCHAT_PATTERN, BpeTokenizer
+from MaxNano.tokenization.bpe import NANOCHAT_PATTERN, BpeTokenizer
 from MaxNano.tools import sandbox
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer

@@ -328,7 +328,7 @@ def test_core_while_training(place, monkeypatch, capsys):
     (event,) = (row for row in rows if row.get("event") == "core")
     assert event["step"] == 1
     assert event["core"] == pytest.approx(sum(event[label] for label in TASKS) / 3)
-    assert f"core after step 1: core {event['core']:.6g}, " in printed
+    assert f"Core at step 1: core {event['core']:.6g}, " in printed
 
     assert run(place, "evals=core", "run_name=trained") == 0
     assert len(answered) == len(TASKS), "nothing is done again"

@@ -30,7 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from MaxNano import pyconfig
-from MaxNano.data import download, hub, sources
+from MaxNano.data import download, hub, sources, stream
 
 ROOT = Path(__file__).parents[1]
 HTML = b"<!DOCTYPE html><html><body>Sign in to this network</body></html>"
@@ -530,7 +530,7 @@ def test_shards_by_count_always_come_with_the_last_one(server, tmp_path):
         assert (folder / name).read_bytes() == content
     config = make_config(server, tmp_path)
     assert sources.HubSource(config, "validation").files == ["shard_00005.parquet"]
-    assert len(list(sources.iterate_texts(config, "train"))) == 5 * 200
+    assert len(list(stream.iterate_texts(config, "train"))) == 5 * 200
 
 
 def test_a_part_of_a_repository_can_be_named(server, tmp_path):

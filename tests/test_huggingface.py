@@ -16,18 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_convert import assert_same, random_params
 
-from MaxNano import convert, pyconfig
-from MaxNano.interop import huggingface
+from MaxNano import convert, pyconfig, scaling
+from MaxNano.interop import huggingface, parameters, tensor_files
 from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import Numerics
+from MaxNano.tokenization.bpe import NANOCHAT_PATTERN, BpeTokenizer, train_bpe
 from MaxNano.tokenization.tokenizer import (
-    NANOCHAT_PATTERN,
     SPECIAL_TOKENS,
-    BpeTokenizer,
     SpecialIds,
     load_tokenizer,
     load_tokenizer_from,
-    train_bpe,
 )
 from MaxNano.training.checkpointing import Checkpointer
 
@@ -125,7 +123,7 @@ def models(tokenizer, tmp_path_factory):
         )
         params["resid_lambdas"] += 1
         folder = place / name
-        tensors = convert.from_params(params, config, convert.HUGGINGFACE)
+        tensors = parameters.from_params(params, config, huggingface.NAMES)
         huggingface.write_folder(folder, config, 12, tensors, tokenizer)
         made[name] = config, params, folder
     return made
@@ -148,8 +146,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_come_back_bit_for_bit(models, name):
     config, params, folder = models[name]
-    found = convert.read_tensors(folder / "model.safetensors")
-    assert_same(convert.to_params(found, config, convert.HUGGINGFACE), params)
+    found = tensor_files.read_tensors(folder / "model.safetensors")
+    assert_same(parameters.to_params(found, config, huggingface.NAMES), params)
 
 
 @pytest.mark.parametrize("name", ["windows", "groups"])
@@ -158,7 +156,7 @@ def test_a_run_goes_out_and_comes_back_bit_for_bit(models, tokenizer, tmp_path, 
     runs = f"base_output_directory={tmp_path / 'runs'}"
     run_command(f"from_huggingface={folder}", runs, "run_name=back")
     back = pyconfig.initialize([str(tmp_path / "runs/back/config.yml")])
-    for key in (*huggingface._FIELDS.values(), "window_pattern"):
+    for key in huggingface.fields().values():
         assert back[key] == config[key] and type(back[key]) is type(config[key])
     assert back.chat_turns is bool(config.chat_turns) and back.embedding_dtype == "bfloat16"
     with Checkpointer(back, tmp_path / "runs/back", writer=False) as checkpointer:
@@ -241,7 +239,7 @@ def test_every_switch_of_the_model_is_in_the_code_that_travels(models):
     """The code reads each field of config.json, and declares each with a default."""
     declared = (huggingface.TEMPLATES / "configuration_maxnano.py").read_text()
     used = declared + (huggingface.TEMPLATES / "modeling_maxnano.py").read_text()
-    for field in huggingface._FIELDS:
+    for field in huggingface.fields():
         assert f"self.{field} = {field}" in declared
         assert used.count(f"config.{field}") + used.count(f"self.{field}") > 1, field
 
@@ -249,7 +247,7 @@ def test_every_switch_of_the_model_is_in_the_code_that_travels(models):
 def test_large_models_are_cut_into_files(models, tokenizer, tmp_path, monkeypatch):
     config, params, folder = models["other"]
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 100_000)
-    tensors = convert.from_params(params, config, convert.HUGGINGFACE)
+    tensors = parameters.from_params(params, config, huggingface.NAMES)
     huggingface.write_folder(tmp_path / "cut", config, 12, tensors, tokenizer)
     index = json.loads((tmp_path / "cut/model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "cut").glob("*.safetensors"))
@@ -258,7 +256,7 @@ def test_large_models_are_cut_into_files(models, tokenizer, tmp_path, monkeypatc
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in tensors.values())
     found = {}
     for file in huggingface.read_folder(tmp_path / "cut").weights:
-        arrays = convert.read_tensors(file)
+        arrays = tensor_files.read_tensors(file)
         assert sum(a.nbytes for a in arrays.values()) <= 100_000 or len(arrays) == 1
         assert all(index["weight_map"][name] == file.name for name in arrays)
         found |= arrays
@@ -344,7 +342,7 @@ def test_a_foreign_tokenizer_goes_out_and_comes_back(models, tmp_path):
             f"tokenizer_path={path}",
         ]
     )
-    tensors = convert.from_params(random_params(config), config, convert.HUGGINGFACE)
+    tensors = parameters.from_params(random_params(config), config, huggingface.NAMES)
     huggingface.write_folder(tmp_path / "out", config, 0, tensors, foreign)
     model = tokenizers.Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
     assert model.encode("a").ids == [256, 97]
@@ -362,6 +360,17 @@ def test_a_foreign_tokenizer_goes_out_and_comes_back(models, tmp_path):
     assert found.encode("ab\n") == foreign.encode("ab\n")
 
 
+def test_a_folder_older_than_an_architecture_key_has_the_keys_implied_value(models, monkeypatch):
+    config, _, folder = models["plain"]
+    keys = {**scaling.ARCHITECTURE_KEYS, "mlp_activation": "relu2"}
+    monkeypatch.setattr(scaling, "ARCHITECTURE_KEYS", keys)
+    assert huggingface.read_folder(folder).values["mlp_activation"] == "relu2"
+    monkeypatch.setattr(huggingface, "UNSUPPORTED", frozenset({"mlp_activation"}))
+    newer = pyconfig.FrozenConfigDict({**config.to_dict(), "mlp_activation": "swiglu"})
+    with pytest.raises(ValueError, match="cannot export mlp_activation=swiglu"):
+        huggingface.check_exportable(newer)
+
+
 # ---- What is refused -------------------------------------------------------------------------------------------------
 
 
@@ -369,8 +378,8 @@ def test_a_folder_is_only_replaced_when_told_and_only_its_own_kind(models, token
     config, params, folder = models["plain"]
     target = tmp_path / "target"
     shutil.copytree(folder, target)
-    tensors = convert.from_params(params, config, convert.HUGGINGFACE)
-    with pytest.raises(ValueError, match="already holds a model; .*convert_overwrite=true"):
+    tensors = parameters.from_params(params, config, huggingface.NAMES)
+    with pytest.raises(ValueError, match="already has a model; .*convert_overwrite=true"):
         huggingface.write_folder(target, config, 13, tensors, tokenizer)
     assert contents(target) == contents(folder)
     with (
@@ -391,7 +400,7 @@ def test_a_folder_is_only_replaced_when_told_and_only_its_own_kind(models, token
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/thesis.txt").write_text("all of it")
     for other in (tmp_path / "precious", tmp_path / "precious/thesis.txt"):
-        with pytest.raises(ValueError, match="exists and is no model of this kind"):
+        with pytest.raises(ValueError, match="exists and is not a MaxNano model"):
             huggingface.write_folder(other, config, 13, tensors, tokenizer, replace=True)
 
 
@@ -402,13 +411,13 @@ def test_a_folder_is_only_replaced_when_told_and_only_its_own_kind(models, token
         (lambda f: (f / "config.json").write_text("{"), "cannot read .*config.json"),
         (
             lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),
-            "of type 'llama', not ours",
+            "model_type 'llama', not 'maxnano'",
         ),
-        (lambda f: edit(f, hidden_size=None), "has shape|emb_dim"),
+        (lambda f: edit(f, hidden_size=None), "does not have 'hidden_size'"),
         (lambda f: edit(f, window_pattern="X"), "window_pattern"),
         (lambda f: edit(f, step=-1), "step -1"),
-        (lambda f: edit(f, num_hidden_layers=5), "lacks 'model.layers.4"),
-        (lambda f: edit(f, use_backout=False), "holds 'model.backout_lambda'"),
+        (lambda f: edit(f, num_hidden_layers=5), "does not have 'model.layers.4"),
+        (lambda f: edit(f, use_backout=False), "has 'model.backout_lambda'"),
         (lambda f: edit(f, vocab_size=590), "tokenizer of .* has 600 tokens but the model has 590"),
         (
             lambda f: (f / "model.safetensors").write_bytes(b"x" * 100),
@@ -419,7 +428,7 @@ def test_a_folder_is_only_replaced_when_told_and_only_its_own_kind(models, token
             lambda f: (f / "model.safetensors.index.json").write_text(
                 '{"weight_map": {"a": "../b"}}'
             ),
-            "names no files",
+            "does not name files",
         ),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json is not a Hugging Face"),
     ],
@@ -463,7 +472,7 @@ def test_the_command_line_says_so_in_one_line(models, tmp_path):
         return done.stderr
 
     folder = models["plain"][2]
-    assert "already holds a model" in error_of(f"to_huggingface={folder}", "run_name=nothing")
+    assert "already has a model" in error_of(f"to_huggingface={folder}", "run_name=nothing")
 
 
 # ---- In transformers -------------------------------------------------------------------------------------------------

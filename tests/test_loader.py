@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from MaxNano import pyconfig
-from MaxNano.data import loader, packing, sources
+from MaxNano.data import loader, manifest, packing, sources, stream
 from MaxNano.distributed.preemption import Preempted, Preemption
 
 READERS = 4
@@ -84,7 +84,9 @@ def test_a_batch_has_shifted_targets_weight_one_and_rows_that_begin_with_bos(sha
 def test_reader_r_fills_the_rth_block_of_rows(shards, expected):
     source = sources.ParquetSource(make_config(shards), "train")
     for reader in range(READERS):
-        lists = sources.read_lists(source, reader, READERS, 5, sources.start_of(reader))
+        lists = stream.read_lists(
+            source, reader, READERS, 5, stream.StreamPosition(1, 0, reader, 0)
+        )
 
         def next_documents(lists=lists):
             encoded = ByteTokenizer().encode_batch(next(lists)[1], bos=True)
@@ -188,7 +190,7 @@ def test_a_state_goes_on_under_another_number_of_hosts(shards, expected):
     merged = json.loads(json.dumps(loader.merge_states(states)))
     with open_loader(config, state=merged) as batches:
         np.testing.assert_array_equal(take(batches, 10), expected[7:17])
-    with pytest.raises(ValueError, match="lacks reader 2"):
+    with pytest.raises(ValueError, match="has no reader 2"):
         open_loader(config, state=states[0])
 
 
@@ -222,7 +224,7 @@ def arriving(shards, tmp_path):
     for name in "ac":
         (tmp_path / f"{name}.parquet").write_bytes((shards / f"{name}.parquet").read_bytes())
     files = {f"{name}.parquet": {"done": name != "b"} for name in "abc"}
-    (tmp_path / sources.MANIFEST).write_text(json.dumps({"files": files}))
+    (tmp_path / manifest.MANIFEST).write_text(json.dumps({"files": files}))
 
     def bring():
         if not (tmp_path / "b.parquet").exists():
@@ -238,18 +240,18 @@ def test_training_waits_for_a_shard_and_its_batches_stay_the_same(
 ):
     """Not the first shard again: nothing wraps before the last of the manifest's list."""
     folder, bring = arriving
-    monkeypatch.setattr(sources, "POLL_SECONDS", 0.01)
-    wait = sources.Patience.wait
+    monkeypatch.setattr(stream, "POLL_SECONDS", 0.01)
+    wait = stream.Patience.wait
 
     def wait_and_bring(*args):
         wait(*args)
         bring()
 
-    monkeypatch.setattr(sources.Patience, "wait", wait_and_bring)
+    monkeypatch.setattr(stream.Patience, "wait", wait_and_bring)
     with open_loader(make_config(folder, **PROMPT, data_workers=workers)) as batches:
         np.testing.assert_array_equal(take(batches, 15), prompt[:15])
         state = batches.state()
-    assert capfd.readouterr().err.count("waiting for ") == 1
+    assert capfd.readouterr().err.count("Waiting for ") == 1
     with open_loader(make_config(folder, **PROMPT), state=state) as batches:
         np.testing.assert_array_equal(take(batches, 5), prompt[15:20])
 
@@ -268,14 +270,14 @@ def test_sigterm_ends_the_wait_for_a_shard_and_the_state_goes_on_exactly(
     arriving, prompt, monkeypatch
 ):
     folder, bring = arriving
-    wait = sources.Patience.wait
+    wait = stream.Patience.wait
 
     def signal_and_wait(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         wait(*args)
 
-    monkeypatch.setattr(sources.Patience, "wait", signal_and_wait)
-    monkeypatch.setattr(sources, "POLL_SECONDS", 3600.0)
+    monkeypatch.setattr(stream.Patience, "wait", signal_and_wait)
+    monkeypatch.setattr(stream, "POLL_SECONDS", 3600.0)
     own = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     batches = loader.DevicePrefetch(open_loader(make_config(folder, **PROMPT)), own, 2)
     taken = []
@@ -296,14 +298,14 @@ def test_sigterm_ends_the_wait_for_a_shard_and_the_state_goes_on_exactly(
 def test_a_loader_that_waits_for_a_shard_can_be_closed_and_gives_up(arriving, monkeypatch, workers):
     folder, _ = arriving
     waiting = threading.Event()
-    wait = sources.Patience.wait
+    wait = stream.Patience.wait
 
     def wait_and_tell(*args):
         waiting.set()
         wait(*args)
 
-    monkeypatch.setattr(sources.Patience, "wait", wait_and_tell)
-    monkeypatch.setattr(sources, "POLL_SECONDS", 3600.0)
+    monkeypatch.setattr(stream.Patience, "wait", wait_and_tell)
+    monkeypatch.setattr(stream, "POLL_SECONDS", 3600.0)
     values = PROMPT | {"data_workers": workers, "prefetch_batches": 10}
     batches = open_loader(make_config(folder, **values))
     next(batches)
@@ -311,7 +313,7 @@ def test_a_loader_that_waits_for_a_shard_can_be_closed_and_gives_up(arriving, mo
     batches.close()  # would take the hour otherwise
     assert not multiprocessing.active_children()
     with open_loader(make_config(folder, **values, data_wait_seconds=0)) as batches:
-        with pytest.raises(ValueError, match="b.parquet has not arrived"):
+        with pytest.raises(ValueError, match="timed out after .*b.parquet"):
             take(batches, 40)
 
 
@@ -432,7 +434,7 @@ def test_workers_never_import_jax(shards):
 PARENT = """
 import os, sys
 from MaxNano import pyconfig
-from MaxNano.data import sources, workers
+from MaxNano.data import sources, stream, workers
 from byte_tokenizer import ByteTokenizer
 
 if __name__ != "__main__":
@@ -442,7 +444,7 @@ else:
     config = pyconfig.initialize(["configs/base.yml", "dataset_type=synthetic"])
     source = sources.SyntheticSource(config, "train")
     encoding = workers.TextEncoding(source, ByteTokenizer(), 1, 8, 33)
-    reading = workers.start(encoding, {0: sources.start_of(0)}, 1)
+    reading = workers.start(encoding, {0: stream.StreamPosition(1, 0, 0, 0)}, 1)
     reading.next(0)
     print(*(child.pid for child in workers.multiprocessing.active_children()), flush=True)
     if sys.argv[1] == "wait":

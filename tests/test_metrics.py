@@ -20,9 +20,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter, masked_crc32c
 
 from MaxNano import console, pyconfig
-from MaxNano.storage import remote
+from MaxNano.storage import growing_file, remote
 from MaxNano.storage.bucket import Bucket
-from MaxNano.training import metrics
+from MaxNano.training import metric_files, metrics, tensorboard, trackers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -217,8 +217,8 @@ def test_lines_for_people_outside_a_terminal(tmp_path, capsys):
         lines[1],
     )
     assert lines[2:] == [
-        "validation after step 6: bpb 1.5, lowest bpb 1.5",
-        "samples after step 6",
+        "Validation at step 6: bpb 1.5, lowest bpb 1.5",
+        "Samples at step 6",
         "  The sky is -> blue\\nand [bold]red[/bold]",
         "saved",
     ]
@@ -290,7 +290,7 @@ def test_an_event_file_is_framed_as_its_library_does(tmp_path):
     for data in (b"", b"x" * 1000):
         writer.write(data)
     writer.close()
-    assert (tmp_path / "events").read_bytes() == metrics._event_record(b"") + metrics._event_record(
+    assert (tmp_path / "events").read_bytes() == tensorboard.record(b"") + tensorboard.record(
         b"x" * 1000
     )
 
@@ -320,7 +320,7 @@ class FakeTracker(types.ModuleType):
         self._maybe("finish")
 
 
-@pytest.mark.parametrize("tracker", sorted(metrics.TRACKERS))
+@pytest.mark.parametrize("tracker", sorted(trackers.TRACKERS))
 @pytest.mark.parametrize("fails_at", [None, "init", "log", "finish"])
 def test_a_failing_tracker_stops_nothing(tracker, fails_at, tmp_path, monkeypatch, caplog):
     fake = FakeTracker(fails_at)
@@ -363,7 +363,7 @@ def test_a_tracker_that_hangs_delays_nothing(hanging, tmp_path, monkeypatch, cap
     fake = FakeTracker(None)
     monkeypatch.setattr(fake, "_maybe", lambda name: name == hanging and released.wait())
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(metrics, "MAX_TRACKER_ROWS", 3)
+    monkeypatch.setattr(trackers, "MAX_TRACKER_ROWS", 3)
     logger = start(make_config("trackers=[wandb]"), tmp_path)
     run(logger, range(9))
     assert caplog.text.count("wandb is off") == 1 and "3 rows behind" in caplog.text
@@ -377,7 +377,7 @@ def test_the_end_waits_for_a_tracker_but_not_for_ever(tmp_path, monkeypatch, cap
     fake = FakeTracker(None)
     monkeypatch.setattr(fake, "_maybe", lambda name: name == "finish" and released.wait())
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(metrics, "CLOSE_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(metric_files, "CLOSE_TIMEOUT_SECONDS", 0.2)
     logger = start(make_config("trackers=[wandb]"), tmp_path)
     run(logger, range(2))
     logger.close()
@@ -401,7 +401,7 @@ def test_what_cannot_be_written_stops_nothing(config, tmp_path, caplog):
 
 
 def test_a_full_disk_delays_nothing_and_loses_nothing(tmp_path, monkeypatch, caplog):
-    append, is_full = metrics._LocalFile.append, threading.Event()
+    append, is_full = growing_file._LocalFile.append, threading.Event()
 
     def append_until_full(self, data):
         if is_full.is_set():
@@ -410,9 +410,9 @@ def test_a_full_disk_delays_nothing_and_loses_nothing(tmp_path, monkeypatch, cap
             raise OSError(errno.ENOSPC, "No space left on device")
         append(self, data)
 
-    monkeypatch.setattr(metrics._LocalFile, "append", append_until_full)
-    monkeypatch.setattr(metrics, "RETRY_SECONDS", 0.01)
-    monkeypatch.setattr(metrics, "CURVES_WRITE_SECONDS", 0.0)
+    monkeypatch.setattr(growing_file._LocalFile, "append", append_until_full)
+    monkeypatch.setattr(growing_file, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(metric_files, "CURVES_WRITE_SECONDS", 0.0)
     logger = start(make_config("tensorboard=true"), tmp_path)
     run(logger, range(3))
     wait_until(lambda: logger.state()["rows"] >= 2)
@@ -476,7 +476,7 @@ def curves_in(store, run_name, tag):
 
 def test_an_object_store_gets_whole_files_now_and_then(store, monkeypatch):
     store.put("seldom/metrics.jsonl", b'{"step": 0}\n{"step": 1}\n')
-    monkeypatch.setattr(metrics, "REMOTE_WRITE_SECONDS", 1e9)
+    monkeypatch.setattr(growing_file, "REMOTE_WRITE_SECONDS", 1e9)
     config = make_config()
     empty = start(config, f"{store.bucket}/other").state()
     logger = start(config, f"{store.bucket}/seldom", start_step=1, state={**empty, "rows": 1})
@@ -505,9 +505,9 @@ def test_a_store_that_fails_for_ever_delays_no_step_and_loses_no_row(
     store, monkeypatch, caplog, fault
 ):
     """The steps that a later process does, when the store works again, bring the earlier rows along."""
-    monkeypatch.setattr(metrics, "UPLOAD_TIMEOUT_SECONDS", 0.5)
-    monkeypatch.setattr(metrics, "RETRY_SECONDS", 0.1)
-    monkeypatch.setattr(metrics, "CLOSE_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(growing_file, "UPLOAD_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(growing_file, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(metric_files, "CLOSE_TIMEOUT_SECONDS", 1.0)
     name, config = f"fails_{fault}", make_config("tensorboard=true")
     directory = f"{store.bucket}/{name}"
     store.fail(fault, "any", count=None)
@@ -540,9 +540,9 @@ def test_a_store_that_fails_for_ever_delays_no_step_and_loses_no_row(
 
 
 def test_a_store_that_works_again_gets_everything(store, monkeypatch, caplog):
-    monkeypatch.setattr(metrics, "UPLOAD_TIMEOUT_SECONDS", 0.5)
-    monkeypatch.setattr(metrics, "RETRY_SECONDS", 0.1)
-    monkeypatch.setattr(metrics, "REMOTE_WRITE_SECONDS", 0.1)
+    monkeypatch.setattr(growing_file, "UPLOAD_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(growing_file, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(growing_file, "REMOTE_WRITE_SECONDS", 0.1)
     logger = start(make_config(), f"{store.bucket}/back")
     run(logger, range(3))
     wait_until(lambda: "back/metrics.jsonl" in store.objects())
@@ -568,7 +568,7 @@ class Machine:
             set(),
             set(),
         )
-        monkeypatch.setattr(metrics.remote, "write", self._write_if_alive)
+        monkeypatch.setattr(growing_file.remote, "write", self._write_if_alive)
 
     def _write_if_alive(self, path, content, seconds):
         thread = threading.current_thread()
@@ -582,7 +582,7 @@ class Machine:
 
     def kill(self, logger):
         with self._lock:
-            self._dead |= {file._thread for file in logger._files}
+            self._dead |= {file._thread for file in logger._files._files}
         wait_until(lambda: not self._dead & self._writing)
 
 
@@ -594,9 +594,9 @@ STOPPED_AT = ("nothing", "before the checkpoint", "at the checkpoint", "after th
 def test_a_run_that_is_killed_and_resumed_has_every_row_once(store, monkeypatch, uploaded, fault):
     """However much the store had when it began to hang, whether or not it worked again before the kill."""
     machine = Machine(monkeypatch)
-    monkeypatch.setattr(metrics, "REMOTE_WRITE_SECONDS", 0.01)
-    monkeypatch.setattr(metrics, "UPLOAD_TIMEOUT_SECONDS", 0.5)
-    monkeypatch.setattr(metrics, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(growing_file, "REMOTE_WRITE_SECONDS", 0.01)
+    monkeypatch.setattr(growing_file, "UPLOAD_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(growing_file, "RETRY_SECONDS", 0.01)
     config, name, state = (
         make_config("tensorboard=true"),
         f"killed_{uploaded.split()[0]}_{fault}",
@@ -606,7 +606,12 @@ def test_a_run_that_is_killed_and_resumed_has_every_row_once(store, monkeypatch,
     def stop_at(what):
         """The store has all rows so far and gets no more."""
         if what == uploaded:
-            wait_until(lambda: not logger._files[0].state()[1] and not logger._files[1].state()[1])
+            wait_until(
+                lambda: (
+                    not logger._files._files[0].state()[1]
+                    and not logger._files._files[1].state()[1]
+                )
+            )
             store.fail(fault or "hang", "write", name, count=None)
 
     for start_step in (0, 4, 8):
@@ -647,8 +652,8 @@ def test_a_run_that_is_killed_and_resumed_has_every_row_once(store, monkeypatch,
 
 def test_curves_that_are_behind_the_rows_lose_nothing(store, monkeypatch):
     machine = Machine(monkeypatch)
-    monkeypatch.setattr(metrics, "REMOTE_WRITE_SECONDS", 0.01)
-    monkeypatch.setattr(metrics, "UPLOAD_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(growing_file, "REMOTE_WRITE_SECONDS", 0.01)
+    monkeypatch.setattr(growing_file, "UPLOAD_TIMEOUT_SECONDS", 0.5)
     config = make_config("tensorboard=true")
     logger = start(config, f"{store.bucket}/behind")
     run(logger, range(3))
@@ -656,7 +661,7 @@ def test_curves_that_are_behind_the_rows_lose_nothing(store, monkeypatch):
     store.fail("hang", "write", "behind/tensorboard", count=None)
     run(logger, range(3, 6))
     logger.flush()
-    wait_until(lambda: logger._files[0].state() == (6, []))
+    wait_until(lambda: logger._files._files[0].state() == (6, []))
     state = json.loads(json.dumps(logger.state()))
     assert (state["rows"], count_rows(state)) == (3, 6)
     store.mend()

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from MaxNano import convert, pyconfig, scaling
+from MaxNano import pyconfig, scaling
+from MaxNano.interop import nanochat
 from MaxNano.models.losses import token_losses
 from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import LayerKind, Numerics, repetition, scans_layers
@@ -69,7 +70,7 @@ def test_logits_loss_and_gradients_are_nanochats(golden, variant):
     """Within 1e-5, gradients relative to the tensor's largest: tests/golden/README.md."""
     overrides, numerics = VARIANTS[variant]
     config = make_config(*golden_overrides(golden), *overrides)
-    params = convert.nanochat_to_params(named(golden, "init/"), config)
+    params = nanochat.to_params(named(golden, "init/"), config)
     tokens, targets = golden["idx"][0], golden["targets"][0]
 
     @jax.jit
@@ -90,7 +91,7 @@ def test_logits_loss_and_gradients_are_nanochats(golden, variant):
     np.testing.assert_allclose(losses, golden["loss_none"], atol=1e-5)
     np.testing.assert_allclose(mean, golden["losses"][0], atol=1e-5)
     expected = named(golden, "grad0/")
-    got = convert.params_to_nanochat(jax.device_get(grads), config)
+    got = nanochat.from_params(jax.device_get(grads), config)
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(got[name], value, atol=1e-5 * np.abs(value).max(), err_msg=name)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from MaxNano.tokenization.tokenizer import train_bpe
+from MaxNano.tokenization.bpe import train_bpe
 
 ROOT = Path(__file__).parents[1]
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix strange and bright potions".split()
@@ -199,6 +199,15 @@ def test_two_processes_told_by_keys_give_the_losses_of_one(place, one):
     assert "loss" not in other_out, "only process 0 speaks"
 
 
+@pytest.mark.parametrize("axis", ["tensor", "fsdp"])
+def test_an_axis_that_spans_the_processes_gives_the_losses_of_one(place, one, axis):
+    """Tensor parallel over processes: both read the whole batch. FSDP: each reads its half."""
+    layout = ("num_cpu_devices=4", f"dcn_{axis}_parallelism=2")
+    (out, _), _ = finish(start_two(words_of(place, axis, *layout)))
+    assert f"{axis} 2" in out
+    assert_same_losses(place, axis)
+
+
 def test_two_processes_go_on_where_one_stopped(place, one):
     copy_of_first_checkpoint(place, "one", "one_then_two")
     (out, _), _ = finish(start_two(words_of(place, "one_then_two", *TWO), by="environment"))
@@ -222,7 +231,7 @@ def test_asked_to_stop_both_save_one_step_and_one_process_goes_on(place, one):
 
 IN_EACH_PROCESS = """
     import resource, sys
-    import jax, numpy as np
+    import filelock, jax, numpy as np
     from MaxNano import pyconfig
     from MaxNano.training import checkpointing
     from MaxNano.distributed import runtime, sharding
@@ -261,13 +270,13 @@ SAVING = """
         if index == "1":  # a limit on file sizes stands in for a full disk
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         checkpointer.save(2, state, {})
-        checkpointer._join()
+        checkpointer._saver.join()
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         checkpointer.save(3, state, {})
         checkpointer.wait()
-        print("saved", checkpointer.latest_step(), checkpointer._failures)
+        print("saved", checkpointer.latest_step(), checkpointer._saver.failures)
     if index == "0":
-        holder = checkpointing.filelock.FileLock(f"{run}/.lock")
+        holder = filelock.FileLock(f"{run}/.lock")
         holder.acquire()
     try:
         checkpointing.Checkpointer(config, run)
@@ -287,7 +296,7 @@ SAVING_IN_A_BUCKET = """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         again = checkpointer.restore(abstract)[0]["w"]
         same = all(np.array_equal(part.data, numbers[part.index]) for part in again.addressable_shards)
-        print("saved", checkpointer.latest_step(), checkpointer._failures, same)
+        print("saved", checkpointer.latest_step(), checkpointer._saver.failures, same)
 """
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from MaxNano import convert, pyconfig
+from MaxNano import pyconfig
+from MaxNano.interop import nanochat
 from MaxNano.models.losses import token_losses
 from MaxNano.training import state as train_state
 from MaxNano.training.setup import set_up
@@ -58,7 +59,7 @@ def problem():
     setup = set_up(config, jax.devices()[:1])
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), setup.model.shapes)
     arrays = {}
-    for index, (name, like) in enumerate(sorted(convert.params_to_nanochat(zeros, config).items())):
+    for index, (name, like) in enumerate(sorted(nanochat.from_params(zeros, config).items())):
         base = 1.0 if name == "resid_lambdas" else 0.0
         arrays[name] = (base + hashed(like.size, index)).reshape(like.shape).astype(np.float32)
     t, b = np.arange(201)[None], np.arange(2)[:, None]
@@ -86,7 +87,7 @@ def test_the_formula_fills_the_same_parameters(problem):
 
 def test_logits_losses_and_gradients(problem):
     config, setup, arrays, batch = problem
-    params = convert.nanochat_to_params(arrays, config)
+    params = nanochat.to_params(arrays, config)
 
     @jax.jit
     def compute(params):
@@ -133,7 +134,7 @@ def test_logits_losses_and_gradients(problem):
         "transformer.h.1.attn.ve_gate.weight": 0.0014328240,
         "value_embeds.1.weight": 0.010636331,
     }
-    got = convert.params_to_nanochat(jax.device_get(grads), config)
+    got = nanochat.from_params(jax.device_get(grads), config)
     for name, norm in norms.items():
         assert np.linalg.norm(got[name]) == pytest.approx(norm, rel=1e-5), name
 
@@ -142,7 +143,7 @@ def test_three_updates(problem):
     config, setup, arrays, batch = problem
     programs = build_programs(setup, jit_train(setup), np.ones(50, np.int32))
     fresh = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
-    params = jax.tree.map(jnp.asarray, convert.nanochat_to_params(arrays, config))
+    params = jax.tree.map(jnp.asarray, nanochat.to_params(arrays, config))
     state = train_state.TrainState(fresh.step, params, fresh.opt_state)
     norms = {
         1: {
@@ -163,7 +164,7 @@ def test_three_updates(problem):
     }
     for step, loss in enumerate((4.0567031, 3.3809195, 3.1106308, 2.8768191)):
         if step in norms:
-            got = convert.params_to_nanochat(jax.device_get(state.params), config)
+            got = nanochat.from_params(jax.device_get(state.params), config)
             for name, norm in norms[step].items():
                 assert np.linalg.norm(got[name]) == pytest.approx(norm, rel=1e-4), (step, name)
         state, metrics = programs.train(state, batch)

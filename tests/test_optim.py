@@ -13,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from MaxNano import convert, pyconfig
+from MaxNano import pyconfig
+from MaxNano.interop import nanochat
 from MaxNano.optimizers import groups, muon
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +55,7 @@ def golden():
         named = {
             name.removeprefix(prefix): file[name] for name in file.files if name.startswith(prefix)
         }
-        return jax.tree.map(jnp.asarray, convert.nanochat_to_params(named, config))
+        return jax.tree.map(jnp.asarray, nanochat.to_params(named, config))
 
     return config, tree
 

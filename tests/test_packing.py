@@ -8,7 +8,7 @@ from byte_tokenizer import CountingTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from MaxNano.data import packing, sources
+from MaxNano.data import packing, stream
 
 
 def rows_by_plain_search(lengths, row_tokens, buffer_documents, list_documents):
@@ -107,7 +107,7 @@ class GoldenDocuments:
 
 def golden_rows(reader, readers, position, count):
     """Rows as lists of (document, tokens), the row group reached after each pair of rows."""
-    lists = sources.read_lists(GoldenDocuments(), reader, readers, 8, position)
+    lists = stream.read_lists(GoldenDocuments(), reader, readers, 8, position)
     reached = [position]
 
     def next_documents():
@@ -130,7 +130,7 @@ def golden_rows(reader, readers, position, count):
 
 def test_rows_of_nanochat_on_one_rank():
     """Computed by running nanochat@92d63d4: rows of 65, batches of 2, a buffer of 8."""
-    rows, groups = golden_rows(0, 1, sources.start_of(0), 12)
+    rows, groups = golden_rows(0, 1, stream.StreamPosition(1, 0, 0, 0), 12)
     only_bos = (None, 1)
     assert rows == [
         [(6, 52), (0, 13)],
@@ -150,10 +150,10 @@ def test_rows_of_nanochat_on_one_rank():
 
 
 def test_rows_of_nanochat_from_the_third_row_group():
-    rows, _ = golden_rows(0, 1, sources.Position(1, 0, 2, 0), 2)
+    rows, _ = golden_rows(0, 1, stream.StreamPosition(1, 0, 2, 0), 2)
     assert rows == [[(34, 51), (33, 14)], [(44, 55), (46, 7), (36, 3)]]
 
 
 def test_rows_of_nanochat_on_the_second_of_two_ranks():
-    rows, _ = golden_rows(1, 2, sources.start_of(1), 2)
+    rows, _ = golden_rows(1, 2, stream.StreamPosition(1, 0, 1, 0), 2)
     assert rows == [[(21, 58), (18, 7)], [(31, 62), (23, 3)]]

@@ -88,6 +88,6 @@ def test_a_whole_folder_is_left_and_a_damaged_one_is_made_anew(prepare_chat, whe
 
 def test_files_of_others_are_not_touched(prepare_chat, wheels, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(prepare_chat.TextError, match="holds files that this program has not"):
+    with pytest.raises(prepare_chat.TextError, match="has files of other programs"):
         prepare_chat.prepare(tmp_path, benchmarks=False)
     assert (tmp_path / "notes.txt").read_text() == "mine" and not wheels

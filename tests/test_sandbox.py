@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from MaxNano.tools import confine, sandbox
-from MaxNano.tools.sandbox import Limits, check_program, run_python
+from MaxNano.tools.sandbox import SandboxLimits, check_program, run_python
 
-LIMITS = Limits(seconds=20.0, memory_mb=256)
-SHORT = Limits(seconds=0.5, memory_mb=256)
+LIMITS = SandboxLimits(seconds=20.0, memory_mb=256)
+SHORT = SandboxLimits(seconds=0.5, memory_mb=256)
 MARKER = (
     f"maxnano-sandbox-test-{uuid.uuid4()}"  # in the command line of every process of every sandbox
 )
@@ -286,7 +286,7 @@ def test_dies_with_its_parent(mechanism, tmp_path):
         f"import sys; sys.path.insert(0, {str(Path(sandbox.__file__).parents[1])!r})\n"
         f"from MaxNano.tools import sandbox\nsandbox.GUEST += '\\n# {MARKER}'\nprint(flush=True)\n"
         f"sandbox.run_python('import time; time.sleep(600)', mechanism={mechanism!r},\n"
-        f"    limits=sandbox.Limits(600.0, 256))\n"
+        f"    limits=sandbox.SandboxLimits(600.0, 256))\n"
     )
     with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE) as parent:
         parent.stdout.readline()
@@ -419,7 +419,7 @@ def test_right_programs_pass(mechanism):
     result = check_program(
         RIGHT + "\nprint('hello')", TEST, "add", limits=LIMITS, mechanism=mechanism
     )
-    assert result == sandbox.Result("passed", "hello\n", "", "") and result.passed
+    assert result == sandbox.SandboxResult("passed", "hello\n", "", "") and result.passed
 
 
 @pytest.mark.parametrize(
@@ -437,11 +437,11 @@ def test_right_programs_pass(mechanism):
             "TypeError: a list_iterator cannot be passed between test and program",
         ),
         ("def add(a, b): print('x' * 1000000)", "more than 65536 bytes of output"),
-        ("def add(a, b):\n    while True: pass", "not done after 1 s"),
+        ("def add(a, b):\n    while True: pass", "timed out after 1 s"),
     ],
 )
 def test_wrong_programs_are_told_why(mechanism, program, error):
-    limits = Limits(1.0, 256) if "while" in program else LIMITS
+    limits = SandboxLimits(1.0, 256) if "while" in program else LIMITS
     result = check_program(program, TEST, "add", limits=limits, mechanism=mechanism)
     assert not result.passed and result.error == error, result
 

@@ -249,12 +249,13 @@ def test_the_reference_is_of_the_same_family():
     assert config.weight_decay_scale == pytest.approx(1, abs=1e-8)
 
 
-def test_a_config_saved_before_an_architecture_key_existed_means_its_first_value():
+def test_a_config_saved_before_an_architecture_key_existed_means_its_first_value(monkeypatch):
     saved = pyconfig.initialize([BASE]).to_dict()
-    keys = scaling.ARCHITECTURE_KEYS | {"mlp_activation": "relu2"}
-    assert scaling.architecture_of(saved, keys)["mlp_activation"] == "relu2"
+    keys = {**scaling.ARCHITECTURE_KEYS, "mlp_activation": "relu2"}
+    monkeypatch.setattr(scaling, "ARCHITECTURE_KEYS", keys)
+    assert scaling.architecture_of(saved)["mlp_activation"] == "relu2"
     saved["mlp_activation"] = "swiglu"
-    assert scaling.architecture_of(saved, keys)["mlp_activation"] == "swiglu"
+    assert scaling.architecture_of(saved)["mlp_activation"] == "swiglu"
     del saved["emb_dim"]
     with pytest.raises(ValueError, match="no emb_dim"):
         scaling.shape_of(saved)

@@ -13,7 +13,8 @@ import pytest
 from tuning import GOLDEN, PACKING, QUICK, check_gradients
 
 from MaxNano import pyconfig, train
-from MaxNano.tokenization.tokenizer import load_tokenizer, train_bpe
+from MaxNano.tokenization.bpe import train_bpe
+from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.setup import run_directory, set_up

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from MaxNano import pyconfig
-from MaxNano.data import sources
+from MaxNano.data import manifest, sources, stream
 
 
 def make_config(kind, path, **values):
@@ -50,22 +50,22 @@ def shards(tmp_path):
 
 def test_the_last_file_in_sorted_order_is_held_out(shards):
     config = make_config("parquet", shards)
-    train = list(sources.iterate_texts(config, "train"))
+    train = list(stream.iterate_texts(config, "train"))
     assert len(train) == 17
     assert train[0] == "file 0 document 0"
     assert train[-1] == "file 1 document 6"
-    held_out = list(sources.iterate_texts(config, "validation"))
+    held_out = list(stream.iterate_texts(config, "validation"))
     assert held_out == [f"file 2 document {n}" for n in range(5)]
 
 
 def test_a_path_may_be_a_uri(shards):
     config = make_config("parquet", f"file://{shards}")
-    assert len(list(sources.iterate_texts(config, "train"))) == 17
+    assert len(list(stream.iterate_texts(config, "train"))) == 17
 
 
 def test_reader_takes_every_rth_row_group_of_each_file(shards):
     source = sources.ParquetSource(make_config("parquet", shards), "train")
-    lists = sources.read_lists(source, 1, 2, 3, sources.start_of(1))
+    lists = stream.read_lists(source, 1, 2, 3, stream.StreamPosition(1, 0, 1, 0))
     read = [next(lists) for _ in range(4)]
     # Reader 1 of 2 has group 1 of file 0 and group 1 of file 1; lists do not cross groups.
     assert [position for position, _ in read] == [
@@ -99,18 +99,20 @@ def test_reading_goes_on_exactly_behind_any_position(readers, size, cut):
             return (f"{self.file} {group} {row}" for row in range((self.file + group) % 4))
 
     for reader in range(readers):
-        lists = sources.read_lists(Numbered(), reader, readers, size, sources.start_of(reader))
+        lists = stream.read_lists(
+            Numbered(), reader, readers, size, stream.StreamPosition(1, 0, reader, 0)
+        )
         read = [next(lists) for _ in range(cut + 10)]
-        position = read[cut - 1][0] if cut else sources.start_of(reader)
-        again = sources.read_lists(Numbered(), reader, readers, size, position)
+        position = read[cut - 1][0] if cut else stream.StreamPosition(1, 0, reader, 0)
+        again = stream.read_lists(Numbered(), reader, readers, size, position)
         assert [next(again) for _ in range(10)] == read[cut:]
 
 
 def test_too_many_readers_are_told_how_many_work(shards):
     source = sources.ParquetSource(make_config("parquet", shards), "train")
-    sources.check_readers(source, 3)
+    stream.check_readers(source, 3)
     with pytest.raises(ValueError, match="set data_readers=3 or less"):
-        sources.check_readers(source, 4)
+        stream.check_readers(source, 4)
 
 
 def test_an_epoch_without_documents_is_an_error_not_an_endless_loop(tmp_path):
@@ -118,7 +120,7 @@ def test_an_epoch_without_documents_is_an_error_not_an_endless_loop(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("\n\n")
     source = sources.JsonlSource(make_config("jsonl", tmp_path), "train")
     with pytest.raises(ValueError, match="no document for reader 0"):
-        next(sources.read_lists(source, 0, 1, 8, sources.start_of(0)))
+        next(stream.read_lists(source, 0, 1, 8, stream.StreamPosition(1, 0, 0, 0)))
 
 
 # ---- Files that still arrive --------------------------------------------------------------------
@@ -129,7 +131,7 @@ def write_manifest(folder, done):
     files = {
         name: {"size": 1, "sha256": None, "etag": None, "done": here} for name, here in done.items()
     }
-    (folder / sources.MANIFEST).write_text(json.dumps({"source": "test", "files": files}))
+    (folder / manifest.MANIFEST).write_text(json.dumps({"source": "test", "files": files}))
 
 
 @pytest.fixture
@@ -148,7 +150,7 @@ def test_a_file_that_has_not_arrived_is_asked_for_again_and_changes_nothing(arri
     assert sources.ParquetSource(make_config("parquet", folder), "validation").files == [
         "shard_2.parquet"
     ]
-    lists = sources.read_lists(source, 0, 1, 4, sources.start_of(0))
+    lists = stream.read_lists(source, 0, 1, 4, stream.StreamPosition(1, 0, 0, 0))
     read = [next(lists) for _ in range(3)]
     for _ in range(2):
         missing = next(lists)
@@ -156,8 +158,12 @@ def test_a_file_that_has_not_arrived_is_asked_for_again_and_changes_nothing(arri
         assert missing.path == f"{folder}/shard_1.parquet"
     bring()
     read += [next(lists) for _ in range(3)]
-    again = sources.read_lists(
-        sources.ParquetSource(make_config("parquet", folder), "train"), 0, 1, 4, sources.start_of(0)
+    again = stream.read_lists(
+        sources.ParquetSource(make_config("parquet", folder), "train"),
+        0,
+        1,
+        4,
+        stream.StreamPosition(1, 0, 0, 0),
     )
     assert read == [next(again) for _ in range(6)]
     assert read[-1][0].epoch == 2
@@ -175,21 +181,23 @@ def test_the_tokenizer_waits_for_a_file_with_a_message(arriving, monkeypatch, ca
             bring()
 
     monkeypatch.setattr(threading.Event, "wait", wait)
-    assert len(list(sources.iterate_texts(make_config("parquet", folder), "train"))) == 17
-    assert polls == [sources.POLL_SECONDS] * 3
-    message = f"waiting for {folder}/shard_1.parquet, which the download has still to bring\n"
+    assert len(list(stream.iterate_texts(make_config("parquet", folder), "train"))) == 17
+    assert polls == [stream.POLL_SECONDS] * 3
+    message = f"Waiting for the download of {folder}/shard_1.parquet\n"
     assert capsys.readouterr().err == message
 
 
 def test_waiting_ends_when_nothing_arrives_any_more(arriving, monkeypatch):
     folder, _ = arriving
-    monkeypatch.setattr(sources, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(stream, "POLL_SECONDS", 0.01)
     config = make_config("parquet", folder, data_wait_seconds=0.2)
     begin = time.monotonic()
     # A download that was last alive an hour ago is still given the time to be started again.
-    os.utime(folder / sources.MANIFEST, (0, time.time() - 3600))
-    with pytest.raises(ValueError, match="shard_1.parquet has not arrived.*start data/download.py"):
-        list(sources.iterate_texts(config, "train"))
+    os.utime(folder / manifest.MANIFEST, (0, time.time() - 3600))
+    with pytest.raises(
+        ValueError, match="timed out after .*shard_1.parquet: run data/download.py again"
+    ):
+        list(stream.iterate_texts(config, "train"))
     assert time.monotonic() - begin >= 0.2
 
 
@@ -197,13 +205,13 @@ def test_the_manifest_has_the_last_word_on_the_files(shards):
     names = {f"shard_{n}.parquet": True for n in range(3)}
     write_manifest(shards, names | {"shard_1a.parquet": True})
     source = sources.ParquetSource(make_config("parquet", shards), "train")
-    with pytest.raises(ValueError, match="shard_1a.parquet is gone, though manifest.json lists it"):
+    with pytest.raises(ValueError, match="shard_1a.parquet is missing, but manifest.json lists it"):
         source.open(2)
     (shards / "extra.parquet").write_bytes((shards / "shard_0.parquet").read_bytes())
     with pytest.raises(ValueError, match="extra.parquet is not in manifest.json"):
         sources.ParquetSource(make_config("parquet", shards), "train")
     for content in ("{", "[]", '{"files": [1]}', '{"files": {"a.parquet": 5}}'):
-        (shards / sources.MANIFEST).write_text(content)
+        (shards / manifest.MANIFEST).write_text(content)
         with pytest.raises(ValueError, match="manifest.json") as caught:
             sources.ParquetSource(make_config("parquet", shards), "train")
         assert "\n" not in str(caught.value)
@@ -212,11 +220,11 @@ def test_the_manifest_has_the_last_word_on_the_files(shards):
 def test_readers_are_checked_by_the_files_that_have_arrived(arriving):
     folder, bring = arriving
     source = sources.ParquetSource(make_config("parquet", folder), "train")
-    sources.check_readers(source, 3)
-    sources.check_readers(source, 4)  # the file that is to come may have them
+    stream.check_readers(source, 3)
+    stream.check_readers(source, 4)  # the file that is to come may have them
     bring()
     with pytest.raises(ValueError, match="set data_readers=3 or less"):
-        sources.check_readers(source, 4)
+        stream.check_readers(source, 4)
 
 
 # ---- The hub ------------------------------------------------------------------------------------
@@ -228,17 +236,19 @@ def test_a_data_set_of_the_hub_is_read_where_downloads_are_kept(shards, tmp_path
         "hf", "unused", download_path=folder, dataset_name="hf:some-one/texts.v2/data/train-*"
     )
     with pytest.raises(
-        ValueError, match=r"hf:some-one/texts.v2/data/train-\* is not in .*download.py"
+        ValueError, match=r"hf:some-one/texts.v2/data/train-\* not found in .*download.py"
     ):
         sources.HubSource(config, "train")
     # Put there by hand, without a manifest.
     place = folder / "some-one--texts.v2--data--train"
     place.mkdir()
-    with pytest.raises(ValueError, match=r"is not in .*download.py"):  # a download that never began
+    with pytest.raises(
+        ValueError, match=r"not found in .*download.py"
+    ):  # a download that never began
         sources.HubSource(config, "train")
     place.rmdir()
     shards.rename(place)
-    assert len(list(sources.iterate_texts(config, "train"))) == 17
+    assert len(list(stream.iterate_texts(config, "train"))) == 17
     name = sources.hub_name(config)
     assert name == ("some-one/texts.v2", "data/train-*")
     assert name.includes("data/train-0.parquet")
@@ -277,7 +287,7 @@ def mixture_of(folder, *weights):
 def test_a_mixture_gives_each_part_its_share_in_its_own_order(several):
     config = mixture_of(several, 0.5, 0.2, 0.3)
     source = sources.open_source(config, "train")
-    lists = sources.read_lists(source, 0, 1, 2, sources.beginning(source, 0))
+    lists = stream.read_lists(source, 0, 1, 2, stream.start_position(source, 0))
     texts = [text for _, some in itertools.islice(lists, 1000) for text in some]
     by_part = {
         kind: [text for text in texts if text.startswith(kind)]
@@ -288,10 +298,10 @@ def test_a_mixture_gives_each_part_its_share_in_its_own_order(several):
     # No part is ever further off than one list of its documents.
     assert shares == pytest.approx([0.5, 0.2, 0.3], abs=0.02)
     alone = sources.open_source(make_config("parquet", several), "train")
-    lists = sources.read_lists(alone, 0, 1, 2, sources.start_of(0))
+    lists = stream.read_lists(alone, 0, 1, 2, stream.StreamPosition(1, 0, 0, 0))
     own = [text for _, some in itertools.islice(lists, 5000) for text in some]
     assert by_part["file"] == own[: len(by_part["file"])]
-    held_out = {text.split()[1] for text in sources.iterate_texts(config, "validation")}
+    held_out = {text.split()[1] for text in stream.iterate_texts(config, "validation")}
     assert held_out == {"2", "b"}
 
 
@@ -312,19 +322,19 @@ def two_parts(tmp_path_factory):
 @given(cut=st.integers(0, 60), readers=st.integers(1, 2))
 def test_a_mixture_goes_on_exactly_behind_any_position(two_parts, cut, readers):
     source, reader = pickle.loads(pickle.dumps(two_parts)), readers - 1
-    lists = sources.read_lists(source, reader, readers, 3, sources.beginning(source, reader))
+    lists = stream.read_lists(source, reader, readers, 3, stream.start_position(source, reader))
     read = [next(lists) for _ in range(cut + 10)]
-    position = read[cut - 1][0] if cut else sources.beginning(source, reader)
-    saved = json.loads(json.dumps(sources.position_to_json(source, position)))
-    again = sources.position_from_json(source, saved)
+    position = read[cut - 1][0] if cut else stream.start_position(source, reader)
+    saved = json.loads(json.dumps(stream.position_to_json(source, position)))
+    again = stream.position_from_json(source, saved)
     assert again == position
-    lists = sources.read_lists(source, reader, readers, 3, again)
+    lists = stream.read_lists(source, reader, readers, 3, again)
     assert [next(lists) for _ in range(10)] == read[cut:]
 
 
 def test_every_document_of_a_mixture_comes_once_for_the_tokenizer(several):
     config = mixture_of(several, 1, 8)
-    texts = list(sources.iterate_texts(config, "train"))
+    texts = list(stream.iterate_texts(config, "train"))
     assert len(texts) == len(set(texts)) == 17 + 60
     assert (
         sum(text.startswith("jsonl") for text in texts[:10]) >= 6
@@ -338,34 +348,36 @@ def test_a_mixture_waits_for_a_part_instead_of_taking_another(arriving, tmp_path
         write_parquet(other / f"{name}.parquet", [f"other {n}" for n in range(8)])
     mixture = f"[[1, parquet:{folder}], [1, parquet:{other}]]"
     source = sources.open_source(make_config("mixture", "unused", dataset_mixture=mixture), "train")
-    lists = sources.read_lists(source, 0, 1, 4, sources.beginning(source, 0))
+    lists = stream.read_lists(source, 0, 1, 4, stream.start_position(source, 0))
     read = list(itertools.takewhile(lambda item: not isinstance(item, sources.NotArrived), lists))
     assert isinstance(next(lists), sources.NotArrived)
     bring()
     read += itertools.islice(lists, 5)
-    whole = sources.read_lists(source, 0, 1, 4, sources.beginning(source, 0))
+    whole = stream.read_lists(source, 0, 1, 4, stream.start_position(source, 0))
     assert read == list(itertools.islice(whole, len(read)))
 
 
 def test_a_position_of_another_data_set_is_told(several):
     mixture = sources.open_source(mixture_of(several, 1, 2), "train")
     plain = sources.open_source(make_config("parquet", several), "train")
-    saved = sources.position_to_json(mixture, sources.beginning(mixture, 0))
+    saved = stream.position_to_json(mixture, stream.start_position(mixture, 0))
     with pytest.raises(ValueError, match="another kind of data set"):
-        sources.position_from_json(plain, saved)
+        stream.position_from_json(plain, saved)
     with pytest.raises(ValueError, match="another kind of data set"):
-        sources.position_from_json(mixture, sources.position_to_json(plain, sources.start_of(0)))
+        stream.position_from_json(
+            mixture, stream.position_to_json(plain, stream.StreamPosition(1, 0, 0, 0))
+        )
     for weights in ((1, 3), (1, 2, 3), (1,)):
         other = sources.open_source(mixture_of(several, *weights), "train")
         with pytest.raises(ValueError, match="with the weights 1, 2"):
-            sources.position_from_json(other, saved)
+            stream.position_from_json(other, saved)
 
 
 @pytest.mark.parametrize(
     ("mixture", "message"),
     [
         ("[]", "needs dataset_mixture, such as"),
-        ("[[1]]", r"a part \[1\] that is not \[weight, type:place\]"),
+        ("[[1]]", r"a part \[1\] that is not \[weight, type:location\]"),
         ("[[0, text:a]]", r"a part \[0, text:a\]"),
         ("[[x, text:a]]", r"a part \[x, text:a\]"),
         ("[[nan, text:a]]", r"a part \[nan, text:a\]"),
@@ -405,7 +417,7 @@ def test_a_bad_parquet_file_is_named_in_one_line(tmp_path, damage, message):
         write_parquet(tmp_path / f"{name}.parquet", [f"{n} " * 200 for n in range(100)], group=100)
     damage(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=message) as caught:
-        list(sources.iterate_texts(make_config("parquet", tmp_path), "train"))
+        list(stream.iterate_texts(make_config("parquet", tmp_path), "train"))
     assert "a.parquet" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -414,7 +426,7 @@ def test_missing_folder_and_missing_validation_file_are_told(tmp_path):
     with pytest.raises(ValueError, match="dataset_path=.*nowhere"):
         sources.ParquetSource(make_config("parquet", tmp_path / "nowhere"), "train")
     write_parquet(tmp_path / "only.parquet", ["x"])
-    with pytest.raises(ValueError, match=r"holds 1 \.parquet files; at least 2"):
+    with pytest.raises(ValueError, match=r"has 1 \.parquet files; at least 2"):
         sources.ParquetSource(make_config("parquet", tmp_path), "train")
 
 
@@ -448,7 +460,7 @@ def test_a_bad_jsonl_line_is_named(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text('{"text": "ok"}\n' + line)
     (tmp_path / "b.jsonl").write_text("")
     with pytest.raises(ValueError, match=message) as caught:
-        list(sources.iterate_texts(make_config("jsonl", tmp_path), "train"))
+        list(stream.iterate_texts(make_config("jsonl", tmp_path), "train"))
     assert "a.jsonl" in str(caught.value)
 
 
@@ -479,7 +491,7 @@ def test_text_is_cut_at_blank_lines_and_serves_many_readers(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(text)
     source = sources.TextSource(make_config("text", tmp_path), "train")
-    sources.check_readers(source, 8)
+    stream.check_readers(source, 8)
     found = documents_of(source)
     whole = [text for _, _, text in found if len(text) >= sources.TEXT_DOCUMENT_CHARACTERS]
     assert len(whole) > 0.9 * len(found)
@@ -490,13 +502,13 @@ def test_text_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     (tmp_path / "b.txt").write_text("")
     with pytest.raises(ValueError, match="a.txt: cannot be read .*utf-8"):
-        list(sources.iterate_texts(make_config("text", tmp_path), "train"))
+        list(stream.iterate_texts(make_config("text", tmp_path), "train"))
 
 
 def test_synthetic_documents_follow_seed_and_split():
     def first(split, seed):
         source = sources.SyntheticSource(make_config("synthetic", "unused", seed=seed), split)
-        return next(sources.read_lists(source, 3, 8, 16, sources.start_of(3)))[1]
+        return next(stream.read_lists(source, 3, 8, 16, stream.StreamPosition(1, 0, 3, 0)))[1]
 
     assert first("train", 1) == first("train", 1)
     assert first("train", 1) != first("train", 2)
@@ -537,11 +549,11 @@ def tfds_config(folder, **values):
 
 def test_tfds_is_read_in_blocks_without_tensorflow(tfds_folder):
     config = tfds_config(tfds_folder)
-    texts = list(sources.iterate_texts(config, "train"))
+    texts = list(stream.iterate_texts(config, "train"))
     assert sorted(texts) == sorted(f"dôcument {n}" for n in range(2500))
-    assert len(list(sources.iterate_texts(config, "validation"))) == 3
+    assert len(list(stream.iterate_texts(config, "validation"))) == 3
     source = sources.TfdsSource(config, "train")
-    sources.check_readers(source, 3)
+    stream.check_readers(source, 3)
     traveled = pickle.loads(pickle.dumps(source))
     assert documents_of(traveled) == documents_of(source)
 
@@ -551,7 +563,7 @@ def test_tfds_is_a_part_of_a_mixture(tfds_folder):
     values = {"dataset_mixture": mixture, "dataset_splits": "[train, test]"}
     source = sources.open_source(make_config("mixture", tfds_folder, **values), "train")
     source = pickle.loads(pickle.dumps(source))
-    lists = sources.read_lists(source, 2, 3, 64, sources.beginning(source, 2))
+    lists = stream.read_lists(source, 2, 3, 64, stream.start_position(source, 2))
     texts = [text for _, some in itertools.islice(lists, 60) for text in some]
     assert {f"dôcument {n}" for n in range(2500)} & set(texts)
     assert not all(text.startswith("dôcument") for text in texts)
@@ -569,5 +581,5 @@ def test_tfds_is_a_part_of_a_mixture(tfds_folder):
 )
 def test_tfds_mistakes_are_one_line(tfds_folder, values, message):
     with pytest.raises(ValueError, match=message) as caught:
-        list(sources.iterate_texts(tfds_config(tfds_folder, **values), "train"))
+        list(stream.iterate_texts(tfds_config(tfds_folder, **values), "train"))
     assert "\n" not in str(caught.value)

@@ -25,8 +25,9 @@ from test_checkpointing import abstract, assert_same, make_config, make_state
 from MaxNano.data import sources
 from MaxNano.reporting import run_history
 from MaxNano.storage import bucket, files
+from MaxNano.storage.checkpoints import MANIFEST, CheckpointError
 from MaxNano.training import checkpointing
-from MaxNano.training.checkpointing import MANIFEST, Checkpointer, CheckpointError
+from MaxNano.training.checkpointing import Checkpointer
 
 ROOT = Path(__file__).parents[1]
 
@@ -253,7 +254,7 @@ def test_a_save_that_fails_is_told_and_harms_nothing(store, run, kind, name, cap
         checkpointer.wait()
         store.fail(kind, "write", f"/2/.*{name}", count=None)
         checkpointer.save(2, make_state(2), {})
-        checkpointer._join()
+        checkpointer._saver.join()
         checkpointer.check()
         warning = capfd.readouterr().err.strip().splitlines()[-1]
         assert warning.startswith("warning: the checkpoint of step 2 could not be written (")
@@ -307,7 +308,7 @@ def test_half_a_checkpoint_is_never_taken_for_a_whole_one_and_is_cleared_away(st
     with Checkpointer(make_config(), run) as checkpointer:
         assert checkpointer.latest_step() == 1
     assert (
-        f"warning: the checkpoint of step 2 in {run} was never finished; removed"
+        f"warning: the checkpoint of step 2 in {run} is unfinished; removed"
         in capfd.readouterr().err
     )
     assert files.names(run / "checkpoints") == ["1"]
@@ -349,7 +350,7 @@ def test_the_process_that_came_last_owns_the_run(store, run):
     first.wait()
     with Checkpointer(make_config(), run) as second:
         first.save(2, make_state(2), {})
-        first._join()
+        first._saver.join()
         with pytest.raises(CheckpointError, match=r"another process, on .*, has taken over gs://"):
             first.check()
         first.close()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from MaxNano import tasks
 from MaxNano.tasks import humaneval, spelling
-from MaxNano.tokenization.tokenizer import turns
+from MaxNano.tokenization.chat_format import turns
 from MaxNano.tools import sandbox
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tasks_conversations.json").read_text())
@@ -285,11 +285,14 @@ def test_any_json_is_a_conversation_or_an_error_with_its_line(tmp_path_factory, 
     [
         ("gsm8k/test", "no task 'gsm8k/test'; did you mean GSM8K"),
         ("", "no task ''; there are ARC-Easy, ARC-Challenge, MMLU"),
-        ("MMLU", "cais/mmlu all has no split ''; write /SPLIT behind the task: auxiliary_train"),
+        ("MMLU", "cais/mmlu all has no split ''; write TASK/SPLIT with one of auxiliary_train"),
         ("MMLU/train", "has no split 'train'"),
         ("SpellingBee/validation", "SpellingBee has no split 'validation'"),
         ("chat:owner/name/train", "must be chat:OWNER/NAME/SUBSET/SPLIT"),
-        ("chat:owner/name/default/train", "lacks owner--name/default/train; put the parquet files"),
+        (
+            "chat:owner/name/default/train",
+            "does not have owner--name/default/train; put the parquet files",
+        ),
         ("json:nowhere.jsonl", "json:nowhere.jsonl cannot be read: No such file"),
         ("chat:openai/gsm8k/main/test", "has no column messages"),
     ],
@@ -309,7 +312,7 @@ def test_missing_and_broken_data_are_one_line(folder, tmp_path):
         open_task("MMLU/test", text)
     place = tmp_path / "cais--mmlu" / "all" / "test"
     place.mkdir(parents=True)
-    with pytest.raises(ValueError, match="a parquet file is missing|lacks cais--mmlu"):
+    with pytest.raises(ValueError, match="a parquet file is missing|does not have cais--mmlu"):
         open_task("MMLU/test", tmp_path)
     source = (folder / "cais--mmlu/all/test/00000.parquet").read_bytes()
     (place / "00000.parquet").write_bytes(source[:-20])

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from MaxNano.tokenization.tokenizer import train_bpe
+from MaxNano.tokenization.bpe import train_bpe
 
 ROOT = Path(__file__).parents[1]
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix strange and bright potions".split()

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from test_model import random_params
 
-from MaxNano import convert, pyconfig
+from MaxNano import pyconfig
 from MaxNano.distributed import hardware
+from MaxNano.interop import nanochat
 from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import Numerics
 from MaxNano.optimizers import groups
@@ -97,13 +98,13 @@ def test_eight_updates_are_nanochats():
     def named(prefix):
         return {k.removeprefix(prefix): v for k, v in golden.items() if k.startswith(prefix)}
 
-    params = convert.nanochat_to_params(named("init/"), config)
+    params = nanochat.to_params(named("init/"), config)
     state = train_state.TrainState(
         state.step, jax.tree.map(jax.numpy.asarray, params), state.opt_state
     )
 
     def check(prefix):
-        got = convert.params_to_nanochat(jax.device_get(state.params), config)
+        got = nanochat.from_params(jax.device_get(state.params), config)
         for name, value in named(prefix).items():
             assert relative(got[name], value) < 1e-3, name
 

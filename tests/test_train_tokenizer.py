@@ -11,12 +11,8 @@ from pathlib import Path
 import pytest
 
 from MaxNano import train_tokenizer
-from MaxNano.tokenization.tokenizer import (
-    NANOCHAT_PATTERN,
-    BpeTokenizer,
-    load_tokenizer_from,
-    train_bpe,
-)
+from MaxNano.tokenization.bpe import NANOCHAT_PATTERN, BpeTokenizer, train_bpe
+from MaxNano.tokenization.tokenizer import load_tokenizer_from
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["The cat sat on the mat, and the dog sat on the log."] * 3
@@ -33,7 +29,7 @@ def test_reading_stops_behind_the_wanted_characters():
 def test_progress_gives_the_texts_and_the_count(capsys):
     texts = ["ab", "c" * 1_000_000]
     assert list(train_tokenizer.with_progress(iter(texts), 2_000_000)) == texts
-    assert "read 2 documents, 1.0 M of at most 2.0 M characters" in capsys.readouterr().out
+    assert "Read 2 documents, 1.0 M of at most 2.0 M characters" in capsys.readouterr().out
 
 
 def test_the_table_counts_bytes_per_token():
@@ -117,7 +113,7 @@ def test_from_documents_to_a_tokenizer(data, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["vocab_size=32768"], "train on more text or give vocab_size="),
+        (["vocab_size=32768"], "train on more text or set vocab_size="),
         (["vocab_size=100"], "need vocab_size=265 at least"),
         (["tokenizer_type=tiktoken"], "tokenizer_type=bpe"),
         (["dataset_path=none"], "dataset_path=none"),

@@ -11,7 +11,8 @@ import optax
 import pytest
 from test_nanochat_reference import hashed
 
-from MaxNano import convert, pyconfig
+from MaxNano import pyconfig
+from MaxNano.interop import nanochat
 from MaxNano.training import state as train_state
 from MaxNano.training.setup import set_up
 from MaxNano.training.step import jit_train
@@ -49,10 +50,10 @@ def check_gradients(batch, expected, *words, complete=None):
     setup = set_up(config, jax.devices()[:1])
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), setup.model.shapes)
     arrays = {}
-    for index, (name, like) in enumerate(sorted(convert.params_to_nanochat(zeros, config).items())):
+    for index, (name, like) in enumerate(sorted(nanochat.from_params(zeros, config).items())):
         base = 1.0 if name == "resid_lambdas" else 0.0
         arrays[name] = (base + hashed(like.size, index)).reshape(like.shape).astype(np.float32)
-    params = jax.tree.map(jnp.asarray, convert.nanochat_to_params(arrays, config))
+    params = jax.tree.map(jnp.asarray, nanochat.to_params(arrays, config))
 
     optimizer = optax.GradientTransformationExtraArgs(
         lambda params: (),
@@ -65,7 +66,7 @@ def check_gradients(batch, expected, *words, complete=None):
     state = train_state.TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), ())
     after, metrics = jit_train(setup)(state, batch, jnp.ones(config.vocab_size, jnp.int32))
     grads = jax.tree.map(lambda x, y: (np.float64(y) - np.float64(x)) / LARGE, params, after.params)
-    got = convert.params_to_nanochat(grads, config)
+    got = nanochat.from_params(grads, config)
     assert got.keys() == expected.keys()
     for index, (name, (norm, product)) in enumerate(sorted(expected.items())):
         own = np.float64(got[name]).ravel()

@@ -1,14 +1,13 @@
-"""Conversations as training rows: a mixture of chat tasks in, encoded documents for the packer out.
+"""Conversations for SFT: a mixture of chat tasks becomes encoded documents for the packer.
 
-A document is one conversation, `<|bos|>` first. A token that the assistant is not trained to say
-stands in it as its complement, ~id: one int32 carries id and mask through workers, packer and saved
-state, and the loader's to_batch makes targets of -1 of them. So does the padding of a row.
+A document is one conversation and begins with `<|bos|>`. Tokens without loss, and the padding of a
+row, are stored as their complement, ~id: one int32 carries both the id and the training mask
+through workers, packer and checkpoints, and the loader's to_batch turns them into targets of -1.
 
-A conversation longer than a row is cut behind the last answer that fits whole; where not even the
-first one does, at the end of the row. Without a token to be trained on it is left out. Both are
-counted in the readers' positions. What is buffered thus always fits into an empty row, and no
-conversation can block those behind it.
-Source: nanochat/scripts/chat_sft.py@92d63d4, whose rows these are where every conversation fits.
+A conversation longer than a row is cut after its last complete answer, or at the end of the row if
+none is complete. It is skipped if no trained token is left. Positions count both cases. Every
+buffered document therefore fits into an empty row.
+Source: nanochat/scripts/chat_sft.py@92d63d4; the rows are the same if every conversation fits.
 """
 
 import math
@@ -21,20 +20,23 @@ import numpy as np
 from MaxNano import tasks
 from MaxNano.data import packing
 
-# Conversations from which `steps_of_passes` tells how many rows a pass fills.
+# Conversations that steps_of_passes packs to estimate the rows of an epoch.
 _SAMPLE_CONVERSATIONS = 4096
 
 
-class Position(NamedTuple):
-    """Where a reader stands: what it has read, and what of it had to be cut or left out, in all passes."""
+class ConversationPosition(NamedTuple):
+    """A reader's position, and how many conversations it has cut or skipped in all epochs."""
 
     epoch: int
-    place: int  # of the next conversation in the order of the pass
+    index: int  # of the next conversation in the order of the epoch
     cut: int
     left_out: int
 
 
-Reply = tuple[Position, list[packing.Document]]
+Reply = tuple[ConversationPosition, list[packing.Document]]
+
+
+_SAVED_FIELDS = ("epoch", "place", "cut", "left_out")  # their names in checkpoints
 
 
 # ---- Mixtures -----------------------------------------------------------------------------------
@@ -43,13 +45,16 @@ Reply = tuple[Position, list[packing.Document]]
 class Share(NamedTuple):
     """One task of a mixture."""
 
-    task: str  # as tasks.open_task takes it
+    task: str  # a name for tasks.open_task
     amount: float
-    first: int | None  # only so many of its conversations are used
+    first: int | None  # use at most this many of its conversations; None: all
 
 
 def read_shares(rows: Sequence[Sequence[str]], key: str) -> list[Share]:
-    """The rows of a mixture in config, [task, amount] or [task, amount, first]; ValueError names `key`."""
+    """Parse the rows [task, amount] or [task, amount, first] of the config key `key`.
+
+    Raises ValueError, naming the key, if a row is malformed or there is none.
+    """
     shares = []
     for row in rows:
         try:
@@ -69,14 +74,14 @@ def read_shares(rows: Sequence[Sequence[str]], key: str) -> list[Share]:
     return shares
 
 
-def conversations_of_a_pass(
+def conversations_per_epoch(
     lengths: Sequence[int], amounts: Sequence[float], unit: str
 ) -> list[int]:
-    """How many conversations of each task a pass has; lengths are the tasks' own.
+    """The number of conversations of each task in one epoch of a mixture.
 
-    unit "epochs": the amount says how often each conversation comes. "weights": the amounts say in
-    which proportion the tasks come, in a pass of as many conversations as they have together. An
-    empty task has none, and then its weight goes to the others.
+    lengths: conversations that each task has. unit "epochs": the amount is the number of times that
+    each conversation is used. "weights": the amounts are the tasks' proportions, and the epoch has
+    as many conversations as the tasks together; an empty task's weight goes to the others.
     """
     if unit == "epochs":
         return [round(amount * length) for length, amount in zip(lengths, amounts, strict=True)]
@@ -89,12 +94,12 @@ def conversations_of_a_pass(
 
 
 class Mixture:
-    """The conversations of several tasks in a shuffled order, pass after pass.
+    """The conversations of several tasks, shuffled in each epoch.
 
     Built as `Mixture(config, split)`; pickles without its data, which are opened again. `where`
-    names it in messages; `content` tells mixtures apart.
-    Raises ValueError where tasks or their data are missing or there is no conversation at all.
-    Source: nanochat/tasks/common.py@92d63d4, TaskMixture, whose order that of the first pass is.
+    names it in messages; `content` identifies it in checkpoints.
+    Raises ValueError if a task or its data is missing, or there is no conversation.
+    Source: nanochat/tasks/common.py@92d63d4, TaskMixture; the order of the first epoch is the same.
     """
 
     def __init__(self, config: Any, split: str):
@@ -104,14 +109,13 @@ class Mixture:
         self._tasks: list[tasks.Task] | None = None
         self._orders: dict[int, np.ndarray] = {}  # by epoch
         lengths = [len(task) for task in self._opened()]
-        # Views onto the first ones of each task.
         self._lengths = [
             length if share.first is None else min(length, share.first)
             for length, share in zip(lengths, self._shares, strict=True)
         ]
         amounts = [share.amount for share in self._shares]
         unit = config.chat_mixture_unit
-        self.counts = conversations_of_a_pass(self._lengths, amounts, unit)
+        self.counts = conversations_per_epoch(self._lengths, amounts, unit)
         self._ends = np.cumsum(self.counts)
         self.where = f"{key} ({', '.join(share.task for share in self._shares)})"
         self.content = " + ".join(
@@ -119,26 +123,26 @@ class Mixture:
             for count, share in zip(self.counts, self._shares, strict=True)
         )
         if not len(self):
-            raise ValueError(f"{self.where} has no conversation; look at amounts and data")
+            raise ValueError(f"{self.where} has no conversation; check its amounts and data")
 
     def __len__(self) -> int:
-        """Conversations of a pass."""
+        """The number of conversations per epoch."""
         return int(self._ends[-1])
 
-    def conversation(self, epoch: int, place: int) -> tasks.Conversation:
-        """The conversation at 0 <= place < len(self) of a pass; epochs count from 1.
+    def conversation(self, epoch: int, index: int) -> tasks.Conversation:
+        """The conversation at 0 <= index < len(self) of an epoch; epochs count from 1.
 
-        A task goes on in one pass where it has stopped in the one before.
+        If an epoch uses a part of a task, the next epoch continues after that part.
         """
-        slot = int(self._order_of(epoch)[place])
+        slot = int(self._order_of(epoch)[index])
         task = int(np.searchsorted(self._ends, slot, side="right"))
         nth = slot - (int(self._ends[task - 1]) if task else 0)
-        index = ((epoch - 1) * self.counts[task] + nth) % self._lengths[task]
-        return self._opened()[task].conversation(index)
+        task_index = ((epoch - 1) * self.counts[task] + nth) % self._lengths[task]
+        return self._opened()[task].conversation(task_index)
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            # Readers pass from one epoch to the next at different times: two are kept.
+            # Readers enter the next epoch at different times: keep two orders.
             self._orders = dict(list(self._orders.items())[-1:])
             slots = list(range(len(self)))
             random.Random(self._config.seed + epoch - 1).shuffle(slots)
@@ -147,7 +151,7 @@ class Mixture:
 
     def _opened(self) -> list[tasks.Task]:
         if self._tasks is None:
-            # Data are read once for a task that is named twice.
+            # A task that is named twice is opened once.
             opened: dict[str, tasks.Task] = {}
             for share in self._shares:
                 if share.task not in opened:
@@ -162,20 +166,20 @@ class Mixture:
 # ---- Encoding -----------------------------------------------------------------------------------
 
 
-class Encoded(NamedTuple):
-    """What became of a conversation."""
+class EncodedConversation(NamedTuple):
+    """A conversation as a document, or the reason why it was skipped."""
 
-    document: packing.Document | None  # None: left out
+    document: packing.Document | None  # None: skipped
     was_cut: bool
-    problem: str  # why it was left out
+    problem: str
 
 
 class ConversationEncoding:
-    """What makes documents of a mixture's conversations: a workers.Encoding.
+    """The workers.Encoding of a mixture's conversations.
 
-    Reader r of R takes the conversations at places r, r + R, ... of each pass.
-    Built as `ConversationEncoding(config, tokenizer, split)`; raises ValueError as Mixture does,
-    and where there are fewer conversations than readers.
+    Reader r of R takes conversations r, r + R, ... of each epoch. Built as
+    `ConversationEncoding(config, tokenizer, split)`. Raises ValueError as Mixture does, and if there
+    are fewer conversations than readers.
     """
 
     def __init__(self, config: Any, tokenizer: Any, split: str):
@@ -191,65 +195,64 @@ class ConversationEncoding:
                 f"{len(self.mixture)} conversations; set data_readers={len(self.mixture)} or less"
             )
 
-    def lists(self, reader: int, position: Position) -> Iterator[Reply]:
-        """Endless lists of one reader's documents, each with the position behind it.
+    def lists(self, reader: int, position: ConversationPosition) -> Iterator[Reply]:
+        """Endless lists of one reader's documents, each with the position after it.
 
-        Raises ValueError when a whole pass has no conversation that can be trained on.
+        Raises ValueError if a whole epoch has no conversation that can be trained on.
         """
-        epoch, place, cut, left_out = position
-        found = place != reader  # a pass that may be entered midway proves nothing
+        epoch, index, cut, left_out = position
+        has_documents = index != reader  # an epoch entered midway proves nothing
         reason = ""
         while True:
-            while place < len(self.mixture):
+            while index < len(self.mixture):
                 documents: list[packing.Document] = []
-                for _ in range(self._list_documents):
-                    if place >= len(self.mixture):
-                        break
-                    conversation = self.mixture.conversation(epoch, place)
-                    place += self.readers
-                    document, was_cut, problem = self.encode(conversation)
-                    if document is None:
-                        left_out, reason = left_out + 1, problem
+                end = min(index + self.readers * self._list_documents, len(self.mixture))
+                while index < end:
+                    encoded = self.encode(self.mixture.conversation(epoch, index))
+                    index += self.readers
+                    if encoded.document is None:
+                        left_out, reason = left_out + 1, encoded.problem
                     else:
-                        documents.append(document)
-                        cut, found = cut + was_cut, True
-                yield Position(epoch, place, cut, left_out), documents
-            if not found:
+                        documents.append(encoded.document)
+                        cut, has_documents = cut + encoded.was_cut, True
+                yield ConversationPosition(epoch, index, cut, left_out), documents
+            if not has_documents:
                 raise ValueError(
                     f"{self.mixture.where}: none of the conversations of reader {reader} of "
                     f"data_readers={self.readers} can be trained on ({reason})"
                 )
-            epoch, place, found = epoch + 1, reader, False
+            epoch, index, has_documents = epoch + 1, reader, False
 
-    def beginning(self, reader: int) -> Position:
-        return Position(epoch=1, place=reader, cut=0, left_out=0)
+    def start_position(self, reader: int) -> ConversationPosition:
+        return ConversationPosition(epoch=1, index=reader, cut=0, left_out=0)
 
-    def position_to_json(self, position: Position) -> dict[str, Any]:
-        return {"mixture": self.mixture.content, **position._asdict()}
+    def position_to_json(self, position: ConversationPosition) -> dict[str, Any]:
+        saved = dict(zip(_SAVED_FIELDS, position, strict=True))
+        return {"mixture": self.mixture.content, **saved}
 
-    def position_from_json(self, saved: Mapping[str, Any]) -> Position:
+    def position_from_json(self, saved: Mapping[str, Any]) -> ConversationPosition:
         if saved.get("mixture") != self.mixture.content:
             raise ValueError(
-                f"the saved data position lies in {saved.get('mixture', 'text')}, but the run has "
-                f"{self.mixture.content}; go on with the same data"
+                f"the saved data position is in {saved.get('mixture', 'text')}, but the run has "
+                f"{self.mixture.content}; resume with the same data"
             )
-        return Position(*(saved[field] for field in Position._fields))
+        return ConversationPosition(*(saved[field] for field in _SAVED_FIELDS))
 
-    def progress(self, positions: Sequence[Position]) -> dict[str, int]:
+    def progress(self, positions: Sequence[ConversationPosition]) -> dict[str, int]:
         furthest = max(positions)
         return {
             "epoch": furthest.epoch,
-            "conversation": furthest.place,
+            "conversation": furthest.index,
             "conversations_cut": sum(position.cut for position in positions),
             "conversations_left_out": sum(position.left_out for position in positions),
         }
 
-    def encode(self, conversation: tasks.Conversation) -> Encoded:
-        """A conversation, cut to a row."""
+    def encode(self, conversation: tasks.Conversation) -> EncodedConversation:
+        """Encode a conversation and cut it to a row."""
         try:
             rendered = self._tokenizer.render_conversation(conversation)
-        except ValueError as error:  # in data sets of others not every row is a conversation
-            return Encoded(None, False, str(error))
+        except ValueError as error:  # not every row of a public data set is a conversation
+            return EncodedConversation(None, False, str(error))
         ids, mask = (np.array(part, np.int32) for part in rendered)
         kept = len(ids)
         if kept > self.row_tokens:
@@ -258,27 +261,27 @@ class ConversationEncoding:
             )
             kept = int(answered[-1]) + 1 if answered.size else self.row_tokens
         if not mask[:kept].any():
-            return Encoded(None, False, "no answer begins within max_target_length")
+            return EncodedConversation(None, False, "no answer begins within max_target_length")
         tokens = np.where(mask == 1, ids, ~ids)[:kept]
-        return Encoded(packing.Document(kept, tokens), kept < len(ids), "")
+        return EncodedConversation(packing.Document(kept, tokens), kept < len(ids), "")
 
 
 # ---- Horizon ------------------------------------------------------------------------------------
 
 
 def steps_of_passes(config: Any, tokenizer: Any) -> int:
-    """Optimizer steps in which `chat_epochs` passes over the training mixture are used up.
+    """The number of optimizer steps for `chat_epochs` epochs of the training mixture.
 
-    Packs the first conversations of the mixture, which is shuffled, and takes the rest to be like
-    them; exact for a mixture of no more than these but for the last rows.
+    An estimate from packing the first _SAMPLE_CONVERSATIONS of the shuffled mixture. For a smaller
+    mixture it is exact up to the last rows.
     """
     encoding = ConversationEncoding(config, tokenizer, "train")
     size = len(encoding.mixture)
     sample = min(size, _SAMPLE_CONVERSATIONS)
-    places = iter(range(sample))
+    indices = iter(range(sample))
 
     def next_documents() -> list[packing.Document]:
-        document = encoding.encode(encoding.mixture.conversation(1, next(places))).document
+        document = encoding.encode(encoding.mixture.conversation(1, next(indices))).document
         return [document] if document else []
 
     packer = packing.BestFitPacker(

@@ -273,7 +273,7 @@ def _retry(
 
 
 def _hash_problem(path: Path, file: RepoFile) -> str | None:
-    """What differs between a local file and the hub's statement about it; None: nothing."""
+    """How a local file differs from the size and hash that the hub lists; None if it does not."""
     size = path.stat().st_size
     if size != file.size:
         return f"received {size} bytes instead of {file.size}"
@@ -289,7 +289,7 @@ def _hash_problem(path: Path, file: RepoFile) -> str | None:
 
 
 def _zip_problem(path: Path) -> str | None:
-    """Why a file is no intact zip archive; None: it is."""
+    """Why a file is not an intact zip archive; None if it is."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -374,8 +374,8 @@ def fetch_files(
 ) -> None:
     """Download files to their paths, several at a time and in order; verified ones are kept.
 
-    on_file is called from a thread with the path of each file once it is there. Raises
-    DownloadError; files that are complete stay.
+    on_file is called from a thread with the path of each complete file. Raises DownloadError; files
+    that are complete stay.
     """
     progress = _Progress({file.path: file.size for file in files.values()}, complete_files)
 
@@ -406,7 +406,7 @@ def fetch_files(
     _run_jobs(jobs, workers, progress, say, heartbeat)
 
 
-# ---- What there is to download -----------------------------------------------------------------
+# ---- Data sets, chat tasks and CORE ------------------------------------------------------------
 
 
 def fetch_dataset(config: Any, say: Say = print_line) -> Path:
@@ -434,7 +434,11 @@ def fetch_dataset(config: Any, say: Say = print_line) -> Path:
             )
         # Validation first: training evaluates before its first step.
         wanted = [validation, *training[: config.download_shards]]
-        missing = manifest.plan({shard: shards[shard] for shard in wanted}, selection)
+        facts = {
+            shard: (shards[shard].size, shards[shard].lfs and shards[shard].lfs.sha256)
+            for shard in wanted
+        }
+        missing = manifest.plan(facts, selection)
         fetch_files(
             staging,
             repository,
@@ -538,7 +542,7 @@ def _local(path: str) -> Path:
 
 @contextlib.contextmanager
 def _advice(what: str, instead: str) -> Iterator[None]:
-    """Add to a DownloadError what it was for, and what to do without network."""
+    """Complete the message of a DownloadError by its purpose and by the way without network."""
     try:
         yield
     except DownloadError as error:

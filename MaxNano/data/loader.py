@@ -1,13 +1,13 @@
-"""The loader: packed batches of this host, in the background, with an exact state; then to devices.
+"""The loader: this host's packed batches, prefetched in the background, with an exact state.
 
-The rows of a global batch come from the logical readers in turn: reader r fills the r-th of R equal
-blocks of rows, and a host takes a contiguous part of the rows and opens the readers these need. The
-batch at step s is thus the same for any number of hosts, devices and worker processes; with one
-reader it is nanochat's on one rank, with R readers nanochat's on R ranks.
+Reader r of R fills the r-th of R equal blocks of rows of the global batch. A host takes a
+contiguous range of rows and opens only the readers that fill them. The batch of a step is therefore
+the same for any number of hosts, devices and worker processes; with R readers it is nanochat's on R
+ranks.
 
-grain carries the iteration, the state of each element and the prefetching thread. Its worker
-processes do not fit (see workers.py), and reading and encoding is all that is worth a process:
-packing takes a few microseconds a row, and kept here it has the state at hand.
+grain provides the iteration, the state per element and the prefetching thread, but not the worker
+processes (see workers.py). Those only read and encode: packing takes microseconds per row, and its
+state stays in this process.
 """
 
 import base64
@@ -21,17 +21,17 @@ import grain
 import jax
 import numpy as np
 
-from MaxNano.data import conversations, packing, sources, workers
+from MaxNano.data import conversations, packing, sources, stream, workers
 
 Batch = dict[str, np.ndarray]
-# What a reader has read, and the documents of it that wait to be packed, in order of arrival.
+# A reader's position and its documents that are not packed yet, in order of arrival.
 ReaderState = tuple[Any, tuple[packing.Document, ...]]
 
 
 class _Snapshot:
-    """What every open reader has read and holds buffered between two batches. Immutable.
+    """The state of every open reader between two batches. Immutable.
 
-    Cheap to make, since the documents are shared: only `Loader.state` turns one into text.
+    Cheap, because the documents are shared with the packer; Loader.state serializes it.
     """
 
     def __init__(self, readers: Mapping[int, ReaderState]):
@@ -44,7 +44,7 @@ class _Snapshot:
 class _PackedRows(grain.IterDataset):
     """Endless (rows, row_tokens) int32: this host's `rows` of each global batch.
 
-    `snapshot` names the readers that these need, which is where it begins.
+    `snapshot` has the initial state of the readers that fill these rows.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class _PackedRows(grain.IterDataset):
         self.reader_rows = reader_rows
         self.buffer_documents = buffer_documents
         self.data_workers = data_workers
-        self.stopping = threading.Event()  # set, it ends a wait for a file that has not arrived
+        self.stopping = threading.Event()  # ends a wait for a file that has not arrived
 
     def __iter__(self) -> "_PackedRowsIterator":
         return _PackedRowsIterator(self)
@@ -75,7 +75,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
         super().__init__()
         self._dataset = dataset
         self._reading: workers.Reading | None = None
-        self._patience = sources.Patience()
+        self._patience = stream.Patience()
         self.set_state({"snapshot": dataset.snapshot})
 
     def get_state(self) -> dict[str, _Snapshot]:
@@ -110,7 +110,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
         for packer, rows in zip(self._packers.values(), filled, strict=True):
             for row in rows:
                 packer.fill(row)
-        # Hosts that share a reader fill all of its rows and keep their own.
+        # Hosts that share a reader fill all of its rows, and each keeps its part.
         first = dataset.rows.start - min(self._packers) * dataset.reader_rows
         rows = filled.reshape(-1, dataset.encoding.row_tokens)
         return rows[first : first + len(dataset.rows)]
@@ -131,9 +131,9 @@ class _PackedRowsIterator(grain.DatasetIterator):
 
 
 def to_batch(rows: np.ndarray) -> Batch:
-    """Rows of T + 1 tokens as inputs, targets and weights, each (rows, T).
+    """Split int32 rows (rows, T + 1) into inputs, targets and weights, each (rows, T).
 
-    A token that is not to be predicted stands in a row as its complement, ~id (see conversations.py).
+    A token without loss is stored as its complement, ~id (see conversations.py); its target is -1.
     """
     return {
         "inputs": np.where(rows < 0, ~rows, rows)[:, :-1].copy(),
@@ -145,14 +145,14 @@ def to_batch(rows: np.ndarray) -> Batch:
 class Loader:
     """Endless batches of this host: dict(inputs int32, targets int32, weights float32), (rows, T).
 
-    A context manager; `close` ends its thread and processes. What goes wrong in these is raised
-    from `next` as it was, and closes the loader.
+    A context manager; `close` ends its thread and processes. `next` raises their errors and closes
+    the loader.
     """
 
     def __init__(self, dataset: _PackedRows, prefetch_batches: int):
         self._encoding = dataset.encoding
         self._stopping = dataset.stopping
-        # Belongs to the last batch handed out, not to those that are ready behind it.
+        # The state after the last batch returned, not after the prefetched ones.
         self.snapshot = dataset.snapshot
         self._rows: Any = iter(
             grain.experimental.ThreadPrefetchIterDataset(
@@ -176,11 +176,11 @@ class Loader:
         return to_batch(rows)
 
     def state(self, snapshot: _Snapshot | None = None) -> dict[str, Any]:
-        """What `make_loader` needs to go on behind the last batch handed out; JSON-able.
+        """JSON values with which make_loader resumes after the last batch returned.
 
-        Holds the buffered documents as tokens, at most a row of each. Their positions would be
-        smaller, but in time the buffer holds the longest documents of all that was read, and
-        finding them again would mean reading nearly all of it again.
+        Buffered documents are saved as tokens, at most a row of each. Positions would be smaller,
+        but the buffer collects the longest documents of everything read so far, and a resumed run
+        would have to read nearly all of it again to find them.
         """
         snapshot = self.snapshot if snapshot is None else snapshot
         return {
@@ -196,7 +196,7 @@ class Loader:
         }
 
     def position(self, snapshot: _Snapshot | None = None) -> dict[str, int]:
-        """How far this host's readers have come, in numbers for the step line."""
+        """The progress of this host's readers, as metrics for the step line."""
         snapshot = self.snapshot if snapshot is None else snapshot
         return self._encoding.progress([position for position, _ in snapshot.readers.values()])
 
@@ -223,11 +223,11 @@ def make_loader(
     host_index: int = 0,
     host_count: int = 1,
 ) -> Loader:
-    """The batches of one host: rows of `max_target_length` tokens, `batch_rows` over all hosts.
+    """The loader of one host: rows of `max_target_length` tokens, `batch_rows` over all hosts.
 
-    split: "train" or "validation". state: from `Loader.state`, for several hosts joined by
-    `merge_states`. tokenizer: anything with `encode_batch(texts, bos=True)` that can be pickled.
-    Raises ValueError when readers, rows, hosts, data and state do not fit together.
+    split: "train" or "validation". state: from Loader.state; of several hosts, merge_states.
+    tokenizer: anything with `encode_batch(texts, bos=True)` that can be pickled.
+    Raises ValueError if readers, rows, hosts, data and state do not fit together.
     """
     readers = config.data_readers
     if batch_rows % readers:
@@ -239,7 +239,7 @@ def make_loader(
     if batch_rows % host_count:
         raise ValueError(
             f"{host_count} hosts do not divide the {batch_rows} rows of a {split} batch; "
-            f"make global_batch_tokens a multiple of {host_count} x max_target_length"
+            f"set global_batch_tokens to a multiple of {host_count} x max_target_length"
         )
     encoding = _make_encoding(config, tokenizer, split)
     host_rows, reader_rows = batch_rows // host_count, batch_rows // readers
@@ -264,7 +264,7 @@ def _make_encoding(config: Any, tokenizer: Any, split: str) -> workers.Encoding:
             "dataset_type=rollouts has no text to measure bits per byte on; give evals=chat"
         )
     source = sources.open_source(config, split)
-    sources.check_readers(source, config.data_readers)
+    stream.check_readers(source, config.data_readers)
     return workers.TextEncoding(
         source=source,
         tokenizer=tokenizer,
@@ -275,28 +275,28 @@ def _make_encoding(config: Any, tokenizer: Any, split: str) -> workers.Encoding:
 
 
 def host_share(sharding: jax.sharding.Sharding, rows: int) -> dict[str, int]:
-    """host_index and host_count for make_loader, of a batch of `rows` rows that lies as `sharding` says.
+    """host_index and host_count for make_loader, from the sharding of a batch of `rows` rows.
 
-    Hosts that hold the same rows, because a mesh axis that does not cut the batch leads from one to
-    the other, count as one and read the same. Raises ValueError where hosts hold some rows in
-    common and others not.
+    Hosts whose devices have the same rows, because a mesh axis that does not shard the batch spans
+    them, count as one and read the same data. Raises ValueError if two hosts share some of their
+    rows only.
     """
-    held: dict[int, set[int]] = {}  # process -> first row of each part that its devices hold
+    held: dict[int, set[int]] = {}  # process -> first row of each shard on its devices
     for device, (part, _) in sharding.devices_indices_map((rows, 1)).items():
         held.setdefault(device.process_index, set()).add(part.start or 0)
     shares = sorted({tuple(sorted(starts)) for starts in held.values()})
     parts = {start for share in shares for start in share}
     if sum(map(len, shares)) != len(parts) or len({len(share) for share in shares}) > 1:
         raise ValueError(
-            "the devices of some hosts hold batch rows of several others: choose parallelism keys "
-            "by which an axis that does not cut the batch covers whole hosts, or divides one"
+            "hosts share some of their batch rows only: choose parallelism keys so that a mesh axis "
+            "that does not shard the batch spans whole hosts, or a part of one"
         )
     mine = tuple(sorted(held[jax.process_index()]))
     return {"host_index": shares.index(mine), "host_count": len(shares)}
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The states of all hosts as one, which any number of hosts can go on from."""
+    """Merge the states of all hosts into one, from which any number of hosts can resume."""
     merged: dict[str, Any] = {**states[0], "readers": {}}
     for state in states:
         merged["readers"] |= state["readers"]
@@ -307,19 +307,19 @@ def _restore(
     encoding: workers.Encoding, opened: range, state: Mapping[str, Any] | None
 ) -> _Snapshot:
     if state is None:
-        return _Snapshot({reader: (encoding.beginning(reader), ()) for reader in opened})
+        return _Snapshot({reader: (encoding.start_position(reader), ()) for reader in opened})
     for key, now in (("data_readers", encoding.readers), ("row_tokens", encoding.row_tokens)):
         if state[key] != now:
             raise ValueError(
                 f"the saved data position has {key}={state[key]} but the run has {now}; "
-                "go on with the same data_readers and max_target_length"
+                "resume with the same data_readers and max_target_length"
             )
     restored = {}
     for reader in opened:
         saved = state["readers"].get(str(reader))
         if saved is None:
             raise ValueError(
-                f"the saved data position lacks reader {reader}; merge the states of all hosts"
+                f"the saved data position has no reader {reader}; merge the states of all hosts"
             )
         position = encoding.position_from_json(saved)
         restored[reader] = (position, _documents_from_text(saved))
@@ -353,7 +353,7 @@ def _documents_from_text(saved: Mapping[str, str]) -> tuple[packing.Document, ..
 
 
 def _to_text(values: np.ndarray, dtype: str) -> str:
-    # Level 1: higher ones take ten times as long for a tenth of the size.
+    # Level 1: higher levels take ten times as long to save a tenth of the size.
     return base64.b64encode(zlib.compress(values.astype(dtype).tobytes(), 1)).decode()
 
 
@@ -362,35 +362,38 @@ def _from_text(text: str, dtype: str) -> np.ndarray:
 
 
 def put_global(batch: Batch, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    """This host's rows as its part of global arrays, laid out by `sharding`."""
+    """Global arrays with `sharding`, of which `batch` has this host's rows."""
     return {
         name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
     }
 
 
 class DevicePrefetch:
-    """A loader's batches as global arrays, `size` of them under way to the devices.
+    """A loader's batches as global arrays, `size` of them in transfer to the devices.
 
-    `state` and `position` belong to the batch handed out last, as the loader's do.
+    `state` and `position` are those after the batch returned last, like the loader's.
     """
 
     def __init__(self, loader: Loader, sharding: jax.sharding.Sharding, size: int):
         self._loader, self._sharding, self._size = loader, sharding, size
         self._snapshot = loader.snapshot
-        self._under_way: collections.deque = collections.deque()
+        self._in_transfer: collections.deque = collections.deque()
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
         return self
 
     def fill(self) -> None:
-        """Wait for what the next batch needs. What is left in the middle of that is good for `state` only."""
-        while len(self._under_way) <= self._size:
+        """Load and transfer until the next batch is available.
+
+        If it is interrupted, only `state` may be used afterwards.
+        """
+        while len(self._in_transfer) <= self._size:
             batch = put_global(next(self._loader), self._sharding)
-            self._under_way.append((batch, self._loader.snapshot))
+            self._in_transfer.append((batch, self._loader.snapshot))
 
     def __next__(self) -> dict[str, jax.Array]:
         self.fill()
-        batch, self._snapshot = self._under_way.popleft()
+        batch, self._snapshot = self._in_transfer.popleft()
         return batch
 
     def state(self) -> dict[str, Any]:

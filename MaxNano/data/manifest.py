@@ -8,29 +8,26 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from MaxNano.storage import files as storage
-
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoFile
 
 MANIFEST = "manifest.json"
 
 
-def listed_files(text: str | bytes) -> dict[str, dict[str, Any]]:
-    """{name: facts} of a manifest; a file with "done": false has still to arrive.
+def listed_files(text: str | bytes, path: str) -> dict[str, dict[str, Any]]:
+    """{name: facts} of the manifest at `path`; a file with "done": false has not arrived yet.
 
-    Raises ValueError if the text is no manifest.
+    Raises ValueError if it lists no files, json.JSONDecodeError if it is not JSON.
     """
     try:
         return {name: dict(facts) for name, facts in json.loads(text)["files"].items()}
     except (LookupError, TypeError, AttributeError):
-        raise ValueError(f"{MANIFEST} lists no files") from None
+        raise ValueError(f"{path}: lists no files; move it away or repair it") from None
 
 
 class Manifest:
-    """The files of a data set's folder, in a JSON file beside them.
+    """The files of a data set's folder, in a JSON file in that folder.
 
     {"source", "selection", "files": {name: {"size", "sha256", "done"}}}. The selection names which
     of the source's files the user asked for. Raises ValueError if the folder has another source.
@@ -65,21 +62,21 @@ class Manifest:
         path, facts = self._folder / name, self.files[name]
         return facts["done"] and path.is_file() and path.stat().st_size == facts["size"]
 
-    def plan(self, files: Mapping[str, "RepoFile"], selection: str) -> list[str]:
-        """List the files to come, beside those of earlier selections; returns the missing ones.
+    def plan(self, files: Mapping[str, tuple[int, str | None]], selection: str) -> list[str]:
+        """List the files of a selection, {name: (bytes, sha256)}, and return the missing ones.
 
-        Raises ValueError if a downloaded file has changed on the hub.
+        Complete files of earlier selections stay listed. Raises ValueError if a downloaded file has
+        changed on the hub.
         """
         planned = {name: facts for name, facts in self.files.items() if facts["done"]}
-        for name, file in files.items():
-            sha256 = file.lfs.sha256 if file.lfs else None
+        for name, (size, sha256) in files.items():
             if name in planned and planned[name]["sha256"] != sha256 is not None:
                 raise ValueError(
                     f"{self._folder / name} has changed on the hub since its download: move the "
                     "folder away to download the new version"
                 )
             if name not in planned or not self.has(name):
-                planned[name] = {"size": file.size, "sha256": sha256, "done": False}
+                planned[name] = {"size": size, "sha256": sha256, "done": False}
         self.files, self.selection = dict(sorted(planned.items())), selection
         self._save()
         return [name for name in files if not self.files[name]["done"]]

@@ -1,9 +1,8 @@
-"""Best-fit packing: encoded documents go in, full rows that begin with a document come out.
+"""Best-fit packing of encoded documents into rows; every row begins with a document.
 
-A row takes the longest buffered document that still fits, again and again. When none fits, what is
-left of a row of text takes the first tokens of the shortest document, whose rest is thrown away; a
-row of conversations is padded. The rows are nanochat's, token for token; the search takes
-logarithmic time.
+A row takes the longest buffered document that still fits, repeatedly. When none fits, a row of text
+is filled with the first tokens of the shortest document, whose remainder is dropped; a row of
+conversations is padded. The rows equal nanochat's token for token; the search is logarithmic.
 Source: nanochat/dataloader.py@92d63d4, tokenizing_distributed_data_loader_with_state_bos_bestfit;
 nanochat/scripts/chat_sft.py@92d63d4, sft_data_generator_bos_bestfit.
 """
@@ -20,9 +19,9 @@ _ARRIVAL_MASK = (1 << _ARRIVAL_BITS) - 1
 
 
 class Document(NamedTuple):
-    """An encoded document: its length in tokens, and as many of its first tokens as fit a row.
+    """An encoded document: its length in tokens, and its first tokens, at most a row.
 
-    The rest can never be used, but the length still says whose turn it is.
+    The length decides the order of packing, also for a document that is longer than a row.
     """
 
     length: int
@@ -30,16 +29,16 @@ class Document(NamedTuple):
 
 
 def cut_document(ids: Sequence[int] | np.ndarray, row_tokens: int) -> Document:
-    """A document for rows of `row_tokens`; copies, so that a long original is not kept alive."""
+    """A document for rows of `row_tokens`; a copy, so that a long original can be freed."""
     return Document(len(ids), np.array(ids[:row_tokens], np.int32))
 
 
 class BestFitPacker:
-    """Fills rows from a buffer that `next_documents` keeps at `buffer_documents` or more.
+    """Fills rows from a buffer of at least `buffer_documents` documents.
 
-    `next_documents` returns the next list of documents, each of at least one token. `documents`
-    are those already buffered, in order of arrival. `padding` is the token that fills a row into
-    which no document fits, which asks for documents no longer than a row; None: one is cut.
+    `next_documents` returns the next list of documents, each of at least one token. `documents` are
+    those already buffered, in order of arrival. `padding` is the token that fills the rest of a row
+    into which no document fits (documents may then be no longer than a row); None: cut a document.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class BestFitPacker:
 
     @property
     def documents(self) -> tuple[Document, ...]:
-        """The buffered documents in order of arrival: with the position, the packer's state."""
+        """The buffered documents in order of arrival: the packer's state."""
         return tuple(self._documents.values())
 
     def fill(self, row: np.ndarray) -> None:
@@ -71,7 +70,7 @@ class BestFitPacker:
             while len(self._keys) < self._target:
                 self._add(self._next_documents())
             space = self.row_tokens - begin
-            # All that fits lies before `fits`; the longest of it, first arrival first, is taken.
+            # Keys before `fits` fit; take the longest document, the first to arrive if several.
             fits = bisect_left(self._keys, (space + 1) << _ARRIVAL_BITS)
             if fits:
                 longest = self._keys[fits - 1] & ~_ARRIVAL_MASK

@@ -1,9 +1,9 @@
 """Reading and encoding for the loader: in this process, or in spawned ones that never import JAX.
 
-A worker owns some of the readers for good and answers one request after the other, so every reader
-stays one exact sequence whatever the number of workers. Requests name the reader, because how fast
-a reader is used up depends on its documents; a prefetcher that hands out its readers in turn would
-have to hoard the slower ones. A worker ends when its pipe closes, even if its parent was killed.
+A worker process has a fixed share of the readers and answers requests in order, so each reader is
+the same sequence for any number of workers. A request names its reader because readers are consumed
+at different speeds: a round-robin prefetcher such as grain's would buffer the slower ones without
+bound. A worker ends when its pipe closes, even if its parent was killed.
 """
 
 import collections
@@ -17,44 +17,44 @@ from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol
 
-from MaxNano.data import packing, sources
+from MaxNano.data import packing, sources, stream
 
-# Requests a reader has under way: one is encoded while the one before it is used.
+# Requests in flight per reader: the next list is encoded while the packer uses the current one.
 _LOOKAHEAD = 2
 _EXIT_SECONDS = 5.0
 
-# A position is the encoding's own kind of tuple; the loader only keeps and hands it on.
+# Each encoding has its own type of position; the loader only stores it.
 Reply = tuple[Any, list[packing.Document]] | sources.NotArrived
 
 
 class Encoding(Protocol):
-    """What turns documents into tokens: everything a worker needs besides its positions. Pickles."""
+    """Reads documents and turns them into tokens. Can be pickled for worker processes."""
 
-    readers: int  # of the whole stream
+    readers: int  # of all hosts
     row_tokens: int
     padding: int | None  # for packing.BestFitPacker
 
     def lists(self, reader: int, position: Any) -> Iterator[Reply]:
-        """Endless lists of encoded documents of one reader, each with the position behind it.
+        """Endless lists of encoded documents of one reader, each with the position after it.
 
-        NotArrived in place of one whose file is not there yet: who asks again does the waiting.
+        Yields NotArrived while the next file is missing; the caller waits and asks again.
         """
 
-    def beginning(self, reader: int) -> Any:
+    def start_position(self, reader: int) -> Any:
         """The position at which a reader begins."""
 
     def position_to_json(self, position: Any) -> dict[str, Any]:
-        """A position as JSON-able values."""
+        """A position as JSON values."""
 
     def position_from_json(self, saved: Mapping[str, Any]) -> Any:
-        """What position_to_json was given. Raises ValueError where the data have changed since."""
+        """The position that position_to_json got. Raises ValueError if the data have changed."""
 
     def progress(self, positions: Sequence[Any]) -> dict[str, int]:
-        """How far these readers have come, in numbers for the step line."""
+        """The progress of these readers, as metrics for the step line."""
 
 
 class TextEncoding(NamedTuple):
-    """Documents of text, each behind <|bos|>."""
+    """The Encoding of text documents; each begins with <|bos|>."""
 
     source: sources.Source
     tokenizer: Any
@@ -64,26 +64,26 @@ class TextEncoding(NamedTuple):
     padding: None = None
 
     def lists(self, reader: int, position: Any) -> Iterator[Reply]:
-        lists = sources.read_lists(self.source, reader, self.readers, self.list_documents, position)
+        lists = stream.read_lists(self.source, reader, self.readers, self.list_documents, position)
         for item in lists:
             if isinstance(item, sources.NotArrived):
                 yield item
                 continue
-            behind, texts = item
+            position, texts = item
             encoded = self.tokenizer.encode_batch(texts, bos=True)
-            yield behind, [packing.cut_document(ids, self.row_tokens) for ids in encoded]
+            yield position, [packing.cut_document(ids, self.row_tokens) for ids in encoded]
 
-    def beginning(self, reader: int) -> Any:
-        return sources.beginning(self.source, reader)
+    def start_position(self, reader: int) -> Any:
+        return stream.start_position(self.source, reader)
 
     def position_to_json(self, position: Any) -> dict[str, Any]:
-        return sources.position_to_json(self.source, position)
+        return stream.position_to_json(self.source, position)
 
     def position_from_json(self, saved: Mapping[str, Any]) -> Any:
-        return sources.position_from_json(self.source, saved)
+        return stream.position_from_json(self.source, saved)
 
     def progress(self, positions: Sequence[Any]) -> dict[str, int]:
-        """Epoch, file index and row group of the furthest; of a mixture, those in its first part."""
+        """Epoch, file index and row group of the furthest reader, in a mixture's first part."""
         furthest = max(positions)
         return {"epoch": furthest.epoch, "file": furthest.file, "row_group": furthest.group}
 
@@ -97,7 +97,7 @@ class Reading(Protocol):
 
 
 def start(encoding: Encoding, positions: Mapping[int, Any], data_workers: int) -> Reading:
-    """Begin to read behind `positions` ({reader: position}), with `data_workers` processes."""
+    """Start reading at `positions` ({reader: position}), with `data_workers` processes or none."""
     if data_workers == 0:
         return _LocalReading(encoding, positions)
     return _WorkerReading(encoding, positions, data_workers)
@@ -117,7 +117,7 @@ class _LocalReading:
 class _WorkerReading:
     def __init__(self, encoding: Encoding, positions: Mapping[int, Any], data_workers: int):
         workers = min(data_workers, len(positions))
-        shares: list[dict[int, sources.Position]] = [{} for _ in range(workers)]
+        shares: list[dict[int, Any]] = [{} for _ in range(workers)]
         for index, (reader, position) in enumerate(sorted(positions.items())):
             shares[index % workers][reader] = position
         self._workers = [_Worker(encoding, share) for share in shares]
@@ -148,8 +148,8 @@ class _Worker:
         )
         with _without_main():
             self._process.start()
-        child.close()  # only then does the pipe break when the worker dies
-        # At exit before multiprocessing waits for the worker, which would never hear of it.
+        child.close()  # otherwise the pipe would stay open after the worker's death
+        # At exit, before multiprocessing waits for the worker to end.
         multiprocessing.util.Finalize(self, self._connection.close, exitpriority=10)
         self._ready: dict[int, collections.deque] = {r: collections.deque() for r in positions}
         for reader in list(positions) * _LOOKAHEAD:
@@ -183,8 +183,8 @@ class _Worker:
 
 
 def _serve(connection: Connection, encoding: Encoding, positions: Mapping[int, Any]) -> None:
-    """A worker's life: answer (reader, reply) for every reader number until the pipe closes."""
-    # A Ctrl-C or a group-wide SIGTERM is for the trainer, which saves and then closes the pipe.
+    """The worker process: answers (reader, reply) for every reader number until the pipe closes."""
+    # Ctrl-C and SIGTERM are for the trainer, which saves a checkpoint and then closes the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     lists = {r: encoding.lists(r, at) for r, at in positions.items()}
@@ -203,10 +203,10 @@ def _serve(connection: Connection, encoding: Encoding, positions: Mapping[int, A
 
 @contextlib.contextmanager
 def _without_main() -> Iterator[None]:
-    """Keep a spawned process from importing the trainer's main module, and with it JAX."""
+    """Keep a spawned process from importing the trainer's main module, which imports JAX."""
     main = vars(sys.modules["__main__"])
     hidden = {name: main[name] for name in ("__file__", "__spec__") if name in main}
-    main |= dict.fromkeys(hidden)  # multiprocessing imports what these name
+    main |= dict.fromkeys(hidden)  # multiprocessing imports the file that these name
     try:
         yield
     finally:

@@ -1,1 +1,1 @@
-"""Devices, meshes, shardings, multi-host start-up, compilation cache, preemption. Knows no model."""
+"""Devices: start-up, mesh, sharding rules, chip table, compilation cache, preemption. No model, no data."""

@@ -1,15 +1,15 @@
-"""Compiled programs kept in an object store, where the next machine of a run finds them.
+"""The compilation cache in an object store, where the next machine of a run finds it.
 
-A preemption takes the disk, and with it a cache that lies there. JAX can keep its cache on gs:// itself, but then each
-program waits for the store, without a time limit, when it is looked up and when it is written. Here the names are
-listed once, a program is read only where it is there, with a time limit, and it is uploaded by a thread. A store that
-fails costs one warning and the time limit, and programs are compiled as without a cache.
+A preempted machine loses its disk. JAX itself can cache on gs://, but then each lookup and each
+write of a program waits for the store without a time limit. Here the names are listed once, an
+existing program is read with a time limit, and a thread uploads new programs. A store that fails
+costs one warning and the time limit; programs are then compiled as without a cache.
 
-JAX reaches this through etils.epath, as it reaches gs://: a path class for URLs of SCHEME. A program's name is its
-JAX cache key, which has hashes of the program, the versions, the flags and the devices and no path of the machine.
-Only process 0 of several writes. Objects of other code and versions stay until somebody deletes them.
+JAX reaches this cache through etils.epath, as it reaches gs://: a path class for URLs of SCHEME. A
+program's name is its JAX cache key, a hash of program, versions, flags and devices without paths of
+the machine. Of several processes only process 0 writes. Nothing deletes old programs.
 
-Whoever may write to the folder can make its readers run code: give nobody else the right to.
+Security: anyone who can write to the folder can run code on the machines that read it.
 """
 
 import hashlib
@@ -28,45 +28,45 @@ SCHEME = "maxnano-programs://"
 LIST_TIMEOUT_SECONDS = 15.0
 READ_TIMEOUT_SECONDS = 60.0
 WRITE_TIMEOUT_SECONDS = 300.0
-RETRY_SECONDS = 60.0  # after an upload that failed
+RETRY_SECONDS = 60.0  # after a failed upload
 FINISH_TIMEOUT_SECONDS = 30.0
 
-_programs: "_Programs | None" = None  # the folder of this process; JAX has one cache
+_cache: "_RemoteCache | None" = None  # the folder of this process; JAX has one cache
 
 
 def start(folder: str) -> None:
-    """Makes JAX look programs up in `folder` of an object store, and keep new ones there."""
-    global _programs
-    if _programs is None or _programs.folder != folder:
-        _programs = _Programs(folder)
-    # XLA's own cache on a GPU, of tuned kernels, knows local folders only and puts their path into JAX's cache key.
+    """Makes JAX read compiled programs from `folder` of an object store, and write new ones there."""
+    global _cache
+    if _cache is None or _cache.folder != folder:
+        _cache = _RemoteCache(folder)
+    # XLA's cache of tuned GPU kernels works only on local folders, whose path would become part of
+    # JAX's cache key.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     jax.config.update("jax_compilation_cache_dir", SCHEME)
 
 
 def finish() -> None:
-    """Waits for uploads, for at most FINISH_TIMEOUT_SECONDS and not for a store that fails; call before the end."""
-    if _programs is not None:
-        _programs.finish()
+    """Waits at most FINISH_TIMEOUT_SECONDS for uploads, unless the store fails; call before exit."""
+    if _cache is not None:
+        _cache.finish()
 
 
-class _Programs:
-    """The programs in a folder. An object is the SHA-256 of JAX's cache entry, then the entry."""
+class _RemoteCache:
+    """The compiled programs in a folder. An object is the SHA-256 of JAX's cache entry + the entry."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self._names = remote.run_in_thread(lambda: remote.names(folder, LIST_TIMEOUT_SECONDS))
         self._is_readable = True
-        self._entry: tuple[str, bytes] | None = (
-            None  # what JAX has been told to be there and reads next
-        )
+        # The entry that exists() found, which JAX reads next.
+        self._entry: tuple[str, bytes] | None = None
         self._unwritten: dict[str, bytes] = {}
         self._is_writable = True  # as of the last attempt
         self._uploads: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._upload, name="compile cache", daemon=True).start()
 
     def exists(self, name: str) -> bool:
-        """Whether read() has it. What cannot be read, or is not as it was written, does not exist."""
+        """Whether read() can return the entry: it is in the store, readable and intact."""
         entry = self._unwritten.get(name) or self._fetch(name)
         self._entry = None if entry is None else (name, entry)
         return entry is not None
@@ -78,7 +78,7 @@ class _Programs:
         return entry
 
     def write(self, name: str, entry: bytes) -> None:
-        """Upload the entry, some time later."""
+        """Uploads the entry in the background."""
         self._unwritten[name] = entry
         self._uploads.put(name)
 
@@ -97,10 +97,10 @@ class _Programs:
             content = remote.read(f"{self.folder}/{name}", READ_TIMEOUT_SECONDS)
         except FileNotFoundError:  # deleted since
             return None
-        except Exception as error:  # noqa: BLE001 (whatever the store throws, programs can be compiled)
+        except Exception as error:  # noqa: BLE001 (after any error, programs can be compiled)
             self._is_readable = False
             console.warn(
-                f"compiled programs of {self.folder} cannot be read, they are compiled anew: "
+                f"cannot read compiled programs from {self.folder}, compiling them again: "
                 f"{console.type_and_text(error)}"
             )
             return None
@@ -122,7 +122,8 @@ class _Programs:
                     if not has_warned:
                         has_warned = True
                         console.warn(
-                            f"compiled programs cannot be written to {self.folder} now: {console.type_and_text(error)}"
+                            f"cannot write compiled programs to {self.folder} now: "
+                            f"{console.type_and_text(error)}"
                         )
                 time.sleep(RETRY_SECONDS)
             self._is_writable = True
@@ -133,17 +134,17 @@ class _Programs:
 
 
 @epath.register_path_cls(SCHEME)
-class _Path(pathlib.PurePosixPath):
-    """What JAX's cache asks of a path, of the folder and of an entry in it."""
+class _CachePath(pathlib.PurePosixPath):
+    """The path operations that JAX's cache uses, for the folder and for an entry in it."""
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         pass  # an object store has no folders
 
     def exists(self) -> bool:
-        return _programs.exists(self.name)
+        return _cache.exists(self.name)
 
     def read_bytes(self) -> bytes:
-        return _programs.read(self.name)
+        return _cache.read(self.name)
 
     def write_bytes(self, content: bytes) -> None:
-        _programs.write(self.name, content)
+        _cache.write(self.name, content)

@@ -28,11 +28,11 @@ SCORED = 256  # tokens of a prompt whose logits are computed at a time
 STOP_IDS = 16  # the largest number of token ids at which a slot stops
 
 
-# ---- What is static ------------------------------------------------------------------------------
+# ---- The plan ------------------------------------------------------------------------------------
 
 
 class Plan(NamedTuple):
-    """What is known about serving a model before any array exists."""
+    """The static facts of serving a model: shapes, dtypes, kernel and cache layout."""
 
     config: FrozenConfigDict
     kinds: tuple[LayerKind, ...]
@@ -178,8 +178,6 @@ def prefill(
         del index
         qkv, value_embed = transformer.split_rows(row_major(qkv), value_embed, length)
         q, k, v = attention.split_heads(qkv, rotary, value_embed, plan.heads)
-        q = q.reshape(rows, length, -1, plan.heads.head_dim)
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         y = attention.attention(
             q,
             k,
@@ -220,7 +218,7 @@ def _context(plan, tokens, positions, attend, previous):
 
 
 class TokenScores(NamedTuple):
-    """Log-probabilities: of tokens (...), and those and ids of the likeliest ones (..., LARGEST_LOGPROBS)."""
+    """Log-probabilities of tokens (...), and of the likeliest ones (..., LARGEST_LOGPROBS) with their ids."""
 
     logprobs: jax.Array
     top_logprobs: jax.Array
@@ -230,7 +228,7 @@ class TokenScores(NamedTuple):
 def score(
     plan: Plan, weights: Weights, hidden: jax.Array, targets: jax.Array, with_top: jax.Array
 ) -> TokenScores:
-    """Log-probabilities of targets (R, L) after hidden states (R, L, D); the likeliest ones only if with_top ()."""
+    """Log-probabilities of targets (R, L) given hidden states (R, L, D), and with_top () of the likeliest."""
 
     def chunk(part):
         logits = logits_of(plan, weights, part[0])
@@ -248,7 +246,7 @@ def score(
 
 
 def _top(logits, wanted):
-    """sampling.alternatives where they are wanted, else zeros."""
+    """sampling.alternatives of logits (B, V) if wanted (), else zeros."""
     shape = (len(logits), sampling.LARGEST_LOGPROBS)
     return jax.lax.cond(
         wanted,
@@ -277,6 +275,8 @@ def decode_step(
 
     def attend(qkv, value_embed, kind, index):
         q, k, v = attention.split_heads(row_major(qkv), rotary, value_embed, plan.heads)
+        q, k, v = (x.swapaxes(0, 1) for x in (q, k, v))
+        q = q.reshape(*k.shape[:2], -1, k.shape[2])
         layer = kv_cache.store(plan.cache, cache[index], (k, v), kind.window, positions)
         y = kv_cache.attend(plan.cache, q, layer, kind.window, positions, plan.is_full)
         return y.reshape(len(y), -1), layer
@@ -301,29 +301,39 @@ def _unrolled(plan, weights):
 
 
 class Control(NamedTuple):
-    """What the host says of each slot before a round of steps; arrays (B,), int32 unless said otherwise.
+    """The host's instructions for each slot in a round of decode steps; arrays (B,), int32 by default.
 
-    They are the columns of one array, since each array on its way to the devices costs the host a while.
+    They are the columns of one array, because each transfer to the devices costs the host time.
     """
 
-    token: jax.Array  # the newest one, not yet in the cache
-    previous: jax.Array  # the one before it
+    token: jax.Array  # the newest token, not yet in the cache
+    previous: jax.Array  # the token before it
     position: jax.Array  # of `token`
-    left: jax.Array  # tokens that may still come; 0: nobody is here
-    sample: jax.Array  # which of its request's samples this is
+    left: jax.Array  # tokens that may still be generated; 0: the slot is idle
+    sample: jax.Array  # index of the sample in its request
     seed: jax.Array  # (B, 2) uint32
-    temperature: jax.Array  # float32; 0: the likeliest token
+    temperature: jax.Array  # float32; 0: greedy
     top_k: jax.Array  # 0: off
     top_p: jax.Array  # float32; 1: off
     min_p: jax.Array  # float32; 0: off
     penalty: jax.Array  # float32; 1: off
-    logprobs: jax.Array  # 0: none, 1: of the token, 2: and of the likeliest
-    stop: jax.Array  # (B, STOP_IDS), -1 where there are fewer
-    forced: jax.Array  # (B, steps) tokens to take instead of drawn ones, -1: draw
+    logprobs: jax.Array  # 0: none, 1: of the token, 2: and of the likeliest ones
+    stop: jax.Array  # (B, STOP_IDS), padded with -1
+    forced: jax.Array  # (B, steps) tokens that replace sampled ones; -1: sample
+
+    @property
+    def is_sampled(self) -> jax.Array:
+        """Which slots sample; the others are greedy."""
+        return self.temperature > 0
+
+    @property
+    def is_penalized(self) -> jax.Array:
+        """Which slots have a repetition penalty."""
+        return self.penalty != 1
 
     @classmethod
     def of(cls, packed: np.ndarray | jax.Array) -> Self:
-        """The columns of an array (B, CONTROL_COLUMNS + steps) int32; numpy's share its memory."""
+        """The columns of an array (B, CONTROL_COLUMNS + steps) int32; NumPy columns share its memory."""
         singles = [name for name in cls._fields if name not in ("seed", "stop", "forced")]
         columns = {name: packed[:, i] for i, name in enumerate(singles)}
         columns |= {
@@ -335,11 +345,11 @@ class Control(NamedTuple):
         return cls(**columns, forced=packed[:, CONTROL_COLUMNS:])
 
 
-CONTROL_COLUMNS = len(Control._fields) - 3 + 2 + STOP_IDS  # without those of `forced`
+CONTROL_COLUMNS = len(Control._fields) - 3 + 2 + STOP_IDS  # without `forced`
 
 
 class Round(NamedTuple):
-    """What a round of steps brought: tokens (steps, B), -1 where there came none, and their scores."""
+    """The result of a round of decode steps: tokens (steps, B), -1 for none, and their scores."""
 
     tokens: jax.Array
     scores: TokenScores
@@ -355,47 +365,24 @@ def decode_round(
 ) -> tuple[KVCache, Round]:
     """Up to `steps` tokens (the width of control.forced) for each slot, in a loop on the device.
 
-    The loop ends early when no slot is left, and, if is_eager (), when the first slot stops. A slot stops at a
-    token of its own in `stop`, which is among its tokens, or when nothing is left to it.
-    seen (B, padded V): the tokens that the repetition penalty is for.
-    The token at position p of a sample is drawn with a random number made from seed, sample and p alone.
+    The loop ends early when no slot is active and, if is_eager (), when the first slot stops. A slot stops
+    when it samples a token in `stop`, which is returned too, or when `left` tokens are generated.
+    seen (B, padded V): the tokens that the repetition penalty applies to.
+    The random number for position p of a sample depends only on seed, sample and p.
     """
     slots, steps = control.forced.shape
-    sampled = control.temperature > 0
-    filtered = (control.top_k > 0) | (control.top_p < 1)
-    penalized = control.penalty != 1
-    is_plain = ~jnp.any(sampled | penalized)  # the likeliest tokens as they are
+    is_greedy = ~jnp.any(control.is_sampled | control.is_penalized)
     started = control.left > 0
 
-    # All at once, before the loop: a slot that is active goes on by one position a step.
+    # All at once, before the loop: an active slot advances by one position per step.
     uniforms = jax.lax.cond(
-        jnp.any(sampled),
+        jnp.any(control.is_sampled),
         partial(_uniforms, steps),
         lambda control: jnp.zeros((steps, slots)),
         control,
     )
 
-    def draw(logits, uniform):
-        scores = sampling.scale(logits, control.temperature)
-        lowest = jax.lax.cond(
-            jnp.any(filtered),
-            lambda: sampling.lowest_kept(scores, control.top_k, control.top_p),
-            lambda: jnp.full((slots,), -jnp.inf),
-        )
-        lowest = jnp.maximum(lowest, jnp.log(control.min_p))[:, None]
-        return sampling.draw(jnp.where(scores >= lowest, scores, -jnp.inf), uniform)
-
-    def choose(logits, uniform, tokens):
-        adjusted = jax.lax.cond(
-            jnp.any(penalized),
-            lambda: sampling.penalize(
-                logits, seen | _among(tokens, logits.shape[1]), control.penalty
-            ),
-            lambda: logits,
-        )
-        return jnp.where(sampled, draw(adjusted, uniform), sampling.likeliest(adjusted))
-
-    def goes_on(carry):
+    def continues(carry):
         i, left = carry[0], carry[4]
         has_stopped = jnp.any(started & (left == 0))
         return (i < steps) & jnp.any(left > 0) & ~(is_eager & has_stopped)
@@ -404,23 +391,23 @@ def decode_round(
         i, token, previous, position, left, cache, out = carry
         is_active = left > 0
         logits, cache = decode_step(plan, weights, cache, token, previous, position)
-        drawn = jax.lax.cond(
-            is_plain,
+        sampled = jax.lax.cond(
+            is_greedy,
             sampling.likeliest,
-            lambda logits: choose(logits, uniforms[i], out.tokens),
+            lambda logits: _sample(control, logits, uniforms[i], seen, out.tokens),
             logits,
         )
         forced = jax.lax.dynamic_index_in_dim(control.forced, i, axis=1, keepdims=False)
-        new = jnp.where(forced >= 0, forced, drawn)
+        new = jnp.where(forced >= 0, forced, sampled)
         logprobs = jax.lax.cond(
             jnp.any(control.logprobs > 0),
             lambda: sampling.log_probabilities(logits, new),
             lambda: jnp.zeros((slots,), jnp.float32),
         )
         scores = TokenScores(logprobs, *_top(logits, jnp.any(control.logprobs > 1)))
-        brought = Round(jnp.where(is_active, new, -1), scores)
+        result = Round(jnp.where(is_active, new, -1), scores)
         out = jax.tree.map(
-            lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, i, 0), out, brought
+            lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, i, 0), out, result
         )
         stops = (forced < 0) & jnp.any(control.stop == new[:, None], axis=1)
         return (
@@ -433,14 +420,6 @@ def decode_round(
             out,
         )
 
-    def zeros(dtype, *shape):
-        return jnp.zeros((steps, slots, *shape), dtype)
-
-    top = sampling.LARGEST_LOGPROBS
-    out = Round(
-        zeros(jnp.int32) - 1,
-        TokenScores(zeros(jnp.float32), zeros(jnp.float32, top), zeros(jnp.int32, top)),
-    )
     start = (
         jnp.int32(0),
         control.token,
@@ -448,17 +427,49 @@ def decode_round(
         control.position,
         control.left,
         cache,
-        out,
+        _empty_round(steps, slots),
     )
     if plan.is_full:
         *_, cache, out = jax.lax.fori_loop(0, steps, lambda _, carry: step(carry), start)
     else:
-        *_, cache, out = jax.lax.while_loop(goes_on, step, start)
+        *_, cache, out = jax.lax.while_loop(continues, step, start)
     return cache, out
 
 
+def _sample(control, logits, uniform, seen, tokens):
+    """The next token (B,) of each slot: sampled with random numbers uniform (B,), or greedy.
+
+    tokens (steps, B): the tokens of this round, which the repetition penalty counts as seen.
+    """
+    logits = jax.lax.cond(
+        jnp.any(control.is_penalized),
+        lambda: sampling.penalize(logits, seen | _among(tokens, logits.shape[1]), control.penalty),
+        lambda: logits,
+    )
+    scores = sampling.scale(logits, control.temperature)
+    lowest = jax.lax.cond(
+        jnp.any((control.top_k > 0) | (control.top_p < 1)),
+        lambda: sampling.lowest_kept(scores, control.top_k, control.top_p),
+        lambda: jnp.full(uniform.shape, -jnp.inf),
+    )
+    lowest = jnp.maximum(lowest, jnp.log(control.min_p))[:, None]
+    drawn = sampling.draw(jnp.where(scores >= lowest, scores, -jnp.inf), uniform)
+    return jnp.where(control.is_sampled, drawn, sampling.likeliest(logits))
+
+
+def _empty_round(steps, slots):
+    """A Round without tokens."""
+
+    def zeros(dtype, *shape):
+        return jnp.zeros((steps, slots, *shape), dtype)
+
+    top = sampling.LARGEST_LOGPROBS
+    scores = TokenScores(zeros(jnp.float32), zeros(jnp.float32, top), zeros(jnp.int32, top))
+    return Round(zeros(jnp.int32) - 1, scores)
+
+
 def _uniforms(steps, control):
-    """The random numbers (steps, B) of the tokens behind each slot's newest one."""
+    """The random numbers (steps, B) of the tokens after each slot's newest one."""
 
     def of_slot(seed, sample, position):
         key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), sample)
@@ -469,6 +480,6 @@ def _uniforms(steps, control):
 
 
 def _among(tokens, size):
-    """Which of `size` tokens (B, size) are among tokens (steps, B); -1 is none."""
+    """Which of `size` token ids (B, size) occur in tokens (steps, B); -1 is no token."""
     where = jnp.arange(tokens.shape[1]), jnp.where(tokens < 0, size, tokens)
     return jnp.zeros((tokens.shape[1], size), jnp.bool_).at[where].set(True, mode="drop")

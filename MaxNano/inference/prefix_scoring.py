@@ -82,14 +82,14 @@ def branch_hidden(
             qkv, local, value_embed, attention.Heads.from_config(config)
         )
         kept = (columns if index is None else widths[index]) + count * size
-        q = q[:, -kept:].transpose(0, 2, 3, 1, 4)
-        k, v = (x.swapaxes(1, 2) for x in (k, v))
+        q = q[:, :, -kept:].reshape(*k.shape[:2], -1, kept, config.head_dim)
         return _attend(q, k, v, kind.window, lengths, (count, size)), None
 
     def previous(x):
-        own = x[:, columns:].reshape(rows, count, size, -1)
-        last = jnp.broadcast_to(x[:, columns - 1, None, None], own[:, :, :1].shape)
-        shifted = jnp.concatenate([last, own[:, :, :-1]], axis=2).reshape(rows, count * size, -1)
+        branch_x = x[:, columns:].reshape(rows, count, size, -1)
+        last = jnp.broadcast_to(x[:, columns - 1, None, None], branch_x[:, :, :1].shape)
+        shifted = jnp.concatenate([last, branch_x[:, :, :-1]], axis=2)
+        shifted = shifted.reshape(rows, count * size, -1)
         return jnp.concatenate([x[:, :1], x[:, : columns - 1], shifted], axis=1)
 
     context = Context(

@@ -1,6 +1,6 @@
-"""Drawing tokens from logits: temperature, top-k, top-p, min-p, repetition penalty, log-probabilities.
+"""Sampling tokens from logits: temperature, top-k, top-p, min-p, repetition penalty, log-probabilities.
 
-A row's token is a function of its own logits, settings and random number, whoever shares the batch.
+A token depends only on the logits, settings and random number of its row, not on the rest of the batch.
 
 Legend: B rows, V vocab.
 """
@@ -8,17 +8,18 @@ Legend: B rows, V vocab.
 import jax
 import jax.numpy as jnp
 
-LARGEST_LOGPROBS = 20  # alternatives that can be reported a token
-SMALLEST_TEMPERATURE = 1e-4  # below it float32 tells too few temperatures apart; 0 is greedy
+LARGEST_LOGPROBS = 20  # most alternatives that can be reported per token
+SMALLEST_TEMPERATURE = 1e-4  # float32 does not resolve smaller ones; 0 is greedy
 
-_SPAN = 64  # tokens whose probabilities are summed before the running sum over all
+_SPAN = 64  # tokens whose probabilities are summed before the cumulative sum
 _BITS = 32
 
 
 def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Logits (B, V) with those of `seen` (B, V) tokens moved down: divided by penalty (B,) above 0, multiplied below.
+    """Logits (B, V) with those of `seen` (B, V) tokens reduced by penalty (B,).
 
-    Source: Keskar et al. 2019, CTRL (https://arxiv.org/abs/1909.05858), as vLLM and transformers have it.
+    A positive logit is divided by the penalty, a negative one multiplied.
+    Source: Keskar et al. 2019, CTRL (https://arxiv.org/abs/1909.05858), as in vLLM and transformers.
     """
     penalty = penalty[:, None]
     lower = jnp.where(logits > 0, logits / penalty, logits * penalty)
@@ -26,25 +27,25 @@ def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Arra
 
 
 def likeliest(logits: jax.Array) -> jax.Array:
-    """The first token (B,) of the highest logit (B, V)."""
-    # As two plain reductions, which compilers cut into vectors; an argmax they do not.
+    """The first token (B,) with the highest logit (B, V)."""
+    # Two plain reductions, which compilers vectorize; they do not vectorize an argmax.
     tokens = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     highest = jnp.max(logits, axis=1, keepdims=True)
     return jnp.min(jnp.where(logits == highest, tokens, logits.shape[1] - 1), axis=1)
 
 
 def scale(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Logits (B, V) by temperature (B,), the highest of each row 0."""
+    """Logits (B, V) divided by temperature (B,) and shifted so that the highest of each row is 0."""
     scores = logits / jnp.maximum(temperature, SMALLEST_TEMPERATURE)[:, None]
     return scores - jnp.max(scores, axis=1, keepdims=True)
 
 
 def lowest_kept(scores: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """The lowest score (B,) that top-k, then top-p among what that leaves, keep; equal scores stay together.
+    """The lowest score (B,) that top-k, and then top-p among the rest, keep; equal scores stay together.
 
-    scores (B, V); top_k (B,), 0 keeps all; top_p (B,), 1 keeps all: the fewest of the likeliest tokens whose
-    probability is at least top_p.
-    Found by bisecting the bits of the score: no sort, and no limit on k.
+    scores (B, V); top_k (B,), 0 keeps all; top_p (B,), 1 keeps all, else the fewest of the likeliest
+    tokens whose probability is at least top_p.
+    The bits of the score are bisected, which needs no sort and does not limit k.
     """
     order = _ordered_bits(scores)
     every = jnp.min(order, axis=1)
@@ -63,9 +64,10 @@ def lowest_kept(scores: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Ar
 
 
 def draw(scores: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Tokens (B,) with probability proportional to exp(scores) (B, V), by inverting the running sum at uniform (B,).
+    """Tokens (B,) with probability proportional to exp(scores) (B, V), from random numbers uniform (B,).
 
-    uniform is in [0, 1 - 2^-23]. One random number a token, and two short running sums instead of a long one.
+    The cumulative sum is inverted at `uniform`, in [0, 1 - 2^-23]: one random number per token, and two
+    short cumulative sums instead of a long one.
     """
     rows, size = scores.shape
     mass = jnp.exp(jnp.pad(scores, ((0, 0), (0, -size % _SPAN)), constant_values=-jnp.inf))
@@ -75,16 +77,16 @@ def draw(scores: jax.Array, uniform: jax.Array) -> jax.Array:
     aim = uniform * ends[:, -1]
     span = _first(ends > aim[:, None], sums > 0)
     before = jnp.where(span > 0, _at(ends, jnp.maximum(span - 1, 0)), 0)
-    own = jnp.take_along_axis(mass, span[:, None, None], axis=1)[:, 0]
-    token = _first(jnp.cumsum(own, axis=1) > (aim - before)[:, None], own > 0)
+    within = jnp.take_along_axis(mass, span[:, None, None], axis=1)[:, 0]
+    token = _first(jnp.cumsum(within, axis=1) > (aim - before)[:, None], within > 0)
     return span * _SPAN + token
 
 
 def _first(passed, possible):
-    """Index (B,) of the first possible place (B, M) that is passed; rounding may pass none: then the last possible."""
-    places = jnp.arange(possible.shape[1], dtype=jnp.int32)
-    last = jnp.max(jnp.where(possible, places, 0), axis=1)
-    return jnp.min(jnp.where(passed & possible, places, last[:, None]), axis=1)
+    """Index (B,) of the first possible entry (B, M) that is passed; the last possible one if rounding passes none."""
+    index = jnp.arange(possible.shape[1], dtype=jnp.int32)
+    last = jnp.max(jnp.where(possible, index, 0), axis=1)
+    return jnp.min(jnp.where(passed & possible, index, last[:, None]), axis=1)
 
 
 def log_probabilities(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -93,14 +95,13 @@ def log_probabilities(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def alternatives(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The LARGEST_LOGPROBS likeliest tokens: their log-probabilities and ids, each (B, LARGEST_LOGPROBS)."""
+    """The likeliest tokens after logits (B, V): log-probabilities and ids, each (B, LARGEST_LOGPROBS)."""
     count = min(LARGEST_LOGPROBS, logits.shape[1])
     values, tokens = jax.lax.top_k(logits, count)
     padding = ((0, 0), (0, LARGEST_LOGPROBS - count))
     values = values - jax.nn.logsumexp(logits, axis=1)[:, None]
-    return jnp.pad(values, padding, constant_values=-jnp.inf), jnp.pad(
-        tokens.astype(jnp.int32), padding
-    )
+    values = jnp.pad(values, padding, constant_values=-jnp.inf)
+    return values, jnp.pad(tokens.astype(jnp.int32), padding)
 
 
 def _at(x, index):
@@ -121,11 +122,11 @@ def _float_of(order):
 
 
 def _largest(low, order, holds):
-    """The largest t (B,), from `low`, where it holds, to the row's highest `order`, for which holds(t)."""
+    """The largest t (B,) for which holds(t), between `low`, which holds, and the highest of `order` (B, V)."""
 
     def halve(_, ends):
         low, high = ends
-        middle = (low | high) - ((low ^ high) >> 1)  # their mean, rounded up, without an overflow
+        middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up, without overflow
         kept = holds(middle)
         return jnp.where(kept, middle, low), jnp.where(kept, high, middle - 1)
 

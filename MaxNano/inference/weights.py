@@ -43,10 +43,10 @@ def shardings(config: FrozenConfigDict, mesh: Mesh, weights: Weights) -> Weights
     """
     rules = config.logical_axis_rules
     others = [axis for axis in mesh.axis_names if axis not in sharding.batch_axes(mesh, rules)]
-    table = _AXES | {name: axes for part in scaling.BLOCK.values() for name, axes in part.items()}
 
     def place(path, leaf):
-        axes = table.get(getattr(path[-1], "key", None), ())
+        *_, part, name = (None, *(getattr(entry, "key", None) for entry in path))
+        axes = scaling.BLOCK.get(part, _AXES).get(name) or _AXES.get(name, ())
         axes = (None,) * (leaf.ndim - len(axes)) + axes
         return sharding.named_sharding(mesh, leaf.shape, axes, rules, others)
 

@@ -1,1 +1,1 @@
-"""Checkpoints and tokenizers in the formats of other projects: nanochat and Hugging Face transformers."""
+"""Models in the formats of other projects: nanochat and Hugging Face transformers. No conversion of data sets."""

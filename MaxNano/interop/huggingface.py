@@ -1,11 +1,12 @@
-"""The folder in which the library `transformers` finds a model: weights, config, tokenizer and the model's own code.
+"""Model folders of Hugging Face transformers: weights, config, tokenizer and the model's code.
 
-    write_folder(folder, config, step, tensors, vocabulary, replace=False)
-    found = read_folder(folder)
+    write_folder(folder, config, step, tensors, tokenizer, replace=False)
+    content = read_folder(folder)
 
-Everything in it is JSON, safetensors or text; nothing is pickled, and reading executes nothing. The code that travels
-with the weights lies in MaxNano/export/.
-Source: https://huggingface.co/docs/transformers/custom_models, tokenizers' and safetensors' file formats.
+All files are JSON, safetensors or text, and reading executes nothing. The code that is exported
+with the weights is in interop/templates/.
+Source: https://huggingface.co/docs/transformers/custom_models, and the file formats of tokenizers
+and safetensors.
 """
 
 import contextlib
@@ -19,59 +20,87 @@ import numpy as np
 from etils import epath
 from ml_collections import FrozenConfigDict
 
+from MaxNano import scaling
 from MaxNano.inference import dialogue
+from MaxNano.interop.parameters import TensorNames
+from MaxNano.interop.tensor_files import safetensors_bytes
 from MaxNano.storage import files
-from MaxNano.tokenization.tokenizer import SPECIAL_TOKENS, BpeTokenizer, Tokenizer, byte_characters
+from MaxNano.tokenization.bpe import BpeTokenizer
+from MaxNano.tokenization.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_characters
 
 MODEL_TYPE = "maxnano"
-SHARD_BYTES = 5 * 10**9  # larger models are cut into several files
+SHARD_BYTES = 5 * 10**9  # larger models become several files
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 CODE = ("configuration_maxnano.py", "modeling_maxnano.py")
 
-_FIELDS = {  # name in config.json: ours
-    "vocab_size": "vocab_size",
-    "vocab_multiple": "vocab_multiple",
-    "hidden_size": "emb_dim",
-    "intermediate_size": "mlp_dim",
-    "num_hidden_layers": "num_decoder_layers",
-    "num_attention_heads": "num_query_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_dim",
-    "max_position_embeddings": "max_target_length",
-    "window_pattern": "window_pattern",
-    "short_window_fraction": "short_window_fraction",
-    "short_window_multiple": "short_window_multiple",
-    "rope_theta": "rope_theta",
-    "qk_norm_scale": "qk_norm_scale",
-    "rms_norm_eps": "norm_epsilon",
-    "value_gate_channels": "value_embed_gate_channels",
-    "value_gate_range": "value_embed_gate_range",
-    "smear_gate_channels": "smear_gate_channels",
-    "use_backout": "use_backout",
-    "logits_soft_cap": "logits_soft_cap",
+NAMES = TensorNames(
+    token_embed="model.embed_tokens.weight",
+    lm_head="lm_head.weight",
+    query="model.layers.{i}.self_attn.q_proj.weight",
+    key="model.layers.{i}.self_attn.k_proj.weight",
+    value="model.layers.{i}.self_attn.v_proj.weight",
+    out="model.layers.{i}.self_attn.o_proj.weight",
+    wi="model.layers.{i}.mlp.up_proj.weight",
+    wo="model.layers.{i}.mlp.down_proj.weight",
+    value_embeds="model.layers.{i}.self_attn.value_embed.weight",
+    value_gate="model.layers.{i}.self_attn.value_gate.weight",
+    resid_lambdas="model.resid_lambdas",
+    x0_lambdas="model.x0_lambdas",
+    smear_gate="model.smear_gate.weight",
+    smear_lambda="model.smear_lambda",
+    backout_lambda="model.backout_lambda",
+)
+
+# Fields of config.json whose name differs from the config key.
+RENAMED = {
+    "emb_dim": "hidden_size",
+    "mlp_dim": "intermediate_size",
+    "num_decoder_layers": "num_hidden_layers",
+    "num_query_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "max_target_length": "max_position_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+    "value_embed_gate_channels": "value_gate_channels",
+    "value_embed_gate_range": "value_gate_range",
 }
+# Architecture keys that templates/ does not implement yet: a model is exported only if they have
+# the value that older checkpoints imply.
+UNSUPPORTED: frozenset[str] = frozenset()
 
 
-# ---- The folder ------------------------------------------------------------------------------------------------------
+# ---- The folder ----------------------------------------------------------------------------------
 
 
-class Found(NamedTuple):
-    """What read_folder finds."""
+class FolderContent(NamedTuple):
+    """The content of a model folder."""
 
     values: dict[str, Any]  # config keys that the model decides
     step: int
-    weights: list[epath.Path]  # safetensors files that hold the tensors together
+    weights: list[epath.Path]  # safetensors files that together have all tensors
+
+
+def fields() -> dict[str, str]:
+    """Field of config.json -> config key, for every key that defines the model."""
+    keys = [key for key in scaling.ARCHITECTURE_KEYS if key not in UNSUPPORTED]
+    return {RENAMED.get(key, key): key for key in (*keys, *scaling.CONTEXT_KEYS)}
+
+
+def check_exportable(config: FrozenConfigDict) -> None:
+    """Raises ValueError if the exported code would compute something else."""
+    for key in UNSUPPORTED:
+        if config[key] != scaling.ARCHITECTURE_KEYS[key]:
+            raise ValueError(f"cannot export {key}={config[key]} to transformers")
 
 
 def check_target(folder: epath.PathLike, replace: bool) -> epath.Path:
-    """The folder to write, if it may be; ValueError where something is there that must not be lost."""
+    """The folder to write. Raises ValueError if it has content that must not be overwritten."""
     folder = epath.Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not _is_own(folder):
-            raise ValueError(f"{folder} exists and is no model of this kind; give another path")
+        if not _is_model(folder):
+            raise ValueError(f"{folder} exists and is not a MaxNano model; choose another path")
         if not replace:
             raise ValueError(
-                f"{folder} already holds a model; give another path, or convert_overwrite=true"
+                f"{folder} already has a model; choose another path, or set convert_overwrite=true"
             )
     return folder
 
@@ -85,9 +114,9 @@ def write_folder(
     *,
     replace: bool = False,
 ) -> None:
-    """Writes the model that `config` describes, whole or not at all; `tensors` go by the names of the model's code.
+    """Writes the model of `config`, completely or not at all. tensors: by the names of NAMES.
 
-    Raises ValueError as check_target does, and for a tokenizer that has no tokenizer.json.
+    Raises ValueError as check_target does, and for a tokenizer without a tokenizer.json.
     """
     folder = check_target(folder, replace)
     names = _special_names(config, tokenizer)
@@ -98,24 +127,31 @@ def write_folder(
         "tokenizer_config.json": _to_json(_tokenizer_config(config, names)),
         **{name: (TEMPLATES / name).read_text(encoding="utf-8") for name in CODE},
     }
-    with files.replace_folder(folder, last="config.json") as place:  # readers need it
+    with files.replace_folder(folder, last="config.json") as new:  # readers need it
         for name, text in texts.items():
-            (place / name).write_text(text, encoding="utf-8")
-        _write_tensors(place, tensors)
+            (new / name).write_text(text, encoding="utf-8")
+        _write_tensors(new, tensors)
 
 
-def read_folder(folder: epath.PathLike) -> Found:
-    """What a folder holds that write_folder wrote, or that transformers saved from one; ValueError for any other."""
+def read_folder(folder: epath.PathLike) -> FolderContent:
+    """The content of a folder that write_folder wrote, or that transformers saved from one.
+
+    Raises ValueError for any other folder.
+    """
     folder = epath.Path(folder).expanduser()
     content = _read_json(folder / "config.json")
     if content.get("model_type") != MODEL_TYPE:
         raise ValueError(
-            f"{folder / 'config.json'} describes a model of type {content.get('model_type')!r}, not ours"
+            f"{folder / 'config.json'} has model_type {content.get('model_type')!r}, "
+            f"not {MODEL_TYPE!r}"
         )
-    missing = sorted({*_FIELDS, "chat_turns", "step"} - content.keys())
+    # A field that is missing because the folder is older than its key has the implied value.
+    implied = {**scaling.CONTEXT_KEYS, **scaling.ARCHITECTURE_KEYS}
+    values = {key: content.get(field, implied[key]) for field, key in fields().items()}
+    missing = [field for field, key in fields().items() if values[key] is None]
+    missing += sorted({"chat_turns", "step"} - content.keys())
     if missing:
-        raise ValueError(f"{folder / 'config.json'} lacks {missing[0]!r}")
-    values = {ours: content[theirs] for theirs, ours in _FIELDS.items()}
+        raise ValueError(f"{folder / 'config.json'} does not have {missing[0]!r}")
     if type(content["step"]) is not int or not 0 <= content["step"] < 2**31:
         raise ValueError(f"{folder / 'config.json'} has step {content['step']!r}")
     index = folder / "model.safetensors.index.json"
@@ -125,15 +161,15 @@ def read_folder(folder: epath.PathLike) -> Found:
         if not names or not all(
             isinstance(name, str) and Path(name).name == name for name in names
         ):
-            raise ValueError(f"{index} names no files of this folder")
-    return Found(
+            raise ValueError(f"{index} does not name files of this folder")
+    return FolderContent(
         values | {"chat_turns": content["chat_turns"]},
         content["step"],
         [folder / name for name in names],
     )
 
 
-def _is_own(folder: epath.Path) -> bool:
+def _is_model(folder: epath.Path) -> bool:
     with contextlib.suppress(ValueError):
         return (
             folder.is_dir() and _read_json(folder / "config.json").get("model_type") == MODEL_TYPE
@@ -158,7 +194,7 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def config_json(config: FrozenConfigDict, step: int) -> dict[str, Any]:
-    """config.json: the architecture under the names that transformers is used to, and where its code is."""
+    """config.json: the architecture in the names of transformers, and the files of its code."""
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["MaxNanoForCausalLM"],
@@ -168,7 +204,7 @@ def config_json(config: FrozenConfigDict, step: int) -> dict[str, Any]:
             "AutoModelForCausalLM": "modeling_maxnano.MaxNanoForCausalLM",
         },
         "dtype": "float32",
-        **{theirs: config[ours] for theirs, ours in _FIELDS.items()},
+        **{field: config[key] for field, key in fields().items()},
         "chat_turns": dialogue.in_turns(config),
         "step": step,
     }
@@ -179,7 +215,7 @@ def _generation_json(config: FrozenConfigDict, tokenizer: Tokenizer) -> dict[str
     draws = {"temperature": config.temperature, "top_k": config.top_k} if config.temperature else {}
     return {
         "bos_token_id": special.bos,
-        # A document ends where the next one begins.
+        # <|bos|> begins the next document.
         "eos_token_id": [special.assistant_end, special.bos]
         if dialogue.in_turns(config)
         else special.bos,
@@ -190,39 +226,30 @@ def _generation_json(config: FrozenConfigDict, tokenizer: Tokenizer) -> dict[str
     }
 
 
-# ---- Tensors ---------------------------------------------------------------------------------------------------------
+# ---- Tensors -------------------------------------------------------------------------------------
 
 
 def _write_tensors(folder: epath.Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """model.safetensors, or several files and the index that says which tensor is in which."""
+    """Writes model.safetensors, or several files and the index of the tensors in each."""
     shards = _shards({name: array.nbytes for name, array in tensors.items()})
-    files = ["model.safetensors"]
+    file_names = ["model.safetensors"]
     if len(shards) > 1:
-        files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        file_names = [
+            f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
+        ]
         weight_map = {
-            name: file for file, names in zip(files, shards, strict=True) for name in names
+            name: file for file, names in zip(file_names, shards, strict=True) for name in names
         }
         size = sum(array.nbytes for array in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(_to_json(index))
-    for file, names in zip(files, shards, strict=True):
+    for file, names in zip(file_names, shards, strict=True):
         content = safetensors_bytes({name: tensors[name] for name in names}, {"format": "pt"})
         (folder / file).write_bytes(content)
 
 
-def safetensors_bytes(
-    arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
-) -> bytes:
-    """The arrays as the content of a safetensors file; ValueError where the package is not installed."""
-    try:
-        from safetensors import numpy as safetensors
-    except ImportError:
-        raise ValueError("the package safetensors is needed: EXTRAS=export bash setup.sh") from None
-    return safetensors.save(dict(arrays), metadata)
-
-
 def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
-    """The names in groups, in order, each of at most SHARD_BYTES unless one tensor alone is more."""
+    """The names in groups of at most SHARD_BYTES, in order; a larger tensor is a group of its own."""
     shards: list[list[str]] = [[]]
     room = SHARD_BYTES
     for name, size in sizes.items():
@@ -234,13 +261,13 @@ def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
     return shards
 
 
-# ---- Tokenizer -------------------------------------------------------------------------------------------------------
+# ---- Tokenizer -----------------------------------------------------------------------------------
 
 
 def tokenizer_json(config: FrozenConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
-    """tokenizer.json of the config's tokenizer, which puts <|bos|> before every text unless told not to.
+    """tokenizer.json of the config's tokenizer; by default it adds <|bos|> before every text.
 
-    Raises ValueError for a SentencePiece model, whose normalization has no equal there.
+    Raises ValueError for a SentencePiece model, whose normalization the format cannot express.
     """
     if isinstance(tokenizer, BpeTokenizer):
         content = bpe_json(tokenizer)
@@ -248,7 +275,8 @@ def tokenizer_json(config: FrozenConfigDict, tokenizer: Tokenizer) -> dict[str, 
         content = _extended_json(config, tokenizer)
     else:
         raise ValueError(
-            f"tokenizer_type={config.tokenizer_type} has no tokenizer.json: bpe, tiktoken and huggingface have one"
+            f"tokenizer_type={config.tokenizer_type} has no tokenizer.json: only bpe, tiktoken and "
+            "huggingface have one"
         )
     bos = _special_names(config, tokenizer)["bos"]
     begin, text = (
@@ -265,7 +293,7 @@ def tokenizer_json(config: FrozenConfigDict, tokenizer: Tokenizer) -> dict[str, 
 
 
 def bpe_json(tokenizer: BpeTokenizer) -> dict[str, Any]:
-    """A BpeTokenizer in the format of the library `tokenizers`, without post-processor."""
+    """A BpeTokenizer in the format of the library tokenizers, without post-processor."""
     special = set(tokenizer.special)
     pieces = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
     ranks = {piece: i for i, piece in enumerate(pieces) if piece and i not in special}
@@ -275,16 +303,15 @@ def bpe_json(tokenizer: BpeTokenizer) -> dict[str, Any]:
         return "".join(letters[byte] for byte in piece)
 
     vocab = {spell(piece): i for piece, i in ranks.items()}
-    # An id that is neither a rank nor a special is left out by some published vocabularies.
+    # Some published vocabularies have ids that are neither ranks nor special tokens.
     others = {
         i: pieces[i].decode() or f"<|unused_{i}|>"
         for i in range(len(pieces))
         if i in special or not pieces[i]
     }
     last = max(ranks.values())
-    vocab |= {
-        name: i for i, name in others.items() if i < last
-    }  # the library numbers all others behind the last
+    # The library numbers all other tokens after the last rank.
+    vocab |= {name: i for i, name in others.items() if i < last}
     return {
         "version": "1.0",
         "truncation": None,
@@ -331,10 +358,10 @@ def bpe_json(tokenizer: BpeTokenizer) -> dict[str, Any]:
 
 
 def merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The two tokens of which each token is made, in order of rank.
+    """The pair of tokens that is merged into each token, in order of rank.
 
-    There is one such pair: where a token is about to be made, the merges inside its bytes have come about in the same
-    order as in those bytes alone. A token that they do not leave in two is only ever made of a whole word.
+    The pair is unique: BPE merges the bytes of a token in the same order inside a longer text as
+    alone. A token whose bytes do not end as two parts is only ever matched as a whole word.
     """
     for token, rank in sorted(ranks.items(), key=lambda entry: entry[1]):
         parts = [bytes([byte]) for byte in token]
@@ -350,7 +377,7 @@ def merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _extended_json(config: FrozenConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The config's tokenizer.json with the special tokens that it lacks."""
+    """The config's tokenizer.json with the missing special tokens added."""
     path = epath.Path(config.tokenizer_path).expanduser()
     content = _read_json(path) | {"truncation": None, "padding": None}
     added = {entry["id"]: entry for entry in content["added_tokens"]}
@@ -367,7 +394,7 @@ def _added_token(number: int, name: str) -> dict[str, Any]:
 
 
 def _special_names(config: FrozenConfigDict, tokenizer: Tokenizer) -> dict[str, str]:
-    """Name of each special token, by the fields of SpecialIds; a foreign vocabulary's <|bos|> has its own."""
+    """Name of each special token by field of SpecialIds; foreign tokenizers name <|bos|> differently."""
     pieces = {
         field: tokenizer.decode_bytes([i]).decode()
         for field, i in tokenizer.special._asdict().items()
@@ -396,7 +423,7 @@ def _tokenizer_config(config: FrozenConfigDict, names: Mapping[str, str]) -> dic
 
 
 def read_tokenizer(folder: epath.PathLike) -> BpeTokenizer | None:
-    """The BpeTokenizer that a folder's tokenizer.json was written from; None where it is of another kind."""
+    """The BpeTokenizer that a folder's tokenizer.json was written from, or None for another kind."""
     path = epath.Path(folder).expanduser() / "tokenizer.json"
     content = _read_json(path)
     try:

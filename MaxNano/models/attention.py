@@ -1,8 +1,7 @@
 """Attention: one table of kernels, KERNELS, and the functions that call them.
 
-To add a kernel, write a function and give it a row in KERNELS. A row says on which backends the kernel
-runs, where `attention=auto` picks it, which layout of queries, keys and values it takes, and what it
-cannot do.
+To add a kernel, write a function and give it a row in KERNELS: the backends on which it runs, those on
+which `attention=auto` picks it, the layout of queries, keys and values that it takes, and its limits.
 
 Legend: B batch, L length, T tokens, N heads, K kv_heads, G query heads per kv head, H head_dim.
 """
@@ -25,7 +24,7 @@ from MaxNano.models.kernels import flash
 from MaxNano.models.layers import apply_rotary, rms_norm
 
 SPLASH_RESIDUALS = "attention_out"
-"""Name under which a remat policy can keep splash's output and log-sum-exp, so that its forward runs once."""
+"""Name under which a remat policy keeps splash's output and log-sum-exp, so that its forward runs once."""
 
 _LANES = 128
 _HEAD_AXES = ("activation_batch", "activation_heads", None, None)
@@ -125,13 +124,10 @@ def attend(
     """
     if _row(kernel).separate:
         return KERNELS[kernel].run(qkv, tables, value_embed, heads, window, settings, rules)
-    batch, length, _ = qkv.shape
     q, k, v = split_heads(qkv, tables, value_embed, heads)
-    q = q.reshape(batch, length, -1, heads.head_dim)
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     y = attention(q, k, v, window=window, kernel=kernel, settings=settings, rules=rules)
     y = checkpoint_name(y, "attention_out")
-    return y.swapaxes(1, 2).reshape(batch, length, -1)
+    return y.swapaxes(1, 2).reshape(*qkv.shape[:2], -1)
 
 
 def split_heads(
@@ -140,21 +136,24 @@ def split_heads(
     value_embed: tuple[jax.Array, jax.Array] | None,
     heads: Heads,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries (..., T, K, G, H) and keys (..., T, K, H), rotated and normalized, and values as keys.
+    """Queries (..., N, T, H) and keys (..., K, T, H), rotated and normalized, and values like keys.
 
     qkv (..., T, K x (G + 2) x H) as projected; tables: cosines and sines (T, H / 2) or (..., T, H / 2);
     value_embed: rows (..., T, K x H) and their gates (..., K, T) float32, or None.
     """
     group = heads.group
     parts = qkv.reshape(*qkv.shape[:-1], heads.kv_heads, group + 2, heads.head_dim)
-    q, k, v = parts[..., :group, :], parts[..., group, :], parts[..., group + 1, :]
+    q = parts[..., :group, :].reshape(*qkv.shape[:-1], -1, heads.head_dim)
+    k, v = parts[..., group, :], parts[..., group + 1, :].swapaxes(-3, -2)
     if value_embed is not None:
         rows, gate = value_embed
-        rows = gate.swapaxes(-1, -2)[..., None] * rows.reshape(v.shape).astype(jnp.float32)
-        v = (v.astype(jnp.float32) + rows).astype(v.dtype)
-    flat = q.reshape(*q.shape[:-3], -1, heads.head_dim)
-    flat, k = (heads.scale * rms_norm(apply_rotary(x, tables), heads.epsilon) for x in (flat, k))
-    return flat.reshape(q.shape), k, v
+        rows = rows.reshape(k.shape).swapaxes(-3, -2)
+        v = (v.astype(jnp.float32) + gate[..., None] * rows.astype(jnp.float32)).astype(v.dtype)
+    q, k = (
+        heads.scale * rms_norm(apply_rotary(x, tables), heads.epsilon).swapaxes(-3, -2)
+        for x in (q, k)
+    )
+    return q, k, v
 
 
 def resolve(kernel: str, device: jax.Device, *, dtype: str, head_dim: int) -> str:
@@ -187,10 +186,10 @@ def _row(kernel: str) -> "Kernel":
 
 
 def cudnn_problem(device: jax.Device, dtype: str, head_dim: int) -> str | None:
-    """Why cuDNN's attention cannot run on a device, None if it can.
+    """Why cuDNN's attention cannot run on a device, or None.
 
-    Source: https://docs.nvidia.com/deeplearning/cudnn (fused flash attention), and the checks that JAX makes
-    (jax/_src/cudnn/fused_attention_stablehlo.py).
+    Sources: https://docs.nvidia.com/deeplearning/cudnn (fused flash attention), and JAX's own checks in
+    jax/_src/cudnn/fused_attention_stablehlo.py.
     """
     if device.platform != "gpu":
         return f"needs an NVIDIA GPU, this is {device.platform}"
@@ -210,15 +209,15 @@ def cudnn_problem(device: jax.Device, dtype: str, head_dim: int) -> str | None:
 
 
 def reference(q, k, v, window, settings, rules):
-    """All scores at once, masked: the definition, right anywhere, and the one to test others against."""
+    """All scores at once, masked: the definition, with which tests compare the other kernels."""
     del settings, rules
     return _block(q, k, v, window, first_query=0, first_key=0)
 
 
 def chunked(q, k, v, window, settings, rules):
-    """Blocks of `chunk` queries, each against only the keys that it can see.
+    """Blocks of `chunk` queries, each with only the keys that it can see.
 
-    The work falls from L x L to what causality and the window leave, rounded up to blocks.
+    This skips the scores that causality and the window mask, up to whole blocks.
     """
     del rules
     length = q.shape[2]
@@ -234,11 +233,11 @@ def chunked(q, k, v, window, settings, rules):
 
 
 def splash(q, k, v, window, settings, rules):
-    """JAX's block-sparse flash kernel for TPU, forward and backward; elsewhere Pallas interprets it, slowly.
+    """JAX's block-sparse flash kernel for TPU, forward and backward.
 
-    Blocks that a window hides are not visited. Lengths are padded up to whole tiles at the end, where causality
-    hides the padding from every real row. The compiler cannot cut a Pallas kernel up, so it runs on the local rows
-    and heads of each device.
+    Blocks outside the window are skipped. Lengths are padded at the end to whole tiles, where causality
+    hides the padding from all real positions. The compiler cannot partition a Pallas kernel, so it runs
+    on the local batch and heads of each device.
     Source: jax.experimental.pallas.ops.tpu.splash_attention.
     """
     length, head_dim = q.shape[2:]
@@ -316,7 +315,7 @@ KERNELS: dict[str, Kernel] = {
 def splash_blocks(
     length: int, window: int, settings: KernelSettings
 ) -> splash_attention.BlockSizes:
-    """The blocks for a window, each cut down to a multiple of 128 that divides what it is a part of."""
+    """Block sizes for a window, each reduced to a multiple of 128 that divides the size it splits."""
 
     def fit(size, whole):
         return max(n for n in range(_LANES, min(size, whole) + 1, _LANES) if whole % n == 0)
@@ -343,8 +342,10 @@ def splash_blocks(
 
 @functools.lru_cache
 def splash_kernel(length: int, window: int, settings: KernelSettings):
-    """One sequence's kernel, q (N, L, H), k and v (K, L, H). All heads share one mask; its tables are NumPy arrays,
-    so that the kernel outlives the trace that asked for it first."""
+    """The kernel of one sequence, q (N, L, H), k and v (K, L, H), with one mask for all heads.
+
+    Its tables are NumPy arrays, so that the cached kernel outlives the trace that created it.
+    """
     shape = (length, length)
     if window >= length - 1:
         mask = splash_attention.CausalMask(shape)
@@ -363,9 +364,9 @@ def splash_kernel(length: int, window: int, settings: KernelSettings):
 
 
 def _on_local_blocks(kernel, arrays, logical_axes, out_axes, rules, kv_heads):
-    """Call kernel(*arrays) on each device's rows and heads, over the axes of the ambient mesh not yet manual.
+    """kernel(*arrays) on each device's batch and heads, over the axes of the ambient mesh not yet manual.
 
-    logical_axes: of each array; out_axes: of the result. Heads are cut where that divides the kv heads.
+    logical_axes: of each array; out_axes: of the result. Heads are sharded if that divides the kv heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = [
@@ -400,7 +401,7 @@ def _on_local_blocks(kernel, arrays, logical_axes, out_axes, rules, kv_heads):
 
 
 def _block(q, k, v, window, *, first_query: int, first_key: int):
-    """Queries at first_query ... against keys at first_key ...: one masked softmax."""
+    """One masked softmax: queries from position first_query on, keys from position first_key on."""
     batch, heads, queries, head_dim = q.shape
     kv_heads = k.shape[1]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, queries, head_dim)

@@ -1,7 +1,7 @@
-"""Rows of tables by token, and their gradient: the sum of the rows of each token.
+"""Embedding lookup, and the gradient of the tables: the sum of the rows of each token.
 
-A table's gradient is a scatter of as many rows as there are tokens. On a TPU the rows are put in the order of their
-tokens and summed tile by tile by a Pallas kernel; one order serves all tables of a batch.
+The gradient of a table is a scatter of one row per token. On a TPU the rows are sorted by token and a
+Pallas kernel sums them tile by tile. All tables of a batch use the same sorted order.
 
 Legend: T tokens (flat), V vocab, W width of a row, E tables.
 """
@@ -17,14 +17,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 METHODS = ("scatter", "sorted", "one_hot")
 
-_LARGEST_TILE = 256  # table rows, and gradient rows, that the kernel takes at a time
+_LARGEST_TILE = 256  # table rows, and gradient rows, that the kernel processes at a time
 _SUBLANES = 16
 
 
 def resolve(method: str, mesh: jax.sharding.Mesh) -> str:
-    """The gradient method that embedding_gradient=auto means on a mesh.
+    """The gradient method to use on a mesh; embedding_gradient=auto picks one.
 
-    Sorted needs tables that lie whole on each device while a step uses them.
+    The sorted method needs tables that each device holds whole during a step.
     """
     if method != "auto":
         return method
@@ -33,7 +33,7 @@ def resolve(method: str, mesh: jax.sharding.Mesh) -> str:
 
 
 class Order(NamedTuple):
-    """The tokens of a batch, flat (T,), and where each stands among them when they are sorted."""
+    """The tokens of a batch, flat (T,), and their sorted order if the gradient method needs it."""
 
     tokens: jax.Array
     permutation: jax.Array | None
@@ -41,7 +41,7 @@ class Order(NamedTuple):
 
 
 def order(tokens: jax.Array, method: str) -> Order:
-    """Prepare tokens of any shape for `lookup` with a gradient method: scatter, sorted or one_hot."""
+    """The Order of tokens of any shape for a gradient method: scatter, sorted or one_hot."""
     tokens = tokens.reshape(-1)
     if method != "sorted":
         return Order(tokens, None, None)
@@ -57,19 +57,25 @@ def rows(tables: jax.Array, index: jax.Array | int, tokens: jax.Array) -> jax.Ar
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def lookup(
-    own: jax.Array, tables: jax.Array, index: jax.Array, tokens: Order, method: str, interpret: bool
+    table: jax.Array,
+    tables: jax.Array,
+    index: jax.Array,
+    tokens: Order,
+    method: str,
+    interpret: bool,
 ) -> jax.Array:
     """Rows (T, W) of table `index` of `tables` (E, V, W).
 
-    Gradients go to `own` (V, W), which must be that table and is never read: inside a loop over layers this lets the
-    forward pass read the stack of tables in place and the backward pass write each gradient once.
+    The gradient goes to `table` (V, W), which must be that table and is never read. In a scan over layers
+    the forward pass then reads the stack of tables in place, and the backward pass writes each gradient
+    once.
     """
     return rows(tables, index, tokens.tokens)
 
 
-def _lookup_forward(own, tables, index, tokens, method, interpret):
-    # Of `own` only shape and dtype are needed; an empty slice carries them.
-    return lookup(own, tables, index, tokens, method, interpret), (own[:, :0], tokens)
+def _lookup_forward(table, tables, index, tokens, method, interpret):
+    # The backward pass needs only the shape and dtype of `table`; an empty slice carries them.
+    return lookup(table, tables, index, tokens, method, interpret), (table[:, :0], tokens)
 
 
 def _lookup_backward(method, interpret, residuals, cotangent):
@@ -84,7 +90,7 @@ lookup.defvjp(_lookup_forward, _lookup_backward)
 def table_gradient(
     rows: jax.Array, tokens: Order, size: int, method: str, interpret: bool
 ) -> jax.Array:
-    """Sum over the tokens of `rows` (T, W) for each of `size` tokens: (size, W), added up in float32."""
+    """The sum of the `rows` (T, W) of each token, in float32: (size, W)."""
     if method == "scatter":
         zeros = jnp.zeros((size, rows.shape[1]), jnp.float32)
         return zeros.at[tokens.tokens].add(rows.astype(jnp.float32))
@@ -95,7 +101,7 @@ def table_gradient(
 
 
 def _sorted_sum(rows, ordered, size, interpret):
-    """`rows` (T, W) in the order of their tokens `ordered` (T,) -> (size, W) in rows' dtype."""
+    """The sum of `rows` (T, W), sorted by their tokens `ordered` (T,) -> (size, W) in rows' dtype."""
     total, width = rows.shape
     if size % _SUBLANES:
         raise ValueError(
@@ -125,7 +131,7 @@ def _sorted_sum(rows, ordered, size, interpret):
         out_shape=jax.ShapeDtypeStruct((size, width), rows.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         cost_estimate=pl.CostEstimate(
-            # Each tile of the table looks at its own rows, and at two blocks more where it begins and ends.
+            # Each tile of the table reads its rows, and parts of two more blocks at its ends.
             flops=2 * (total + size // tile * taken) * tile * width,
             transcendentals=0,
             bytes_accessed=(total + size // tile * taken + size) * width * rows.dtype.itemsize,
@@ -136,10 +142,10 @@ def _sorted_sum(rows, ordered, size, interpret):
 
 
 def _sum_kernel(starts, ids, rows, out, buffer, total, arrived, *, tile, taken):
-    """One tile of the table: every block of rows that has some of its tokens, two in flight."""
-    own = pl.program_id(0)
-    first = starts[own] // taken
-    stop = (starts[own + 1] + taken - 1) // taken
+    """One tile of the table: sums every block of rows that has some of its tokens, two in flight."""
+    index = pl.program_id(0)
+    first = starts[index] // taken
+    stop = (starts[index + 1] + taken - 1) // taken
 
     def fetch(block, slot):
         return pltpu.make_async_copy(
@@ -161,7 +167,7 @@ def _sum_kernel(starts, ids, rows, out, buffer, total, arrived, *, tile, taken):
             fetch(block + 1, 1 - slot).start()
 
         fetch(block, slot).wait()
-        token = own * tile + jax.lax.broadcasted_iota(jnp.int32, (tile, taken), 0)
+        token = index * tile + jax.lax.broadcasted_iota(jnp.int32, (tile, taken), 0)
         hot = (token == ids[block]).astype(buffer.dtype)
         total[...] += _dot(hot, buffer[slot], ((1,), (0,)))
 

@@ -14,7 +14,7 @@ WHOLE_VOCAB = 8192
 
 
 def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
-    """cap x tanh(logits / cap); cap 0 leaves them alone."""
+    """cap x tanh(logits / cap); a cap of 0 is off."""
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
@@ -27,7 +27,7 @@ def logits(hidden: jax.Array, rows: jax.Array, cap: float) -> jax.Array:
 
 
 def vocab_chunk(vocab_size: int, chunk: int | None) -> int:
-    """Vocabulary rows at a time that `vocab_chunk_size` means; null keeps a small vocabulary whole."""
+    """Vocabulary rows per chunk for a value of `vocab_chunk_size`; null keeps a small vocabulary whole."""
     if chunk is None:
         return 0 if vocab_size <= WHOLE_VOCAB else WHOLE_VOCAB
     return min(chunk, vocab_size)
@@ -39,8 +39,8 @@ def token_losses(
     """Negative log-likelihood of each target in nats, float32 (B, L), 0 where the target is -1.
 
     hidden (B, L, D); head (padded V, D), of which the first `vocab_size` rows count; targets (B, L) int32.
-    `chunk` vocabulary rows are scored at a time and scored again in the backward pass, so that no (B, L, V)
-    array lives; 0 scores all at once and keeps the logits instead.
+    `chunk` vocabulary rows are scored at a time, and again in the backward pass, so that no (B, L, V)
+    array exists; 0 scores all at once and keeps the logits.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     return _token_losses(flat, head, targets.reshape(-1), vocab_size, cap, chunk).reshape(
@@ -51,11 +51,11 @@ def token_losses(
 def clipped_policy_losses(
     losses: jax.Array, drawn: jax.Array, weights: jax.Array, clip: float
 ) -> jax.Array:
-    """What each token adds to the loss of reinforcement learning when its ratio counts only within 1 +- clip.
+    """PPO's clipped surrogate loss of each token, with ratios clipped to 1 +- clip.
 
-    The ratio is that of a token's probability now to the one with which it was drawn, of which `drawn` is minus the
-    log, nan where it is not known: then the ratio is 1. `losses` are minus the log of the probability now, `weights`
-    the advantages. At a ratio of 1 the gradient is that of losses x weights.
+    losses: negative log-probabilities under the current policy; drawn: those under the policy that
+    sampled the tokens, nan where unknown, which makes the ratio 1; weights: advantages. At a ratio of 1
+    the gradient is that of losses x weights.
     Source: https://arxiv.org/abs/1707.06347 (PPO).
     """
     ratio = jnp.exp(jnp.where(jnp.isnan(drawn), jax.lax.stop_gradient(losses), drawn) - losses)
@@ -63,9 +63,10 @@ def clipped_policy_losses(
 
 
 def divergence(losses: jax.Array, reference: jax.Array) -> jax.Array:
-    """An estimate of the divergence from a reference model at each drawn token, never negative, in nats.
+    """An estimate of the KL divergence from a reference model at each sampled token, in nats, at least 0.
 
-    Both are minus the token's log-probability. Source: http://joschu.net/blog/kl-approx.html (its k3).
+    losses, reference: the token's negative log-probabilities under the two models.
+    Source: http://joschu.net/blog/kl-approx.html (its k3).
     """
     log_ratio = losses - reference
     return jnp.exp(log_ratio) - log_ratio - 1
@@ -73,16 +74,16 @@ def divergence(losses: jax.Array, reference: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _token_losses(hidden, head, targets, vocab_size, cap, chunk):
-    """The same for hidden (T, D) and targets (T,)."""
+    """token_losses for hidden (T, D) and targets (T,)."""
     return _forward(hidden, head, targets, vocab_size, cap, chunk)[0]
 
 
 class _Sums(NamedTuple):
-    """What is known of every token (T,) from the part of the vocabulary scored so far."""
+    """Running sums of every token (T,) over the vocabulary rows scored so far."""
 
-    highest: jax.Array  # logit; with a soft cap not needed
-    total: jax.Array  # of exponentials, less the cap or the highest
-    at_target: jax.Array  # logit
+    highest: jax.Array  # highest logit; not needed with a soft cap
+    total: jax.Array  # sum of exp(logit - cap), or of exp(logit - highest)
+    at_target: jax.Array  # the target's logit
 
 
 def _forward(hidden, head, targets, vocab_size, cap, chunk):
@@ -138,7 +139,7 @@ def _backward(vocab_size, cap, chunk, residuals, cotangent):
 
 
 def _parts(head, vocab_size, chunk):
-    """(first ids, rows of the head) of equal chunks, n at once (n,), (n, V', D); then of the rest, if there is one."""
+    """(first ids (n,), rows of the head (n, V', D)) of all equal chunks; then of the rest, if any."""
     chunk = min(chunk or vocab_size, vocab_size)
     number, rest = divmod(vocab_size, chunk)
     whole = number * chunk
@@ -149,7 +150,7 @@ def _parts(head, vocab_size, chunk):
 
 
 def _each(function, carry, arrays):
-    """lax.scan over the leading axis, which compiles its body once; an axis of one needs no loop."""
+    """lax.scan over the leading axis, or a plain call if its size is 1."""
     if len(arrays[0]) > 1:
         return jax.lax.scan(function, carry, arrays)
     return function(carry, tuple(x[0] for x in arrays))

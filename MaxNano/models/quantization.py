@@ -1,17 +1,18 @@
-"""Matrix products in 8 bits while training, with scales found anew for every product.
+"""Quantized training: matrix products in 8 bits, with dynamic scales.
 
-Both operands are divided by a scale, rounded to 8 bits and multiplied; the sums, in 32 bits, are multiplied by the
-scales. The gradient goes straight through the rounding.
+Both operands are divided by a scale, rounded to 8 bits and multiplied. The sums, in 32 bits, are
+multiplied by the scales. The gradient is a straight-through estimate.
 
-int8, for TPUs, whose matrix units multiply it twice as fast as bfloat16: a scale for each row and each column that are
-multiplied, so that a token with large numbers costs the others no digits. The gradient of the activations is computed
-so too; that of the weights, which sums over all tokens, is not.
-fp8, for NVIDIA GPUs: one scale for each operand, activations and weights in e4m3, gradients in e5m2, and all three
-products in 8 bits.
+int8, for TPUs, which multiply it twice as fast as bfloat16: one scale per row and per column, so that a
+token with large numbers costs other tokens no precision. The gradient of the activations is quantized
+too; that of the weights, which sums over all tokens, is not.
+fp8, for NVIDIA GPUs: one scale per operand; activations and weights in e4m3, gradients in e5m2; all
+three products in 8 bits.
 
 Legend: T tokens, D inputs, F outputs.
-Source: AQT (https://github.com/google/aqt) as MaxText's int8 has it with quantization_local_shard_count=0, but for its
-random rounding of gradients; FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433.
+Source: AQT (https://github.com/google/aqt) as in MaxText's int8 with quantization_local_shard_count=0,
+without its stochastic rounding of gradients; FP8 Formats for Deep Learning,
+https://arxiv.org/abs/2209.05433.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ FP8_COMPUTE_CAPABILITY = 8.9  # of the first NVIDIA GPUs that multiply fp8
 
 
 def check(kind: str, devices: Sequence[jax.Device]) -> None:
-    """ValueError where the devices do not gain from the kind; on a CPU all can be tried."""
+    """Raises ValueError if the devices do not support the kind; a CPU runs all kinds, for tests."""
     device = devices[0]
     if kind != "fp8" or device.platform == "cpu":
         return
@@ -34,7 +35,7 @@ def check(kind: str, devices: Sequence[jax.Device]) -> None:
         )
     if float(device.compute_capability) < FP8_COMPUTE_CAPABILITY:
         raise ValueError(
-            f"quantization=fp8 needs an H100 or its kin, this is {device.device_kind}: choose int8"
+            f"quantization=fp8 needs an H100 or newer, this is {device.device_kind}: choose int8"
         )
 
 
@@ -45,7 +46,7 @@ def matmul(x: jax.Array, w: jax.Array, kind: str) -> jax.Array:
 
 
 def _scale(x: jax.Array, largest: float, axis: int | None) -> jax.Array:
-    """What x is divided by so that its largest number along `axis`, or of all, becomes `largest`; float32."""
+    """The divisor that makes the largest magnitude of x, along `axis` or overall, `largest`; float32."""
     top = jnp.max(jnp.abs(x), axis=axis, keepdims=True).astype(jnp.float32)
     return jnp.where(top > 0, top / largest, 1.0)
 
@@ -61,7 +62,7 @@ def _dot(x: jax.Array, w: jax.Array, x_axis: int, w_axis: int, dtype) -> jax.Arr
 
 
 def _int8(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """(x in int8, scales), a scale for each line along `axis`."""
+    """(x in int8, scales), with one scale per line along `axis`."""
     scale = _scale(x, INT8_MAX, axis)
     return jnp.round(x.astype(jnp.float32) / scale).astype(jnp.int8), scale
 
@@ -97,7 +98,7 @@ def _fp8(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     """(x in an 8-bit float, its scale)."""
     largest = float(jnp.finfo(dtype).max)
     scale = _scale(x, largest, None)
-    # Rounding could take the largest number past the range, where e4m3 has only NaN.
+    # Rounding could take the largest number out of range, where e4m3 has only NaN.
     return jnp.clip(x.astype(jnp.float32) / scale, -largest, largest).astype(dtype), scale
 
 
@@ -114,7 +115,7 @@ def _fp8_matmul(x, w):
 
 def _fp8_forward(x, w):
     x8, w8 = _fp8(x, jnp.float8_e4m3fn), _fp8(w, jnp.float8_e4m3fn)
-    # Eight bits are all that is kept for the backward pass; the empty array tells the weights' dtype.
+    # The backward pass keeps only 8 bits; the empty array carries the weights' dtype.
     return _fp8_dot(x8, w8, 1, 0, x.dtype), (x8, w8, jnp.zeros(0, w.dtype))
 
 

@@ -1,4 +1,4 @@
-"""What a model is made of before any array exists: config, mesh, numerics, architecture, shardings.
+"""A model before any array exists: config, mesh, numerics, architecture, shardings.
 
 Training, inference and evaluation all start from a ModelSetup.
 """
@@ -32,7 +32,7 @@ class Architecture:
 
 
 def architecture(config: FrozenConfigDict, numerics: Numerics) -> Architecture:
-    """The model's structure, found without allocating anything."""
+    """The model's structure, without allocating any array."""
     model = nnx.eval_shape(lambda: Transformer(config, numerics, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
     # PartitionSpec is a leaf to jax.tree, which a tuple of names is not.
@@ -45,7 +45,7 @@ def architecture(config: FrozenConfigDict, numerics: Numerics) -> Architecture:
 
 
 def numerics_of(config: FrozenConfigDict, mesh: Mesh) -> Numerics:
-    """What the devices of a mesh decide."""
+    """The dtypes and kernels for the devices of a mesh."""
     device = mesh.devices.flat[0]
     backend = device.platform
     dtype = hardware.compute_dtype(config, backend)
@@ -97,7 +97,7 @@ class ModelSetup:
 
     @property
     def replicated(self) -> NamedSharding:
-        """Sharding of an array that every device holds whole: what the hosts read."""
+        """Sharding of an array that every device holds whole, so that each host can read it."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def manual_specs(self, tree: Any) -> Any:

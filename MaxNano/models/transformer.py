@@ -45,11 +45,11 @@ ValueEmbed = tuple[jax.Array, jax.Array]
 """Rows of a table of value embeddings (..., T, K x H), and their gates (..., K, T) in float32."""
 
 
-# ---- What is static ------------------------------------------------------------------------------
+# ---- Kinds of layers -----------------------------------------------------------------------------
 
 
 class Numerics(NamedTuple):
-    """What the backend decides and the config leaves open: dtypes by name, kernels, and the backend."""
+    """The choices that depend on the backend: dtypes by name, kernels, and the backend itself."""
 
     dtype: str
     embedding_dtype: str
@@ -59,7 +59,7 @@ class Numerics(NamedTuple):
 
 
 class LayerKind(NamedTuple):
-    """What is static about a layer: its window in tokens, and whether it has a value embedding."""
+    """The static facts of a layer: its window in tokens, and whether it has a value embedding."""
 
     window: int
     has_value_embed: bool
@@ -101,11 +101,11 @@ def repetition(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
 
 
 class Context(NamedTuple):
-    """What training, prefill, decoding and CORE do differently.
+    """The differences between training, prefill, decoding and CORE.
 
-    attend(qkv, value_embed, kind, index) -> (y (..., T, N x H), what it keeps of the layer). qkv
-        (..., T, K x (G + 2) x H) is as projected; value_embed may be None; index is the layer's number,
-        None inside the scan. It may return fewer tokens than it got: then the last ones continue.
+    attend(qkv, value_embed, kind, index) -> (y (..., T, N x H), state that the layer leaves, such as its
+        KV cache). qkv (..., T, K x (G + 2) x H) is as projected; value_embed may be None; index is the
+        layer's number, None inside the scan. It may return fewer tokens: then only the last ones continue.
     lookup(tables (E, V, W), index, table) -> rows (..., T, W) of table `index` for the tokens, in the
         compute dtype. `table` is where the gradient goes: see embedding.lookup.
     previous(x) -> the embeddings of the tokens before those of x (..., T, D).
@@ -139,16 +139,16 @@ class Stack(NamedTuple):
 def forward(
     config: FrozenConfigDict, weights: dict[str, Any], stack: Stack, context: Context
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Normalized final hidden states (..., T, D), and what `attend` kept of each layer.
+    """Normalized final hidden states (..., T, D), and the state that `attend` left for each layer.
 
     weights: token_embed (V, D), value_embeds (E, V, K x H) and the scalars of smear and backout,
     named as the parameters are.
     """
     x = embed(config, weights, context)
-    x, middle, kept = run_layers(config, weights, stack, x, context)
+    x, middle, states = run_layers(config, weights, stack, x, context)
     if config.use_backout:
         x = mix(x, jnp.float32(1), _last(middle, x), -weights["backout_lambda"])
-    return rms_norm(x, config.norm_epsilon), kept
+    return rms_norm(x, config.norm_epsilon), states
 
 
 def head(config: FrozenConfigDict, hidden: jax.Array, lm_head: jax.Array) -> jax.Array:
@@ -177,7 +177,7 @@ def block(
     attend: Callable[[jax.Array, ValueEmbed | None], tuple[jax.Array, Any]],
     matmul: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> tuple[jax.Array, Any]:
-    """One layer: x and the embeddings x0 (..., T, D) -> (x (..., T', D), what `attend` kept).
+    """One layer: x and the embeddings x0 (..., T, D) -> (x (..., T', D), the state of `attend`).
 
     value_rows: (..., at least T, K x H), the last T of them used, or None. T' is the number of tokens
     that `attend` returns.
@@ -189,11 +189,11 @@ def block(
         value_embed = _last(value_rows, h), value_gate(config, layer["value"]["gate"], h)
     qkv = checkpoint_name(matmul(h, layer["attention"]["qkv"]), "qkv")
     with jax.named_scope("attend"):
-        y, kept = attend(_constrain(qkv, "activation_heads", config), value_embed)
+        y, state = attend(_constrain(qkv, "activation_heads", config), value_embed)
     x = residual(_last(x, y) + matmul(y, layer["attention"]["out"]), config)
     x = checkpoint_name(x, "attention_residual")
     h = rms_norm(x, config.norm_epsilon)
-    return residual(x + layers.mlp(layer["mlp"], h, matmul), config), kept
+    return residual(x + layers.mlp(layer["mlp"], h, matmul), config), state
 
 
 def value_gate(config: FrozenConfigDict, gate: jax.Array, h: jax.Array) -> jax.Array:
@@ -207,7 +207,7 @@ def value_gate(config: FrozenConfigDict, gate: jax.Array, h: jax.Array) -> jax.A
 def run_layers(
     config: FrozenConfigDict, weights: dict[str, Any], stack: Stack, x: jax.Array, context: Context
 ) -> tuple[jax.Array, jax.Array, tuple[Any, ...]]:
-    """All layers; returns the last output, that of layer num_decoder_layers // 2, and what was kept."""
+    """All layers: the last output, the output of layer num_decoder_layers // 2, and the layers' states."""
     x0, middle_layer = x, len(stack.kinds) // 2
     in_scan = stack.period * stack.groups
 
@@ -222,26 +222,28 @@ def run_layers(
     def step(carry, scanned):
         x, middle = carry
         group, weights_of_group = scanned
-        run, kept = context.wrap(run_layer, True), []
+        run, states = context.wrap(run_layer, True), []
         for j, layer in enumerate(stack.layers_of(weights_of_group)):
             x, state = run(x, layer, stack.kinds[j], None)
-            kept.append(state)
+            states.append(state)
             if middle_layer < in_scan and j == middle_layer % stack.period:
                 middle = jnp.where(group == middle_layer // stack.period, x, middle)
-        return (x, middle), tuple(kept)
+        return (x, middle), tuple(states)
 
-    middle, kept = x, []
+    middle, states = x, []
     if in_scan:
         scanned = (jnp.arange(stack.groups), stack.scanned)
         (x, middle), stacked = jax.lax.scan(step, (x, x), scanned)
-        kept = [jax.tree.map(lambda a, g=g: a[g], s) for g in range(stack.groups) for s in stacked]
+        states = [
+            jax.tree.map(lambda a, g=g: a[g], s) for g in range(stack.groups) for s in stacked
+        ]
     run = context.wrap(run_layer, False)
     for index, layer in enumerate(stack.tail, in_scan):
         x, state = run(x, layer, stack.kinds[index], index)
-        kept.append(state)
+        states.append(state)
         if index == middle_layer:
             middle = x
-    return x, middle, tuple(kept)
+    return x, middle, tuple(states)
 
 
 def residual(x: jax.Array, config: FrozenConfigDict) -> jax.Array:
@@ -378,7 +380,7 @@ class Part(nnx.Module):
         bound = scale * (3 / config.emb_dim) ** 0.5
         for name, axes in scaling.BLOCK[part].items():
             shape = (config.num_decoder_layers, *(sizes[axis] for axis in axes))
-            # What writes to the residual stream starts at zero: a new model's blocks change nothing.
+            # Matrices that write to the residual stream start at zero.
             init = constant(0.0) if axes[1] == "embed" else uniform(-bound, bound)
             setattr(self, name, parameter(rngs, shape, ("layers", *axes), init))
 
@@ -523,7 +525,7 @@ def kept_residuals(config: FrozenConfigDict) -> tuple[str, ...] | None:
 
 
 def _rematerialize(run_layer, config, scanned: bool):
-    """`run_layer` with the config's remat policy: the backward pass recomputes what is not kept.
+    """`run_layer` with the config's remat policy, which names the results that are not recomputed.
 
     Outside a scan only a barrier keeps the compiler from merging the two computations; inside one
     it cannot merge them, and a barrier would only cost copies.

@@ -1,1 +1,1 @@
-"""Muon and AdamW as optax transformations, which parameters each of them trains, and the schedules."""
+"""The optimizer: parameter groups, Muon, AdamW and their schedules. No model, no training step."""

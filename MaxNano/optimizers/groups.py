@@ -27,7 +27,7 @@ TUNED_WIDTH = 768  # emb_dim at which the learning rates of tables and head were
 class ParameterGroup(NamedTuple):
     """Parameters that share an optimizer and its hyperparameters, scaling laws applied.
 
-    The schedules of the learning rate and of Muon's momentum and weight decay come on top.
+    Schedules then vary the learning rate, and Muon's momentum and weight decay.
     """
 
     name: str

@@ -1,12 +1,15 @@
-"""Chat tasks: data sets as conversations, most of them with a way to judge an answer.
+"""Chat tasks: data sets as conversations, most of them with a way to grade an answer.
 
     task = tasks.open_task(config, "GSM8K/test")
     conversation = task.conversation(0)
     task.evaluate(conversation, "... #### 18")
 
-A task is written NAME/SPLIT, as MMLU/auxiliary_train; json:FILE, for conversations of your own; or
-chat:OWNER/NAME/SUBSET/SPLIT, for any hub data set with a column `messages`. A new one is a class
-and a row of TASKS.
+A task's name in config is NAME/SPLIT, such as MMLU/auxiliary_train; json:FILE, for your own
+conversations; or chat:OWNER/NAME/SUBSET/SPLIT, for a hub data set with a column `messages`.
+
+To add a chat task, write its class in a file in this folder (gsm8k.py is a short example; base.py
+has the base classes) and add a row to TASKS. Training mixtures, evaluation and RL then accept its
+name.
 """
 
 import difflib
@@ -34,11 +37,11 @@ TASKS: dict[str, Callable[[Any, str], Task]] = {
 
 
 def open_task(config: Any, name: str) -> Task:
-    """The task of a name as config writes it; ValueError where there is none or its data are missing."""
+    """Open the task of a name in config. Raises ValueError if it is unknown or its data is missing."""
     kind, _, argument = re.fullmatch(r"([^/:]*)([/:]?)(.*)", name, re.DOTALL).groups()
     if kind not in TASKS:
         names = {task.lower(): task for task in TASKS}
         near = difflib.get_close_matches(kind.lower(), names, n=1)
-        hint = f"did you mean {names[near[0]]}?" if near else f"there are {', '.join(TASKS)}"
-        raise ValueError(f"there is no task {name!r}; {hint}")
+        hint = f"did you mean {names[near[0]]}?" if near else f"tasks are {', '.join(TASKS)}"
+        raise ValueError(f"unknown task {name!r}; {hint}")
     return TASKS[kind](config, argument)

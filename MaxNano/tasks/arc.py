@@ -1,4 +1,4 @@
-"""ARC: science questions of school examinations, an easy and a challenging set.
+"""ARC: science questions from school tests, an easy and a challenging set.
 
 Data: allenai/ai2_arc (CC BY-SA 4.0). Source: nanochat/tasks/arc.py@92d63d4.
 """
@@ -19,18 +19,18 @@ class _Arc(MultipleChoice, HubTask):
 
     def conversation(self, index: int) -> Conversation:
         row = self.rows[index]
-        letters = row["choices"]["label"]  # some questions have digits for letters
+        letters = row["choices"]["label"]  # some questions use digits instead of letters
         prompt = multiple_choice_prompt(row["question"], letters, row["choices"]["text"])
         return dialogue(prompt, row["answerKey"], letters=letters)
 
 
 class ArcEasy(_Arc):
-    """The questions that simple methods answer."""
+    """Questions that simple methods answer correctly."""
 
     subset = "ARC-Easy"
 
 
 class ArcChallenge(_Arc):
-    """The questions that simple methods fail at."""
+    """Questions that simple methods get wrong."""
 
     subset = "ARC-Challenge"

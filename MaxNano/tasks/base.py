@@ -1,7 +1,7 @@
-"""What every chat task has in common: the interface, rows of hub data sets, prompts and grading.
+"""The base of the chat tasks: the interface, rows of hub data sets, prompts and grading.
 
-A task is a sequence of conversations {"messages": [...], ...} and, unless it is only trained on, a
-way to judge an answer. The same data give the same conversations in the same order, always.
+A task is a sequence of conversations {"messages": [...], ...} and, unless it is for training only,
+a way to grade an answer. The same data gives the same conversations in the same order.
 Source: nanochat/tasks/common.py@92d63d4.
 """
 
@@ -20,18 +20,18 @@ from etils import epath
 
 Conversation = dict[str, Any]
 
-# The seed by which the rows of every hub data set are shuffled: part of which problem is the n-th.
+# Shuffles the rows of every hub data set; it determines which problem has which index.
 _SHUFFLE_SEED = 42
 _FINAL_NUMBER = re.compile(r"#### (-?[0-9.,]+)")
 
 
 class Task(abc.ABC):
-    """Conversations by index; the last message of each is the assistant's right answer.
+    """Conversations by index; the last message of each is the assistant's correct answer.
 
-    kind says how a model is asked: "categorical", by its logits over the conversation's "letters";
-    "generative", by what it writes; None where nothing is asked, and the task is only trained on.
-    baseline is the accuracy of guessing. Built as `Task(config, argument)`, where the argument is
-    the split, or whatever else stands behind the task's name.
+    kind is how a model answers: "categorical", by its logits over the conversation's "letters";
+    "generative", by the text it generates; None if the task is for training only. baseline is the
+    accuracy of guessing. Built as `Task(config, argument)`, where the argument is the split, or the
+    rest of the task's name in config.
     """
 
     kind: str | None = None
@@ -42,19 +42,19 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def conversation(self, index: int) -> Conversation:
-        """The conversation at 0 <= index < len(self), made anew at each call."""
+        """A new copy of the conversation at 0 <= index < len(self)."""
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether `completion`, a text, answers the conversation as its last message would."""
+        """Whether the text `completion` is a correct answer to the conversation."""
         raise NotImplementedError(f"{type(self).__name__} is only trained on")
 
     def reward(self, conversation: Conversation, completion: str) -> float:
-        """What reinforcement learning gives for `completion`."""
+        """The reward of `completion` in reinforcement learning."""
         return float(self.evaluate(conversation, completion))
 
 
 class MultipleChoice(Task):
-    """A task whose answer is one of the conversation's letters."""
+    """A task whose answer is a letter of the conversation's "letters"."""
 
     kind = "categorical"
     baseline = 0.25
@@ -64,7 +64,7 @@ class MultipleChoice(Task):
 
 
 def dialogue(question: str, answer: str | list[dict[str, str]], **facts: Any) -> Conversation:
-    """A conversation of one question and its answer; facts stand beside the messages."""
+    """A conversation of one question and its answer; facts are further keys of it."""
     messages = [
         {"role": "user", "content": question},
         {"role": "assistant", "content": answer},
@@ -73,9 +73,9 @@ def dialogue(question: str, answer: str | list[dict[str, str]], **facts: Any) ->
 
 
 def multiple_choice_prompt(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """The question, a line for each choice with its letter behind it, and what is asked for.
+    """The question, a line per choice that ends in its letter, and the instruction.
 
-    No space before the letter: the token there is then the one that the answer consists of.
+    There is no space before the letter, so that it is the same token as the answer.
     """
     lines = [f"- {choice}={letter}" for letter, choice in zip(letters, choices, strict=True)]
     return "\n".join(
@@ -89,16 +89,13 @@ def multiple_choice_prompt(question: str, letters: Sequence[str], choices: Seque
 
 
 def final_number(text: str) -> str | None:
-    """The number behind the first "#### " of a text, without commas; None where there is none.
-
-    A dot that ends the sentence does not belong to it.
-    """
+    """The number after the first "#### " of a text, without commas and a final dot; None if none."""
     match = _FINAL_NUMBER.search(text)
     return (match[1].replace(",", "").rstrip(".") or None) if match else None
 
 
 def same_final_number(conversation: Conversation, completion: str) -> bool:
-    """Whether a completion ends in the number that the last part of the answer ends in."""
+    """Whether the final number of a completion equals that of the conversation's answer."""
     right = final_number(conversation["messages"][-1]["content"][-1]["text"])
     return right is not None and final_number(completion) == right
 
@@ -106,7 +103,7 @@ def same_final_number(conversation: Conversation, completion: str) -> bool:
 # ---- Hub data sets ------------------------------------------------------------------------------
 
 MANIFEST = "manifest.json"  # lists the parquet files that make a split whole
-# The files of one split by name, each with what opens it.
+# The files of one split by name, each with a function that opens it.
 _Files = Mapping[str, Callable[[], IO[bytes]]]
 
 
@@ -126,7 +123,7 @@ class Rows:
 
 
 class HubTask(Task):
-    """A task whose rows are a split of a data set on the hub."""
+    """A task whose rows are a split of a hub data set."""
 
     repository: str  # OWNER/NAME
     subset: str
@@ -142,56 +139,56 @@ class HubTask(Task):
 
 
 def check_split(split: str, splits: Sequence[str], what: str) -> None:
-    """Raise ValueError where a data set has no such split."""
+    """Raise ValueError if a data set does not have the split."""
     if split not in splits:
         raise ValueError(
-            f"{what} has no split {split!r}; write /SPLIT behind the task: {', '.join(splits)}"
+            f"{what} has no split {split!r}; write TASK/SPLIT with one of {', '.join(splits)}"
         )
 
 
 def load_rows(
     config: Any, repository: str, subset: str, split: str, columns: Sequence[str]
 ) -> Rows:
-    """Some columns of one split of a hub data set: from config.chat_data, or over the network.
+    """Load columns of one split of a hub data set, from config.chat_data or from the hub.
 
-    chat_data is a folder or a tar archive with parquet files in OWNER--NAME/SUBSET/SPLIT, the whole
-    perhaps in a folder task_data, as nanochat keeps them. Raises ValueError where files or columns
-    are missing.
+    chat_data is a folder or a tar archive with parquet files in OWNER--NAME/SUBSET/SPLIT, or in
+    task_data/OWNER--NAME/SUBSET/SPLIT as in nanochat. Raises ValueError if files or columns are
+    missing.
     """
-    place = f"{repository.replace('/', '--')}/{subset}/{split}"
+    location = f"{repository.replace('/', '--')}/{subset}/{split}"
     if config.chat_data is None:
-        from MaxNano.data import hub  # nothing else here needs the network
+        from MaxNano.data import hub  # imported only if the network is needed
 
         folder = hub.fetch_split(config, repository, subset, split)
         return Rows(_read_table(_folder_files(epath.Path(folder)), columns, str(folder)))
     path = epath.Path(config.chat_data).expanduser()
     where = f"chat_data={config.chat_data}"
     if not path.exists():
-        raise ValueError(f"{where} does not exist; name a folder or archive with {place} in it")
-    files = _archive_files(path, place) if path.is_file() else None
+        raise ValueError(f"{where} does not exist; name a folder or archive with {location} in it")
+    files = _archive_files(path, location) if path.is_file() else None
     if files is None:
-        folders = (path / place, path / "task_data" / place)
+        folders = (path / location, path / "task_data" / location)
         files = next((_folder_files(folder) for folder in folders if folder.exists()), {})
     if not files:
         raise ValueError(
-            f"{where} lacks {place}; put the parquet files of {repository} there, or give "
-            "chat_data=null to fetch them over the network"
+            f"{where} does not have {location}; put the parquet files of {repository} there, or "
+            "set chat_data=null to download them"
         )
-    return Rows(_read_table(files, columns, f"{where}, {place}"))
+    return Rows(_read_table(files, columns, f"{where}, {location}"))
 
 
 def _folder_files(folder: epath.Path) -> _Files:
     return {path.name: lambda path=path: path.open("rb") for path in folder.iterdir()}
 
 
-def _archive_files(path: epath.Path, place: str) -> _Files:
-    """The files of the archive's folder `place`, in memory."""
+def _archive_files(path: epath.Path, location: str) -> _Files:
+    """The files of a folder in the archive, in memory."""
     files = {}
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:*") as archive:
             for member in archive:
                 folder, _, name = member.name.rpartition("/")
-                if member.isfile() and f"/{folder}".endswith(f"/{place}"):
+                if member.isfile() and f"/{folder}".endswith(f"/{location}"):
                     content = archive.extractfile(member).read()
                     files[name] = lambda content=content: io.BytesIO(content)
     except (tarfile.TarError, EOFError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Chat data sets of the hub in the common `messages` format, SmolTalk among them.
+"""Chat data sets of the hub with a column `messages`, such as SmolTalk.
 
 Source: nanochat/tasks/smoltalk.py@92d63d4.
 """
@@ -9,19 +9,18 @@ from MaxNano.tasks.base import Conversation, HubTask, Task, load_rows
 
 
 class Chat(Task):
-    """Any split of a hub data set whose column `messages` holds lists of {role, content}.
+    """A split of a hub data set whose column `messages` has lists of {role, content}.
 
-    What else a message has is left out. Rows are taken as they are: one that is no conversation
-    of user and assistant by turns shows when it is rendered.
+    Other fields of a message are dropped. A malformed conversation raises only when it is rendered.
     """
 
-    def __init__(self, config: Any, place: str):
+    def __init__(self, config: Any, path: str):
         try:
-            owner, name, subset, split = place.split("/")
+            owner, name, subset, split = path.split("/")
         except ValueError:
             raise ValueError(
-                f"chat:{place} must be chat:OWNER/NAME/SUBSET/SPLIT; many data sets have the one "
-                "subset default"
+                f"chat:{path} must be chat:OWNER/NAME/SUBSET/SPLIT; the subset of many data sets "
+                "is default"
             ) from None
         self.rows = load_rows(config, f"{owner}/{name}", subset, split, ("messages",))
 
@@ -33,7 +32,7 @@ class Chat(Task):
 
 
 class SmolTalk(HubTask):
-    """Conversations of a general kind, synthetic, in a selection made for small models."""
+    """General synthetic conversations, selected for small models."""
 
     repository = "HuggingFaceTB/smol-smoltalk"
     subset = "default"

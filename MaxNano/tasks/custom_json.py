@@ -1,8 +1,8 @@
-"""Conversations of your own, from a JSON or JSON Lines file.
+"""Your own conversations, from a JSON or JSON Lines file.
 
-A .jsonl file has a conversation a line, a .json file a list of them. A conversation is a list of
-messages {"role", "content"}, or an object whose "messages" is such a list; see
-tokenizer.Tokenizer.render_conversation for what messages may be.
+A .jsonl file has one conversation per line, a .json file a list of them. A conversation is a list
+of messages {"role", "content"}, or an object whose "messages" is such a list;
+tokenization/chat_format.py describes messages.
 Source: nanochat/tasks/customjson.py@72b9064.
 """
 
@@ -14,11 +14,11 @@ from typing import Any
 
 from MaxNano.storage import files
 from MaxNano.tasks.base import Conversation, Task
-from MaxNano.tokenization.tokenizer import turns
+from MaxNano.tokenization.chat_format import turns
 
 
 class CustomJson(Task):
-    """The whole file is read and checked at once; ValueError names the line of what is wrong."""
+    """Reads and checks the whole file at once. Raises ValueError that names the malformed line."""
 
     def __init__(self, config: Any, path: str):
         text = files.read_text(path, f"json:{path}")
@@ -33,7 +33,7 @@ class CustomJson(Task):
 
 
 def _lines(text: str, path: str) -> Iterator[tuple[str, Any]]:
-    """(where it stands, content) of every line that is not empty."""
+    """(location for messages, content) of every line that is not empty."""
     # Not splitlines(), which also cuts at characters that JSON allows within a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -41,10 +41,10 @@ def _lines(text: str, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _items(text: str, path: str) -> Iterator[tuple[str, Any]]:
-    """(where it stands, content) of every element of a JSON list."""
+    """(location for messages, content) of every element of a JSON list."""
     items = _parse(text, path, 1)
     if not isinstance(items, list):
-        raise ValueError(f"{path} must hold a list of conversations; or name it .jsonl")
+        raise ValueError(f"{path} must be a list of conversations; or name it .jsonl")
     for number, item in enumerate(items, start=1):
         yield f"{path}, conversation {number}", item
 

@@ -1,7 +1,7 @@
 """GSM8K: grade-school word problems, solved in words and with a calculator.
 
-A solution in the data set marks its sums as <<expression=result>> and ends in a line `#### number`.
-The sums become calls of the tool and its answers. Data: openai/gsm8k (MIT).
+A solution in the data set marks arithmetic as <<expression=result>> and ends in a line
+`#### number`. The arithmetic becomes tool calls with their outputs. Data: openai/gsm8k (MIT).
 Source: nanochat/tasks/gsm8k.py@92d63d4.
 """
 
@@ -9,11 +9,11 @@ import re
 
 from MaxNano.tasks.base import Conversation, HubTask, dialogue, same_final_number
 
-_SUM = re.compile(r"<<([^>]+)>>")
+_ARITHMETIC = re.compile(r"<<([^>]+)>>")
 
 
 class Gsm8k(HubTask):
-    """Right is an answer whose number behind #### is the solution's, digit for digit."""
+    """An answer is correct if its number after #### equals the solution's, digit for digit."""
 
     kind = "generative"
     repository = "openai/gsm8k"
@@ -30,10 +30,10 @@ class Gsm8k(HubTask):
 
 
 def answer_parts(solution: str) -> list[dict[str, str]]:
-    """The parts of an assistant's message: text, and tool calls with their answers between it."""
+    """The parts of the assistant's message: text, tool calls and their outputs."""
     parts = []
-    for place, piece in enumerate(_SUM.split(solution)):
-        if place % 2 == 0:
+    for index, piece in enumerate(_ARITHMETIC.split(solution)):
+        if index % 2 == 0:
             parts.append({"type": "text", "text": piece})
             continue
         expression, equals, result = piece.rpartition("=")

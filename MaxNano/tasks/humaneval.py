@@ -1,4 +1,4 @@
-"""HumanEval: Python functions to be written from their signature and docstring.
+"""HumanEval: write a Python function from its signature and docstring.
 
 Data: openai/openai_humaneval (MIT). Source: nanochat/tasks/humaneval.py@92d63d4.
 """
@@ -9,15 +9,15 @@ from MaxNano.tasks.base import Conversation, HubTask, dialogue
 from MaxNano.tools import sandbox
 
 # Source: nanochat/execution.py@92d63d4.
-LIMITS = sandbox.Limits(seconds=5.0, memory_mb=256)
+LIMITS = sandbox.SandboxLimits(seconds=5.0, memory_mb=256)
 
 _FENCED = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
 
 
 class HumanEval(HubTask):
-    """Right is a program that, run in the sandbox, passes the problem's tests.
+    """An answer is correct if its program passes the problem's tests in the sandbox.
 
-    evaluate raises sandbox.SandboxError on a machine where no sandbox works.
+    evaluate raises sandbox.SandboxError on a machine without a working sandbox.
     """
 
     kind = "generative"
@@ -35,19 +35,19 @@ class HumanEval(HubTask):
         prompt = conversation["messages"][0]["content"]
         return sandbox.check_program(
             program(prompt, completion),
-            f"{prompt}\n\n{conversation['test']}",  # tests may call what the prompt defines
+            f"{prompt}\n\n{conversation['test']}",  # tests may call functions of the prompt
             conversation["entry_point"],
             limits=LIMITS,
         ).passed
 
 
 def program(prompt: str, completion: str) -> str:
-    """What is judged: the imports that the prompt opens with, then the answer's code."""
+    """The program to test: the prompt's leading imports, then the answer's code."""
     return f"{leading_imports(prompt)}\n\n{code_of(completion)}"
 
 
 def leading_imports(code: str) -> str:
-    """The import lines before any other code; comments may stand between them."""
+    """The import lines before any other code, comments excepted."""
     imports = []
     for line in map(str.strip, code.split("\n")):
         if line.startswith(("import ", "from ")):
@@ -58,6 +58,6 @@ def leading_imports(code: str) -> str:
 
 
 def code_of(completion: str) -> str:
-    """The first fenced block of an answer, or all of it where it has none."""
+    """The first fenced block of an answer, or the whole answer."""
     fenced = _FENCED.search(completion)
     return (fenced[1] if fenced else completion).strip()

@@ -1,4 +1,4 @@
-"""MMLU: examination questions of 57 subjects, with four choices each.
+"""MMLU: multiple-choice questions in 57 subjects, with four choices each.
 
 Data: cais/mmlu (MIT). Source: nanochat/tasks/mmlu.py@92d63d4.
 """
@@ -13,7 +13,7 @@ from MaxNano.tasks.base import (
 
 
 class Mmlu(MultipleChoice, HubTask):
-    """auxiliary_train, about 100,000 questions of other tests, is there to train on."""
+    """auxiliary_train has about 100,000 questions of other benchmarks for training."""
 
     repository = "cais/mmlu"
     subset = "all"

@@ -1,10 +1,9 @@
-"""Spelling: how many of a letter are in a word (SpellingBee), and plain spelling (SimpleSpelling).
+"""Spelling: count a letter in a word (SpellingBee), and spell a word (SimpleSpelling).
 
-A model sees tokens, not letters: it has to learn by heart which letters make a token. Both tasks
-are made up from a word list, one problem from each index, so that they need no data set. The words
-that come with MaxNano are those of SCOWL's lists up to size 35 in small letters (words.txt, terms
-in words_license.txt); chat_word_list names other ones.
-Source: nanochat/tasks/spellingbee.py@72b9064, whose problems these are, draw for draw, if the words are.
+A model sees tokens, not letters, and must memorize the letters of each token. Both tasks are
+generated from a word list and need no data set. The default words are SCOWL's lists up to size 35
+in lower case (words.txt, license in words_license.txt); chat_word_list names another file.
+Source: nanochat/tasks/spellingbee.py@72b9064; with the same words the problems are the same.
 """
 
 import random
@@ -15,10 +14,10 @@ from typing import Any
 from MaxNano.storage import files
 from MaxNano.tasks.base import Conversation, Task, check_split, dialogue, same_final_number
 
-# The problem at an index is drawn with the index as seed, that of the test split with this more.
+# The seed of a problem is its index; of the test split, its index plus this.
 _TEST_SEED = 10_000_000
 
-# How people ask; each has an equal chance.
+# Templates of equal probability.
 _QUESTIONS = (
     "How many {letter} are in the word {word}",
     "How many {letter} are in {word}",
@@ -77,7 +76,7 @@ _QUOTES = ("", "'", '"')
 
 class _Spelling(Task):
     kind = "generative"
-    sizes: dict[str, int]  # problems by split; nanochat trained on and tested with as many
+    sizes: dict[str, int]  # problems by split, as in nanochat
 
     def __init__(self, config: Any, split: str):
         check_split(split, tuple(self.sizes), type(self).__name__)
@@ -93,7 +92,7 @@ class _Spelling(Task):
 
 
 class SpellingBee(_Spelling):
-    """Right is an answer whose number behind #### is the count of the letter."""
+    """An answer is correct if its number after #### is the count of the letter."""
 
     sizes = {"train": 80_000, "test": 256}
 
@@ -103,13 +102,13 @@ class SpellingBee(_Spelling):
         is_in_word = draw.random() < 0.9
         letter = draw.choice(word if is_in_word else string.ascii_lowercase)
         question = draw.choice(_QUESTIONS)
-        if draw.random() < 0.3:  # not everybody uses the shift key ...
+        if draw.random() < 0.3:  # some users write in lower case ...
             question = question.lower()
         letter_quote, word_quote = draw.choice(_QUOTES), draw.choice(_QUOTES)
         question = question.format(
             letter=f"{letter_quote}{letter}{letter_quote}", word=f"{word_quote}{word}{word_quote}"
         )
-        if draw.random() < 0.5:  # ... or ends in a question mark
+        if draw.random() < 0.5:  # ... and some without a question mark
             question += "?"
         return dialogue(question, counting_answer(word, letter))
 
@@ -118,13 +117,15 @@ class SpellingBee(_Spelling):
 
 
 class SimpleSpelling(_Spelling):
-    """A word, and its letters; right is the answer itself."""
+    """Spell a word; an answer is correct if it equals the expected text."""
 
     sizes = {"train": 200_000, "test": 256}
 
     def __init__(self, config: Any, split: str):
         super().__init__(config, split)
-        random.Random(42).shuffle(self.words)  # so that an index has another word than above
+        random.Random(42).shuffle(
+            self.words
+        )  # so that an index has another word than in SpellingBee
 
     def conversation(self, index: int) -> Conversation:
         word = self._random(index).choice(self.words)
@@ -135,18 +136,17 @@ class SimpleSpelling(_Spelling):
 
 
 def spelled(word: str) -> str:
-    """The word and its letters, with no space before any: that would be another token."""
+    """The word and its letters, without spaces: a space would make another token."""
     return f"{word}:{','.join(word)}"
 
 
 def counting_answer(word: str, letter: str) -> list[dict[str, str]]:
-    """The assistant's parts: it counts by hand, then with the tool, then tells the number."""
+    """The assistant's parts: it counts manually, then with the tool, and states the number."""
     lines, count = [], 0
-    for place, other in enumerate(word, start=1):
+    for position, other in enumerate(word, start=1):
         count += other == letter
-        lines.append(
-            f"{place}:{other} hit! count={count}" if other == letter else f"{place}:{other}"
-        )
+        hit = f" hit! count={count}" if other == letter else ""
+        lines.append(f"{position}:{other}{hit}")
     by_hand = (
         f"We are asked to find the number '{letter}' in the word '{word}'. "
         "Let me try a manual approach first.\n\n"
@@ -168,7 +168,10 @@ def counting_answer(word: str, letter: str) -> list[dict[str, str]]:
 
 
 def load_words(path: str | None) -> list[str]:
-    """The words of a file with one a line, or those that come with MaxNano; ValueError names a line."""
+    """The words of a file with one per line, or MaxNano's own list.
+
+    Raises ValueError that names the line of a malformed word.
+    """
     if path is None:
         return resources.files(__package__).joinpath("words.txt").read_text("utf-8").split()
     text = files.read_text(path, f"chat_word_list={path}")
@@ -177,5 +180,5 @@ def load_words(path: str | None) -> list[str]:
         if not word.isalpha():
             raise ValueError(f"chat_word_list={path}, line {number}: {word!r} is not one word")
     if not words:
-        raise ValueError(f"chat_word_list={path} holds no word")
+        raise ValueError(f"chat_word_list={path} has no words")
     return words

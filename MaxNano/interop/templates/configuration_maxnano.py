@@ -1,4 +1,4 @@
-"""What decides a MaxNano model: for the library `transformers`, which reads it from config.json.
+"""The configuration of a MaxNano model for Hugging Face transformers, which reads it from config.json.
 
 This file and modeling_maxnano.py travel with the weights; MaxNano itself never imports them.
 """
@@ -9,13 +9,13 @@ from transformers import PretrainedConfig
 
 
 class MaxNanoConfig(PretrainedConfig):
-    """Shape and switches of the model; every one is written into config.json.
+    """Shape and options of the model; all of them are in config.json.
 
-    vocab_multiple: tables are padded to a multiple of this many rows, padded logits are cut off. window_pattern: tiled
-    over the layers, S a short window, L the whole context, as for the last layer in any case; a short window is
+    vocab_multiple: tables are padded to a multiple of this many rows, padded logits are removed. window_pattern: tiled
+    over the layers, S a short window, L the whole context; the last layer always has the whole context. A short window is
     short_window_fraction of the context, rounded up to short_window_multiple. value_gate_channels, smear_gate_channels:
-    0 leaves value embeddings and smear out. logits_soft_cap: 0 leaves the logits as they are. chat_turns and step tell
-    whether the model talks in turns and how many steps it was trained.
+    0 leaves value embeddings and smear out. logits_soft_cap: 0 leaves the logits as they are. chat_turns: whether
+    the model was trained on conversations. step: training steps.
     """
 
     model_type = "maxnano"
@@ -71,7 +71,7 @@ class MaxNanoConfig(PretrainedConfig):
         self.use_cache = use_cache
         self.chat_turns = chat_turns
         self.step = step
-        # What a cache of transformers wants to know; it counts the query's own position, as `windows` does not.
+        # For the cache of transformers, which counts the query's position in a window; `windows` does not.
         is_short = [window < max_position_embeddings for window in self.windows]
         kwargs["layer_types"] = ["sliding_attention" if short else "full_attention" for short in is_short]
         kwargs["sliding_window"] = min(self.windows) + 1 if any(is_short) else None
@@ -79,7 +79,7 @@ class MaxNanoConfig(PretrainedConfig):
 
     @property
     def windows(self):
-        """Of each layer: how many positions before its own a token sees."""
+        """Per layer: the number of earlier positions that a token attends to."""
         length, multiple = self.max_position_embeddings, self.short_window_multiple
         short = min(length, multiple * math.ceil(round(length * self.short_window_fraction / multiple, 9)))
         pattern = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.num_hidden_layers - 1)]
@@ -91,5 +91,5 @@ class MaxNanoConfig(PretrainedConfig):
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def has_value_embedding(self, layer_idx):
-        """Whether a layer adds an embedding of the token to its values: every second one does, the last included."""
+        """Whether a layer adds an embedding of the token to its values: every second layer, the last included."""
         return bool(self.value_gate_channels) and (self.num_hidden_layers - 1 - layer_idx) % 2 == 0

@@ -1,11 +1,11 @@
-"""The MaxNano model for the library `transformers`: nanochat's architecture, as MaxNano trains it.
+"""The MaxNano model for Hugging Face transformers: nanochat's architecture, as MaxNano trains it.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 RMS norms have no weights. Queries and keys are rotated, normalized and scaled; layers see windows of the past. Every
 second layer adds a gated embedding of the token to its values. A gate mixes the previous token's embedding into each
-token's (smear). Before each layer the first embedding is mixed in again, and before the last norm a share of the
-middle layer's output is taken away (backout).
+token's (smear). Before each layer the first embedding is mixed in again, and before the last norm a fraction of the
+middle layer's output is subtracted (backout).
 
 Legend: B batch, L length, P positions that are known (cached ones and L new ones), D hidden_size, H head_dim.
 """
@@ -127,7 +127,7 @@ class MaxNanoPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MaxNanoDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
-    # Trained in float32, whatever the matrices are computed in.
+    # Trained in float32, for any dtype of the matrices.
     _keep_in_fp32_modules_strict = {"resid_lambdas", "x0_lambdas", "smear_lambda", "backout_lambda"}
 
 
@@ -193,10 +193,10 @@ class MaxNanoModel(MaxNanoPreTrainedModel):
         )
 
     def smear(self, x, input_ids, position_ids, past_key_values):
-        """x (B, L, D) with a gated share of the previous token's embedding, of which a first token has none.
+        """x (B, L, D) plus a gated fraction of the previous token's embedding; the first token has no previous token.
 
-        The cache keeps token ids in one layer more than the model has, so that they are cropped, reordered and
-        repeated with the keys and values.
+        The cache has an extra layer with token ids, so that they are cropped, reordered and repeated together with
+        keys and values.
         """
         seen = input_ids
         if past_key_values is not None:
@@ -233,7 +233,7 @@ class MaxNanoForCausalLM(MaxNanoPreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **kwargs,
     ):
-        """labels (B, L): the input ids themselves, -100 where no loss is wanted; the loss is of the next token."""
+        """labels (B, L): the input ids, -100 for positions without loss; the loss is that of the next token."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

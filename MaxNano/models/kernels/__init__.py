@@ -1,1 +1,1 @@
-"""Pallas kernels for TPU, each beside a reference in plain JAX that tests compare it with."""
+"""Pallas kernels for TPU. Tests compare each with attention's `reference`."""

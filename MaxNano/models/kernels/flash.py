@@ -1,11 +1,11 @@
 """Attention in one Pallas kernel for TPU: rotary embedding, QK norm, causal window and softmax of whole heads.
 
-The kernel reads queries, keys and values where one projection leaves them, and writes their gradients where its
-gradient reads them: in one array (B, L, K x (G + 2) x H), for each kv head its query heads, its keys and its values.
-No head is ever transposed in the chip's main memory. A whole head stays in VMEM, so no partial gradients are summed
-outside. Queries and keys are normalized, so scores have a known bound and need no running maximum.
+The kernel reads queries, keys and values from the fused projection, one array (B, L, K x (G + 2) x H):
+for each kv head its query heads, its keys and its values. It writes their gradients in the same layout,
+so no head is ever transposed in HBM. A whole head stays in VMEM, so no partial gradients are summed
+outside the kernel. Queries and keys are normalized, so scores are bounded and need no running maximum.
 
-Legend: B batch, L length, K kv_heads, G query heads a kv head, H head_dim.
+Legend: B batch, L length, K kv_heads, G query heads per kv head, H head_dim.
 Sources: https://arxiv.org/abs/2205.14135 (FlashAttention) for the softmax without an L x L array and its gradient.
 """
 
@@ -28,7 +28,7 @@ _FORWARD_LEAD, _BACKWARD_LEAD = 4, 2  # tiles; more only moves scores to VMEM an
 
 
 class Head(NamedTuple):
-    """What is static about a call."""
+    """The static arguments of a call."""
 
     group: int  # query heads that share keys and values
     window: int
@@ -107,19 +107,19 @@ def _attention(qkv, embeds, cos, sin, head):
 
 def _forward(qkv, embeds, cos, sin, head):
     batch, length, size, grid = head.shape_of(qkv)
-    of = _specs(length, head)
+    specs = _specs(length, head)
     out, lse = pl.pallas_call(
         partial(_forward_kernel, head=head),
         grid=grid,
         in_specs=[
-            of.query,
-            of.key,
-            of.value,
-            of.table,
-            of.table,
-            *(of.rows, of.gate)[: len(embeds)],
+            specs.query,
+            specs.key,
+            specs.value,
+            specs.table,
+            specs.table,
+            *(specs.rows, specs.gate)[: len(embeds)],
         ],
-        out_specs=[of.out, of.sums],
+        out_specs=[specs.out, specs.sums],
         out_shape=[
             jax.ShapeDtypeStruct((batch, length, grid[1] * head.group * size), qkv.dtype),
             jax.ShapeDtypeStruct((batch, grid[1] * head.group, 1, length), jnp.float32),
@@ -148,22 +148,22 @@ def _bits(x):
 def _backward(head, residuals, cotangent):
     qkv, embeds, cos, sin, out, lse = residuals
     _, length, size, grid = head.shape_of(qkv)
-    of = _specs(length, head)
+    specs = _specs(length, head)
     gradients = pl.pallas_call(
         partial(_backward_kernel, head=head),
         grid=grid,
         in_specs=[
-            of.query,
-            of.key,
-            of.value,
-            of.table,
-            of.table,
-            of.out,
-            of.out,
-            of.sums,
-            *(of.rows, of.gate)[: len(embeds)],
+            specs.query,
+            specs.key,
+            specs.value,
+            specs.table,
+            specs.table,
+            specs.out,
+            specs.out,
+            specs.sums,
+            *(specs.rows, specs.gate)[: len(embeds)],
         ],
-        out_specs=[of.all, *(of.rows, of.gate)[: len(embeds)]],
+        out_specs=[specs.all, *(specs.rows, specs.gate)[: len(embeds)]],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (qkv, *embeds)],
         scratch_shapes=[
             pltpu.VMEM((length, size), qkv.dtype),
@@ -185,7 +185,7 @@ _attention.defvjp(_forward, _backward)
 
 # ---- Inside the kernels -----------------------------------------------------------------------------------------
 #
-# Queries stand in columns: prepared queries are (H, queries) and scores are (keys, queries). A query's norm, sum and
+# Queries are columns: prepared queries are (H, queries) and scores are (keys, queries). A query's norm, sum and
 # log-sum-exp are then rows, which broadcast for nothing; halves of a head swap without moving; and a product with H
 # rows keeps the whole of a 256-wide matrix unit busy, which one with H = 128 columns does not. Everything is unrolled,
 # so that the compiler can lay the work of several tiles side by side.
@@ -230,7 +230,8 @@ def _backward_kernel(
     """One query head.
 
     Scratch: prepared keys (L, H) and (H, L); values with their embeds (L, H); gradients of prepared keys and of values
-    of all query heads so far, float32 (H, L). The gradients of a kv head lie in VMEM until its last query head is done.
+    of all query heads so far, float32 (H, L). The gradients of a kv head stay in VMEM until its last query
+    head is done.
     """
     *others, keys, keys_t, values, dk, dv = refs
     embeds, (dqkv_ref, *dembeds) = others[: len(others) // 2], others[len(others) // 2 :]
@@ -272,18 +273,18 @@ def _backward_kernel(
         rows = (jnp.concatenate([x, ones], 1) for x in (keys[span], v))
         return [_dot(x, y, ((1,), (0,))) for x, y in zip(rows, columns[start], strict=True)]
 
-    def add(total, span, more, first):
-        """total[:, span] += more, from nothing where this is the kv head's first tile there."""
+    def add(total, span, part, first):
+        """total[:, span] += part, or = part in the kv head's first tile of the span."""
         if not first:
-            total[:, span] += more
+            total[:, span] += part
         elif group == 1:
-            total[:, span] = more
+            total[:, span] = part
         else:
-            total[:, span] = more + jnp.where(member == 0, 0, total[:, span])
+            total[:, span] = part + jnp.where(member == 0, 0, total[:, span])
 
-    def write(place, span, columns):
-        """Columns (H, block) as rows of the place-th of the kv head's parts of dqkv."""
-        dqkv_ref[0, span, place * size : (place + 1) * size] = columns.astype(dtype).T
+    def write(index, span, columns):
+        """Columns (H, block) as rows of part `index` of the kv head's dqkv."""
+        dqkv_ref[0, span, index * size : (index + 1) * size] = columns.astype(dtype).T
 
     def differentiate(start, low, scored):
         scores, grads = scored
@@ -298,10 +299,11 @@ def _backward_kernel(
             dq = _prepare_gradient(
                 dqs[start], *raw_queries[start], tables(span), head.log2_scale * math.log(2)
             )
-            for place in range(group):
-                pl.when(member == place)(partial(write, place, span, dq)) if group > 1 else write(
-                    0, span, dq
-                )
+            for index in range(group):
+                if group > 1:
+                    pl.when(member == index)(partial(write, index, span, dq))
+                else:
+                    write(0, span, dq)
         if start == last_seen[low]:
             grad = _prepare_gradient(dk[:, span], *raw_keys[low], tables(span), math.log(2))
             write(group, span, grad)
@@ -369,11 +371,11 @@ def _less(x, row):
     Three terms in bfloat16 are as exact as float32.
     """
     rest = jnp.broadcast_to(-row, (_SUBLANES, row.shape[1]))
-    place = jax.lax.broadcasted_iota(jnp.int32, rest.shape, 0)
+    index = jax.lax.broadcasted_iota(jnp.int32, rest.shape, 0)
     terms = jnp.zeros_like(rest)
     for n in range(3):
         term = rest.astype(x.dtype).astype(jnp.float32)
-        terms = jnp.where(place == n, term, terms)
+        terms = jnp.where(index == n, term, terms)
         rest -= term
     zeros = jnp.zeros((x.shape[0] - _SUBLANES, x.shape[1]), x.dtype)
     return jnp.concatenate([x, terms.astype(x.dtype), zeros])
@@ -417,7 +419,7 @@ def _dot(a, b, contracting):
 
 
 class _Specs(NamedTuple):
-    """Blocks by (row, kv head, query head of it) of what a kernel reads and writes."""
+    """The blocks that a kernel reads and writes, by (row, kv head, query head of the kv head)."""
 
     query: pl.BlockSpec
     key: pl.BlockSpec

@@ -1,0 +1,246 @@
+"""nanochat's checkpoints: tensors, metadata and tokenizer.
+
+A checkpoint is `model_<step>.pt`, or the same tensors in `.safetensors` or `.npz`, next to
+`meta_<step>.json`. Its tokenizer is a `tokenizer.pkl` nearby. Reading executes no code in it.
+
+Source: nanochat/checkpoint_manager.py and nanochat/gpt.py@92d63d4.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import FrozenConfigDict
+
+from MaxNano import pyconfig, scaling
+from MaxNano.interop import parameters
+from MaxNano.interop.parameters import TensorNames
+from MaxNano.interop.tensor_files import check_format, first_line, write_tensors
+from MaxNano.storage import files
+from MaxNano.tokenization.bpe import BpeTokenizer
+from MaxNano.tokenization.tokenizer import SPECIAL_TOKENS
+
+NAMES = TensorNames(
+    token_embed="transformer.wte.weight",
+    lm_head="lm_head.weight",
+    query="transformer.h.{i}.attn.c_q.weight",
+    key="transformer.h.{i}.attn.c_k.weight",
+    value="transformer.h.{i}.attn.c_v.weight",
+    out="transformer.h.{i}.attn.c_proj.weight",
+    wi="transformer.h.{i}.mlp.c_fc.weight",
+    wo="transformer.h.{i}.mlp.c_proj.weight",
+    value_embeds="value_embeds.{i}.weight",
+    value_gate="transformer.h.{i}.attn.ve_gate.weight",
+    resid_lambdas="resid_lambdas",
+    x0_lambdas="x0_lambdas",
+    smear_gate="smear_gate.weight",
+    smear_lambda="smear_lambda",
+    backout_lambda="backout_lambda",
+    vocab_multiple=64,
+    lambdas_are_optional=True,
+)
+
+# Field of model_config in the metadata -> config key.
+MODEL_FIELDS = {
+    "sequence_len": "max_target_length",
+    "vocab_size": "vocab_size",
+    "n_layer": "num_decoder_layers",
+    "n_head": "num_query_heads",
+    "n_kv_head": "num_kv_heads",
+    "n_embd": "emb_dim",
+}
+
+# Architecture keys whose value is fixed in nanochat's code. A key of scaling.ARCHITECTURE_KEYS that
+# nanochat does not know must have the value that older checkpoints imply.
+FIXED = {
+    "rope_theta": 100000.0,
+    "qk_norm_scale": 1.2,
+    "norm_epsilon": 1.1920929e-07,
+    "value_embed_gate_channels": 12,
+    "value_embed_gate_range": 3.0,
+    "smear_gate_channels": 24,
+    "use_backout": True,
+    "logits_soft_cap": 15.0,
+}
+
+
+# ---- Parameters ----------------------------------------------------------------------------------
+
+
+def to_params(arrays: Mapping[str, np.ndarray], config: FrozenConfigDict) -> dict:
+    """The parameter tree of nanochat's tensors.
+
+    Residual and x0 scalars missing from old checkpoints get the values that nanochat gives them.
+    Raises ValueError as parameters.to_params does.
+    """
+    return parameters.to_params(without_prefix(arrays), config, NAMES)
+
+
+def from_params(params: Mapping, config: FrozenConfigDict) -> dict[str, np.ndarray]:
+    """nanochat's tensors of a parameter tree. Raises ValueError as parameters.from_params does."""
+    return parameters.from_params(params, config, NAMES)
+
+
+def without_prefix(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors without the prefix that torch.compile adds to the names of a wrapped model."""
+    return {name.removeprefix("_orig_mod."): array for name, array in arrays.items()}
+
+
+def config_values(meta: Mapping, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The config keys that a checkpoint decides, from its metadata and the shapes of its tensors."""
+    model = meta["model_config"]
+
+    def size(name: str, axis: int, otherwise: int) -> int:
+        shapes = [a.shape for key, a in arrays.items() if key.endswith(name) and a.ndim == 2]
+        return shapes[0][axis] if shapes else otherwise
+
+    return {
+        **{key: model[field] for field, key in MODEL_FIELDS.items()},
+        "head_dim": model["n_embd"] // model["n_head"],
+        "window_pattern": model["window_pattern"].upper(),
+        "mlp_dim": size("mlp.c_fc.weight", 0, 4 * model["n_embd"]),
+        "value_embed_gate_channels": size("attn.ve_gate.weight", 1, 0),
+        "smear_gate_channels": size("smear_gate.weight", 1, 0),
+        "use_backout": any(name.endswith("backout_lambda") for name in arrays),
+    }
+
+
+def check_exportable(config: FrozenConfigDict) -> None:
+    """Raises ValueError if nanochat's code would compute something else with these parameters."""
+    known = {"vocab_multiple", *MODEL_FIELDS.values()}
+    implied = {key: value for key, value in scaling.ARCHITECTURE_KEYS.items() if key not in known}
+    expected = {
+        **implied,
+        **FIXED,
+        "mlp_dim": 4 * config.emb_dim,
+        "head_dim": config.emb_dim // config.num_query_heads,
+    }
+    for key, value in expected.items():
+        if config[key] != value:
+            raise ValueError(
+                f"nanochat cannot run this model: {key} is {config[key]}, in nanochat {value}"
+            )
+    windows = scaling.window_sizes(
+        config.num_decoder_layers, config.window_pattern, config.max_target_length, 0.25, 128
+    )
+    if pyconfig.windows_of(config) != windows:
+        raise ValueError("nanochat cannot run this model: its short windows have another length")
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+def check_target(path: epath.PathLike) -> epath.Path:
+    """The path of a checkpoint to write. Raises ValueError for a name that nanochat does not use."""
+    path = epath.Path(path).expanduser()
+    check_format(path)
+    _meta_path(path)
+    return path
+
+
+def write_checkpoint(
+    path: epath.PathLike, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]
+) -> None:
+    """Writes the tensors and, next to them, meta_<step>.json."""
+    path = check_target(path)
+    # The model last: nanochat takes a checkpoint for complete when its model exists.
+    files.write_whole(_meta_path(path), json.dumps(meta, indent=2))
+    write_tensors(path, arrays)
+
+
+def meta_of(config: FrozenConfigDict, step: int) -> dict[str, Any]:
+    """The metadata of a checkpoint of `config`'s model."""
+    model = {field: config[key] for field, key in MODEL_FIELDS.items()}
+    return {"step": step, "model_config": {**model, "window_pattern": config.window_pattern}}
+
+
+def read_meta(path: epath.PathLike) -> dict[str, Any]:
+    """The metadata of a model file. Raises ValueError if `model_config` is missing or damaged."""
+    meta_path = _meta_path(epath.Path(path).expanduser())
+    if not meta_path.exists():
+        raise ValueError(f"there is no {meta_path}, which describes the model")
+    try:
+        meta = json.loads(meta_path.read_text())
+        model = meta["model_config"]
+        model.setdefault("window_pattern", "L")  # nanochat's default for older checkpoints
+        for field in MODEL_FIELDS:
+            if type(model[field]) is not int or model[field] < 1:
+                raise ValueError(f"model_config.{field} is {model[field]!r}")
+        if model["n_embd"] % model["n_head"]:
+            raise ValueError("model_config.n_embd is not a multiple of n_head")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"cannot read {meta_path}: {first_line(error)}") from None
+    return meta
+
+
+def step_of(meta: Mapping, path: epath.PathLike) -> int:
+    """The step in the metadata, or else in the file's name. Raises ValueError for a wrong value."""
+    step = meta.get("step")
+    if step is None:
+        digits = re.search(r"\d+", epath.Path(path).stem)
+        step = int(digits[0]) if digits else 0
+    if type(step) is not int or not 0 <= step < 2**31:
+        raise ValueError(f"the metadata of {path} has step {step!r}")
+    return step
+
+
+def _meta_path(path: epath.Path) -> epath.Path:
+    if not path.name.startswith("model_"):
+        raise ValueError(f"{path.name} must be named model_<step>{path.suffix}, as in nanochat")
+    return path.with_name(f"meta_{path.stem.removeprefix('model_')}.json")
+
+
+# ---- Tokenizer -----------------------------------------------------------------------------------
+
+
+class _EncodingState:
+    """Replaces tiktoken's Encoding in a pickle: keeps the state, executes nothing."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _TokenizerUnpickler(pickle.Unpickler):
+    """Reads a pickled tiktoken Encoding and refuses a pickle that refers to anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("tiktoken.core", "Encoding"):
+            return _EncodingState
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("it refers to objects outside")
+
+
+def read_tokenizer(path: epath.PathLike) -> BpeTokenizer:
+    """nanochat's tokenizer.pkl. Raises ValueError with one line for any other file."""
+    try:
+        with epath.Path(path).open("rb") as file:
+            encoding = _TokenizerUnpickler(file).load()
+        state = encoding.state
+        ranks, special = state["mergeable_ranks"], state["special_tokens"]
+        if not all(type(token) is bytes and type(rank) is int for token, rank in ranks.items()):
+            raise ValueError("its ranks are not a table from bytes to int")
+        if not all(type(name) is str and type(i) is int for name, i in special.items()):
+            raise ValueError("its special tokens are not a table from str to int")
+        unknown = sorted(special.keys() - set(SPECIAL_TOKENS))
+        if unknown:
+            raise ValueError(f"it has a special token {unknown[0]!r}, which nanochat does not have")
+        return BpeTokenizer(state["pat_str"], ranks, special)
+    except Exception as error:  # noqa: BLE001 (a damaged pickle can raise anything)
+        raise ValueError(f"{path} is not nanochat's tokenizer: {first_line(error)}") from None
+
+
+def find_tokenizer(checkpoint: epath.PathLike) -> epath.Path | None:
+    """The tokenizer.pkl next to a checkpoint, or in `tokenizer` next to it or up to two levels up.
+
+    nanochat has BASE/tokenizer/tokenizer.pkl and BASE/base_checkpoints/d24/model_005568.pt.
+    """
+    folder = epath.Path(checkpoint).expanduser().parent
+    parents = (folder, folder.parent, folder.parent.parent)
+    paths = [d / "tokenizer.pkl" for d in (folder, *(parent / "tokenizer" for parent in parents))]
+    return next((path for path in paths if path.exists()), None)

@@ -29,7 +29,7 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig, scaling
 from MaxNano.distributed import hardware
-from MaxNano.evals.core import center
+from MaxNano.evals.core_tasks import center
 from MaxNano.reporting import charts, run_history
 from MaxNano.reporting.charts import Series
 from MaxNano.reporting.document import (
@@ -48,6 +48,7 @@ from MaxNano.reporting.document import (
     to_markdown,
 )
 from MaxNano.reporting.run_history import Run
+from MaxNano.stage_configs import stage_config
 from MaxNano.storage import files
 from MaxNano.training.metrics import FIRST_TIMED_STEP
 
@@ -308,22 +309,6 @@ def status(run: Run) -> str:
 # ---- What ran --------------------------------------------------------------------------------------------------------
 
 
-def data_of(config: Mapping[str, Any]) -> str:
-    """What a run learned from."""
-    kind = config["dataset_type"]
-    if kind == "rollouts":
-        return f"{config['rl_task']}, {config['rl_samples']} answers to each of {config['rl_problems']} problems a step"
-    if kind == "chat":
-        limits = [
-            f" (at most {row[2]})" if len(row) > 2 else "" for row in config["chat_train_mixture"]
-        ]
-        rows = zip(config["chat_train_mixture"], limits, strict=True)
-        return ", ".join(f"{row[0]} x {row[1]}{limit}" for row, limit in rows)
-    if kind == "mixture":
-        return ", ".join(f"{row[1]} x {row[0]}" for row in config["dataset_mixture"])
-    return f"{kind}, {config['dataset_name'] or config['dataset_path']}"
-
-
 def devices_of(run: Run) -> str:
     """What a run was trained on; what only imported it is no matter."""
     if not run.steps:
@@ -350,7 +335,7 @@ def what_ran(runs: Sequence[Run]) -> Section:
         ),
         "vocabulary": lambda run: f"{run.config['vocab_size']:,} tokens",
         "context": lambda run: f"{run.config['max_target_length']:,} tokens",
-        "data": lambda run: data_of(run.config),
+        "data": lambda run: stage_config(run.config).describe_data(run.config),
         "batch": lambda run: f"{run.config['global_batch_tokens']:,} tokens",
         "done": status,
         "tokens": lambda run: (

@@ -13,8 +13,9 @@ import jax
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import train_compile
-from MaxNano.compile import costs
+from MaxNano.compile import programs as compile_programs
+from MaxNano.compile import report as compile_report
+from MaxNano.compile import topologies
 from MaxNano.training.setup import set_up
 
 Row = dict[str, Any]
@@ -25,9 +26,7 @@ GIB = 2**30
 
 def chips_of(config: FrozenConfigDict) -> int:
     """Chips of compile_topology and compile_num_slices."""
-    return (
-        math.prod(train_compile.slice_shape(config.compile_topology)[1]) * config.compile_num_slices
-    )
+    return math.prod(topologies.slice_shape(config.compile_topology)[1]) * config.compile_num_slices
 
 
 def compile_step(config: FrozenConfigDict) -> Row:
@@ -38,18 +37,18 @@ def compile_step(config: FrozenConfigDict) -> Row:
     row: Row = {}
     try:
         setup = set_up(
-            config, train_compile.slice_devices(config.compile_topology, config.compile_num_slices)
+            config, topologies.slice_devices(config.compile_topology, config.compile_num_slices)
         )
-        setup, report = train_compile.compile_program(setup, "train")
+        setup, report = compile_programs.compile_program(setup, "train")
     except ValueError as error:  # out of memory, or a layout or kernel that is refused
         return {"failure": " ".join(str(error).split())}
     finally:
         jax.clear_caches()  # a session compiles many steps
-    row |= {"rows": setup.plan.micro_rows, "micro-steps": setup.plan.micro_steps}
+    row |= {"rows": setup.plan.micro_rows, "micro-steps": setup.plan.accumulation_steps}
     return row | costs(report)
 
 
-def costs(report: costs.Report) -> Row:
+def costs(report: compile_report.Report) -> Row:
     """A report's sums: cycles by class in millions, memory in GiB, a chip."""
     row: Row = {"all": report.cycles / 1e6}
     row |= {kind: cycles / 1e6 for kind, cycles in report.cycles_by_class.items()}

@@ -32,8 +32,10 @@ from ml_collections import FrozenConfigDict
 from benchmarks import common
 from MaxNano import evaluate, pyconfig
 from MaxNano.distributed import runtime
-from MaxNano.evals import core
+from MaxNano.evals import core, core_tasks
+from MaxNano.evals.core_tasks import CoreTask
 from MaxNano.inference import prefix_scoring
+from MaxNano.inference.prompts import Scorer
 from MaxNano.interop import nanochat
 from MaxNano.tokenization.bpe import FILE_NAME
 from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -41,7 +43,7 @@ from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.setup import run_directory, set_up
 
 
-class Result(NamedTuple):
+class TaskTiming(NamedTuple):
     """Whether each question is answered rightly, 0 or 1 a character, and seconds."""
 
     correct: str
@@ -52,7 +54,7 @@ class Result(NamedTuple):
 @contextlib.contextmanager
 def start_nanochat(
     config: FrozenConfigDict, params: Any, bos_id: int
-) -> Iterator[Callable[[core.Task], Result] | None]:
+) -> Iterator[Callable[[CoreTask], TaskTiming] | None]:
     """A function that lets nanochat answer a task; None where it is not asked for."""
     if not os.environ.get("NANOCHAT"):
         yield None
@@ -66,7 +68,7 @@ def start_nanochat(
             "tokenizer": str(Path(config.tokenizer_path).expanduser() / FILE_NAME),
             "bos_id": bos_id,
             "max_per_task": config.core_max_per_task,
-            "shuffle_seed": core.SHUFFLE_SEED,
+            "shuffle_seed": core_tasks.SHUFFLE_SEED,
         }
         process = subprocess.Popen(
             [
@@ -88,8 +90,8 @@ def start_nanochat(
                 raise ValueError("nanochat's evaluation failed; its error stands above")
             return json.loads(answer)
 
-        def run(task: core.Task) -> Result:
-            return Result(
+        def run(task: CoreTask) -> TaskTiming:
+            return TaskTiming(
                 *ask(
                     {
                         "task_type": task.kind,
@@ -106,12 +108,12 @@ def start_nanochat(
             process.stdin.close()
 
 
-def measure(task: core.Task, tokenizer: Tokenizer, score: core.Scorer, limit: int) -> Result:
+def measure(task: CoreTask, tokenizer: Tokenizer, score: Scorer, limit: int) -> TaskTiming:
     """A task in MaxNano, tokenizing and all; what is compiled on the way counts."""
     wall, cpu = time.perf_counter(), time.process_time()
     (result,) = core.evaluate([task], tokenizer, score, max_per_task=limit)
     correct = "".join("01"[answer.correct] for answer in result.answers)
-    return Result(correct, time.perf_counter() - wall, time.process_time() - cpu)
+    return TaskTiming(correct, time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def main(config: FrozenConfigDict) -> None:
@@ -119,7 +121,7 @@ def main(config: FrozenConfigDict) -> None:
     config = evaluate.config_of_run(config, sys.argv[1:])
     runtime.initialize(config)
     setup, tokenizer = set_up(config), load_tokenizer(config)
-    tasks = core.load_bundle(config.core_bundle)
+    tasks = core_tasks.load_bundle(config.core_bundle)
     if os.environ.get("NANOCHAT") and 0 < config.core_max_per_task <= max(
         task.shots for task in tasks
     ):

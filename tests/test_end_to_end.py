@@ -260,6 +260,15 @@ def test_speedrun_starts_a_preempted_training_again_by_itself_and_skips_what_is_
 class Hub(http.server.SimpleHTTPRequestHandler):
     """A hub whose data set `us/text` is the folder text; and whatever else is there, by its path."""
 
+    def end_headers(self):
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.send_header("ETag", '"1"')
+        super().end_headers()
+
+    def do_HEAD(self):  # noqa: N802
+        self.path = self.path.replace("/datasets/us/text/resolve/main/", "/text/")
+        super().do_HEAD()
+
     def do_GET(self):  # noqa: N802
         if self.path.startswith("/api/datasets/us/text/tree/main"):
             files = sorted(Path(self.directory, "text").iterdir())
@@ -268,7 +277,12 @@ class Hub(http.server.SimpleHTTPRequestHandler):
                     "type": "file",
                     "path": path.name,
                     "size": path.stat().st_size,
-                    "lfs": {"oid": hashlib.sha256(path.read_bytes()).hexdigest()},
+                    "oid": "0" * 40,
+                    "lfs": {
+                        "oid": hashlib.sha256(path.read_bytes()).hexdigest(),
+                        "size": path.stat().st_size,
+                        "pointerSize": 130,
+                    },
                 }
                 for path in files
             ]

@@ -211,7 +211,7 @@ def test_an_axis_that_spans_the_processes_gives_the_losses_of_one(place, one, ax
 def test_two_processes_go_on_where_one_stopped(place, one):
     copy_of_first_checkpoint(place, "one", "one_then_two")
     (out, _), _ = finish(start_two(words_of(place, "one_then_two", *TWO), by="environment"))
-    assert "going on from step 5" in out
+    assert "from step 5" in out
     assert_same_losses(place, "one_then_two")
 
 
@@ -223,9 +223,9 @@ def test_asked_to_stop_both_save_one_step_and_one_process_goes_on(place, one):
         process.send_signal(signal.SIGTERM)
     (out, _), _ = finish(processes, status=75)
     (step,) = steps_saved(place, "stopped")
-    assert 1 < step < STEPS and f"stopped at step {step}, saved" in out
+    assert 1 < step < STEPS and f"Saved checkpoint at step {step}" in out
     out, _ = finish([start([*words, *ONE])])[0]
-    assert f"going on from step {step}" in out
+    assert f"from step {step}" in out
     assert_same_losses(place, "stopped")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import os
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tuning import GOLDEN, PACKING, QUICK, check_gradients
+from tuning import GOLDEN, PACKING, check_gradients
 
 from MaxNano import pyconfig, train
 from MaxNano.tokenization.bpe import train_bpe
@@ -42,10 +43,8 @@ def words_of(place, *more):
         "packing_buffer_documents=10",
         f"tokenizer_path={place}/tokenizer",
         f"base_output_directory={place}/runs",
-        f"jax_cache_dir={place}/cache",
+        f"jax_cache_dir={os.environ['MAXNANO_TEST_CACHE']}",
         "tensorboard=false",
-        "xla_flags=[quick]",
-        QUICK,
         *more,
     ]
 

@@ -629,7 +629,7 @@ def test_preemptions_at_random_leave_the_losses_of_an_unbroken_run(
     found = losses_of(store.objects()[f"maxnano-d24/runs/d2_{STEPS}steps/metrics.jsonl"].decode())
     assert [step for step, _ in found] == list(range(STEPS))
     assert found == losses_of((place / "runs/unbroken/metrics.jsonl").read_text())
-    assert out.count("going on from step") >= preemptions - 2, "preempted in the middle"
+    assert out.count("going on from step") >= (preemptions + 1) // 2, "preempted in the middle"
     assert cloud.left() == [] and not list(cloud.folder.glob("machines/*/*"))
 
 

@@ -1,8 +1,8 @@
 """Reinforcement learning: nanochat's gradients, what is trained and with which weight, resume, rewards that rise."""
 
 import json
-import signal
 import os
+import signal
 import subprocess
 import sys
 import time

@@ -1,8 +1,8 @@
 """Fine-tuning through train.py: the start from another run, the horizon, kill -9, and nanochat's gradients."""
 
 import json
-import signal
 import os
+import signal
 import subprocess
 import sys
 import time

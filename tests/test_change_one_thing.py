@@ -50,7 +50,9 @@ class Copy:
         self.folder = folder
         self.touched = set()
         for name in ("MaxNano", "configs"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
 
     def write(self, path, text):
         """Adds a file."""
@@ -107,7 +109,7 @@ def test_an_attention_kernel(tree):
         path,
         r"^class Kernel\(NamedTuple\):",
         "def twin(q, k, v, window, settings, rules):\n"
-        '    return 2 * reference(q, k, v, window, settings, rules)\n\n\n\\g<0>',
+        "    return 2 * reference(q, k, v, window, settings, rules)\n\n\n\\g<0>",
     )
     tree.replace("configs/base.yml", r"^(attention: .* one of auto)", r"\1 twin")
     tree.python("""
@@ -206,7 +208,7 @@ def test_a_data_format(tree):
     tree.replace(
         path,
         r"^class SyntheticSource:",
-        textwrap.dedent('''
+        textwrap.dedent("""
             class EchoSource:
                 def __init__(self, config, split):
                     self.where, self.files = "echo", [split]
@@ -221,7 +223,7 @@ def test_a_data_format(tree):
                     yield from ("hello", "again")
 
 
-            class SyntheticSource:''').strip(),
+            class SyntheticSource:""").strip(),
     )
     tree.replace("configs/base.yml", r"^(dataset_type: .* one of)", r"\1 echo")
     tree.python("""
@@ -236,7 +238,7 @@ def test_a_chat_task(tree):
     """A file in tasks/ and a row of TASKS."""
     tree.write(
         "MaxNano/tasks/shout.py",
-        '''
+        """
         from MaxNano.tasks.base import Task, dialogue
 
 
@@ -254,10 +256,12 @@ def test_a_chat_task(tree):
 
             def evaluate(self, conversation, completion):
                 return completion == conversation["messages"][-1]["content"]
-        ''',
+        """,
     )
     path = "MaxNano/tasks/__init__.py"
-    tree.replace(path, r"import arc, chat, (.*), spelling$", r"import arc, chat, \1, shout, spelling")
+    tree.replace(
+        path, r"import arc, chat, (.*), spelling$", r"import arc, chat, \1, shout, spelling"
+    )
     tree.replace(path, r"^TASKS: .*\{$", r'\g<0>\n    "Shout": shout.Shout,')
     tree.python("""
         from MaxNano import tasks

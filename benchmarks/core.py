@@ -1,4 +1,4 @@
-"""Speed of CORE on a checkpoint: questions a second, with and without what is compiled.
+"""Speed of CORE on a checkpoint: questions per second, with and without compilation.
 
     python benchmarks/core.py configs/base.yml run_name=NAME core_bundle=PATH core_max_per_task=20
 
@@ -45,7 +45,7 @@ from MaxNano.training.setup import set_up
 
 
 class TaskTiming(NamedTuple):
-    """Whether each question is answered rightly, 0 or 1 a character, and seconds."""
+    """The verdict of each question, a character 0 or 1, and the time in seconds."""
 
     correct: str
     wall: float
@@ -56,7 +56,7 @@ class TaskTiming(NamedTuple):
 def start_nanochat(
     config: FrozenConfigDict, params: Any, bos_id: int
 ) -> Iterator[Callable[[CoreTask], TaskTiming] | None]:
-    """A function that lets nanochat answer a task; None where it is not asked for."""
+    """Returns a function that lets nanochat answer a task, or None without a nanochat checkout."""
     if not os.environ.get("NANOCHAT"):
         yield None
         return
@@ -110,7 +110,7 @@ def start_nanochat(
 
 
 def measure(task: CoreTask, tokenizer: Tokenizer, score: Scorer, limit: int) -> TaskTiming:
-    """A task in MaxNano, tokenizing and all; what is compiled on the way counts."""
+    """Answers a task with MaxNano, including tokenization and compilation."""
     wall, cpu = time.perf_counter(), time.process_time()
     (result,) = core.evaluate([task], tokenizer, score, max_per_task=limit)
     correct = "".join("01"[answer.correct] for answer in result.answers)
@@ -140,7 +140,7 @@ def main(config: FrozenConfigDict) -> None:
         with start_nanochat(config, params, tokenizer.bos_id) as nanochat:
             for task in tasks:
                 first = measure(task, tokenizer, score, config.core_max_per_task)
-                # Of two, because a second pass may find that another shape is worth compiling.
+                # The best of two passes, because the second may compile another shape.
                 later = [
                     measure(task, tokenizer, score, config.core_max_per_task) for _ in range(2)
                 ]

@@ -34,11 +34,10 @@ from MaxNano.training.setup import set_up
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"
 # Compiling fast matters more here than running fast.
-QUICK = "xla_flag_groups=[[quick, cpu, xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=true]]"
 
 
 def make_setup(*words):
-    quick = ("num_cpu_devices=1", "xla_flags=[quick]", QUICK)
+    quick = ("num_cpu_devices=1",)
     config = pyconfig.initialize([str(ROOT / "configs/base.yml"), *quick, *words])
     return set_up(config, jax.devices()[:1])
 

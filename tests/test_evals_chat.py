@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 from test_tasks import folder  # noqa: F401 (a fixture)
-from tuning import QUICK
 
 from MaxNano import evaluate, pyconfig, tasks
 from MaxNano.evals import chat, core
@@ -196,8 +195,6 @@ def place(tmp_path_factory):
             "max_new_tokens=6",
             "chat_slots=4",
             f"chat_tasks=[{', '.join((*LETTERED, *SPOKEN))}]",
-            "xla_flags=[quick]",
-            QUICK,
             "jax_cache_dir=''",
         ]
     )

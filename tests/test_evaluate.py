@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -30,7 +31,6 @@ from MaxNano.training.validation import PackedRows, bits_per_byte
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "configs/base.yml")
 TASKS = ("copa", "winograd", "lambada_openai")  # one of each kind, without examples
-QUICK = "xla_flag_groups=[[quick, cpu, xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=true]]"
 SHAPE = ["emb_dim=32", "head_dim=16", "num_query_heads=2", "vocab_size=320", "max_target_length=32"]
 
 
@@ -82,8 +82,6 @@ def words(folder):
         "steps=1",
         f"core_bundle={folder}/eval_bundle",
         "core_max_per_task=4",
-        "xla_flags=[quick]",
-        QUICK,
         "jax_cache_dir=''",
     ]
 
@@ -186,7 +184,7 @@ def test_killed_twice_and_on_other_devices_it_has_the_same_numbers(place, capsys
         "max_new_tokens=2",
         "chat_slots=4",
     )
-    more = ("num_cpu_devices=2", f"jax_cache_dir={place}/cache")
+    more = ("num_cpu_devices=2", f"jax_cache_dir={os.environ['MAXNANO_TEST_CACHE']}")
     assert "on 2 x cpu" in killed_after("core ", place, *words, *more)
     assert "chat" not in " ".join(results(place))
     assert "CORE tasks are already done" in killed_after("chat ", place, *words, *more)

@@ -1,6 +1,7 @@
 """Reinforcement learning: nanochat's gradients, what is trained and with which weight, resume, rewards that rise."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from toy_rl import Sums
-from tuning import GOLDEN, QUICK, check_gradients
+from tuning import GOLDEN, check_gradients
 
 from MaxNano import pyconfig
 from MaxNano.models import losses
@@ -180,7 +181,7 @@ def words_of(place, *more):
         "num_cpu_devices=1",
         f"tokenizer_path={place}/tokenizer",
         f"base_output_directory={place}/runs",
-        f"jax_cache_dir={place}/cache",
+        f"jax_cache_dir={os.environ['MAXNANO_TEST_CACHE']}",
         "tensorboard=false",
         *more,
     ]
@@ -202,8 +203,6 @@ def rl_words(place, *more):
         place,
         "stage=rl",
         "load_from=base",
-        "xla_flags=[quick]",
-        QUICK,
         "rl_task=Ascii/train",
         "rl_problems=2",
         "rl_samples=8",

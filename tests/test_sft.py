@@ -1,6 +1,7 @@
 """Fine-tuning through train.py: the start from another run, the horizon, kill -9, and nanochat's gradients."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tuning import GOLDEN, PACKING, QUICK, check_gradients
+from tuning import GOLDEN, PACKING, check_gradients
 
 from MaxNano import pyconfig
 from MaxNano.storage.files import run_directory
@@ -45,10 +46,8 @@ def words_of(place, *more):
         "packing_buffer_documents=10",
         f"tokenizer_path={place}/tokenizer",
         f"base_output_directory={place}/runs",
-        f"jax_cache_dir={place}/cache",
+        f"jax_cache_dir={os.environ['MAXNANO_TEST_CACHE']}",
         "tensorboard=false",
-        "xla_flags=[quick]",
-        QUICK,
         *more,
     ]
 

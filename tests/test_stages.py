@@ -16,7 +16,7 @@ from MaxNano.distributed.preemption import Preemption
 from MaxNano.evals.base import EVALS, measured_steps
 from MaxNano.evals.results import ResultTable
 from MaxNano.stage_configs import STAGE_CONFIGS, StageConfig, stage_config
-from MaxNano.tokenization.tokenizer import NANOCHAT_PATTERN, BpeTokenizer
+from MaxNano.tokenization.bpe import NANOCHAT_PATTERN, BpeTokenizer
 from MaxNano.training.setup import set_up
 from MaxNano.training.stages import STAGES, Stage, stage_of
 

@@ -50,7 +50,7 @@ def words_of(place, run_name, *more):
         "packing_buffer_documents=20",
         f"dataset_path={place}/text",
         f"tokenizer_path={place}/tokenizer",
-        f"jax_cache_dir={place}/cache",
+        f"jax_cache_dir={os.environ['MAXNANO_TEST_CACHE']}",
         f"base_output_directory={place}/runs",
         "num_cpu_devices=1",
         "eval_interval=7",

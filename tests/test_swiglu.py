@@ -60,7 +60,8 @@ def test_counts_follow_the_definition():
     shape = scaling.shape_of(config)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.shapes))
     assert scaling.parameter_counts(shape).total == parameters
-    assert sum(row.parameters for row in groups.group_summary(model.shapes, config)) == parameters
+    counts = groups.count_parameters(model.shapes, groups.parameter_groups(config))
+    assert sum(counts.values()) == parameters
 
     def logits(params, tokens):
         bound = model.bind(params)

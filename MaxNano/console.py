@@ -1,4 +1,4 @@
-"""What programs print besides results: warnings, errors on one line, tables. Standard library only on import."""
+"""Printing for people: warnings, errors on one line, tables. Imports the standard library only."""
 
 import sys
 from collections.abc import Iterable, Sequence

@@ -22,6 +22,7 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import config_schema, console, scaling
 from MaxNano.config_schema import BASE, COMMAND_LINE, ConfigError, Key, shorten, suggest
+from MaxNano.stage_configs import stage_config
 from MaxNano.storage import files
 
 ORIGIN = "origin"  # the only entry of a config that is not a key: key -> origin of its value
@@ -190,8 +191,7 @@ def _derive(values: _Values) -> None:
             "target_param_data_ratio", "is too small: there is not one token to train on"
         )
     reference = scaling.parameter_counts(scaling.reference_shape(shape, aspect_ratio)).scaling
-    if value["dataset_type"] == "rollouts":
-        _set_rollout_batch(values)
+    _set_stage_batch(values)
     fill("global_batch_tokens", lambda: scaling.batch_tokens(size, reference, ratio))
     batch = value["global_batch_tokens"]
     fill("learning_rate_scale", lambda: scaling.learning_rate_scale(batch))
@@ -199,16 +199,18 @@ def _derive(values: _Values) -> None:
     fill("steps", lambda: _steps(values, shape, size))
 
 
-def _set_rollout_batch(values: _Values) -> None:
-    """Sets the batch size to the rollouts of a step."""
-    value = values.value
-    tokens = value["rl_problems"] * value["rl_samples"] * row_length(value)
+def _set_stage_batch(values: _Values) -> None:
+    """Set global_batch_tokens if the stage decides it; a command line that says otherwise is an error."""
+    value, stage = values.value, stage_config(values.value)
+    if stage.batch_tokens is None:
+        return
+    tokens = stage.batch_tokens(value)
     if (
         values.origin["global_batch_tokens"] == COMMAND_LINE
         and value["global_batch_tokens"] != tokens
     ):
         raise values.error(
-            "global_batch_tokens", "is not rl_problems x rl_samples x rl_row_tokens; leave it null"
+            "global_batch_tokens", f"is not {stage.batch_tokens_text}; leave it null"
         )
     values.set("global_batch_tokens", tokens, DERIVED)
 
@@ -245,15 +247,20 @@ def windows_of(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def horizon_is_open(config: Mapping[str, Any]) -> bool:
-    """Whether `steps` depends on the data: in a later stage, if neither steps nor FLOPs are set."""
-    is_said = config[ORIGIN]["steps"] != DERIVED or config["target_flops"] is not None
-    return config["dataset_type"] in ("chat", "rollouts") and not is_said
+    """Whether only the data tell `steps`: the stage's horizon follows from them and no key sets it."""
+    is_set = config[ORIGIN]["steps"] != DERIVED or config["target_flops"] is not None
+    return stage_config(config).horizon_from_data and not is_set
 
 
 def row_length(config: Mapping[str, Any]) -> int:
-    """Sequence length of a batch: max_target_length, or rl_row_tokens for rollouts."""
-    rows = config["rl_row_tokens"] if config["dataset_type"] == "rollouts" else None
-    return rows or config["max_target_length"]
+    """Tokens of a row of a training batch, which the stage decides."""
+    return stage_config(config).row_tokens(config)
+
+
+def start_directory(load_from: str, directory: epath.Path) -> epath.Path:
+    """The folder of the run that load_from names, by a path or by the name of a folder beside `directory`."""
+    path = epath.Path(load_from).expanduser()
+    return path if "/" in load_from else directory.parent / load_from
 
 
 # ---- Contradictions ------------------------------------------------------------------------------
@@ -377,10 +384,6 @@ def _check_rest(values: _Values) -> None:
     if not _NAME.fullmatch(value["run_name"]):
         raise values.error("run_name", "must consist of [A-Za-z0-9._-], at most 64, no dot first")
     batch, length = value["global_batch_tokens"], row_length(value)
-    if (value["rl_row_tokens"] or 0) > value["max_target_length"]:
-        raise values.error(
-            "rl_row_tokens", f"is larger than max_target_length={value['max_target_length']}"
-        )
     if batch % length:
         nearest = max(1, round(batch / length)) * length
         raise values.error(
@@ -393,10 +396,8 @@ def _check_rest(values: _Values) -> None:
         raise values.error(
             "dataset_type", "needs dataset_name=OWNER/NAME, such as karpathy/climbmix-400b-shuffle"
         )
-    if value["dataset_type"] == "rollouts" and value["quantization"] != "none":
-        raise values.error(
-            "quantization", "does not work with rollouts, which are sampled without quantization"
-        )
+    for key, problem in stage_config(value).contradictions(value):
+        raise values.error(key, problem)
     directions = ("from_nanochat", "to_nanochat", "from_huggingface", "to_huggingface")
     first, *others = [name for name in directions if value[name]] or ("",)
     if others:

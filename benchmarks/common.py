@@ -1,4 +1,4 @@
-"""What the benchmarks share: a step compiled for a TPU slice as a row of a table, and rows kept in a file."""
+"""Shared by the benchmarks: the cost of a step compiled for a TPU slice, and results stored in a file."""
 
 import hashlib
 import importlib.metadata
@@ -13,8 +13,10 @@ import jax
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import train_compile
-from MaxNano.compile import costs
+from MaxNano import console
+from MaxNano.compile import programs as compile_programs
+from MaxNano.compile import report as compile_report
+from MaxNano.compile import topologies
 from MaxNano.training.setup import set_up
 
 Row = dict[str, Any]
@@ -25,39 +27,37 @@ GIB = 2**30
 
 def chips_of(config: FrozenConfigDict) -> int:
     """Chips of compile_topology and compile_num_slices."""
-    return (
-        math.prod(train_compile.slice_shape(config.compile_topology)[1]) * config.compile_num_slices
-    )
+    return math.prod(topologies.slice_shape(config.compile_topology)[1]) * config.compile_num_slices
 
 
 def compile_step(config: FrozenConfigDict) -> Row:
-    """The train step of a config compiled for compile_topology; where it does not fit, `failure` says why.
+    """The train step of a config compiled for compile_topology; `failure` says why it cannot be compiled.
 
     Cycles in millions and GiB, a chip.
     """
     row: Row = {}
     try:
         setup = set_up(
-            config, train_compile.slice_devices(config.compile_topology, config.compile_num_slices)
+            config, topologies.slice_devices(config.compile_topology, config.compile_num_slices)
         )
-        setup, report = train_compile.compile_program(setup, "train")
-    except ValueError as error:  # out of memory, or a layout or kernel that is refused
-        return {"failure": " ".join(str(error).split())}
+        setup, report = compile_programs.compile_program(setup, "train")
+    except ValueError as error:  # out of memory, or an unsupported layout or kernel
+        return {"failure": console.one_line(error)}
     finally:
-        jax.clear_caches()  # a session compiles many steps
-    row |= {"rows": setup.plan.micro_rows, "micro-steps": setup.plan.micro_steps}
+        jax.clear_caches()  # one process compiles many steps
+    row |= {"rows": setup.plan.micro_rows, "micro-steps": setup.plan.accumulation_steps}
     return row | costs(report)
 
 
-def costs(report: costs.Report) -> Row:
-    """A report's sums: cycles by class in millions, memory in GiB, a chip."""
+def costs(report: compile_report.Report) -> Row:
+    """Sums up a report: cycles by class in millions and memory in GiB, per chip."""
     row: Row = {"all": report.cycles / 1e6}
     row |= {kind: cycles / 1e6 for kind, cycles in report.cycles_by_class.items()}
     return row | {"GiB": report.memory.total / GIB, "compiled s": report.compile_seconds}
 
 
 def nanochat_model(config: FrozenConfigDict) -> Row:
-    """The same architecture as the keyword arguments of nanochat's GPTConfig."""
+    """Returns the architecture as keyword arguments of nanochat's GPTConfig."""
     return {
         "sequence_len": config.max_target_length,
         "vocab_size": config.vocab_size,
@@ -70,13 +70,13 @@ def nanochat_model(config: FrozenConfigDict) -> Row:
 
 
 def nanochat_environment(checkout: str) -> dict[str, str]:
-    """The environment in which a Python imports nanochat from a checkout."""
+    """Returns the environment in which Python imports nanochat from a checkout."""
     paths = os.pathsep.join([checkout, os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": paths}
 
 
 class Kept:
-    """Rows in a file of JSON lines, so that a benchmark that was stopped goes on behind the last of them.
+    """Results in a file of JSON lines, so that an interrupted benchmark resumes after the last row.
 
     A row belongs to a task (JSON-able), the program's source and the compiler: where one of these differs, it is
     measured anew.
@@ -87,22 +87,22 @@ class Kept:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = self.path.read_text() if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # a stopped program left a line unfinished
+        if whole != text:  # an interrupted program left an incomplete line
             self.path.write_text(whole)
         self.rows = {row["key"]: row for row in map(json.loads, whole.splitlines())}
 
     def key(self, task: Any) -> str:
-        """What a row is kept under."""
+        """Returns the key under which a row is stored."""
         versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
         content = json.dumps([task, versions, source_hash()])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def find(self, task: Any) -> Row | None:
-        """The row of a task; None where it is to be measured."""
+        """Returns the row of a task, or None if it must be measured."""
         return self.rows.get(self.key(task))
 
     def add(self, task: Any, row: Row) -> Row:
-        """Keep a row; returns it."""
+        """Stores a row and returns it."""
         row = {"key": self.key(task), **row}
         self.rows[row["key"]] = row
         with self.path.open("a") as file:
@@ -111,7 +111,7 @@ class Kept:
 
 
 def source_hash() -> str:
-    """Of all Python of the package."""
+    """Returns a hash of all Python files of the package."""
     digest = hashlib.sha256()
     for path in sorted((ROOT / "MaxNano").rglob("*.py")):
         digest.update(path.read_bytes())
@@ -119,7 +119,7 @@ def source_hash() -> str:
 
 
 def show(rows: Sequence[Row], columns: Sequence[str] | None = None, digits: int = 1) -> None:
-    """Print rows as a table of the columns in which one of them has something; floats with `digits` decimals."""
+    """Prints rows as a table of the non-empty columns; floats have `digits` decimals."""
     columns = columns or list(dict.fromkeys(column for row in rows for column in row))
     columns = [
         column for column in columns if any(row.get(column) not in (None, "") for row in rows)

@@ -1,4 +1,4 @@
-"""What a machine waits for its compiler before its first train step: alone, and with what another left in a bucket.
+"""Compile time before the first train step, without and with the compilation cache in a bucket.
 
     python benchmarks/compile_cache.py configs/base.yml model=d6 max_target_length=512 global_batch_tokens=512
 
@@ -39,7 +39,7 @@ MACHINES = ("empty bucket", "next machine", "the one after", "no cache")
 
 
 def measure(words: Sequence[str]) -> None:
-    """Two steps of a run with this command line, and what was found in its cache, as a JSON line."""
+    """Runs two steps with this command line; prints its times and cache hits as a JSON line."""
     events = []
     jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rsplit("/", 1)[-1]))
     config = pyconfig.initialize(words)
@@ -60,7 +60,7 @@ def measure(words: Sequence[str]) -> None:
 
 
 def main(config: FrozenConfigDict) -> int | None:
-    """One machine after the other."""
+    """Runs one process per machine, one after the other."""
     sys.path.append(str(common.ROOT / "tests"))
     import object_store
 

@@ -1,4 +1,4 @@
-"""Speed of CORE on a checkpoint: questions a second, with and without what is compiled.
+"""Speed of CORE on a checkpoint: questions per second, with and without compilation.
 
     python benchmarks/core.py configs/base.yml run_name=NAME core_bundle=PATH core_max_per_task=20
 
@@ -32,8 +32,10 @@ from ml_collections import FrozenConfigDict
 from benchmarks import common
 from MaxNano import evaluate, pyconfig
 from MaxNano.distributed import runtime
-from MaxNano.evals import core
+from MaxNano.evals import core, core_tasks
+from MaxNano.evals.core_tasks import CoreTask
 from MaxNano.inference import prefix_scoring
+from MaxNano.inference.prompts import Scorer
 from MaxNano.interop import nanochat
 from MaxNano.tokenization.bpe import FILE_NAME
 from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -41,8 +43,8 @@ from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.setup import run_directory, set_up
 
 
-class Result(NamedTuple):
-    """Whether each question is answered rightly, 0 or 1 a character, and seconds."""
+class TaskTiming(NamedTuple):
+    """The verdict of each question, a character 0 or 1, and the time in seconds."""
 
     correct: str
     wall: float
@@ -52,8 +54,8 @@ class Result(NamedTuple):
 @contextlib.contextmanager
 def start_nanochat(
     config: FrozenConfigDict, params: Any, bos_id: int
-) -> Iterator[Callable[[core.Task], Result] | None]:
-    """A function that lets nanochat answer a task; None where it is not asked for."""
+) -> Iterator[Callable[[CoreTask], TaskTiming] | None]:
+    """Returns a function that lets nanochat answer a task, or None without a nanochat checkout."""
     if not os.environ.get("NANOCHAT"):
         yield None
         return
@@ -66,7 +68,7 @@ def start_nanochat(
             "tokenizer": str(Path(config.tokenizer_path).expanduser() / FILE_NAME),
             "bos_id": bos_id,
             "max_per_task": config.core_max_per_task,
-            "shuffle_seed": core.SHUFFLE_SEED,
+            "shuffle_seed": core_tasks.SHUFFLE_SEED,
         }
         process = subprocess.Popen(
             [
@@ -88,8 +90,8 @@ def start_nanochat(
                 raise ValueError("nanochat's evaluation failed; its error stands above")
             return json.loads(answer)
 
-        def run(task: core.Task) -> Result:
-            return Result(
+        def run(task: CoreTask) -> TaskTiming:
+            return TaskTiming(
                 *ask(
                     {
                         "task_type": task.kind,
@@ -106,12 +108,12 @@ def start_nanochat(
             process.stdin.close()
 
 
-def measure(task: core.Task, tokenizer: Tokenizer, score: core.Scorer, limit: int) -> Result:
-    """A task in MaxNano, tokenizing and all; what is compiled on the way counts."""
+def measure(task: CoreTask, tokenizer: Tokenizer, score: Scorer, limit: int) -> TaskTiming:
+    """Answers a task with MaxNano, including tokenization and compilation."""
     wall, cpu = time.perf_counter(), time.process_time()
     (result,) = core.evaluate([task], tokenizer, score, max_per_task=limit)
     correct = "".join("01"[answer.correct] for answer in result.answers)
-    return Result(correct, time.perf_counter() - wall, time.process_time() - cpu)
+    return TaskTiming(correct, time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def main(config: FrozenConfigDict) -> None:
@@ -119,7 +121,7 @@ def main(config: FrozenConfigDict) -> None:
     config = evaluate.config_of_run(config, sys.argv[1:])
     runtime.initialize(config)
     setup, tokenizer = set_up(config), load_tokenizer(config)
-    tasks = core.load_bundle(config.core_bundle)
+    tasks = core_tasks.load_bundle(config.core_bundle)
     if os.environ.get("NANOCHAT") and 0 < config.core_max_per_task <= max(
         task.shots for task in tasks
     ):
@@ -137,7 +139,7 @@ def main(config: FrozenConfigDict) -> None:
         with start_nanochat(config, params, tokenizer.bos_id) as nanochat:
             for task in tasks:
                 first = measure(task, tokenizer, score, config.core_max_per_task)
-                # Of two, because a second pass may find that another shape is worth compiling.
+                # The best of two passes, because the second may compile another shape.
                 later = [
                     measure(task, tokenizer, score, config.core_max_per_task) for _ in range(2)
                 ]

@@ -28,8 +28,9 @@ from jax.sharding import SingleDeviceSharding
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import pyconfig, scaling, train_compile
-from MaxNano.compile import costs
+from MaxNano import pyconfig, scaling
+from MaxNano.compile import report as compile_report
+from MaxNano.compile import topologies
 from MaxNano.distributed import hardware
 from MaxNano.models import losses
 
@@ -152,8 +153,10 @@ def estimate(config: FrozenConfigDict, program: Callable, rows: int, device) -> 
             raise
         return {"failure": "does not fit"}
     chip = hardware.chip(device)
-    work = costs.Work(matmul_flops(config, rows), rows * config.max_target_length, None)
-    report = costs.analyze(
+    work = compile_report.ProgramWork(
+        matmul_flops(config, rows), rows * config.max_target_length, None
+    )
+    report = compile_report.analyze(
         compiled,
         chip,
         vocab_size=config.vocab_size,
@@ -174,7 +177,7 @@ def main(config: FrozenConfigDict) -> None:
     }
     if jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
-        device = train_compile.slice_devices(config.compile_topology)[0]
+        device = topologies.slice_devices(config.compile_topology)[0]
         where, unit = f"ESTIMATED for {device.device_kind}, not measured", "; M cycles"
         cost = partial(estimate, device=device)
     else:

@@ -1,4 +1,4 @@
-"""nanochat's side of core.py: started by it, in a Python that has nanochat's packages.
+"""nanochat's side of core.py, which starts it in a Python with nanochat's packages.
 
 Imports nothing of MaxNano. Builds nanochat's model from a JSON line, then answers each further one, a task, with the
 correctness of each question, wall and CPU seconds.
@@ -39,7 +39,7 @@ def main():
             for i in range(len(data))
         ]
         spent = time.perf_counter() - wall, time.process_time() - cpu
-        print(json.dumps(["".join("01"[bool(one)] for one in correct), *spent]), flush=True)
+        print(json.dumps(["".join("01"[bool(verdict)] for verdict in correct), *spent]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""nanochat's side of decode.py: started by it, in a Python that has nanochat's packages.
+"""nanochat's side of decode.py, which starts it in a Python with nanochat's packages.
 
 Imports nothing of MaxNano. Builds nanochat's model around the weights of a JSON line, on
 the GPU where there is one, then answers each further line
@@ -16,7 +16,7 @@ from nanochat.gpt import GPT, GPTConfig
 
 
 class NoSpecials:
-    """What nanochat's engine wants of a tokenizer; no token that a model can say is special."""
+    """The tokenizer that nanochat's engine requires; no token that the model generates is special."""
 
     def encode_special(self, name):
         return -1

@@ -1,4 +1,4 @@
-"""nanochat's side of input_pipeline.py: started by it, in a Python that has nanochat's packages.
+"""nanochat's side of input_pipeline.py, which starts it in a Python with nanochat's packages.
 
 Imports nothing of MaxNano. Reads "packing" or "loader" from each line of its input and answers with
 one line of JSON: tokens/s, and a hash of the rows before the measured ones.
@@ -19,7 +19,7 @@ from nanochat.tokenizer import RustBPETokenizer
 
 
 class EncodedTokenizer:
-    """Stands in for a tokenizer where the documents are encoded already."""
+    """Replaces the tokenizer if the documents are already encoded."""
 
     def __init__(self, bos):
         self.bos = bos

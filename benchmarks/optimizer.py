@@ -1,4 +1,4 @@
-"""Time of one Muon + AdamW update of a model, its forward and backward pass left out.
+"""Time of one Muon + AdamW update of a model, without the forward and backward pass.
 
     python benchmarks/optimizer.py configs/base.yml model=d4 vocab_size=4096 max_target_length=512
 
@@ -31,7 +31,7 @@ UPDATES = 10
 
 
 def polar_express_flops(params: dict, config: FrozenConfigDict) -> int:
-    """Floating-point operations of the matrix products: three an iteration, on the shorter side's Gram matrix."""
+    """Returns the FLOPs of the matrix products: three per iteration, on the shorter side's Gram matrix."""
     labels = jax.tree.leaves(groups.label_params(params, groups.parameter_groups(config)))
     total = 0
     for label, leaf in zip(labels, jax.tree.leaves(params), strict=True):

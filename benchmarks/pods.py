@@ -37,8 +37,8 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import pyconfig, train_compile
-from MaxNano.compile import costs, hlo
+from MaxNano import pyconfig
+from MaxNano.compile import costs, hlo, topologies
 from MaxNano.distributed import hardware
 from MaxNano.training.setup import flops_per_token, run_directory, set_up
 from MaxNano.training.step import compile_train, lower_train
@@ -107,7 +107,7 @@ class Layout(NamedTuple):
 def whole_step(config: FrozenConfigDict) -> common.Row:
     """What a chip of compile_topology computes: cycles a step, a micro-step and a token, and GiB beside the state."""
     setup = set_up(
-        config, train_compile.slice_devices(config.compile_topology, config.compile_num_slices)
+        config, topologies.slice_devices(config.compile_topology, config.compile_num_slices)
     )
     started = time.monotonic()
     setup, compiled = compile_train(setup)
@@ -122,7 +122,7 @@ def whole_step(config: FrozenConfigDict) -> common.Row:
     stats = compiled.memory_analysis()
     return {
         "step cycles": cycles["step"],
-        "micro-step cycles": cycles["micro-step"] / setup.plan.micro_steps,
+        "micro-step cycles": cycles["micro-step"] / setup.plan.accumulation_steps,
         "token cycles": cycles["token"] / (config.global_batch_tokens / setup.mesh.size),
         "rows": setup.plan.micro_rows,
         "tensor": config.ici_tensor_parallelism,
@@ -154,7 +154,7 @@ def short_step(words: Sequence[str], topology: str, layout: Layout) -> common.Ro
             "per_device_batch_size=1",
         ]
     )
-    setup = set_up(config, train_compile.slice_devices(topology, layout.slices))
+    setup = set_up(config, topologies.slice_devices(topology, layout.slices))
     started = time.monotonic()
     try:
         compiled = lower_train(setup).compile(LEAST_EFFORT)
@@ -232,7 +232,7 @@ def main(config: FrozenConfigDict) -> None:
     whole = kept.find(task) or kept.add(task, whole_step(config))
     rows = []
     for topology, slices in SLICES:
-        chips = math.prod(train_compile.slice_shape(topology)[1]) * slices
+        chips = math.prod(topologies.slice_shape(topology)[1]) * slices
         batch = config.global_batch_tokens
         for fixed, tokens in (
             ("tokens a chip", batch // common.chips_of(config) * chips),

@@ -75,8 +75,8 @@ def start_nanochat(
         yield None
         return
     task = {
-        "rows": plan.rows // plan.micro_steps,
-        "micro_batches": plan.micro_steps,
+        "rows": plan.rows // plan.accumulation_steps,
+        "micro_batches": plan.accumulation_steps,
         "model": common.nanochat_model(config),
     }
     program = Path(__file__).with_name("nanochat_step_time.py")

@@ -35,8 +35,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import console, pyconfig, train_compile
-from MaxNano.compile import costs
+from MaxNano import console, pyconfig
+from MaxNano.compile import programs as compile_programs
+from MaxNano.compile import report as compile_report
+from MaxNano.compile import topologies
 from MaxNano.distributed import hardware, sharding
 from MaxNano.distributed.mesh import make_mesh
 from MaxNano.models import attention, layers, transformer
@@ -236,7 +238,7 @@ def train_step(recipe: Recipe, params, opt_state, count, inputs, targets):
     grads, losses = jax.lax.scan(
         accumulate, jax.tree.map(jnp.zeros_like, params), (inputs, targets)
     )
-    grads = jax.tree.map(lambda grad: grad / recipe.plan.micro_steps, grads)
+    grads = jax.tree.map(lambda grad: grad / recipe.plan.accumulation_steps, grads)
     stacked = stack(params)
     updates, opt_state = recipe.optimizer.update(stack(grads), opt_state, stacked, step=count)
     return unstack(optax.apply_updates(stacked, updates)), opt_state, jnp.mean(losses)
@@ -251,7 +253,7 @@ def jit_step(recipe: Recipe):
     )
 
 
-def compile_recipe(recipe: Recipe) -> costs.Report:
+def compile_recipe(recipe: Recipe) -> compile_report.Report:
     """The report of the recipe's step. Raises jax.errors.JaxRuntimeError where it does not fit."""
     config, plan, mesh = recipe.config, recipe.plan, recipe.mesh
     whole = NamedSharding(mesh, PartitionSpec())
@@ -259,7 +261,11 @@ def compile_recipe(recipe: Recipe) -> costs.Report:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
         jax.eval_shape(unstack, recipe.abstract.params),
     )
-    shape = (plan.micro_steps, plan.ways * plan.micro_rows, config.max_target_length)
+    shape = (
+        plan.accumulation_steps,
+        plan.data_parallel_size * plan.micro_rows,
+        config.max_target_length,
+    )
     tokens = jax.ShapeDtypeStruct(
         shape, jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(None, "data"))
     )
@@ -269,12 +275,12 @@ def compile_recipe(recipe: Recipe) -> costs.Report:
             params, recipe.abstract.opt_state, recipe.abstract.step, tokens, tokens
         )
     compiled = lowered.compile()
-    return costs.analyze(
+    return compile_report.analyze(
         compiled,
         hardware.chip(mesh.devices.flat[0]),
         mesh=mesh,
         vocab_size=config.vocab_size,
-        work=costs.Work(
+        work=compile_report.ProgramWork(
             flops_per_token(config) * config.global_batch_tokens,
             config.global_batch_tokens,
             config.steps,
@@ -289,8 +295,8 @@ def compile_recipe(recipe: Recipe) -> costs.Report:
 def main(config: FrozenConfigDict) -> None:
     """Compile both, print both."""
     jax.config.update("jax_enable_compilation_cache", False)
-    devices = train_compile.slice_devices(config.compile_topology, config.compile_num_slices)
-    _, product = train_compile.compile_program(training_setup.set_up(config, devices), "train")
+    devices = topologies.slice_devices(config.compile_topology, config.compile_num_slices)
+    _, product = compile_programs.compile_program(training_setup.set_up(config, devices), "train")
     print_report("product", product)
     recipe = compile_recipe(set_up(config, devices))
     print_report("recipe", recipe)
@@ -311,7 +317,7 @@ def main(config: FrozenConfigDict) -> None:
     print(json.dumps({"model": config.model, "ratio": ratio, "rows": rows}))
 
 
-def print_report(name: str, report: costs.Report) -> None:
+def print_report(name: str, report: compile_report.Report) -> None:
     """All tables of a report."""
     for title, header, rows in report.tables():
         console.print_table(f"{name}: {title}", header, rows)

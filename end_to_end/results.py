@@ -124,9 +124,9 @@ def check_text(config: FrozenConfigDict, options: dict[str, str]) -> None:
 
 
 def check_core(config: FrozenConfigDict, options: dict[str, str]) -> None:
-    from MaxNano.evals import core
+    from MaxNano.evals.core_tasks import load_bundle
 
-    print(f"{config.core_bundle}: {len(core.load_bundle(config.core_bundle))} tasks")
+    print(f"{config.core_bundle}: {len(load_bundle(config.core_bundle))} tasks")
 
 
 def check_chat(config: FrozenConfigDict, options: dict[str, str]) -> None:

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Sets up if needed and runs the tests; arguments go to pytest: bash tests/run.sh -k packing
+# Sets up if needed and runs the tests in two processes. Arguments go to pytest:
+#
+#   bash tests/run.sh -k packing
+#   PYTEST_WORKERS=0 bash tests/run.sh --pdb    in this process, as a debugger needs it
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 MAXNANO_QUIET=1 EXTRAS=dev,export,serve bash setup.sh
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n "${PYTEST_WORKERS:-2}" --dist worksteal "$@"

@@ -135,7 +135,7 @@ def test_the_straightforward_loss_is_the_products():
     config = make_config(*TINY)
     setup = set_up(config, jax.devices()[:1])
     recipe = straightforward.set_up(config, jax.devices()[:1], kernel="reference", rows=1)
-    assert recipe.plan.micro_steps == 4
+    assert recipe.plan.accumulation_steps == 4
     params = random_params(setup.model)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (4, 33), dtype=np.int32)
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from MaxNano.compile import costs, hlo
+from MaxNano.compile import collectives, costs, hlo
+from MaxNano.compile import report as compile_report
 from MaxNano.distributed import hardware
 
 CHIP = hardware.CHIPS["TPU v6 lite"]
@@ -204,7 +205,7 @@ def test_operations_are_told_apart_by_what_they_make():
 
 
 GATHER = "replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}"
-RING = costs.RING_LINKS * CHIP.ici_link_bandwidth / CHIP.clock_hz  # bytes a cycle
+RING = collectives.RING_LINKS * CHIP.ici_link_bandwidth / CHIP.clock_hz  # bytes a cycle
 
 
 @pytest.mark.parametrize("compute", [1000, 10_000_000])
@@ -631,7 +632,7 @@ def compiled(text, **sizes):
 
 def test_the_report_of_a_compiled_function():
     entry = ["%x = f32[4096]{0} parameter(0)", *(fusion(f"f{i}", "x", 1750 * i) for i in range(30))]
-    report = costs.analyze(
+    report = compile_report.analyze(
         compiled(
             program(entry, ADD),
             argument=100,
@@ -642,7 +643,7 @@ def test_the_report_of_a_compiled_function():
             generated_code=5,
         ),
         CHIP,
-        work=costs.Work(model_flops=1e9, tokens=87, steps=1000),
+        work=compile_report.ProgramWork(model_flops=1e9, tokens=87, steps=1000),
         compile_seconds=3.0,
     )
     assert (
@@ -656,10 +657,10 @@ def test_the_report_of_a_compiled_function():
     assert report.tokens_per_second == pytest.approx(87 / 435e-6)
     assert report.run_seconds == pytest.approx(0.435)
     assert report.run_price == pytest.approx(0.435 / 3600 * 0.540137)
-    assert [o.name for o in report.dearest] == [f"f{i}" for i in range(29, 19, -1)]
+    assert [o.name for o in report.most_expensive] == [f"f{i}" for i in range(29, 19, -1)]
     values = json.loads(json.dumps(report.to_json()))
     assert values["memory"]["total"] == 1115
-    assert values["dearest"][0]["total"] == 1750 * 29
+    assert values["most_expensive"][0]["total"] == 1750 * 29
     assert sum(values["cycles_by_class"].values()) == pytest.approx(values["cycles"])
     assert values["assumptions"]
     text = str(report.tables())
@@ -669,7 +670,7 @@ def test_the_report_of_a_compiled_function():
 
 def test_what_is_not_known_is_null():
     text = program(["%x = f32[4096]{0} parameter(0)", fusion("f", "x", 10)], ADD)
-    report = costs.analyze(compiled(text), hardware.CHIPS["TPU v5 lite"])
+    report = compile_report.analyze(compiled(text), hardware.CHIPS["TPU v5 lite"])
     assert (report.mfu, report.run_seconds, report.run_price, report.model_flops) == (None,) * 4
     assert "unknown" in str(report.tables())
 

@@ -24,8 +24,9 @@ from test_nanochat_reference import hashed
 
 from MaxNano import pyconfig
 from MaxNano.distributed import hardware
-from MaxNano.evals import core
+from MaxNano.evals import core, core_tasks
 from MaxNano.inference import prefix_scoring
+from MaxNano.inference.prompts import Prompt
 from MaxNano.interop import nanochat
 from MaxNano.tokenization.tokenizer import load_tokenizer_from
 from MaxNano.training.setup import set_up
@@ -33,11 +34,10 @@ from MaxNano.training.setup import set_up
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"
 # Compiling fast matters more here than running fast.
-QUICK = "xla_flag_groups=[[quick, cpu, xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=true]]"
 
 
 def make_setup(*words):
-    quick = ("num_cpu_devices=1", "xla_flags=[quick]", QUICK)
+    quick = ("num_cpu_devices=1",)
     config = pyconfig.initialize([str(ROOT / "configs/base.yml"), *quick, *words])
     return set_up(config, jax.devices()[:1])
 
@@ -111,33 +111,35 @@ def test_every_answer_is_nanochats(small, few_shapes, limit):
     """All 22 tasks; of each the first questions, with examples from all of them."""
     setup, tokenizer, params = small
     golden = json.loads((GOLDEN / "core_small.json").read_text())
-    tasks = core.load_bundle(GOLDEN / "core_small.zip")
+    tasks = core_tasks.load_bundle(GOLDEN / "core_small.zip")
     assert [task.label for task in tasks] == list(golden["tasks"])
     score = prefix_scoring.PrefixScorer(setup, tokenizer.bos_id).bind(params)
     right = collections.Counter()
     for task in tasks:
         questions, expected = task.questions(), golden["tasks"][task.label]
-        prompts = core.build_prompts(task, questions, tokenizer, limit=limit)
+        prompts = core_tasks.build_prompts(task, questions, tokenizer, limit=limit)
         answers = core.answer(task, questions, prompts, score)
         found = "".join("01"[answer.correct] for answer in answers)
         assert found == expected["correct"][:limit], task.label
         right[task.kind] += found.count("1")
         for answer, losses in zip(answers, expected.get("losses", []), strict=False):
             np.testing.assert_allclose(answer.losses, losses, atol=1e-4, err_msg=task.label)
-    assert right.keys() == set(core.FIELDS), "a kind of which no answer is right tests nothing"
+    assert right.keys() == set(core_tasks.FIELDS), (
+        "a kind of which no answer is right tests nothing"
+    )
 
 
 def test_the_recorded_score_is_that_of_the_recorded_answers():
     golden = json.loads((GOLDEN / "core_small.json").read_text())
     centered = {}
-    for task in core.load_bundle(GOLDEN / "core_small.zip"):
+    for task in core_tasks.load_bundle(GOLDEN / "core_small.zip"):
         correct = golden["tasks"][task.label]["correct"]
         assert len(correct) == len(task.questions())
-        centered[task.label] = core.center(correct.count("1") / len(correct), task.baseline)
+        centered[task.label] = core_tasks.center(correct.count("1") / len(correct), task.baseline)
         assert centered[task.label] == pytest.approx(
             golden["tasks"][task.label]["centered"], abs=1e-9
         )
-    assert core.summarize(centered)["core"] == pytest.approx(golden["core"], abs=1e-9)
+    assert core_tasks.core_score(centered) == pytest.approx(golden["core"], abs=1e-9)
 
 
 def test_the_shared_prefix_changes_no_number(few_shapes):
@@ -180,9 +182,7 @@ def check_shared_prefixes(setup, params):
     ):
         rows = [rng.integers(0, 49, length, np.int32) for length in lengths]
         rows[1][0] = rows[0][0]
-        prompts.append(
-            core.Prompt(rng.integers(0, 49, prefix, np.int32), tuple(rows), (1, 1), (0, 1))
-        )
+        prompts.append(Prompt(rng.integers(0, 49, prefix, np.int32), tuple(rows), (1, 1), (0, 1)))
     score = prefix_scoring.PrefixScorer(setup, 49).bind(params)
     expected = dict(whole_rows(setup, params, 49)(prompts, greedy=False))
     scores = dict(score(prompts, greedy=False))
@@ -196,7 +196,7 @@ def test_a_scorer_from_logits():
     """Losses are of the scored tokens, from the position before; greedy ones are the largest logit's."""
     logits = np.log([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.2, 0.2, 0.6]]).astype(np.float32)
     score = core.logits_scorer(lambda tokens: logits[tokens], bos_id=0)
-    prompt = core.Prompt(np.array([0]), (np.array([1, 1, 2, 2]), np.array([1, 0])), (1, 1), (0, 1))
+    prompt = Prompt(np.array([0]), (np.array([1, 1, 2, 2]), np.array([1, 0])), (1, 1), (0, 1))
     [(index, losses)] = score([prompt], greedy=False)
     assert index == 0
     np.testing.assert_allclose(np.exp(-losses[0]), [0.5, 0.25, 0.6], rtol=1e-6)
@@ -210,7 +210,7 @@ def test_a_scorer_from_logits():
 
 def task_of(kind, *questions, shots=0, delimiter=" "):
     content = "".join(json.dumps(question) + "\n" for question in questions).encode()
-    return core.Task("invented", kind, shots, delimiter, 0.25, content)
+    return core_tasks.CoreTask("invented", kind, shots, delimiter, 0.25, content)
 
 
 class Letters:
@@ -226,7 +226,7 @@ def text_of(ids):
 
 def prompts_of(task, **kwargs):
     questions = task.questions()
-    return core.build_prompts(task, questions, Letters(), **kwargs)
+    return core_tasks.build_prompts(task, questions, Letters(), **kwargs)
 
 
 def test_only_what_follows_the_common_beginning_is_scored():
@@ -271,9 +271,9 @@ def test_examples_stand_before_the_question():
     questions = [{"query": f"q{i}", "choices": ["no", f"a{i}"], "gold": 1} for i in range(4)]
     task = task_of("multiple_choice", *questions, shots=2, delimiter=": ")
     asked = task.questions()
-    first, second = (asked[i] for i in core.draw_shots(0, 4, 2))
+    first, second = (asked[i] for i in core_tasks.draw_shots(0, 4, 2))
     expected = "".join(f"{shot['query']}: {shot['choices'][1]}\n\n" for shot in (first, second))
-    assert core.render(task, asked, 0) == [
+    assert core_tasks.render(task, asked, 0) == [
         f"{expected}{asked[0]['query']}: {c}" for c in asked[0]["choices"]
     ]
 
@@ -281,23 +281,23 @@ def test_examples_stand_before_the_question():
 def test_too_few_examples_are_all_shown():
     questions = [{"context": f"q{i}", "continuation": "a"} for i in range(3)]
     task = task_of("language_modeling", *questions, shots=10)
-    assert sorted(core.draw_shots(1, 3, 10)) == [0, 2]
+    assert sorted(core_tasks.draw_shots(1, 3, 10)) == [0, 2]
     assert len(prompts_of(task)) == 3
-    assert len(core.build_prompts(task, task.questions(1), Letters())) == 1
+    assert len(core_tasks.build_prompts(task, task.questions(1), Letters())) == 1
 
 
 @given(st.integers(0, 500), st.integers(1, 500), st.integers(0, 12))
 def test_examples_are_drawn_as_from_a_list_of_all_others(index, count, shots):
     if shots < count and index < count:
         others = [i for i in range(count) if i != index]
-        assert core.draw_shots(index, count, shots) == random.Random(1234 + index).sample(
+        assert core_tasks.draw_shots(index, count, shots) == random.Random(1234 + index).sample(
             others, shots
         )
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=1, max_size=4))
 def test_common_length(rows):
-    length = core.common_length([np.array(row) for row in rows])
+    length = core_tasks.common_length([np.array(row) for row in rows])
     assert all(row[:length] == rows[0][:length] for row in rows)
     assert any(len(row) == length for row in rows) or len({row[length] for row in rows}) > 1
 
@@ -316,7 +316,7 @@ def test_long_prompts_lose_their_beginning_only_where_asked():
 
 
 def test_the_first_of_equals_is_chosen():
-    prompt = core.Prompt(np.array([0]), (np.array([1, 2]), np.array([1, 3])), (1, 1), (1, 0, 1))
+    prompt = Prompt(np.array([0]), (np.array([1, 2]), np.array([1, 3])), (1, 1), (1, 0, 1))
     answer = core.decide(prompt, [np.float32([2]), np.float32([1])], gold=2)
     assert (answer.choice, answer.correct, answer.losses) == (0, False, (1, 2, 1))
 
@@ -354,7 +354,7 @@ def test_a_cut_comes_after_the_shuffle():
 def test_each_prompt_is_in_one_batch_that_holds_it(sizes, ways, tokens):
     field = 400
     prompts = [
-        core.Prompt(
+        Prompt(
             np.zeros(prefix, np.int32), (np.zeros(branch, np.int32),) * count, (1,) * count, (0,)
         )
         for count, prefix, branch in sizes
@@ -393,10 +393,10 @@ def test_the_scores_of_gpt2():
     assert len(rows) == 22
     for model in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         centered = {
-            row["task"]: core.center(float(row[model]), 0.01 * float(row["guessing"]))
+            row["task"]: core_tasks.center(float(row[model]), 0.01 * float(row["guessing"]))
             for row in rows
         }
-        assert core.summarize(centered)["core"] == pytest.approx(float(score[model]), abs=1e-6)
+        assert core_tasks.core_score(centered) == pytest.approx(float(score[model]), abs=1e-6)
 
 
 def files_of_small():
@@ -415,9 +415,9 @@ def test_folder_and_archives_hold_the_same_bundle(tmp_path):
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     (tmp_path / "bundle.tar.xz").write_bytes(lzma.compress(tar.getvalue()))
-    expected = core.load_bundle(GOLDEN / "core_small.zip")
-    assert core.load_bundle(tmp_path / "bundle.tar.xz") == expected
-    assert core.load_bundle(tmp_path / "folder/eval_bundle") == expected
+    expected = core_tasks.load_bundle(GOLDEN / "core_small.zip")
+    assert core_tasks.load_bundle(tmp_path / "bundle.tar.xz") == expected
+    assert core_tasks.load_bundle(tmp_path / "folder/eval_bundle") == expected
 
 
 def damaged(**changed):
@@ -448,14 +448,14 @@ def test_a_damaged_bundle_is_refused_in_one_line(what, tmp_path):
     path = tmp_path / "bundle.zip"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="core_bundle=.*") as caught:
-        core.load_bundle(path)
+        core_tasks.load_bundle(path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_bundle_is_told():
     with pytest.raises(ValueError, match="there is no core_bundle=nowhere"):
-        core.load_bundle("nowhere")
+        core_tasks.load_bundle("nowhere")
 
 
 @pytest.mark.parametrize(
@@ -509,12 +509,12 @@ def test_every_answer_on_the_real_bundle_is_nanochats(limit, tmp_path, monkeypat
     params = from_formula(setup, {"lm_head.weight": 4, "transformer.wte.weight": 4})
     score = prefix_scoring.PrefixScorer(setup, tokenizer.bos_id).bind(params)
 
-    tasks = core.load_bundle(REAL)
+    tasks = core_tasks.load_bundle(REAL)
     assert [task.label for task in tasks] == list(golden["tasks"])
     asked = []
     for task in tasks:
         questions = task.questions(golden["max_per_task"])
-        prompts = core.build_prompts(task, questions, tokenizer, limit=limit)
+        prompts = core_tasks.build_prompts(task, questions, tokenizer, limit=limit)
         asked += [
             (task, index, questions[index].get("gold"), prompt)
             for index, prompt in enumerate(prompts)

@@ -402,7 +402,7 @@ def test_draws_follow_the_models_probabilities(served, logits):
         ({"min_p": 1.5}, "min_p=1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
         ({"logprobs": 21}, "logprobs=21"),
-        ({"stop_ids": frozenset(range(17))}, "at most 15 stop_ids"),
+        ({"stop_ids": frozenset(range(17))}, "at most 15 are supported"),
         ({"stop": ("",)}, "a stop string is empty"),
     ],
 )
@@ -445,7 +445,9 @@ def test_a_call_without_an_answer_goes_on(served, monkeypatch):
     )
     monkeypatch.setattr(served.tokenizer, "special", special)
     monkeypatch.setattr(calculator, "calculate", lambda text: None)
-    assert one(served, replace(GREEDY, tools=True)) == expected
+    completion = one(served, replace(GREEDY, tools=True))
+    assert completion.tokens == expected.tokens and True not in completion.forced
+    assert [part.kind for part in completion.parts] == ["python", "text"]
 
 
 # ---- Where it comes from and where it runs ---------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 from test_tasks import folder  # noqa: F401 (a fixture)
-from tuning import QUICK
 
 from MaxNano import evaluate, pyconfig, tasks
 from MaxNano.evals import chat, core
+from MaxNano.inference import chat_tasks
 from MaxNano.inference.requests import Completion
 from MaxNano.tokenization.bpe import NANOCHAT_PATTERN, BpeTokenizer
 from MaxNano.tools import sandbox
@@ -55,15 +55,15 @@ class ListTask(tasks.Task):
 # ---- Without a model ------------------------------------------------------------------------------------------------
 
 
-def exam_of(folder, name):  # noqa: F811
+def problems_of(folder, name):  # noqa: F811
     config = SimpleNamespace(chat_data=str(folder), chat_word_list=None)
-    return chat.make_exam(config, name, TOKENIZER, NO_LIMITS)
+    return chat_tasks.load_problems(config, name, TOKENIZER, NO_LIMITS)
 
 
 @pytest.mark.parametrize("name", LETTERED)
 def test_the_likeliest_letter_of_the_problem_is_what_is_said(folder, name):  # noqa: F811
     """Likelier tokens that are none of its letters do not count; the letters may be digits, and two to five."""
-    exam = exam_of(folder, name)
+    problems = problems_of(folder, name)
     favorite = iter([0.5, 0.7, 0.6, 0.9, 0.8] * 2)
     rank = {letter: next(favorite) for letter in "ABCDE1234"}
 
@@ -74,9 +74,11 @@ def test_the_likeliest_letter_of_the_problem_is_what_is_said(folder, name):  # n
             logits[..., ord(letter)] = value
         return logits
 
-    records = chat.choose_letters(exam, TOKENIZER, core.logits_scorer(forward, TOKENIZER.bos_id))
-    assert [record["problem"] for record in records] == list(range(len(exam.prompts)))
-    for record, conversation in zip(records, exam.conversations, strict=True):
+    records = chat.choose_letters(
+        problems, TOKENIZER, core.logits_scorer(forward, TOKENIZER.bos_id)
+    )
+    assert [record["problem"] for record in records] == list(range(len(problems.prompts)))
+    for record, conversation in zip(records, problems.conversations, strict=True):
         letters = list(conversation["letters"])
         assert record["said"] == max(letters, key=rank.get)
         assert (
@@ -105,13 +107,13 @@ class Engine:
 def test_one_right_answer_of_several_is_enough_and_a_long_prompt_is_wrong():
     task = ListTask([("a?", "yes"), ("b" * 200, "yes"), ("c?", "yes")])
     conversations = [task.conversation(index) for index in range(3)]
-    exam = chat.Exam(
+    problems = chat_tasks.ProblemSet(
         "list", task, conversations, [TOKENIZER.render_for_completion(c) for c in conversations]
     )
     engine = Engine({7: ["no", "yes"], 9: ["no", "never"]})
     steps = []
-    records = chat.answer_in_words(
-        exam,
+    records = chat_tasks.generate_answers(
+        problems,
         engine,
         samples=2,
         temperature=0.5,
@@ -146,22 +148,22 @@ def test_one_right_answer_of_several_is_enough_and_a_long_prompt_is_wrong():
 def test_chatcore_is_the_mean_of_its_five_tasks_centered_on_guessing():
     centered = dict(zip(chat.CHATCORE, (0.1, 0.2, 0.3, 0.4, 0.5), strict=True))
     found = {name: {"centered": value} for name, value in centered.items()}
-    assert chat.summarize({**found, "SpellingBee/test": {"centered": 1.0}}) == pytest.approx(
+    assert chat.chatcore({**found, "SpellingBee/test": {"centered": 1.0}}) == pytest.approx(
         {"chatcore": 0.3, "chatcore_categorical": 0.2}
     )
     del found["GSM8K/test"]
-    assert chat.summarize(found) == pytest.approx({"chatcore_categorical": 0.2})
+    assert chat.chatcore(found) == pytest.approx({"chatcore_categorical": 0.2})
     del found["MMLU/test"]
-    assert chat.summarize(found) == {}
+    assert chat.chatcore(found) == {}
 
 
 def test_what_cannot_be_asked_is_one_line(folder):  # noqa: F811
     with pytest.raises(ValueError, match="SmolTalk/train is only trained on"):
-        exam_of(folder, "SmolTalk/train")
+        problems_of(folder, "SmolTalk/train")
     tasks.TASKS["none"] = lambda config, argument: ListTask([])
     try:
         with pytest.raises(ValueError, match="none/x has no problems"):
-            exam_of(folder, "none/x")
+            problems_of(folder, "none/x")
     finally:
         del tasks.TASKS["none"]
 
@@ -193,8 +195,6 @@ def place(tmp_path_factory):
             "max_new_tokens=6",
             "chat_slots=4",
             f"chat_tasks=[{', '.join((*LETTERED, *SPOKEN))}]",
-            "xla_flags=[quick]",
-            QUICK,
             "jax_cache_dir=''",
         ]
     )
@@ -237,7 +237,7 @@ def evaluated(place, folder):  # noqa: F811
         patch.setattr(evaluate.runtime, "initialize", lambda config: None)
         patch.setattr(evaluate, "set_up", lambda config: make(config, jax.devices()[:1]))
         with pytest.MonkeyPatch.context() as first:
-            first.setattr(chat, "answer_in_words", dying)
+            first.setattr(chat, "generate_answers", dying)
             assert run(base, folder) == 130
         finished = json.loads((directory / "step_000007.json").read_text())["evals"]
         assert set(finished) == {f"chat {name}" for name in LETTERED}
@@ -253,7 +253,7 @@ def records_of(directory, name):
 
 def test_a_killed_evaluation_goes_on_with_the_task_that_was_under_way(evaluated, folder):  # noqa: F811
     directory, out = evaluated
-    assert all(f"{name} is done already" in out for name in LETTERED)
+    assert all(f"{name} is already done" in out for name in LETTERED)
     evals = json.loads((directory / "step_000007.json").read_text())["evals"]
     assert evals["chat"]["values"] == {}, "no ChatCORE without ARC-Challenge"
     judged = list(SPOKEN)
@@ -264,7 +264,7 @@ def test_a_killed_evaluation_goes_on_with_the_task_that_was_under_way(evaluated,
         judged.remove("HumanEval/test")
     for name in (*LETTERED, *judged):
         records, values = records_of(directory, name), evals[f"chat {name}"]["values"]
-        assert values["problems"] == len(records) == len(exam_of(folder, name).prompts)
+        assert values["problems"] == len(records) == len(problems_of(folder, name).prompts)
         assert values["accuracy"] == np.mean([record["right"] for record in records])
         baseline = 0.25 if name in LETTERED else 0
         assert values["centered"] == pytest.approx((values["accuracy"] - baseline) / (1 - baseline))
@@ -278,11 +278,13 @@ def test_a_killed_evaluation_goes_on_with_the_task_that_was_under_way(evaluated,
 def test_the_losses_of_letters_are_the_whole_models(place, evaluated, folder):  # noqa: F811
     """At the last token of each prompt."""
     _, setup, params = place
-    exam = exam_of(folder, "ARC-Easy/test")
-    tokens = np.full((len(exam.prompts), max(map(len, exam.prompts))), TOKENIZER.bos_id, np.int32)
-    for row, prompt in zip(tokens, exam.prompts, strict=True):
+    problems = problems_of(folder, "ARC-Easy/test")
+    tokens = np.full(
+        (len(problems.prompts), max(map(len, problems.prompts))), TOKENIZER.bos_id, np.int32
+    )
+    for row, prompt in zip(tokens, problems.prompts, strict=True):
         row[: len(prompt)] = prompt
-    last = [len(prompt) - 1 for prompt in exam.prompts]
+    last = [len(prompt) - 1 for prompt in problems.prompts]
 
     @jax.jit
     def logprobs(params):

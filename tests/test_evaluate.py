@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -18,17 +19,18 @@ import yaml
 from MaxNano import evaluate, pyconfig, train
 from MaxNano.data import loader
 from MaxNano.distributed.preemption import EXIT_PREEMPTED, Preempted
-from MaxNano.evals import bpb, core
+from MaxNano.evals import core
 from MaxNano.evals.results import Results
+from MaxNano.inference import prefix_scoring
 from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.setup import set_up
+from MaxNano.training.validation import PackedRows, bits_per_byte
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "configs/base.yml")
 TASKS = ("copa", "winograd", "lambada_openai")  # one of each kind, without examples
-QUICK = "xla_flag_groups=[[quick, cpu, xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=true]]"
 SHAPE = ["emb_dim=32", "head_dim=16", "num_query_heads=2", "vocab_size=320", "max_target_length=32"]
 
 
@@ -80,8 +82,6 @@ def words(folder):
         "steps=1",
         f"core_bundle={folder}/eval_bundle",
         "core_max_per_task=4",
-        "xla_flags=[quick]",
-        QUICK,
         "jax_cache_dir=''",
     ]
 
@@ -105,8 +105,8 @@ def in_place(monkeypatch):
     make = set_up
     monkeypatch.setattr(evaluate, "set_up", lambda config: make(config, devices))
     # Columns for everything, so that little is compiled.
-    monkeypatch.setattr(evaluate.prefix_scoring, "SMALLEST_PREFIX", 1024)
-    monkeypatch.setattr(evaluate.prefix_scoring, "SMALLEST_BRANCH", 64)
+    monkeypatch.setattr(prefix_scoring, "SMALLEST_PREFIX", 1024)
+    monkeypatch.setattr(prefix_scoring, "SMALLEST_BRANCH", 64)
 
 
 def results(folder):
@@ -138,7 +138,7 @@ def test_a_killed_evaluation_goes_on_with_the_task_that_was_under_way(place, mon
     assert run(place, "evals=core,samples") == 0
     assert set(answered[2:]) == set(TASKS) - first
     printed = capsys.readouterr().out
-    assert "2 of 3 CORE tasks are done already" in printed
+    assert "2 of 3 CORE tasks are already done" in printed
     assert "The capital of France is" in printed
 
     found = results(place)
@@ -184,16 +184,16 @@ def test_killed_twice_and_on_other_devices_it_has_the_same_numbers(place, capsys
         "max_new_tokens=2",
         "chat_slots=4",
     )
-    more = ("num_cpu_devices=2", f"jax_cache_dir={place}/cache")
+    more = ("num_cpu_devices=2", f"jax_cache_dir={os.environ['MAXNANO_TEST_CACHE']}")
     assert "on 2 x cpu" in killed_after("core ", place, *words, *more)
     assert "chat" not in " ".join(results(place))
-    assert "CORE tasks are done already" in killed_after("chat ", place, *words, *more)
+    assert "CORE tasks are already done" in killed_after("chat ", place, *words, *more)
     assert (
         "chat SpellingBee/train" not in results(place)
         and {f"core {task}" for task in TASKS} < results(place).keys()
     )
     assert run(place, *words) == 0
-    assert "SimpleSpelling/test is done already" in capsys.readouterr().out
+    assert "SimpleSpelling/test is already done" in capsys.readouterr().out
     two = results(place)
     path.unlink()
     assert run(place, *words) == 0
@@ -220,8 +220,8 @@ def test_killed_twice_and_on_other_devices_it_has_the_same_numbers(place, capsys
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["evals=bpb,cor"], "evals=bpb,cor names 'cor': choose among bpb,core"),
-        (["core_bundle=nowhere"], "there is no core_bundle=nowhere"),
+        (["evals=bpb,cor"], "evals=bpb,cor names 'cor': choose among bpb,samples,core,chat"),
+        (["core_bundle=nowhere"], "core_bundle=nowhere does not exist"),
         (["step=3"], "has no checkpoint of step 3, only [7]"),
         (["run_name=other"], "other holds no checkpoint"),
     ],
@@ -254,7 +254,7 @@ def test_validation_rows_are_packed_once_and_kept():
     rows[0, 1, 4:] = ~rows[0, 1, 4:]  # not to be predicted
     packed = [loader.to_batch(row.astype(np.int32)) for row in rows]
     batches = iter(packed)
-    kept = bpb.PackedRows(batches, 2, vocab_size=300)
+    kept = PackedRows(batches, 2, vocab_size=300)
     assert next(batches) is packed[2], "no more than asked for is read"
     for _ in range(2):
         for batch, expected in zip(kept, packed, strict=False):
@@ -265,10 +265,8 @@ def test_validation_rows_are_packed_once_and_kept():
 
 def test_bits_per_byte_are_of_all_batches_together():
     counts = iter([(np.float32(8), np.float32(4)), (np.float32(1), np.float32(5))])
-    assert bpb.evaluate_bpb(lambda batch: next(counts), range(2)) == {
-        "bpb": pytest.approx(9 / 9 / math.log(2))
-    }
-    assert bpb.evaluate_bpb(lambda batch: (0.0, 0.0), range(1)) == {"bpb": math.inf}
+    assert bits_per_byte(lambda batch: next(counts), range(2)) == pytest.approx(9 / 9 / math.log(2))
+    assert bits_per_byte(lambda batch: (0.0, 0.0), range(1)) == math.inf
 
 
 # ---- In training ----------------------------------------------------------------------------------------------------
@@ -321,7 +319,7 @@ def test_core_while_training(place, monkeypatch, capsys):
     assert set(answered) == set(TASKS), "each once"
     assert len(answered) == len(TASKS)
     printed = capsys.readouterr().out
-    assert "1 of 3 CORE tasks are done already" in printed
+    assert "1 of 3 CORE tasks are already done" in printed
     rows = [
         json.loads(line) for line in (place / "runs/trained/metrics.jsonl").read_text().splitlines()
     ]
@@ -332,4 +330,4 @@ def test_core_while_training(place, monkeypatch, capsys):
 
     assert run(place, "evals=core", "run_name=trained") == 0
     assert len(answered) == len(TASKS), "nothing is done again"
-    assert "3 of 3 CORE tasks are done already" in capsys.readouterr().out
+    assert "3 of 3 CORE tasks are already done" in capsys.readouterr().out

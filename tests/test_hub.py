@@ -364,6 +364,8 @@ SCRIPTS |= {
     "another file of the right length": [lambda h: h.whole(OTHER)],
     "nothing": [lambda h: h.whole(b"")],
     "204": [status(204)],
+    "an address that has expired": [status(403)],
+    "404": [status(404)],
     "416": [status(416)],
     "429": [status(429, Retry_After="0")],
     "500": [status(500)],

@@ -117,7 +117,7 @@ def test_files_of_others_are_not_removed(wheels, tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
     (folder / "mine.parquet").write_bytes(b"precious")
-    with pytest.raises(prepare_text.TextError, match="has not written"):
+    with pytest.raises(prepare_text.TextError, match="has files of other programs"):
         prepare_text.prepare(folder, None)
     assert (folder / "mine.parquet").read_bytes() == b"precious"
 

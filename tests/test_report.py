@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from MaxNano import pyconfig, report
-from MaxNano.reporting import charts, document, run_history
+from MaxNano import pyconfig
+from MaxNano import report as command
+from MaxNano.reporting import blocks, charts, gpt2, render, report, run_history
+from MaxNano.reporting.blocks import Missing
 from MaxNano.reporting.charts import Series
-from MaxNano.reporting.document import Missing
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = str(ROOT / "configs" / "base.yml")
@@ -86,8 +87,8 @@ def write_evals(folder, at, entries, run_id):
 def core_entries():
     """All tasks halfway between the two GPT-2 that are compared, and the score that this makes."""
     entries = {}
-    for label in report.GPT2:
-        between = sum(report.gpt2_scores(label)) / 2
+    for label in gpt2.GPT2:
+        between = sum(gpt2.scores_of(label)) / 2
         entries[f"core {label}"] = {
             "shots": 10,
             "examples": 100,
@@ -161,7 +162,7 @@ def report_of(folder):
 
 def texts_of(made):
     """{title of a section: all its text}, as Markdown has it without entities."""
-    text = document.to_markdown(made)
+    text = render.to_markdown(made)
     text = re.sub(r"&#(\d+);", lambda match: chr(int(match[1])), text)
     return {part.split("\n")[0]: part for part in text.split("\n## ")[1:]}
 
@@ -216,7 +217,7 @@ def test_the_whole_way(chain):
     # 30 steps of 2.5 s, of which 2 s each are the step's; evaluate.py took 22 minutes and 30 s.
     time = parts["Time and price"]
     hours = (30 * 2.5 + 22 * 60 + 30) / 3600
-    assert f"8 chips x {hours:.3f} h x $0.540137 a chip-hour" in time and "computed" in time
+    assert f"8 chips x {hours:.3f} h x $0.540137 per chip-hour" in time and "computed" in time
     spent = f"1 min 15 s | 22 min 30 s | 23 min 45 s | ${hours * 8 * 0.540137:,.2f} |"
     assert f"| pretraining | 2 s | 1,000,000 | 40.0 % | 80.0 % | {spent}" in time
     assert "| all |  |  |  |  | 3 min 45 s | 23 min 00 s | 26 min 45 s |" in time
@@ -236,7 +237,7 @@ def test_the_whole_way(chain):
     assert "| reward, median | 0.5 | 0.5 |" in curves and "| pass@k, pass@1 | 0.1 | 0.4 |" in curves
 
     core = parts["CORE"]
-    small, largest = report.gpt2_core()
+    small, largest = gpt2.core()
     assert f"| CORE |  |  |  | {(small + largest) / 2:.4f} | {small:.4f} | {largest:.4f} |" in core
     assert "| boolq | 10 | 100 | 50.0 % |" in core and "0.2565" in core
 
@@ -275,22 +276,22 @@ def test_the_whole_way(chain):
         "No validation of sft: eval_interval=200.",
         "No MFU of sft: its rows have none; tokens/s are shown.",
         "No MFU of rl: its rows have none; tokens/s are shown.",
-        "No chat task was put to rl: evaluate.py with evals=chat does it.",
+        "No chat task of rl was evaluated: evaluate.py with evals=chat does it.",
     ]
 
 
 def test_the_page_has_what_the_text_has(chain):
     """Every curve is drawn, every table is there; nothing is fetched and nothing can run."""
     made = report_of(chain / "rl")
-    page = document.to_html(made)
+    page = render.to_html(made)
     tags = Tags(page)
     curves = [
         block
         for section in made.sections
         for block in section.blocks
-        if isinstance(block, document.Curves)
+        if isinstance(block, blocks.Curves)
     ]
-    assert tags.tags.count("figure") == len(curves) == 16
+    assert tags.tags.count("figure") == len(curves) == 17
     assert {curve.title for curve in curves} >= {
         "loss",
         "bits per byte",
@@ -306,16 +307,37 @@ def test_the_page_has_what_the_text_has(chain):
     assert all(link.startswith("#") for link in re.findall('href="([^"]*)"', page))
 
 
+def test_a_stage_and_an_evaluation_that_the_report_does_not_know(tmp_path):
+    """Their names and numbers are shown without a line of code for them."""
+    passes = [{"step": step, "event": "toy", "toy_score": step / 100} for step in (0, 20)]
+    evals = {20: {"toy first": {"accuracy": 0.25}, "toy": {"score": 2}}}
+    folder = make_run(tmp_path / "new", rows=[passes[0], *rows_of(20), passes[1]], evals=evals)
+    chain, _ = run_history.read_chain(epath.Path(folder))
+    chain[0].config["stage"] = "dpo"
+    made = report.make_report(chain)
+    assert made.subtitle == "dpo, 20 of 30 steps"
+    parts = texts_of(made)
+    assert "| toy while training | 0 | 0.2 |" in parts["Curves"]
+    assert (
+        parts["toy"].splitlines()[2:]
+        == [
+            "|  | after dpo |",
+            "| --- | --: |",
+            "| first accuracy | 0.25 |",
+            "| score | 2 |",
+            "",
+        ][: len(parts["toy"].splitlines()) - 2]
+    )
+
+
 def test_scores_of_gpt2():
     with open(ROOT / "tests/golden/core_gpt2.csv", newline="") as file:
         *rows, score = csv.DictReader(file)
-    assert [row["task"] for row in rows] == list(report.GPT2)
+    assert [row["task"] for row in rows] == list(gpt2.GPT2)
     for row in rows:
         theirs = (float(row["guessing"]) / 100, float(row["gpt2"]), float(row["gpt2-xl"]))
-        assert report.GPT2[row["task"]] == pytest.approx(theirs)
-    assert report.gpt2_core() == pytest.approx(
-        (float(score["gpt2"]), float(score["gpt2-xl"])), abs=1e-6
-    )
+        assert gpt2.GPT2[row["task"]] == pytest.approx(theirs)
+    assert gpt2.core() == pytest.approx((float(score["gpt2"]), float(score["gpt2-xl"])), abs=1e-6)
 
 
 # ---- What is not there -----------------------------------------------------------------------------------------------
@@ -324,13 +346,13 @@ def test_scores_of_gpt2():
 def test_a_run_that_has_only_begun(tmp_path):
     make_run(tmp_path / "new", devices=None)
     assert missing_of(report_of(tmp_path / "new")) == [
-        "new has no checkpoint, so versions and hardware are not known.",
+        "new has no checkpoint, so versions and hardware are unknown.",
+        "No fine-tuning: no run of stage sft is in this chain.",
+        "No reinforcement learning: no run of stage rl is in this chain.",
         "No training is recorded: metrics.jsonl has no step.",
         "new has no curves: metrics.jsonl has no step.",
         "No CORE was evaluated: evaluate.py with evals=core computes it.",
-        "No chat task was put to new: evaluate.py with evals=chat does it.",
-        "No fine-tuning: no run of stage sft is in this chain.",
-        "No reinforcement learning: no run of stage rl is in this chain.",
+        "No chat task of new was evaluated: evaluate.py with evals=chat does it.",
         "No samples were taken: sample_interval, or evaluate.py with evals=samples, does it.",
     ]
 
@@ -431,22 +453,22 @@ NASTY = st.one_of(
 def document_of(text):
     """A document that holds a text wherever one can be."""
     points = [(0, 1.0), (1, 2.0)]
-    blocks = [
-        document.Note(text),
-        document.Missing(text),
-        document.Heading(text),
-        document.Tiles([(text, text, text)]),
-        document.Table([text, "b"], [[text, text]]),
-        document.Table(["a", text], [[text, text]], numeric=False),
-        document.Curves(text, [Series(text, points, "dots"), Series(text, points, "faint")], text),
-        document.Speech(text, [("user", text), (text, text)], text),
-        document.Folded(text, text),
+    parts = [
+        blocks.Note(text),
+        blocks.Missing(text),
+        blocks.Heading(text),
+        blocks.Tiles([blocks.Tile(text, text, text)]),
+        blocks.Table([text, "b"], [[text, text]]),
+        blocks.Table(["a", text], [[text, text]], numeric=False),
+        blocks.Curves(text, [Series(text, points, "dots"), Series(text, points, "faint")], text),
+        blocks.Speech(text, [("user", text), (text, text)], text),
+        blocks.Folded(text, text),
     ]
-    return document.Document(text, text, [document.Section(text, blocks)])
+    return blocks.Report(text, text, [blocks.Section(text, parts)])
 
 
 PLAIN = document_of("plain")
-PLAIN_TAGS = Tags(document.to_html(PLAIN))
+PLAIN_TAGS = Tags(render.to_html(PLAIN))
 PARSER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 
 
@@ -471,13 +493,13 @@ def plain_words(text):
     ]
 
 
-PLAIN_WORDS = plain_words(document.to_markdown(PLAIN))
+PLAIN_WORDS = plain_words(render.to_markdown(PLAIN))
 
 
 @given(NASTY)
 @settings(max_examples=120)
 def test_every_text_is_escaped_on_the_page(text):
-    page = document.to_html(document_of(text))
+    page = render.to_html(document_of(text))
     page.encode()
     tags = Tags(page)
     assert tags.tags == PLAIN_TAGS.tags and tags.attributes == PLAIN_TAGS.attributes
@@ -487,7 +509,7 @@ def test_every_text_is_escaped_on_the_page(text):
 @given(NASTY)
 @settings(max_examples=120)
 def test_every_text_is_escaped_in_markdown(text):
-    made = document.to_markdown(document_of(text))
+    made = render.to_markdown(document_of(text))
     made.encode()
     assert plain_words(made) == PLAIN_WORDS
     outside = re.sub(r"^(`{3,})text\n.*?^\1$", "", made, flags=re.DOTALL | re.MULTILINE)
@@ -521,7 +543,7 @@ RUN_CONFIG = pyconfig.initialize([BASE, "steps=2"]).to_dict()
 def test_every_text_of_a_run_is_escaped(text):
     """The way from what was read to the page: prompts, answers, config values, versions."""
     plain, odd = (
-        Tags(document.to_html(report.make_report([make_odd_run(one)]))) for one in ("plain", text)
+        Tags(render.to_html(report.make_report([make_odd_run(one)]))) for one in ("plain", text)
     )
     assert odd.tags == plain.tags and odd.attributes == plain.attributes
 
@@ -641,12 +663,12 @@ def test_the_command_and_kills_in_its_middle(chain, tmp_path):
 
     done = run_report(*words)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"written to {folder}/report.md\nwritten to {folder}/report.html\n"
+    assert done.stdout == f"Wrote {folder}/report.md\nWrote {folder}/report.html\n"
     whole = {name: (folder / name).read_text() for name in ("report.md", "report.html")}
     assert whole["report.html"].endswith("</html>\n") and "+30.0" in whole["report.md"]
     assert whole == {
-        "report.md": document.to_markdown(report_of(folder)),
-        "report.html": document.to_html(report_of(folder)),
+        "report.md": render.to_markdown(report_of(folder)),
+        "report.html": render.to_html(report_of(folder)),
     }
     assert not list(folder.glob(".*.partial"))
 
@@ -654,7 +676,7 @@ def test_the_command_and_kills_in_its_middle(chain, tmp_path):
         file.write(json.dumps(validation(30, 1.125)) + "\n")
     assert run_report(*words, before=BEFORE_THE_NAME).returncode == -signal.SIGKILL
     assert whole == {name: (folder / name).read_text() for name in whole}
-    assert pyconfig.launch(report.main, words) == 0
+    assert pyconfig.launch(command.main, words) == 0
     assert (
         "1.125" in (folder / "report.md").read_text()
         and "1.125" in (folder / "report.html").read_text()
@@ -665,11 +687,11 @@ def test_the_command_and_kills_in_its_middle(chain, tmp_path):
 def test_a_run_that_does_not_exist(tmp_path, capsys):
     assert (
         pyconfig.launch(
-            report.main, [BASE, f"base_output_directory={tmp_path}", "run_name=nothing"]
+            command.main, [BASE, f"base_output_directory={tmp_path}", "run_name=nothing"]
         )
         == 2
     )
-    line = f"error: {tmp_path}/nothing holds no run: give run_name and base_output_directory of one that was started\n"
+    line = f"error: no run in {tmp_path}/nothing: give run_name and base_output_directory of a run that was started\n"
     assert capsys.readouterr() == ("", line)
     assert not list(tmp_path.iterdir())
 
@@ -689,7 +711,7 @@ def test_in_a_browser(chain, tmp_path):
         "playwright.sync_api", reason="the package playwright drives the browser"
     )
     page_file = tmp_path / "report.html"
-    page_file.write_text(document.to_html(report_of(chain / "rl")))
+    page_file.write_text(render.to_html(report_of(chain / "rl")))
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         colors = set()

@@ -1,6 +1,7 @@
 """Reinforcement learning: nanochat's gradients, what is trained and with which weight, resume, rewards that rise."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from toy_rl import Sums
-from tuning import GOLDEN, QUICK, check_gradients
+from tuning import GOLDEN, check_gradients
 
 from MaxNano import pyconfig
 from MaxNano.models import losses
@@ -38,7 +39,7 @@ END = TOKENIZER.special.assistant_end
 def golden_batch(length):
     groups = [
         [
-            rollouts.Answer(question["prompt"], sample["tokens"], sample["forced"], False, reward)
+            rollouts.Rollout(question["prompt"], sample["tokens"], sample["forced"], False, reward)
             for sample, reward in zip(question["samples"], question["rewards"], strict=True)
         ]
         for question in GOLDEN["rl"]["questions"]
@@ -67,13 +68,13 @@ def test_where_nothing_has_changed_since_the_draw_clipping_and_divergence_change
         nll = jax.jit(lambda params, batch: score_step(params, batch, setup=setup))(params, batch)
         drawn = jnp.where(jnp.arange(96) % 3, nll, jnp.nan)  # some are not known
         kl_weights = jnp.full_like(nll, 0.5)
-        return {**batch, "drawn_losses": drawn, "reference_losses": nll, "kl_weights": kl_weights}
+        return {**batch, "old_losses": drawn, "reference_losses": nll, "kl_weights": kl_weights}
 
     check_gradients(golden_batch(96), GOLDEN["rl"]["gradients"], *words, complete=complete)
 
 
 ANSWERS = st.builds(
-    lambda drawn, said, stopped, reward: rollouts.Answer(
+    lambda drawn, said, stopped, reward: rollouts.Rollout(
         [1, 2, 3],
         [5] * (drawn + said),
         [False] * drawn + [True] * said,
@@ -101,7 +102,7 @@ def test_every_problem_counts_alike_and_what_was_drawn_is_trained(groups):
             : 2 + len(answer.tokens) + answer.stopped
         ]  # nothing follows the last one
         assert batch["inputs"][row].tolist() == known + [END] * (16 - len(known))
-        assert np.isnan(batch["drawn_losses"][row]).sum() == 16 - len(answer.tokens)
+        assert np.isnan(batch["old_losses"][row]).sum() == 16 - len(answer.tokens)
     assert (batch["weights"][~is_target] == 0).all()
     start = 0
     for group in groups:
@@ -144,7 +145,7 @@ def test_prompts_that_leave_no_room_are_left_out_and_counted():
             return conversation
 
     problems, position = rollouts.next_problems(
-        Odd(None, "train"), TOKENIZER, rollouts.Position(97, 3), 4, 20
+        Odd(None, "train"), TOKENIZER, rollouts.ProblemPosition(97, 3), 4, 20
     )
     assert [p.conversation["messages"][0]["content"] for p in problems] == [
         "9+8",
@@ -152,9 +153,9 @@ def test_prompts_that_leave_no_room_are_left_out_and_counted():
         "0+2",
         "0+4",
     ]
-    assert position == rollouts.Position(105, 7)
+    assert position == rollouts.ProblemPosition(105, 7)
     with pytest.raises(ValueError, match="all prompts have 3 tokens or more; raise rl_row_tokens"):
-        rollouts.next_problems(Odd(None, "train"), TOKENIZER, rollouts.Position(0, 0), 4, 3)
+        rollouts.next_problems(Odd(None, "train"), TOKENIZER, rollouts.ProblemPosition(0, 0), 4, 3)
 
 
 def test_pass_at_k_is_one_right_among_the_first_k():
@@ -180,7 +181,7 @@ def words_of(place, *more):
         "num_cpu_devices=1",
         f"tokenizer_path={place}/tokenizer",
         f"base_output_directory={place}/runs",
-        f"jax_cache_dir={place}/cache",
+        f"jax_cache_dir={os.environ['MAXNANO_TEST_CACHE']}",
         "tensorboard=false",
         *more,
     ]
@@ -202,8 +203,6 @@ def rl_words(place, *more):
         place,
         "stage=rl",
         "load_from=base",
-        "xla_flags=[quick]",
-        QUICK,
         "rl_task=Ascii/train",
         "rl_problems=2",
         "rl_samples=8",
@@ -299,7 +298,7 @@ def test_killed_it_goes_on_bit_for_bit(place, whole):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     out, _ = run(*words)
-    assert "going on from step" in out
+    assert "Resuming" in out
     assert steps_of(place, "killed") == steps_of(place, "d2_rl")
 
 

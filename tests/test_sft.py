@@ -1,6 +1,7 @@
 """Fine-tuning through train.py: the start from another run, the horizon, kill -9, and nanochat's gradients."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,14 +11,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tuning import GOLDEN, PACKING, QUICK, check_gradients
+from tuning import GOLDEN, PACKING, check_gradients
 
-from MaxNano import pyconfig, train
+from MaxNano import pyconfig
 from MaxNano.tokenization.bpe import train_bpe
 from MaxNano.tokenization.tokenizer import load_tokenizer
+from MaxNano.training import start as start_from
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.setup import run_directory, set_up
+from MaxNano.training.stages import with_horizon
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "configs/base.yml")
@@ -42,10 +45,8 @@ def words_of(place, *more):
         "packing_buffer_documents=10",
         f"tokenizer_path={place}/tokenizer",
         f"base_output_directory={place}/runs",
-        f"jax_cache_dir={place}/cache",
+        f"jax_cache_dir={os.environ['MAXNANO_TEST_CACHE']}",
         "tensorboard=false",
-        "xla_flags=[quick]",
-        QUICK,
         *more,
     ]
 
@@ -144,7 +145,7 @@ def test_a_run_starts_with_another_ones_checkpoint(base, load_optimizer):
         place, "stage=sft", "load_from=base", f"load_optimizer={load_optimizer}"
     )
     assert config.run_name == "d2_sft"
-    state = train.load_start(setup, load_tokenizer(config).fingerprint())
+    state = start_from.load_start(setup, load_tokenizer(config).fingerprint())
     assert int(state.step) == 0
     jax.tree.map(np.testing.assert_array_equal, state.params, fresh.params)
     jax.tree.map(
@@ -159,7 +160,7 @@ def test_a_run_starts_with_another_ones_checkpoint(base, load_optimizer):
 
 def test_a_path_names_a_run_too(place):
     config, setup = make_setup(place, f"load_from={place}/runs/base", "run_name=other")
-    assert int(train.load_start(setup, "").step) == 0
+    assert int(start_from.load_start(setup, "").step) == 0
 
 
 @pytest.mark.parametrize(
@@ -185,14 +186,14 @@ def test_a_path_names_a_run_too(place):
 def test_a_start_that_cannot_be_is_one_line(place, words, problem):
     _, setup = make_setup(place, *words)
     with pytest.raises(ValueError, match=problem) as error:
-        train.load_start(setup, "")
+        start_from.load_start(setup, "")
     assert "\n" not in str(error.value)
 
 
 def test_another_tokenizer_is_refused(place):
     _, setup = make_setup(place, "load_from=base")
     with pytest.raises(ValueError, match="tokenizer"):
-        train.load_start(setup, "f" * 64)
+        start_from.load_start(setup, "f" * 64)
 
 
 @pytest.mark.parametrize("length", [64, 128, 512])
@@ -201,28 +202,30 @@ def test_the_context_may_change_if_the_windows_stay(place, length):
     saved = pyconfig.initialize(words_of(place))
     words = words_of(place, "load_from=base", f"max_target_length={length}")
     fraction = min(1, 128 / length)
-    train.check_windows(pyconfig.initialize([*words, f"short_window_fraction={fraction}"]), saved)
+    start_from.check_windows(
+        pyconfig.initialize([*words, f"short_window_fraction={fraction}"]), saved
+    )
 
 
 def test_a_run_goes_on_only_from_where_it_started(place):
     config = pyconfig.initialize(sft_words(place))
-    train.check_start(config, {"load_from": "base"})
+    start_from.check_start(config, {"load_from": "base"})
     with pytest.raises(
         ValueError, match="d2_sft was started from other, not from base; choose another run_name"
     ):
-        train.check_start(config, {"load_from": "other"})
+        start_from.check_start(config, {"load_from": "other"})
     with pytest.raises(ValueError, match="from random parameters, not from base"):
-        train.check_start(config, {})
+        start_from.check_start(config, {})
 
 
 def test_a_run_that_goes_on_need_not_be_told_again_where_it_started(place, tmp_path):
     words = [*sft_words(place), f"base_output_directory={tmp_path}"]
     again = pyconfig.initialize([word for word in words if not word.startswith("load_from=")])
-    assert train.with_start(again).load_from is None, "a new run"
+    assert start_from.with_start(again).load_from is None, "a new run"
     config = pyconfig.initialize(words)
     run_directory(config).mkdir(parents=True)
     pyconfig.save(config, run_directory(config) / "config.yml")
-    assert train.with_start(again).load_from == "base"
+    assert start_from.with_start(again).load_from == "base"
 
 
 # ---- Whole runs -----------------------------------------------------------------------------------------------------
@@ -252,7 +255,7 @@ def test_fine_tuning_lowers_the_loss_of_conversations(place, whole):
     assert last["lr_multiplier"] < 0.2, "down to nothing at the end of the last pass"
     assert last["epoch"] in (2, 3), "what is buffered is of the next pass already"
     assert last["conversations_cut"] >= 18
-    assert "starting from step 7 of" in whole and "conversations cut" in whole
+    assert "Starting from step 7 of" in whole and "conversations cut" in whole
     assert "chat_epochs" in whole and f"{len(losses)} steps" in whole
     assert (place / "runs/base/checkpoints/7").exists() and not (
         place / "runs/base/metrics.jsonl"
@@ -291,7 +294,7 @@ def test_killed_it_goes_on_bit_for_bit(place, whole):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     out, _ = run(*words)
-    assert "going on from step" in out
+    assert "Resuming" in out
     assert losses_of(place, "killed") == losses_of(place, "d2_sft")
     assert [r for r in rows_of(place, "killed") if r.get("event") == "validation"] == [
         r for r in rows_of(place, "d2_sft") if r.get("event") == "validation"
@@ -310,12 +313,12 @@ def test_the_base_runs_own_config_can_come_first(place):
 
 def test_passes_decide_the_steps(place):
     steps = [
-        train.with_horizon(pyconfig.initialize(sft_words(place, f"chat_epochs={passes}"))).steps
+        with_horizon(pyconfig.initialize(sft_words(place, f"chat_epochs={passes}"))).steps
         for passes in (1, 3)
     ]
     assert steps[1] == pytest.approx(3 * steps[0], abs=2)
     asked = pyconfig.initialize(sft_words(place, "steps=5"))
-    assert train.with_horizon(asked) is asked
+    assert with_horizon(asked) is asked
 
 
 # ---- nanochat's gradients -------------------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ def test_a_new_run_saves_keeps_and_restores(store, run):
     recorded = json.loads((run / "checkpoints/11" / MANIFEST).read_text())["files"]
     stored = {name.removeprefix("checkpoints/11/") for name in names(store, run) if "/11/" in name}
     assert set(recorded) == stored - {MANIFEST}
-    assert run_history._newest_extra(run / "checkpoints")["run"]["step"] == 11
+    assert run_history.newest_extra(run)["run"]["step"] == 11
 
 
 def test_a_reader_that_stays_sees_the_next_checkpoint(store, run):

@@ -248,7 +248,7 @@ def test_an_error_in_a_list_names_the_conversation_or_the_line(tmp_path):
     for content, problem in (
         (json.dumps([HELLO, HELLO[1:]]), "conversation 2: message 0 is from"),
         ("[\n[],\n}", "line 3: not JSON"),
-        ('{"messages": []}', "must hold a list of conversations; or name it .jsonl"),
+        ('{"messages": []}', "must be a list of conversations; or name it .jsonl"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=problem):
@@ -283,8 +283,8 @@ def test_any_json_is_a_conversation_or_an_error_with_its_line(tmp_path_factory, 
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("gsm8k/test", "no task 'gsm8k/test'; did you mean GSM8K"),
-        ("", "no task ''; there are ARC-Easy, ARC-Challenge, MMLU"),
+        ("gsm8k/test", "unknown task 'gsm8k/test'; did you mean GSM8K"),
+        ("", "unknown task ''; tasks are ARC-Easy, ARC-Challenge, MMLU"),
         ("MMLU", "cais/mmlu all has no split ''; write TASK/SPLIT with one of auxiliary_train"),
         ("MMLU/train", "has no split 'train'"),
         ("SpellingBee/validation", "SpellingBee has no split 'validation'"),
@@ -327,7 +327,7 @@ def test_missing_and_broken_data_are_one_line(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [("one\ntwo words\n", "line 2: 'two words' is not one word"), ("", "holds no word")],
+    [("one\ntwo words\n", "line 2: 'two words' is not one word"), ("", "has no words")],
 )
 def test_a_wrong_word_list_is_one_line(tmp_path, content, problem):
     path = tmp_path / "words.txt"

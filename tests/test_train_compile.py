@@ -74,19 +74,19 @@ def report(tmp_path, *words, **own):
     ],
 )
 def test_slices_have_the_shapes_of_cloud_tpu(name, shape):
-    from MaxNano import train_compile
+    from MaxNano.compile import topologies
 
-    assert train_compile.slice_shape(name) == (name.partition("-")[0], shape)
+    assert topologies.slice_shape(name) == (name.partition("-")[0], shape)
 
 
 @pytest.mark.parametrize(
     "name", ["v6e-2", "v6e-12", "v6e-512", "v5p-4", "v4-9", "v7x-8", "v6e", "v6e-", "8"]
 )
 def test_other_names_are_refused_with_what_would_do(name):
-    from MaxNano import train_compile
+    from MaxNano.compile import topologies
 
     with pytest.raises(ValueError, match=rf"compile_topology={name} is no TPU slice: .* v6e-8"):
-        train_compile.slice_shape(name)
+        topologies.slice_shape(name)
 
 
 def test_a_wrong_name_is_one_line_and_status_2(tmp_path):
@@ -106,7 +106,7 @@ def test_both_programs_compile_for_a_slice(tmp_path):
         "train: memory",
         "train: cycles",
         "collectives",
-        "dearest operations",
+        "most expensive operations",
         "estimated MFU",
         "31.250",
     ):
@@ -119,10 +119,12 @@ def test_both_programs_compile_for_a_slice(tmp_path):
         assert 0 < program["memory"]["total"] < program["memory"]["limit"] == 31.25 * 2**30
         assert program["cycles"] == pytest.approx(sum(program["cycles_by_class"].values()))
         assert program["cycles_by_class"]["matmul"] > 0
-        assert program["dearest"] and all(o["cycles"] < 2**40 for o in program["dearest"])
+        assert program["most_expensive"] and all(
+            o["cycles"] < 2**40 for o in program["most_expensive"]
+        )
         assert program["matmul_flops"] >= program["model_flops"] * 0.5
         assert program["step_seconds"] == pytest.approx(program["cycles"] / 1.75e9)
-    assert any(".py:" in o["source"] for o in train["dearest"])
+    assert any(".py:" in o["source"] for o in train["most_expensive"])
     assert train["model_flops"] == pytest.approx(3 * evaluate["model_flops"])
     assert train["run_seconds"] == pytest.approx(100 * train["step_seconds"])
     assert train["run_price"] == pytest.approx(train["run_seconds"] / 3600 * 8 * 0.540137)

@@ -127,7 +127,7 @@ def test_micro_batches_add_up_to_the_batch():
     for rows in (8, 4, 1):
         config = make_config(*TINY, f"per_device_batch_size={rows}")
         setup, state, programs = start(config)
-        assert setup.plan.micro_steps == 8 // rows
+        assert setup.plan.accumulation_steps == 8 // rows
         batch = batch_of(config)
         batch["targets"][0, :20] = -1
         state = train_state.TrainState(state.step, random_params(setup.model), state.opt_state)

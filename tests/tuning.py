@@ -20,7 +20,6 @@ from MaxNano.training.step import jit_train
 ROOT = Path(__file__).parents[1]
 GOLDEN = json.loads((ROOT / "tests/golden/tuning_gradients.json").read_text())
 PACKING = json.loads((ROOT / "tests/golden/tasks_packing.json").read_text())
-QUICK = "xla_flag_groups=[[quick, cpu, xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=true]]"
 LARGE = 2.0**20  # a gradient times this is hardly rounded when it is added to a parameter
 
 
@@ -42,8 +41,6 @@ def check_gradients(batch, expected, *words, complete=None):
             f"emb_dim={fields['n_embd']}",
             f"num_query_heads={fields['n_head']}",
             f"head_dim={fields['n_embd'] // fields['n_head']}",
-            "xla_flags=[quick]",
-            QUICK,
             *(words or [f"global_batch_tokens={rows * fields['sequence_len']}"]),
         ]
     )

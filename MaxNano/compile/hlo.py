@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 ITEM_BITS = {
@@ -399,3 +399,9 @@ def _transposed(shape: list[int], order: list[int]) -> list[int]:
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     ranges = [range(0, shape[axis] * strides[axis], strides[axis]) for axis in order]
     return [sum(place) for place in itertools.product(*ranges)]
+
+
+def source_of(module: Module, instruction: Instruction, body: Sequence[Instruction]) -> str:
+    """The source line of an instruction, or of the last instruction of its fused body that has one; "" if none has."""
+    lines = (source_line(module, i) for i in (instruction, *reversed(body)))
+    return next(filter(None, lines), "")

@@ -33,9 +33,6 @@ class ConversationPosition(NamedTuple):
     left_out: int
 
 
-Reply = tuple[ConversationPosition, list[packing.Document]]
-
-
 _SAVED_FIELDS = ("epoch", "place", "cut", "left_out")  # their names in checkpoints
 
 
@@ -195,7 +192,9 @@ class ConversationEncoding:
                 f"{len(self.mixture)} conversations; set data_readers={len(self.mixture)} or less"
             )
 
-    def lists(self, reader: int, position: ConversationPosition) -> Iterator[Reply]:
+    def lists(
+        self, reader: int, position: ConversationPosition
+    ) -> Iterator[tuple[ConversationPosition, list[packing.Document]]]:
         """Endless lists of one reader's documents, each with the position after it.
 
         Raises ValueError if a whole epoch has no conversation that can be trained on.

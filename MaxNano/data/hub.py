@@ -135,9 +135,13 @@ class HubRepository(NamedTuple):
         return Path(local)
 
     def explain(self, error: Exception) -> str | None:
-        """The line for an error that another attempt cannot help; None for other errors."""
+        """The message for an error that another attempt cannot fix; None for other errors."""
         log_in = "log in with `hf auth login` or set HF_TOKEN"
-        status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+        status = None
+        if isinstance(error, errors.HfHubHTTPError):
+            if not str(error.response.request.url).startswith(self.endpoint):
+                return None  # a signed address of a file, which may have expired
+            status = error.response.status_code
         if isinstance(error, errors.GatedRepoError):
             page = f"{self.endpoint}/datasets/{self.name}"
             return f"{self.name} is gated: accept its terms at {page}, then {log_in}"
@@ -246,7 +250,7 @@ def _retry(
     """The path of a transfer after which `problem_of` finds nothing wrong.
 
     transfer(force) downloads the file; force: not from a cache. Raises DownloadError after ATTEMPTS
-    failures, or at once where `explain` knows that another attempt cannot help.
+    failures, or at once if `explain` has a message for the error.
     """
     force, wait_seconds = False, FIRST_WAIT_SECONDS
     for attempt in range(1, ATTEMPTS + 1):
@@ -259,7 +263,7 @@ def _retry(
             force = True
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RuntimeError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise DownloadError(f"cannot write {name}: {error}") from None
+                raise ValueError(f"cannot write {name}: {error}") from None
             if line := explain(error):
                 raise DownloadError(line) from None
             problem = _first_line(error)
@@ -299,11 +303,13 @@ def _zip_problem(path: Path) -> str | None:
 
 
 def _publish(path: Path, final: Path) -> None:
-    """Give a verified file its name, after its bytes are on the disk."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-    final.parent.mkdir(parents=True, exist_ok=True)
-    path.replace(final)
+    """Give a verified file its name, after its bytes are on the disk. Raises ValueError."""
+    try:
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+        path.replace(final)
+    except OSError as error:
+        raise ValueError(f"cannot write {final}: {error}") from None
 
 
 def _run_jobs(

@@ -256,13 +256,13 @@ def make_loader(
     return Loader(dataset, config.prefetch_batches)
 
 
+# The types of data sets whose documents are not plain text, with the class that encodes them.
+ENCODINGS = {"chat": conversations.ConversationEncoding}
+
+
 def _make_encoding(config: Any, tokenizer: Any, split: str) -> workers.Encoding:
-    if config.dataset_type == "chat":
-        return conversations.ConversationEncoding(config, tokenizer, split)
-    if config.dataset_type == "rollouts":
-        raise ValueError(
-            "dataset_type=rollouts has no text to measure bits per byte on; give evals=chat"
-        )
+    if config.dataset_type in ENCODINGS:
+        return ENCODINGS[config.dataset_type](config, tokenizer, split)
     source = sources.open_source(config, split)
     stream.check_readers(source, config.data_readers)
     return workers.TextEncoding(

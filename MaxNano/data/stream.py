@@ -51,10 +51,10 @@ class MixturePosition(NamedTuple):
         return self.parts[0].group
 
 
-Position = StreamPosition | MixturePosition
+SourcePosition = StreamPosition | MixturePosition
 
 
-def start_position(source: Source, reader: int) -> Position:
+def start_position(source: Source, reader: int) -> SourcePosition:
     """The position at which `reader` of `source` begins."""
     if isinstance(source, MixtureSource):
         parts = tuple(start_position(part, reader) for part in source.parts)
@@ -62,7 +62,7 @@ def start_position(source: Source, reader: int) -> Position:
     return StreamPosition(epoch=1, file=0, group=reader, row=0)
 
 
-def position_to_json(source: Source, position: Position) -> dict[str, Any]:
+def position_to_json(source: Source, position: SourcePosition) -> dict[str, Any]:
     """A position as JSON values; files by name, because indices change when files are added."""
     if isinstance(source, MixtureSource):
         parts = zip(source.parts, position.parts, position.characters, strict=True)
@@ -76,7 +76,7 @@ def position_to_json(source: Source, position: Position) -> dict[str, Any]:
     return {**position._asdict(), "file": source.files[position.file]}
 
 
-def position_from_json(source: Source, saved: Mapping[str, Any]) -> Position:
+def position_from_json(source: Source, saved: Mapping[str, Any]) -> SourcePosition:
     """The position that position_to_json got. Raises ValueError if `source` has changed since."""
     if isinstance(source, MixtureSource) != ("parts" in saved):
         raise ValueError(
@@ -108,8 +108,8 @@ def position_from_json(source: Source, saved: Mapping[str, Any]) -> Position:
 
 
 def read_lists(
-    source: Source, reader: int, readers: int, size: int, position: Position
-) -> Iterator[tuple[Position, list[str]] | NotArrived]:
+    source: Source, reader: int, readers: int, size: int, position: SourcePosition
+) -> Iterator[tuple[SourcePosition, list[str]] | NotArrived]:
     """Endless lists of up to `size` documents of one reader, each with the position after it.
 
     Lists never cross a row group. Given a position that it yielded, it resumes after that list.

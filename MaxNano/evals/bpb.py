@@ -1,52 +1,76 @@
-"""Bits per byte on held-out text: the number that does not depend on the tokenizer."""
+"""Bits per byte: in training the stage's validation, in evaluate.py the beginning of both splits."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
-import numpy as np
+from ml_collections import FrozenConfigDict
 
-from MaxNano.data import loader
-
-Batch = dict[str, np.ndarray]
-
-
-class PackedRows:
-    """Validation rows, packed once and kept, so that no evaluation reads or tokenizes text again.
-
-    A row is kept as length + 1 ids of the smallest signed type that holds the vocabulary; an id that is not to be
-    predicted is kept as its complement, as loader.to_batch takes it.
-    """
-
-    def __init__(self, batches: Iterable[Batch], count: int, vocab_size: int):
-        dtype = np.int16 if vocab_size <= 2**15 else np.int32
-        self._batches = [_rows_of(batch).astype(dtype) for batch in islice(batches, count)]
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for rows in self._batches:
-            yield loader.to_batch(rows.astype(np.int32))
+from MaxNano import pyconfig
+from MaxNano.evals.results import Results, ResultTable
+from MaxNano.training import stages
+from MaxNano.training.context import RunContext, eval_batches
+from MaxNano.training.validation import bits_per_byte
 
 
-def _rows_of(batch: Batch) -> np.ndarray:
-    """The rows of length + 1 ids that a batch was made of; an ignored last target is ~0."""
-    inputs, targets = batch["inputs"], batch["targets"]
-    ids = np.concatenate([inputs[:, 1:], np.maximum(targets[:, -1:], 0)], axis=1)
-    return np.concatenate([inputs[:, :1], np.where(targets < 0, ~ids, ids)], axis=1)
+class BpbEval:
+    """Validation of a stage, and bits per byte; see base.Eval."""
 
+    event = "validation"
+    at_start = True
 
-def evaluate_bpb(
-    count_bits: Callable[[Batch], tuple[float, float]], batches: Iterable[Batch]
-) -> dict[str, float]:
-    """{"bpb": bits per byte} over batches; infinite if there is no byte.
+    def __init__(self, run: RunContext):
+        self._run = run
 
-    `count_bits(batch)` gives the nats of the targets that stand for bytes, and the number of those bytes;
-    special tokens and ignored targets count in neither. Source: nanochat/loss_eval.py@92d63d4.
-    """
-    counts = [count_bits(batch) for batch in batches]
-    # Only here does the host wait for the device, so that batches overlap.
-    nats = math.fsum(float(nats) for nats, _ in counts)
-    size = math.fsum(float(size) for _, size in counts)
-    return {"bpb": nats / (math.log(2) * size) if size else math.inf}
+    @staticmethod
+    def interval(config: FrozenConfigDict) -> int:
+        return config.eval_interval
+
+    def measure(self, results: Results) -> dict[str, float]:
+        """What the stage validates on held-out data: bits per byte, or another metric."""
+        return self._run.setup.stage.evaluate(self._run)
+
+    def table(self, results: Results) -> ResultTable:
+        """Bits per byte on eval_tokens of each split; the same rows for any number of devices."""
+        rows = []
+        for split in ("train", "validation"):
+            values = self._measure_split(split, results)
+            rows.append(
+                (split, f"{values['tokens']:,}", f"{values['bpb']:.6f}", f"{values['seconds']:.1f}")
+            )
+        return ResultTable("bits per byte", ("split", "tokens", "bpb", "seconds"), rows)
+
+    def _measure_split(self, split: str, results: Results) -> dict[str, Any]:
+        run, config = self._run, self._run.config
+        count = eval_batches(config)
+        measured_on = {
+            "data": stages.describe_split(config, split),
+            "rows": [
+                count,
+                config.global_batch_tokens,
+                pyconfig.row_length(config),
+                config.data_readers,
+            ],
+            "tokenizer": run.tokenizer.fingerprint(),
+            "dtype": run.setup.numerics.dtype,
+        }
+        values = results.get(f"bpb {split}", measured_on)
+        if values is not None:
+            return values
+        started = time.monotonic()
+
+        def counted(batches) -> Iterator:
+            for done, batch in enumerate(islice(batches, count)):
+                run.progress(done, count)
+                yield batch
+
+        with stages.open_loader(run, split) as batches:
+            bpb = bits_per_byte(stages.count_text_bits(run), counted(batches))
+        values = {
+            "bpb": bpb,
+            "tokens": count * config.global_batch_tokens,
+            "seconds": time.monotonic() - started,
+        }
+        results.put(f"bpb {split}", measured_on, values)
+        return values

@@ -1,10 +1,14 @@
-"""Short greedy continuations of fixed prompts: a look at what the model knows, while it trains."""
+"""Samples: greedy continuations of a few prompts, which show what the model knows while it trains."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
+from ml_collections import FrozenConfigDict
 
+from MaxNano.evals.results import Results, ResultTable
 from MaxNano.tokenization.tokenizer import Tokenizer
+from MaxNano.training.context import RunContext
 
 PROMPTS = (
     "The capital of France is",
@@ -17,6 +21,31 @@ PROMPTS = (
 )
 
 
+class SamplesEval:
+    """{prompt: its greedy continuation}; see base.Eval."""
+
+    event = "samples"
+    at_start = False
+
+    def __init__(self, run: RunContext):
+        self._run = run
+
+    @staticmethod
+    def interval(config: FrozenConfigDict) -> int:
+        return config.sample_interval
+
+    def measure(self, results: Results) -> dict[str, str]:
+        run = self._run
+        greedy = partial(run.programs.greedy, run.params)
+        return sample(greedy, run.tokenizer, run.config.sample_tokens)
+
+    def table(self, results: Results) -> ResultTable:
+        texts = self.measure(results)
+        results.put("samples", {}, texts)
+        rows = [(prompt, repr(text)[1:-1]) for prompt, text in texts.items()]
+        return ResultTable("samples", ("prompt", "greedy continuation"), rows)
+
+
 def sample(
     next_tokens: Callable[[np.ndarray, np.ndarray], np.ndarray],
     tokenizer: Tokenizer,
@@ -25,20 +54,20 @@ def sample(
 ) -> dict[str, str]:
     """{prompt: greedy continuation of `new_tokens` tokens}.
 
-    `next_tokens(tokens (P, length) int32, last (P,) int32) -> (P,)` gives the likeliest token after position
-    `last` of each row. Every call has the same shape, so one program is compiled; what lies behind `last` cannot
-    be seen from it. The key-value cache is the engine's business, not that of this small check.
+    next_tokens: (tokens (P, length) int32, last (P,) int32) -> the most likely token after position
+    `last` of each row, (P,). All calls have one shape, so that one program is compiled; the tokens
+    after `last` are masked. There is no KV cache: these few short rows do not need one.
     """
     ids = tokenizer.encode_batch(prompts, bos=True)
     lengths = np.array([len(row) for row in ids])
     tokens = np.full((len(ids), lengths.max() + new_tokens), tokenizer.bos_id, np.int32)
     for row, prompt in zip(tokens, ids, strict=True):
         row[: len(prompt)] = prompt
-    everyone = np.arange(len(ids))
+    rows = np.arange(len(ids))
     for offset in range(new_tokens):
         last = lengths + offset - 1
-        tokens[everyone, last + 1] = np.asarray(next_tokens(tokens, last.astype(np.int32)))
+        tokens[rows, last + 1] = np.asarray(next_tokens(tokens, last.astype(np.int32)))
     return {
-        prompt: tokenizer.decode(row[start : start + new_tokens].tolist())
-        for prompt, row, start in zip(prompts, tokens, lengths, strict=True)
+        prompt: tokenizer.decode(row[length : length + new_tokens].tolist())
+        for prompt, row, length in zip(prompts, tokens, lengths, strict=True)
     }

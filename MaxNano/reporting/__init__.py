@@ -1,1 +1,1 @@
-"""Reads a run's folder and writes it up: the history of a run, charts and the report page. Never changes a run."""
+"""The report of a run: reads a run's folder, gathers facts, renders pages. Changes nothing else in it."""

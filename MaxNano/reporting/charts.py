@@ -1,4 +1,4 @@
-"""Curves as inline SVG and as a line of text: no script, no fonts or files from elsewhere, colors left to CSS.
+"""Curves as inline SVG and as a line of text: no script, no fonts, colors by CSS classes.
 
 Elements are those of xml.etree, which escapes every text and attribute when it writes them.
 """
@@ -12,26 +12,28 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 WIDTH, HEIGHT = 440, 220
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 36  # margins around the plot
-BUCKETS = 300  # of a line's steps; each leaves its lowest and its highest value
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 36  # margins of the plot
+BUCKETS = 300  # per line; each keeps its lowest and its highest value
 BLOCKS = "▁▂▃▄▅▆▇█"
 
-Points = Sequence[tuple[float, float | None]]  # (x, y) by rising x; None where there is no number
+Points = Sequence[
+    tuple[float, float | None]
+]  # (x, y) by increasing x; y is None if there is no number
 
 
 class Series(NamedTuple):
-    """A line of a chart: faint (single steps, behind the others), line, or dots (joined and marked)."""
+    """A line of a chart. style: line, faint (noisy, in the background) or dots (joined and marked)."""
 
     name: str
     points: Points
     style: str = "line"
 
 
-# ---- Elements --------------------------------------------------------------------------------------------------------
+# ---- Elements ------------------------------------------------------------------------------------
 
 
 def clean(text: str) -> str:
-    """The text with every control character and lone surrogate as a visible sign; line feeds and tabs stay."""
+    """The text with control characters and lone surrogates made visible, except line feeds and tabs."""
     text = text.replace("\r\n", "\n").encode("utf-8", "replace").decode()
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufffe\uffff]", _visible, text)
 
@@ -44,7 +46,7 @@ def _visible(match: re.Match[str]) -> str:
 def element(
     tag: str, attributes: dict[str, object] | None = None, *children: ElementTree.Element | str
 ) -> ElementTree.Element:
-    """An element with attributes, and children that are elements or texts; all texts are cleaned."""
+    """An element with attributes and children, which are elements or texts; texts are cleaned."""
     cleaned = {name: clean(str(value)) for name, value in (attributes or {}).items()}
     made = ElementTree.Element(tag, cleaned)
     for child in children:
@@ -57,11 +59,11 @@ def element(
     return made
 
 
-# ---- Numbers ---------------------------------------------------------------------------------------------------------
+# ---- Numbers -------------------------------------------------------------------------------------
 
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """About `count` round numbers between low and high, 1, 2 or 5 times a power of ten apart."""
+    """About `count` round numbers from low to high, spaced by 1, 2 or 5 times a power of ten."""
     span = high - low
     if not (math.isfinite(span) and span > 0):
         return [low]
@@ -73,7 +75,7 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
 
 
 def tick_labels(values: Sequence[float]) -> list[str]:
-    """The ticks with as many decimals as tell them apart, and k, M or G where they are large."""
+    """The ticks with enough decimals to differ, and with k, M or G if they are large."""
     largest = max(map(abs, values), default=0.0)
     units = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
     unit, name = next(((unit, name) for least, unit, name in units if largest >= least), (1.0, ""))
@@ -86,7 +88,7 @@ def tick_labels(values: Sequence[float]) -> list[str]:
 
 
 def thin(points: Points, buckets: int = BUCKETS) -> list[tuple[float, float | None]]:
-    """At most two points a bucket, its lowest and its highest in their order, and every gap that fills a bucket."""
+    """The lowest and the highest point of each bucket, in their order; gaps that fill a bucket remain."""
     if len(points) <= 2 * buckets:
         return list(points)
     thinned: list[tuple[float, float | None]] = []
@@ -102,22 +104,22 @@ def thin(points: Points, buckets: int = BUCKETS) -> list[tuple[float, float | No
 
 
 def medians(points: Points, buckets: int = 40, least: int = 5) -> list[tuple[float, float]]:
-    """The median of each of at most `buckets` parts of `least` points or more, at its middle: numbers without noise."""
+    """Medians of at most `buckets` parts with at least `least` points each, at the middle of the part."""
     known = [point for point in points if point[1] is not None]
     buckets = min(buckets, -(-len(known) // least))
-    found = []
+    middles = []
     for index in range(buckets):
         part = known[index * len(known) // buckets : (index + 1) * len(known) // buckets]
-        found.append((part[len(part) // 2][0], statistics.median(y for _, y in part)))
-    return found
+        middles.append((part[len(part) // 2][0], statistics.median(y for _, y in part)))
+    return middles
 
 
 def y_range(series: Sequence[Series], from_zero: bool) -> tuple[float, float]:
-    """(lowest, highest) to draw; not the spikes of a faint series, far outside nine tenths of it, which hide all."""
+    """(lowest, highest) to draw, without spikes of a faint series far outside its middle 90 %."""
     values: list[float] = []
-    for one in series:
-        known = sorted(y for _, y in one.points if y is not None)
-        if one.style == "faint" and known:
+    for line in series:
+        known = sorted(y for _, y in line.points if y is not None)
+        if line.style == "faint" and known:
             bottom, top = known[len(known) // 20], known[-1 - len(known) // 20]
             known = [max(known[0], 2 * bottom - top), min(known[-1], 2 * top - bottom)]
         values += known
@@ -130,17 +132,17 @@ def y_range(series: Sequence[Series], from_zero: bool) -> tuple[float, float]:
     return (low if from_zero and low == 0 else low - pad), high + pad
 
 
-# ---- Charts ----------------------------------------------------------------------------------------------------------
+# ---- Charts --------------------------------------------------------------------------------------
 
 
 def line_chart(
     series: Sequence[Series], *, label: str, x_name: str = "step", from_zero: bool = False
 ) -> ElementTree.Element:
-    """An <svg> with axes, ticks and one line a series, which is of the CSS class that class_names() says.
+    """An <svg> with axes, ticks and one line per series, whose CSS class is from class_names().
 
-    label: what a screen reader says. Values beyond the axes are drawn at their edge.
+    label: text for screen readers. Values beyond the axes are drawn at their edge.
     """
-    xs = [x for one in series for x, _ in one.points]
+    xs = [x for line in series for x, _ in line.points]
     left, right = min(xs, default=0), max(xs, default=1)
     right = max(right, left + 1)
     right = max(
@@ -186,12 +188,12 @@ def line_chart(
         )
     )
 
-    for one, name in zip(series, class_names(series), strict=True):
-        points = [(place_x(x), None if y is None else place_y(y)) for x, y in thin(one.points)]
+    for line, name in zip(series, class_names(series), strict=True):
+        points = [(place_x(x), None if y is None else place_y(y)) for x, y in thin(line.points)]
         chart.append(element("path", {"class": name, "d": _path(points)}))
-        for x, y in one.points if one.style == "dots" else ():
+        for x, y in line.points if line.style == "dots" else ():
             if y is not None:
-                title = element("title", {}, f"{one.name}, {x_name} {x:,}: {y:.6g}")
+                title = element("title", {}, f"{line.name}, {x_name} {x:,}: {y:.6g}")
                 chart.append(
                     element(
                         "circle", {"class": name, "cx": place_x(x), "cy": place_y(y), "r": 3}, title
@@ -201,13 +203,13 @@ def line_chart(
 
 
 def class_names(series: Sequence[Series]) -> list[str]:
-    """The CSS class of each series: faint, or s0, s1 and so on for the others."""
+    """The CSS class of each series: faint, or s0, s1 ... for the others."""
     numbers = itertools.count()
-    return ["faint" if one.style == "faint" else f"s{next(numbers)}" for one in series]
+    return ["faint" if line.style == "faint" else f"s{next(numbers)}" for line in series]
 
 
 def _path(points: Points) -> str:
-    """The points as an SVG path that is broken where there is no number."""
+    """The points as an SVG path with a gap for each missing number."""
     words, pen = [], "M"
     for x, y in points:
         if y is None:
@@ -221,7 +223,7 @@ def _path(points: Points) -> str:
 def bar(
     value: float, marks: Sequence[float], *, low: float, high: float, label: str
 ) -> ElementTree.Element:
-    """A small <svg> for a cell of a table: a bar from 0 to value, and marks, of the classes m0, m1 and so on."""
+    """A small <svg> for a table cell: a bar from 0 to value, and marks of the classes m0, m1 ..."""
     width, height = 130, 16
 
     def place(number: float) -> float:
@@ -246,7 +248,7 @@ def bar(
 
 
 def sparkline(points: Points, width: int = 32) -> str:
-    """The curve as one line of block characters, by the median of each part."""
+    """The curve as a line of block characters, each the median of a part."""
     values = [y for _, y in medians(points, width, least=1)]
     if not values:
         return ""

@@ -1,6 +1,6 @@
-"""What a training run left behind in its folder: config, metrics, checkpoints' facts, evaluations; and its forerunners.
+"""Reads a run's folder: config, metrics, facts of checkpoints, evaluations; and the runs before it.
 
-Nothing here changes a folder, starts JAX or reads a parameter, so a run can be looked at while it goes on.
+Reading changes nothing, starts no JAX and loads no parameters, so it works while the run trains.
 """
 
 import json
@@ -11,17 +11,19 @@ from etils import epath
 
 from MaxNano import pyconfig
 from MaxNano.storage import files
+from MaxNano.storage.checkpoints import CheckpointFolder
 
 
 class Evaluation(NamedTuple):
-    """What evaluations found of the checkpoint of one step."""
+    """The evaluations of the checkpoint of one step."""
 
     step: int
-    entries: dict[str, dict[str, Any]]  # name -> {"of": what it is of, "values": what was found}
-    records: epath.Path  # folder with the answers to each task, if there are any
+    # "KIND PART", such as "chat MMLU/test", or "KIND" -> {"of": what was evaluated, "values": ...}
+    entries: dict[str, dict[str, Any]]
+    records: epath.Path  # folder with the answers to each task; may be missing
 
     def of_kind(self, kind: str) -> dict[str, dict[str, Any]]:
-        """The entries of one kind by what stands behind it: `chat MMLU/test` under "MMLU/test", `chat` under ""."""
+        """The entries of one kind by their part: "MMLU/test", or "" for the whole."""
         return {
             name[len(kind) + 1 :]: entry
             for name, entry in self.entries.items()
@@ -30,18 +32,16 @@ class Evaluation(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One run. What its folder lacks is empty."""
+    """One run. What its folder does not have is empty."""
 
     folder: epath.Path
     config: dict[str, Any]
-    lines: dict[
-        str, tuple[str, str]
-    ]  # key -> its value as config.yml writes it, and where that came from
+    lines: dict[str, tuple[str, str]]  # key -> (its value in config.yml, where it came from)
     steps: list[dict[str, Any]]  # rows of metrics.jsonl of train steps
     events: list[dict[str, Any]]  # rows of evaluations and samples
     saved: dict[str, Any]  # of the newest checkpoint: step, versions, devices, tokenizer
     evaluations: list[Evaluation]  # by step
-    problems: list[str]  # what could not be read, a line each
+    problems: list[str]  # one line per file that could not be read
 
     @property
     def name(self) -> str:
@@ -50,73 +50,86 @@ class Run(NamedTuple):
 
     @property
     def steps_done(self) -> int:
-        """Optimizer steps of which there is a row."""
+        """Optimizer steps until the last row."""
         return self.steps[-1]["step"] + 1 if self.steps else 0
 
     def events_of(self, name: str) -> list[dict[str, Any]]:
-        """The rows of one kind of event: validation, samples, core or chat."""
+        """The rows of one kind of event, such as validation."""
         return [row for row in self.events if row["event"] == name]
 
     def newest(self, kind: str) -> Evaluation | None:
-        """The evaluation of the latest step that has something of a kind."""
-        return next((one for one in reversed(self.evaluations) if one.of_kind(kind)), None)
+        """The evaluation of the latest step that has entries of a kind."""
+        return next((step for step in reversed(self.evaluations) if step.of_kind(kind)), None)
+
+    def newest_entries(self, kind: str) -> dict[str, dict[str, Any]]:
+        """The entries of newest(kind) by their part; {} if there are none."""
+        newest = self.newest(kind)
+        return newest.of_kind(kind) if newest else {}
 
 
 def start_folder(load_from: str, folder: epath.Path) -> epath.Path:
-    """The folder of the run that the run in `folder` is started from: a path, or the name of one beside it."""
+    """Folder of the run that the run in `folder` starts from: a path, or a name next to it."""
     return epath.Path(load_from).expanduser() if "/" in load_from else folder.parent / load_from
 
 
 def read_chain(folder: epath.Path) -> tuple[list[Run], str | None]:
-    """The run in a folder behind all those that load_from leads to, the first one first; and why one is missing.
+    """(the runs to which load_from leads, first one first, and the run in `folder`; a problem).
 
-    Raises ValueError where `folder` itself holds no run.
+    The problem is why the chain breaks off, None if it does not.
+    Raises ValueError if `folder` has no run.
     """
     runs = [read_run(folder)]
     while (start := runs[0].config.get("load_from")) is not None:
-        place = start_folder(start, runs[0].folder)
-        if any(str(place) == str(run.folder) for run in runs):
-            return (
-                runs,
-                f"{runs[0].name} was started from {start}, which itself was started from it",
-            )
+        previous = start_folder(start, runs[0].folder)
+        begin = f"{runs[0].name} was started from {start}, "
+        if any(str(previous) == str(run.folder) for run in runs):
+            return runs, begin + "which itself was started from it"
         try:
-            runs.insert(0, read_run(place))
+            runs.insert(0, read_run(previous))
         except ValueError as error:
-            return (
-                runs,
-                f"{runs[0].name} was started from {start}, of which nothing is known: {error}",
-            )
+            return runs, begin + f"of which nothing is known: {error}"
     return runs, None
 
 
 def read_run(folder: epath.Path) -> Run:
-    """What is in a run's folder. Raises ValueError, in one line, where that is no run."""
+    """Read a run's folder. Raises ValueError, in one line, if it has no run."""
     if not (folder / "config.yml").exists():
         raise ValueError(
-            f"{folder} holds no run: give run_name and base_output_directory of one that was started"
+            f"no run in {folder}: give run_name and base_output_directory of a run that was started"
         )
     values = pyconfig.saved_values(folder / "config.yml")
     base = pyconfig.saved_values(pyconfig.BASE)
     text = (folder / "config.yml").read_text()
     problems: list[str] = []
-    rows, torn = _rows(folder / "metrics.jsonl")
-    if torn:
+    rows, is_damaged = _rows(folder / "metrics.jsonl")
+    if is_damaged:
         problems.append(f"metrics.jsonl of {folder.name} is damaged from line {len(rows) + 1} on")
-    extra = _newest_extra(folder / "checkpoints")
-    saved = extra.get("run", {})
-    # Metrics that nobody wrote with the checkpoint: it was imported.
+    extra = newest_extra(folder)
+    # A checkpoint without metrics was imported.
     run_id = (extra.get("metrics") or {}).get("run_id")
     return Run(
         folder=folder,
-        config=base | values,  # a run of an older version knows nothing of newer keys
+        config=base | values,  # a run of an older version does not have newer keys
         lines=dict(_config_lines(text)),
         steps=[row for row in rows if "event" not in row],
         events=[row for row in rows if "event" in row],
-        saved=saved,
+        saved=extra.get("run", {}),
         evaluations=_evaluations(folder / "evals", problems, {"run": run_id} if extra else {}),
         problems=problems,
     )
+
+
+def newest_extra(folder: epath.Path) -> dict[str, Any]:
+    """The JSON of a run's newest finished checkpoint, whose hashes are not checked."""
+    checkpoints = CheckpointFolder(folder)
+    for step in reversed(checkpoints.steps()):
+        try:
+            extra = json.loads((checkpoints.path(step) / "extra" / "metadata").read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(extra, dict):
+            return extra
+    return {}
 
 
 def _config_lines(text: str) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -128,7 +141,7 @@ def _config_lines(text: str) -> Iterator[tuple[str, tuple[str, str]]]:
 
 
 def _rows(path: epath.Path) -> tuple[list[dict[str, Any]], bool]:
-    """The rows of metrics.jsonl, and whether one in its middle is none; its last may still be being written."""
+    """(rows of metrics.jsonl, whether one before the last is damaged); the last may be half written."""
     if not path.exists():
         return [], False
     rows = []
@@ -144,40 +157,23 @@ def _rows(path: epath.Path) -> tuple[list[dict[str, Any]], bool]:
     return rows, False
 
 
-def _newest_extra(root: epath.Path) -> dict[str, Any]:
-    """The JSON of the newest finished checkpoint; none of its hashes is checked."""
-    steps = sorted(
-        (
-            int(n)
-            for n in files.names(root)
-            if n.isdigit() and (root / n / "MANIFEST.json").exists()
-        ),
-        reverse=True,
-    )
-    for step in steps:
-        try:
-            extra = json.loads((root / str(step) / "extra" / "metadata").read_text())
-        except (OSError, ValueError):
-            continue
-        if isinstance(extra, dict):
-            return extra
-    return {}
-
-
 def _evaluations(
     folder: epath.Path, problems: list[str], of: Mapping[str, Any]
 ) -> list[Evaluation]:
-    """What evals/step_*.json hold that is of this run, by step."""
-    found = []
-    for path in sorted(folder.glob("step_*.json")) if folder.exists() else []:
+    """The entries of evals/step_*.json that are of this run, by step."""
+    evaluations = []
+    for name in files.names(folder):
+        if not (name.startswith("step_") and name.endswith(".json")):
+            continue
+        path = folder / name
         try:
-            entries = json.loads(path.read_text())["evals"]
-            own = {
+            entries = {
                 name: entry
-                for name, entry in entries.items()
+                for name, entry in json.loads(path.read_text())["evals"].items()
                 if isinstance(entry["values"], dict) and entry["of"].items() >= of.items()
             }
-            found.append(Evaluation(int(path.stem.removeprefix("step_")), own, folder / path.stem))
+            step = int(path.stem.removeprefix("step_"))
+            evaluations.append(Evaluation(step, entries, folder / path.stem))
         except (ValueError, KeyError, TypeError, AttributeError):
             problems.append(f"{path.name} of {folder.parent.name} is damaged")
-    return sorted(found, key=lambda one: one.step)
+    return sorted(evaluations, key=lambda evaluation: evaluation.step)

@@ -1,1 +1,1 @@
-"""Files on disk and in buckets: atomic writes, gs:// through gcsfs, and calls with time limits. No JAX."""
+"""Files on disk and in buckets: atomic writes, gs://, checkpoint folders and the lock of a run. No JAX."""

@@ -1,10 +1,12 @@
-"""Google Cloud Storage: gcsfs with time limits, without a cache of listings, with errors of one line."""
+"""Google Cloud Storage: gcsfs with time limits, without cached listings, with errors on one line."""
 
 import logging
 import os
 import re
 import urllib.parse
 from typing import Any
+
+from MaxNano import console
 
 try:
     import aiohttp
@@ -14,10 +16,10 @@ except ImportError:
         "gs:// needs gcsfs: pip install -c constraints.txt 'etils[epath-gcs]'"
     ) from None
 
-# Seconds. gcsfs itself would wait for ever. Where an error may pass, it tries six times in about half a minute.
+# gcsfs itself has no limits. It retries transient errors six times in about half a minute.
 CONNECT_SECONDS = 20
-SILENCE_SECONDS = 30  # without a byte of the answer
-REQUEST_SECONDS = 300  # for one request, of which an upload has 5 MiB at most
+SILENCE_SECONDS = 30  # without a byte of the response
+REQUEST_SECONDS = 300  # per request; an upload's have at most 5 MiB each
 
 
 class BucketError(OSError, ValueError):
@@ -27,9 +29,9 @@ class BucketError(OSError, ValueError):
 class Bucket(core.GCSFileSystem):
     """gcsfs for flat buckets.
 
-    Every listing is asked for anew: other machines write to the same bucket, and gcsfs would keep what it once saw.
-    What goes wrong is an OSError: FileNotFoundError, or BucketError with one line.
-    gcsfs's own default class looks up by gRPC what kind of bucket it has, which needs another permission.
+    Listings are not cached, because other machines write to the same bucket. Every error is an
+    OSError: FileNotFoundError, or BucketError with one line. gcsfs's default class asks by gRPC for
+    the type of the bucket, which needs another permission.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -37,12 +39,9 @@ class Bucket(core.GCSFileSystem):
             total=REQUEST_SECONDS, sock_connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS
         )
         defaults = {"use_listings_cache": False, "requests_timeout": limits}
-        if os.environ.get("STORAGE_EMULATOR_HOST"):  # a stand-in asks for no credentials
+        if os.environ.get("STORAGE_EMULATOR_HOST"):  # an emulator needs no credentials
             defaults["token"] = "anon"
-        for library in (
-            "gcsfs",
-            "fsspec",
-        ):  # they log each failure with its traceback, and then raise it
+        for library in ("gcsfs", "fsspec"):  # they log each failure with a traceback, then raise it
             logging.getLogger(library).setLevel(logging.CRITICAL)
         super().__init__(*args, **{**defaults, **options})
 
@@ -50,17 +49,17 @@ class Bucket(core.GCSFileSystem):
         try:
             return await super()._call(method, path, *args, **options)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{_place(path, args)} is missing") from error
+            raise FileNotFoundError(f"{_object(path, args)} is missing") from error
         except FileExistsError as error:
-            raise BucketError(f"{_place(path, args)}: precondition failed (412)") from error
-        except Exception as error:  # of gcsfs, requests, aiohttp, google.auth or a limit on time
-            reason = re.sub(r"https?://\S+|\bb/\S+/o\S*", "", str(error))  # the request's address
-            reason = " ".join(reason.split()).strip(" :") or type(error).__name__
-            raise BucketError(f"{_place(path, args)}: {reason}") from error
+            raise BucketError(f"{_object(path, args)}: precondition failed (412)") from error
+        except Exception as error:  # of gcsfs, requests, aiohttp, google.auth or a time limit
+            reason = re.sub(r"https?://\S+|\bb/\S+/o\S*", "", str(error))  # the request's URL
+            reason = console.one_line(reason).strip(" :") or type(error).__name__
+            raise BucketError(f"{_object(path, args)}: {reason}") from error
 
 
-def _place(path: str, args: tuple[str, ...]) -> str:
-    """What a request is about, as the user would write it."""
+def _object(path: str, args: tuple[str, ...]) -> str:
+    """The gs:// path that a request is about."""
     if args:
         return "gs://" + "/".join(args[:2])
     url = urllib.parse.urlsplit(path)

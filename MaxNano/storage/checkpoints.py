@@ -68,7 +68,7 @@ class CheckpointFolder:
         for candidate in reversed(steps):
             try:
                 problem = find_damage(self.path(candidate))
-            except OSError as error:  # of the network: it tells nothing about the checkpoint
+            except OSError as error:  # of the network: the checkpoint may be intact
                 raise CheckpointError(
                     f"the checkpoint of step {candidate} in {self.run} cannot be read: "
                     f"{console.one_line(error, 300)}"
@@ -84,7 +84,7 @@ class CheckpointFolder:
         )
 
     def remove_unfinished(self) -> None:
-        """Delete what a process that died left of a checkpoint; a warning for each."""
+        """Delete checkpoints that a killed process did not finish; a warning for each."""
         self.remove_temporary()
         finished = self.steps()
         for step in (int(name) for name in self._names() if name.isdigit()):

@@ -1,7 +1,7 @@
 """Calls to a bucket that end within a time limit, whatever the bucket does.
 
-For what a run can do without for a while, such as curves and compiled programs: a call that hangs, or that is refused
-and repeated, is given up. Checkpoints, which a run cannot do without, use storage.py, which is more patient.
+For files that a run can do without for a while, such as curves and compiled programs: a call that
+hangs or is retried for too long is given up. Checkpoints use files.py, which waits longer.
 """
 
 import concurrent.futures
@@ -17,17 +17,17 @@ from MaxNano.storage import files  # noqa: F401 (makes fsspec open gs:// with bu
 
 
 def read(path: Any, seconds: float) -> bytes:
-    """The object's content. Raises FileNotFoundError, TimeoutError after `seconds`, or what the store answers."""
+    """The object's content. Raises FileNotFoundError, TimeoutError, or the store's error."""
     return _call("cat_file", path, seconds=seconds)
 
 
 def write(path: Any, content: bytes, seconds: float) -> None:
-    """Make `content` the object's content. Raises TimeoutError after `seconds`, or what the store answers."""
+    """Replace the object's content. Raises TimeoutError or the store's error."""
     _call("pipe_file", path, content, seconds=seconds)
 
 
 def names(folder: Any, seconds: float) -> set[str]:
-    """Names of what is in a folder, empty where there is none. Raises TimeoutError, or what the store answers."""
+    """Names in a folder, empty if it is missing. Raises TimeoutError or the store's error."""
     try:
         return {PurePosixPath(path).name for path in _call("ls", folder, False, seconds=seconds)}
     except FileNotFoundError:
@@ -35,17 +35,17 @@ def names(folder: Any, seconds: float) -> set[str]:
 
 
 def _call(method: str, path: Any, *arguments: Any, seconds: float) -> Any:
-    """The method of the path's file system, called in a thread that can be left behind."""
+    """Call a method of the path's file system in a thread that can be abandoned."""
     deadline = time.monotonic() + seconds
 
     def call() -> Any:
-        filesystem, name = fsspec.core.url_to_fs(str(path))  # may ask for credentials
+        filesystem, name = fsspec.core.url_to_fs(str(path))  # may fetch credentials
         left = deadline - time.monotonic()
-        if left <= 0:  # nobody waits any more, and a later write may have come first
+        if left <= 0:  # the caller has given up, and a later write may be done
             raise TimeoutError
         if not filesystem.async_impl:
             return getattr(filesystem, method)(name, *arguments)
-        # The time limit ends the request itself.
+        # The time limit cancels the request itself.
         method_async = getattr(filesystem, f"_{method}")
         return fsspec.asyn.sync(filesystem.loop, method_async, name, *arguments, timeout=left)
 
@@ -56,13 +56,13 @@ def _call(method: str, path: Any, *arguments: Any, seconds: float) -> Any:
 
 
 def run_in_thread(function: Callable[[], Any]) -> concurrent.futures.Future:
-    """The future result of `function`, which does not keep the process from ending."""
+    """The future result of `function` in a thread that does not keep the process alive."""
     future: concurrent.futures.Future = concurrent.futures.Future()
 
     def work() -> None:
         try:
             future.set_result(function())
-        except BaseException as error:  # noqa: BLE001 (whoever waits for the result gets it)
+        except BaseException as error:  # noqa: BLE001 (raised by the future)
             future.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()

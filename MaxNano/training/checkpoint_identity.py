@@ -1,4 +1,4 @@
-"""What a checkpoint belongs to: the model, the tokenizer, the software and the devices."""
+"""The identity of a checkpoint: its model, tokenizer, software and devices."""
 
 import functools
 import os

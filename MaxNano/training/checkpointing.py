@@ -3,7 +3,7 @@
 A run's folder has `checkpoints/<step>/`, each with `state/` (the train state, by orbax), `extra/`
 (JSON: data position, metrics, resolved config, versions, devices) and, written last, a manifest
 (MaxNano/storage/checkpoints.py) that makes it count. With several processes all of them call the
-methods of Checkpointer in the same order; process 0 decides what is there.
+methods of Checkpointer in the same order; process 0 lists the folder.
 """
 
 from __future__ import annotations
@@ -47,7 +47,86 @@ for _context in (
 CLOCK_STEPS = 16  # several hosts compare clocks this often: each time costs a round trip
 
 
-class Checkpointer:
+class CheckpointReader:
+    """Restores the checkpoints of the run in `directory` (local or gs://), and changes nothing there.
+
+    `tokenizer_fingerprint` is compared with that of a checkpoint; "" is unknown and never compared.
+    """
+
+    def __init__(
+        self,
+        config: FrozenConfigDict,
+        directory: epath.PathLike,
+        *,
+        tokenizer_fingerprint: str = "",
+    ) -> None:
+        _silence_libraries()
+        self._config = config
+        self._fingerprint = tokenizer_fingerprint
+        self._folder = CheckpointFolder(directory)
+        self._sets_aside = False  # whether damaged checkpoints are renamed
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(), timeout_secs=SAVE_TIMEOUT_SECONDS
+        )
+
+    def latest_step(self) -> int | None:
+        """Step of the newest finished checkpoint, None if there is none."""
+        steps = _ask_primary(self._folder.steps)
+        return steps[-1] if steps else None
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
+        """(state, extra) of the newest intact checkpoint, or of `step`.
+
+        abstract_state: pytree of jax.ShapeDtypeStruct with shardings, which may belong to another
+        mesh than the one that saved. A damaged checkpoint is reported on stderr, renamed to
+        `<step>.damaged` if this is the run's writer, and the one before is used.
+        Raises CheckpointError if none is intact, or if it is of another tokenizer or model.
+        """
+
+        def read(path: epath.Path) -> Any:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+            return self._orbax.restore(path, args=args).state
+
+        return self._restore(step, read)
+
+    def restore_params_only(
+        self, abstract_params: Any = None, step: int | None = None
+    ) -> tuple[Any, dict]:
+        """(params, extra) as restore(), reading only `params` of the state.
+
+        Without `abstract_params` they are numpy arrays, in the dtypes in which they were saved.
+        """
+        return self._restore(step, lambda path: _read_params(path / "state", abstract_params))
+
+    def read_extra(self, step: int | None = None) -> dict:
+        """The JSON dict alone, as restore() returns it, not compared with this run's config."""
+        return self._read_extra(self._choose(step))
+
+    def _choose(self, step: int | None) -> int:
+        return _ask_primary(lambda: self._folder.newest_intact(step, set_aside=self._sets_aside))
+
+    def _restore(
+        self, step: int | None, read: Callable[[epath.Path], Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        chosen = self._choose(step)
+        run = self._folder.run
+        try:
+            extra = self._read_extra(chosen)
+            checkpoint_identity.check(extra["run"], self._config, self._fingerprint, run)
+            return read(self._folder.path(chosen)), extra
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"the checkpoint of step {chosen} in {run} cannot be read: {_reason(error)}"
+            ) from error
+
+    def _read_extra(self, step: int) -> dict[str, Any]:
+        args = ocp.args.Composite(extra=ocp.args.JsonRestore())
+        return self._orbax.restore(self._folder.path(step), args=args).extra
+
+
+class Checkpointer(CheckpointReader):
     """Saves and restores the checkpoints of the run in `directory` (local or gs://).
 
     Use as a context manager, or call close(). With `writer` it owns the run: on a disk a second
@@ -64,14 +143,8 @@ class Checkpointer:
         tokenizer_fingerprint: str = "",
         writer: bool = True,
     ) -> None:
-        _silence_libraries()
-        self._config = config
-        self._fingerprint = tokenizer_fingerprint
-        self._writer = writer
-        self._folder = CheckpointFolder(directory)
-        self._orbax = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(), timeout_secs=SAVE_TIMEOUT_SECONDS
-        )
+        super().__init__(config, directory, tokenizer_fingerprint=tokenizer_fingerprint)
+        self._sets_aside = writer
         self._last_step: int | None = None
         self._last_save = time.monotonic()
         self._lock: RunLock | None = None
@@ -84,8 +157,6 @@ class Checkpointer:
 
     def __exit__(self, exc_type: type | None, *exc_info: object) -> None:
         self.close(is_failing=exc_type is not None)
-
-    # ---- Save ----
 
     def should_save(self, step: int) -> bool:
         """Whether a checkpoint is due at `step`, by steps or by minutes; call at each step.
@@ -183,43 +254,6 @@ class Checkpointer:
                 "base_output_directory to another disk"
             )
 
-    # ---- Restore ----
-
-    def latest_step(self) -> int | None:
-        """Step of the newest finished checkpoint, None if there is none."""
-        steps = _ask_primary(self._folder.steps)
-        return steps[-1] if steps else None
-
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
-        """(state, extra) of the newest intact checkpoint, or of `step`.
-
-        abstract_state: pytree of jax.ShapeDtypeStruct with shardings, which may belong to another
-        mesh than the one that saved. A damaged checkpoint is renamed to `<step>.damaged` with a
-        line on stderr and the one before is used. Raises CheckpointError if none is intact, or if
-        the checkpoint belongs to another tokenizer or model.
-        """
-
-        def read(path: epath.Path) -> Any:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-            return self._orbax.restore(path, args=args).state
-
-        return self._restore(step, read)
-
-    def restore_params_only(
-        self, abstract_params: Any = None, step: int | None = None
-    ) -> tuple[Any, dict]:
-        """(params, extra) as restore(), reading only `params` of the state.
-
-        Without `abstract_params` they are numpy arrays, in the dtypes in which they were saved.
-        """
-        return self._restore(step, lambda path: _read_params(path / "state", abstract_params))
-
-    def read_extra(self, step: int | None = None) -> dict:
-        """The JSON dict alone, as restore() returns it, not compared with this run's config."""
-        return self._read_extra(self._choose(step))
-
-    # ---- Helpers ----
-
     def _own_run(self) -> None:
         """In process 0: become the owner, and clean up after a process that died."""
         self._lock = take_run(self._folder.run, self._folder.root)
@@ -239,29 +273,6 @@ class Checkpointer:
                 f"the checkpoint of step {self._last_step} could not be written ({reason}); "
                 "trying again at the next interval"
             )
-
-    def _choose(self, step: int | None) -> int:
-        return _ask_primary(lambda: self._folder.newest_intact(step, set_aside=self._writer))
-
-    def _restore(
-        self, step: int | None, read: Callable[[epath.Path], Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        chosen = self._choose(step)
-        run = self._folder.run
-        try:
-            extra = self._read_extra(chosen)
-            checkpoint_identity.check(extra["run"], self._config, self._fingerprint, run)
-            return read(self._folder.path(chosen)), extra
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise CheckpointError(
-                f"the checkpoint of step {chosen} in {run} cannot be read: {_reason(error)}"
-            ) from error
-
-    def _read_extra(self, step: int) -> dict[str, Any]:
-        args = ocp.args.Composite(extra=ocp.args.JsonRestore())
-        return self._orbax.restore(self._folder.path(step), args=args).extra
 
 
 class _Saver:

@@ -1,4 +1,4 @@
-"""Where the rows of a run go: metrics.jsonl, TensorBoard and trackers, each written by a thread."""
+"""Writes the rows of a run to metrics.jsonl, TensorBoard and trackers, each in a thread."""
 
 import json
 import math
@@ -80,7 +80,7 @@ class MetricFiles:
                 tracker.log(numbers, row["step"])
 
     def state(self, next_step: int) -> dict[str, Any]:
-        """What a process needs that resumes at next_step; JSON-able. Does not wait for files.
+        """The state from which a process resumes at next_step; JSON-able. Does not wait for files.
 
         rows: number of rows that all files have. unwritten: the rows after those. events: written
         events of steps that TensorBoard will hide because their train rows are written again.

@@ -123,7 +123,7 @@ class MetricLogger:
             self._display.print([text])
 
     def state(self) -> dict[str, Any]:
-        """What a later process needs to continue as if this one had not stopped; JSON-able."""
+        """The state from which a later process continues as if this one had not stopped; JSON-able."""
         self.flush()
         return {
             "run_id": self._run_id,

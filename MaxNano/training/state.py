@@ -1,4 +1,4 @@
-"""The training state: what it holds, its abstract shapes and shardings, and its birth in place on the mesh."""
+"""The training state: its arrays, their abstract shapes and shardings, and its sharded initialization."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from MaxNano.models.transformer import Numerics, Transformer
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything a step changes: the number of updates tried, parameters (nested dict) and optimizer state."""
+    """Everything a step changes. `step` (int32 scalar) counts updates, the skipped ones included."""
 
     step: jax.Array
     params: dict[str, Any]
@@ -33,8 +33,8 @@ def abstract_state(
 ) -> TrainState:
     """TrainState of ShapeDtypeStructs with shardings: the target of initialization and of restore.
 
-    An optimizer leaf lies like the parameter whose path its own path ends with; a factored moment keeps
-    the parameter's axes with size 1 where it was reduced, and an axis of size 1 is never cut.
+    An optimizer leaf is sharded like the parameter whose path is the end of its path. A factored moment
+    has size 1 on its reduced axes, and an axis of size 1 is never sharded.
     """
     axes = {_names(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(model.axes)}
 
@@ -61,7 +61,7 @@ def initialize(
     optimizer: optax.GradientTransformation,
     abstract: TrainState,
 ) -> TrainState:
-    """A fresh state, every array made where it will live; the same values for every mesh."""
+    """A new state by sharded initialization; the same values on every mesh."""
 
     def init():
         model = Transformer(config, numerics, rngs=nnx.Rngs(config.seed))

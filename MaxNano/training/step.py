@@ -1,7 +1,6 @@
 """The steps of a run: train, evaluate, score and greedy, as functions, jitted and compiled.
 
-A batch is `inputs`, `targets` and `weights`, each (rows, length); a target of -1 is ignored, a weight
-scales its token's loss. What a stage trains on is therefore a matter of its data.
+The train step is the same in every stage. The stage (stages.py) gives the batches and the loss of each target.
 """
 
 import math
@@ -26,19 +25,6 @@ from MaxNano.training.setup import BatchPlan, RunSetup, largest_divisor
 from MaxNano.training.state import TrainState
 
 
-def weighted_losses(config: FrozenConfigDict, nll: jax.Array, batch) -> jax.Array:
-    """What each target adds to the loss, (rows, L), from its negative log-likelihood."""
-    if "drawn_losses" in batch:
-        terms = losses.clipped_policy_losses(
-            nll, batch["drawn_losses"], batch["weights"], config.rl_clip
-        )
-    else:
-        terms = nll * batch["weights"]
-    if "reference_losses" in batch:
-        terms += batch["kl_weights"] * losses.divergence(nll, batch["reference_losses"])
-    return terms
-
-
 def batch_losses(config: FrozenConfigDict, model: Architecture, params, batch) -> jax.Array:
     """Negative log-likelihood of each target in nats, float32 (rows, L), 0 where the target is -1."""
     bound = model.bind(params)
@@ -55,15 +41,15 @@ def batch_losses(config: FrozenConfigDict, model: Architecture, params, batch) -
 
 
 def count_bits(token_losses: jax.Array, targets: jax.Array, token_bytes: jax.Array):
-    """(nats, bytes) of the targets that stand for bytes, as float32: what bits per byte are made of."""
+    """(nats, bytes) of the targets that stand for bytes, float32 scalars; their quotient gives bits per byte."""
     size = jnp.where(targets >= 0, token_bytes[jnp.maximum(targets, 0)], 0)
     return jnp.sum(jnp.where(size > 0, token_losses, 0)), jnp.sum(size).astype(jnp.float32)
 
 
 def working_copy(setup: RunSetup, params):
-    """Inside shard_map: the parameters that a device computes with, gathered from their parts.
+    """Inside shard_map: the whole parameters, all-gathered from their FSDP shards once per step.
 
-    Matrices travel in the compute dtype, once a step.
+    Matrices are cast to the compute dtype before the all-gather.
     """
     specs = setup.manual_specs(setup.abstract.params)
 
@@ -79,27 +65,27 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update from one batch of `plan.rows` rows; returns the next state and the step's metrics.
 
-    Each device adds up the gradients of its own rows, micro-batch by micro-batch, in float32; then they are summed
-    over the devices, once, and each device updates the part of the parameters that it keeps.
-    The loss is the weighted sum of token losses over the number of targets in the whole batch, so micro-batches
-    with few targets count for little. Where the loss or the gradient is not finite, parameters and optimizer
-    state stay as they were, bit for bit, and `skipped` is 1.
+    Gradient accumulation: each device sums the gradients of its micro-batches in float32. One reduce-scatter then
+    sums them over the devices, and each device updates its shard of the parameters and optimizer state (ZeRO).
+    The loss is the sum of the stage's terms over the count of the whole batch, so that micro-batches with few targets
+    have little weight. If the loss or the gradient is not finite, parameters and optimizer state stay bit for bit as
+    they are, and the metric `skipped` is 1.
     """
-    config, plan = setup.config, setup.plan
+    config, plan, stage = setup.config, setup.plan, setup.stage
     axes = setup.batch_axes
     specs = setup.manual_specs(setup.abstract.params)
 
     def local_gradients(params, batch, token_bytes):
         params = working_copy(setup, params)
-        targets = jax.lax.psum(jnp.sum(batch["targets"] >= 0), axes)
+        count = jax.lax.psum(stage.loss_count(batch), axes)
 
         def loss_fn(params, micro):
             nll = batch_losses(config, setup.model, params, micro)
-            loss = jnp.sum(weighted_losses(config, nll, micro)) / jnp.maximum(targets, 1)
+            loss = jnp.sum(stage.loss(config, nll, micro)) / jnp.maximum(count, 1)
             return loss, count_bits(nll, micro["targets"], token_bytes)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        if plan.micro_steps == 1:
+        if plan.accumulation_steps == 1:
             sums, grads = grad_fn(params, batch)
         else:
 
@@ -151,7 +137,7 @@ def train_step(
 
 
 def eval_step(params, batch, token_bytes, *, setup: RunSetup) -> tuple[jax.Array, jax.Array]:
-    """(nats, bytes) of a batch of `plan.rows` rows: see count_bits."""
+    """(nats, bytes) of a batch of `plan.rows` rows; see count_bits."""
     config = setup.config
 
     def local_bits(params, batch, token_bytes):
@@ -171,7 +157,7 @@ def eval_step(params, batch, token_bytes, *, setup: RunSetup) -> tuple[jax.Array
 
 
 def score_step(params, batch, *, setup: RunSetup) -> jax.Array:
-    """batch_losses of a batch of `plan.rows` rows."""
+    """Negative log-likelihood of each target of a batch of `plan.rows` rows; see batch_losses."""
 
     def local_losses(params, batch):
         params = working_copy(setup, params)
@@ -186,7 +172,7 @@ def score_step(params, batch, *, setup: RunSetup) -> jax.Array:
 
 
 def greedy_step(params, tokens, last, *, setup: RunSetup) -> jax.Array:
-    """The likeliest token after position `last` (P,) of each row of `tokens` (P, L)."""
+    """The most likely token after position `last` (P,) of each row of `tokens` (P, L), int32 (P,)."""
 
     def local_greedy(params, tokens, last):
         bound = setup.model.bind(working_copy(setup, params))
@@ -198,22 +184,22 @@ def greedy_step(params, tokens, last, *, setup: RunSetup) -> jax.Array:
     return setup.over_devices(local_greedy, (specs, rows, rows), rows)(params, tokens, last)
 
 
-class Programs(NamedTuple):
+class RunPrograms(NamedTuple):
     """The compiled programs of a run."""
 
     train: Callable[[TrainState, dict], tuple[TrainState, dict]]
     evaluate: Callable[[Any, dict], tuple[jax.Array, jax.Array]]
+    score: Callable[[Any, dict], jax.Array]
     greedy: Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
 
 
 def jit_train(setup: RunSetup):
-    """The jitted train step; it takes the state's memory for the next state."""
+    """The jitted train step; it donates the state."""
     in_place = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
-    everywhere = setup.replicated
     return jax.jit(
         partial(train_step, setup=setup),
         donate_argnums=0,
-        out_shardings=(in_place, everywhere),
+        out_shardings=(in_place, setup.replicated),
         compiler_options=hardware.compiler_options(setup.config, setup.numerics.backend),
     )
 
@@ -228,10 +214,10 @@ def jit_evaluate(setup: RunSetup):
 
 
 def compile_train(setup: RunSetup) -> tuple[RunSetup, jax.stages.Compiled]:
-    """The compiled train step, and the set-up with the rows that a device takes at once in it.
+    """The compiled train step, and the set-up with the micro-batch size that it was compiled for.
 
-    Where per_device_batch_size leaves that open and the compiler says that a step does not fit into memory, fewer rows
-    are tried. Raises ValueError where none fit.
+    If the step does not fit in memory and per_device_batch_size is null, smaller micro-batches are tried.
+    Raises ValueError if none fits.
     """
     while True:
         try:
@@ -242,65 +228,67 @@ def compile_train(setup: RunSetup) -> tuple[RunSetup, jax.stages.Compiled]:
             plan = setup.plan
             if setup.config.per_device_batch_size or plan.micro_rows == 1:
                 raise ValueError(
-                    f"a step with {plan.micro_rows} rows on each device does not fit into its memory: take a smaller "
+                    f"a step with {plan.micro_rows} rows per device does not fit in memory: choose a smaller "
                     "per_device_batch_size, remat_policy=full, more devices or a smaller model"
                 ) from error
-            rows = plan.micro_steps * plan.micro_rows
-            fewer = largest_divisor(rows, plan.micro_rows - 1)
-            print(
-                f"{plan.micro_rows} rows a device do not fit into memory, compiling for {fewer}",
-                flush=True,
-            )
-            setup = replace(setup, plan=BatchPlan(plan.ways, rows // fewer, fewer))
+            print(f"{plan.micro_rows} rows per device do not fit in memory", flush=True)
+            setup = replace(setup, plan=with_micro_rows(plan, plan.micro_rows - 1))
+            print(f"Compiling for {setup.plan.micro_rows} rows per device", flush=True)
+
+
+def with_micro_rows(plan: BatchPlan, limit: int) -> BatchPlan:
+    """The plan with micro-batches of at most `limit` rows."""
+    device_rows = plan.accumulation_steps * plan.micro_rows
+    rows = largest_divisor(device_rows, limit)
+    return plan._replace(accumulation_steps=device_rows // rows, micro_rows=rows)
 
 
 def abstract_batch(setup: RunSetup) -> tuple[dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
-    """A batch and the table of token bytes, as shapes with shardings: what the jitted steps are lowered with."""
-    rows = sharding.batch_sharding(setup.mesh, setup.config.logical_axis_rules)
-    shape = (setup.plan.rows, pyconfig.row_length(setup.config))
+    """A batch and the table of token bytes as abstract arrays with shardings, to lower the steps with."""
+    config = setup.config
+    rows = sharding.batch_sharding(setup.mesh, config.logical_axis_rules)
+    shape = (setup.plan.rows, pyconfig.row_length(config))
     dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
-    if setup.config.dataset_type == "rollouts":
-        dtypes |= {"drawn_losses": jnp.float32} if setup.config.rl_clip else {}
-        dtypes |= (
-            {"kl_weights": jnp.float32, "reference_losses": jnp.float32}
-            if setup.config.rl_kl
-            else {}
-        )
+    dtypes |= setup.stage.batch_columns(config)
     batch = {
-        key: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for key, dtype in dtypes.items()
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in dtypes.items()
     }
-    everywhere = setup.replicated
-    return batch, jax.ShapeDtypeStruct((setup.config.vocab_size,), jnp.int32, sharding=everywhere)
+    return batch, jax.ShapeDtypeStruct((config.vocab_size,), jnp.int32, sharding=setup.replicated)
 
 
 def lower_train(setup: RunSetup) -> jax.stages.Lowered:
-    """The train step, ready to be compiled for the set-up's devices."""
+    """The train step, lowered for the set-up's devices."""
     with jax.sharding.use_abstract_mesh(setup.mesh.abstract_mesh):
         return jit_train(setup).lower(setup.abstract, *abstract_batch(setup))
 
 
 def lower_evaluate(setup: RunSetup) -> jax.stages.Lowered:
-    """The evaluation step, ready to be compiled for the set-up's devices."""
+    """The evaluation step, lowered for the set-up's devices."""
     with jax.sharding.use_abstract_mesh(setup.mesh.abstract_mesh):
         return jit_evaluate(setup).lower(setup.abstract.params, *abstract_batch(setup))
 
 
-def build_programs(setup: RunSetup, step: Callable, token_bytes: np.ndarray) -> Programs:
-    """The three programs around `step`, the train step; the others are compiled when they are first called."""
-    # Numbers that the host reads lie on every device, so that each of several hosts has them.
-    everywhere = setup.replicated
-    token_bytes = jax.device_put(token_bytes, everywhere)
+def build_programs(setup: RunSetup, step: Callable | None, token_bytes: np.ndarray) -> RunPrograms:
+    """The programs of a run; step: the compiled train step, None where nothing is trained.
+
+    The other programs are compiled at their first call. token_bytes (vocab,) int32: bytes per token.
+    """
+    # Hosts read replicated arrays, so that each of several hosts has the numbers.
+    token_bytes = jax.device_put(token_bytes, setup.replicated)
     evaluate = jit_evaluate(setup)
-    greedy = jax.jit(partial(greedy_step, setup=setup), out_shardings=everywhere)
-    ways = setup.plan.ways
+    rows = sharding.batch_sharding(setup.mesh, setup.config.logical_axis_rules)
+    score = jax.jit(partial(score_step, setup=setup), out_shardings=rows)
+    greedy = jax.jit(partial(greedy_step, setup=setup), out_shardings=setup.replicated)
 
     def greedy_rows(params, tokens, last):
-        missing = -len(tokens) % ways  # every device takes the same number of rows
+        # Every device takes the same number of rows.
+        missing = -len(tokens) % setup.plan.data_parallel_size
         tokens = np.pad(tokens, ((0, missing), (0, 0)))
         return np.asarray(greedy(params, tokens, np.pad(last, (0, missing))))[: len(last)]
 
-    return Programs(
+    return RunPrograms(
         train=lambda state, batch: step(state, batch, token_bytes),
         evaluate=lambda params, batch: evaluate(params, batch, token_bytes),
+        score=score,
         greedy=greedy_rows,
     )

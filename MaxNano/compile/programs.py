@@ -1,0 +1,136 @@
+"""PROGRAMS: what train_compile.py can compile, the train step and the programs of the engine."""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+
+from MaxNano import pyconfig
+from MaxNano.compile.report import ProgramWork, Report, analyze
+from MaxNano.distributed import hardware
+from MaxNano.inference import programs as engine_programs
+from MaxNano.training.setup import RunSetup, flops_per_token
+from MaxNano.training.step import compile_train, lower_evaluate, lower_train, with_micro_rows
+
+
+class Program(NamedTuple):
+    """A program that can be compiled."""
+
+    lower: Callable[[RunSetup], jax.stages.Lowered]
+    work: Callable[[RunSetup], ProgramWork]
+    batch_key: str  # the config key that decides how much memory it needs
+
+
+class OutOfMemory(ValueError):
+    """A program does not fit in the memory of a chip."""
+
+
+def compile_program(setup: RunSetup, program: str) -> tuple[RunSetup, Report]:
+    """Compile one of PROGRAMS; returns the set-up that it was compiled for, and its report.
+
+    As in train.py, the train step is compiled with smaller micro-batches if it does not fit and
+    per_device_batch_size is null. Raises OutOfMemory if the program does not fit.
+    """
+    config = setup.config
+    started = time.monotonic()
+    if program == "train" and config.per_device_batch_size is None:
+        setup, compiled = compile_train(setup)
+    else:
+        compiled = _compile(setup, program)
+    report = analyze(
+        compiled,
+        hardware.chip(setup.mesh.devices.flat[0]),
+        mesh=setup.mesh,
+        vocab_size=config.vocab_size,
+        work=PROGRAMS[program].work(setup),
+        compile_seconds=time.monotonic() - started,
+    )
+    return setup, report
+
+
+def largest_micro_batch(setup: RunSetup, program: str) -> int | None:
+    """The largest per_device_batch_size below the set-up's that fits, by bisection; None if none fits."""
+    plan = setup.plan
+    device_rows = plan.accumulation_steps * plan.micro_rows
+    candidates = [rows for rows in range(1, plan.micro_rows) if device_rows % rows == 0]
+    best = None
+    while candidates:
+        middle = len(candidates) // 2
+        rows = candidates[middle]
+        try:
+            _compile(replace(setup, plan=with_micro_rows(plan, rows)), program)
+        except OutOfMemory:
+            candidates = candidates[:middle]
+        else:
+            best, candidates = rows, candidates[middle + 1 :]
+    return best
+
+
+def _compile(setup: RunSetup, program: str) -> jax.stages.Compiled:
+    try:
+        return PROGRAMS[program].lower(setup).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        if "hbm" not in reason.lower():  # a kernel that needs too much vector memory
+            raise ValueError(f"the compiler refuses the {program} program: {reason}") from error
+        need = re.search(
+            r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)|Used ([\d.]+\w) of ([\d.]+\w)",
+            reason,
+        )
+        sizes = f" ({' of '.join(filter(None, need.groups()))})" if need else ""
+        key = PROGRAMS[program].batch_key
+        value = setup.plan.micro_rows if key == "per_device_batch_size" else setup.config[key]
+        raise OutOfMemory(
+            f"the {program} program of {setup.config.model} does not fit in a chip of {setup.config.compile_topology}"
+            f"{sizes} with {key}={value}"
+        ) from error
+
+
+# ---- The programs ----------------------------------------------------------------------------------------------------
+
+
+def _train_work(setup: RunSetup) -> ProgramWork:
+    """A step of the run; the number of steps is unknown if only the data decide it."""
+    config, tokens = setup.config, setup.config.global_batch_tokens
+    steps = None if pyconfig.horizon_is_open(config) else config.steps
+    return ProgramWork(flops_per_token(config) * tokens, tokens, steps)
+
+
+def _evaluate_work(setup: RunSetup) -> ProgramWork:
+    """The forward pass, a third of a train step's FLOPs."""
+    work = _train_work(setup)
+    return work._replace(model_flops=work.model_flops / 3, steps=None)
+
+
+def _prefill_work(setup: RunSetup) -> ProgramWork:
+    programs = engine_programs.report_programs(setup)
+    tokens = programs.prefill_size * programs.buckets[-1]
+    return ProgramWork(flops_per_token(setup.config) / 3 * tokens, tokens, None)
+
+
+def _decode_work(setup: RunSetup) -> ProgramWork:
+    programs = engine_programs.report_programs(setup)
+    size, flops = engine_programs.decode_costs(programs, programs.plan.max_length)
+    steps = programs.steps
+    return ProgramWork(flops * steps, programs.slots * steps, None, size * steps)
+
+
+def _lower_prefill(setup: RunSetup) -> jax.stages.Lowered:
+    return engine_programs.lower_prefill(engine_programs.report_programs(setup))
+
+
+def _lower_decode(setup: RunSetup) -> jax.stages.Lowered:
+    return engine_programs.lower_decode(engine_programs.report_programs(setup))
+
+
+PROGRAMS: dict[str, Program] = {
+    "train": Program(lower_train, _train_work, "per_device_batch_size"),
+    "evaluate": Program(lower_evaluate, _evaluate_work, "per_device_batch_size"),
+    "prefill": Program(_lower_prefill, _prefill_work, "decode_slots"),
+    "decode": Program(_lower_decode, _decode_work, "decode_slots"),
+}

@@ -1,0 +1,91 @@
+"""TPU slices by name, as devices to compile for on a machine without a TPU."""
+
+import math
+import os
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+# libtpu does not look for a TPU near this machine, shares the machine with other processes, and prints nothing.
+LIBTPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v6e-8",  # any known type: the topology decides the slice
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+
+class Generation(NamedTuple):
+    """The slices of a TPU generation."""
+
+    axes: int  # of the network between chips
+    cores: int  # TensorCores per chip, which the names count
+    largest: int  # chips of the largest slice
+
+
+GENERATIONS = {
+    "v4": Generation(axes=3, cores=2, largest=2048),
+    "v5p": Generation(axes=3, cores=2, largest=4096),
+    "v5e": Generation(axes=2, cores=1, largest=256),
+    "v6e": Generation(axes=2, cores=1, largest=256),
+}
+
+
+def slice_shape(name: str) -> tuple[str, tuple[int, ...]]:
+    """(generation, chips along each axis) of a slice by its Cloud TPU name, such as v6e-8.
+
+    Raises ValueError for an unknown name.
+    Source: https://cloud.google.com/tpu/docs/v6e and the pages of the other generations.
+    """
+    kind, _, size = name.partition("-")
+    generation = GENERATIONS.get(kind)
+    if generation and size.isdecimal():
+        chips, rest = divmod(int(size), generation.cores)
+        doublings = chips.bit_length() - 1
+        smallest = (1, 4) if generation.axes == 2 else (4,)
+        known = chips in smallest or 8 <= chips <= generation.largest
+        if not rest and chips == 2**doublings and known:
+            if generation.axes == 3 and chips == 4:
+                return kind, (2, 2, 1)
+            return kind, tuple(
+                2 ** ((doublings + axis) // generation.axes) for axis in range(generation.axes)
+            )
+    raise ValueError(
+        f"compile_topology={name} is no TPU slice: choose a generation of {', '.join(GENERATIONS)} and a power of two, "
+        "such as v6e-8, v5e-16, v5p-8 or v4-32 (names of v4 and v5p count two cores per chip, from 8 on)"
+    )
+
+
+def slice_devices(name: str, num_slices: int = 1) -> list[Any]:
+    """The devices of `num_slices` slices, for a mesh to compile for.
+
+    Sets libtpu's environment variables, which libtpu reads at the first call. On a machine without a TPU,
+    JAX_PLATFORMS=cpu must be set before JAX is imported.
+    Raises ValueError if there is no such slice, or if libtpu is not installed.
+    """
+    kind, shape = slice_shape(name)
+    for variable, value in LIBTPU_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    if kind in ("v5e", "v6e"):
+        host = shape if math.prod(shape) <= 8 else (2, 2)
+    else:
+        host = (2, 2, 1)
+    options = {"chips_per_host_bounds": (*host, *(1 for _ in range(3 - len(host))))}
+    if GENERATIONS[kind].cores > 1:
+        options["chip_config_name"] = "megacore"  # a chip's two cores as one device
+    if num_slices > 1:
+        options["num_slices"] = num_slices
+    topology = f"{kind}:{'x'.join(map(str, shape))}"
+    try:
+        return list(
+            topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+        )
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"topology {topology} is not available ({reason}): install libtpu with pip install 'jax[tpu]'"
+        ) from error

@@ -1,0 +1,52 @@
+"""Bits per byte on text: a loss that does not depend on the tokenizer."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+
+import numpy as np
+
+from MaxNano.data import loader
+from MaxNano.data.loader import Batch
+
+
+class PackedRows:
+    """Held-out batches, packed once and kept in memory for every later validation.
+
+    A row is kept as length + 1 ids of the smallest signed type that holds the tokenizer's ids. The
+    complement of an id marks a token that is no target, as in loader.to_batch.
+    """
+
+    def __init__(self, batches: Iterable[Batch], count: int, vocab_size: int):
+        """Keep the first `count` batches of ids below `vocab_size`."""
+        dtype = np.int16 if vocab_size <= 2**15 else np.int32
+        self._batches = [_rows_of(batch).astype(dtype) for batch in islice(batches, count)]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for rows in self._batches:
+            yield loader.to_batch(rows.astype(np.int32))
+
+
+def _rows_of(batch: Batch) -> np.ndarray:
+    """The rows of length + 1 ids of a batch; ~0 stands for an ignored last target."""
+    inputs, targets = batch["inputs"], batch["targets"]
+    ids = np.concatenate([inputs[:, 1:], np.maximum(targets[:, -1:], 0)], axis=1)
+    return np.concatenate([inputs[:, :1], np.where(targets < 0, ~ids, ids)], axis=1)
+
+
+def bits_per_byte(
+    count_bits: Callable[[Batch], tuple[float, float]], batches: Iterable[Batch]
+) -> float:
+    """Bits per byte over batches; infinite if there is no byte.
+
+    count_bits: batch -> (nats, bytes) of the targets that stand for bytes. Special tokens and
+    ignored targets count in neither. Source: nanochat/loss_eval.py@92d63d4.
+    """
+    counts = [count_bits(batch) for batch in batches]
+    # Reading the numbers only here lets the batches overlap on the device.
+    nats = math.fsum(float(nats) for nats, _ in counts)
+    size = math.fsum(float(size) for _, size in counts)
+    return nats / (math.log(2) * size) if size else math.inf

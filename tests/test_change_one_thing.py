@@ -1,0 +1,329 @@
+"""README's table "To change one thing" is true: each row's change, made in a copy of the tree, works.
+
+A test edits only the files that its row names and then uses the change in a new process.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+TINY = (
+    "model=d2 emb_dim=32 head_dim=16 num_query_heads=2 max_target_length=32 vocab_size=300"
+    " global_batch_tokens=256 steps=4 num_cpu_devices=1 jax_cache_dir= dataset_type=synthetic"
+).split()
+HELPERS = f"""
+import numpy as np
+from MaxNano import pyconfig
+
+TINY = {TINY}
+
+def config_of(*words):
+    return pyconfig.initialize(["configs/base.yml", *TINY, *words])
+
+def model_of(*words):
+    from MaxNano.models.setup import set_up_model
+    return set_up_model(config_of(*words))
+
+def hidden_of(setup):
+    import jax
+    leaves, tree = jax.tree.flatten(setup.model.shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    values = [0.1 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves)]
+    params = jax.tree.unflatten(tree, values)
+    tokens = np.arange(32, dtype=np.int32)[None]
+    return jax.jit(lambda params: setup.model.bind(params)(tokens))(params)
+"""
+
+
+class Copy:
+    """A copy of the files that a contributor edits."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.touched = set()
+        for name in ("MaxNano", "configs"):
+            shutil.copytree(
+                ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
+
+    def write(self, path, text):
+        """Adds a file."""
+        assert not (self.folder / path).exists()
+        self.touched.add(path)
+        (self.folder / path).write_text(textwrap.dedent(text).lstrip())
+
+    def append(self, path, text):
+        """Adds text to the end of a file."""
+        self.touched.add(path)
+        with open(self.folder / path, "a") as file:
+            file.write("\n\n" + textwrap.dedent(text).strip() + "\n")
+
+    def replace(self, path, pattern, text):
+        """Replaces what a regular expression matches, which must be there once."""
+        self.touched.add(path)
+        old = (self.folder / path).read_text()
+        new, count = re.subn(pattern, text, old, flags=re.MULTILINE)
+        assert count == 1, f"{path}: {pattern} matches {count} times"
+        (self.folder / path).write_text(new)
+
+    def python(self, code):
+        """What code prints in the copy."""
+        command = ["-c", HELPERS + textwrap.dedent(code)]
+        return self._run(command).stdout
+
+    def program(self, name, *words):
+        """What a program of the copy prints."""
+        return self._run([f"MaxNano/{name}", "configs/base.yml", *words]).stdout
+
+    def _run(self, command):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(self.folder)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return Copy(tmp_path)
+
+
+def test_an_attention_kernel(tree):
+    """A function and a row of KERNELS; `attention` lists its name."""
+    path = "MaxNano/models/attention.py"
+    tree.replace(path, r"^KERNELS: .*\{$", r'\g<0>\n    "twin": Kernel(twin, EVERYWHERE),')
+    tree.replace(
+        path,
+        r"^class Kernel\(NamedTuple\):",
+        "def twin(q, k, v, window, settings, rules):\n"
+        "    return 2 * reference(q, k, v, window, settings, rules)\n\n\n\\g<0>",
+    )
+    tree.replace("configs/base.yml", r"^(attention: .* one of auto)", r"\1 twin")
+    tree.python("""
+        plain, twin = (hidden_of(model_of(f"attention={name}")) for name in ("reference", "twin"))
+        assert not np.allclose(plain, twin)
+        assert model_of("attention=auto").numerics.attention == "chunked"
+    """)
+    assert tree.touched == {path, "configs/base.yml"}
+
+
+def test_the_mlp(tree):
+    """SwiGLU: the function `mlp` and the row of its matrices. tests/test_swiglu.py tests the rest."""
+    tree.replace("MaxNano/scaling.py", r'^    "mlp": \{', r'\g<0>"gate": ("embed", "mlp"), ')
+    tree.replace(
+        "MaxNano/models/layers.py",
+        r"matmul\(jnp.square\(jax.nn.relu\(hidden\)\), ",
+        'matmul(jax.nn.silu(matmul(x, weights["gate"])) * hidden, ',
+    )
+    tree.python("""
+        from MaxNano import scaling
+        setup = model_of()
+        assert setup.model.shapes["layers"]["mlp"]["gate"].shape[-2:] == (32, 128)
+        assert np.all(np.isfinite(hidden_of(setup)))
+        import jax
+        counted = scaling.parameter_counts(scaling.shape_of(setup.config)).total
+        assert counted == sum(x.size for x in jax.tree.leaves(setup.model.shapes))
+    """)
+
+
+def test_the_optimizer_of_a_parameter_group(tree):
+    """One row: the head gets plain SGD from optax."""
+    path = "MaxNano/optimizers/groups.py"
+    tree.replace(
+        path,
+        r'ParameterGroup\("lm_head", r"lm_head", use_adamw, ',
+        'ParameterGroup("lm_head", r"lm_head", lambda *_: optax.identity(), ',
+    )
+    tree.python("""
+        import jax, optax
+        from MaxNano.optimizers import groups
+        config = config_of()
+        params = jax.tree.map(lambda x: jax.numpy.ones(x.shape), model_of().model.shapes)
+        optimizer = groups.make_optimizer(config, dtype="float32")
+        with jax.set_mesh(model_of().mesh):
+            state = optimizer.init(params)
+            updates, _ = optimizer.update(params, state, params, step=3)
+        rate = groups.parameter_groups(config)[0].learning_rate
+        from MaxNano.optimizers import schedules
+        factor = schedules.lr_multiplier(
+            3, config.steps, config.warmup_steps, config.warmdown_ratio, config.final_lr_fraction
+        )
+        np.testing.assert_allclose(updates["lm_head"], -rate * factor, rtol=1e-6)
+        assert not np.allclose(updates["token_embed"], -rate * factor)
+    """)
+
+
+def test_a_schedule(tree):
+    """A kind of weight decay schedule: a case in schedules.py; the key lists its name."""
+    tree.replace(
+        "MaxNano/optimizers/schedules.py",
+        r'^        case "constant":',
+        '        case "half":\n            return 0.5 * jnp.ones_like(done)\n\\g<0>',
+    )
+    tree.replace("configs/base.yml", r"^(weight_decay_schedule: .* one of)", r"\1 half")
+    tree.python("""
+        from MaxNano.optimizers import schedules
+        config = config_of("weight_decay_schedule=half")
+        assert float(schedules.weight_decay_multiplier(3, 9, config.weight_decay_schedule)) == 0.5
+    """)
+
+
+def test_a_layout_over_devices(tree):
+    """No code: heads over one axis and the MLP over another, by the config alone."""
+    tree.python("""
+        from MaxNano.models.setup import set_up_model
+        words = ["ici_tensor_parallelism=2", "ici_fsdp_parallelism=2", "num_cpu_devices=4"]
+        from MaxNano.distributed import runtime
+        config = config_of(*words)
+        runtime.initialize(config)
+        rules = [list(map(str, rule)) for rule in config.logical_axis_rules]
+        before = set_up_model(config).params["layers"]["mlp"]["wi"].sharding.spec
+        moved = [[name, "fsdp" if name == "mlp" else "" if name == "embed" else axes]
+                 for name, *axes in config.logical_axis_rules]
+        moved = [[name, *([axes] if isinstance(axes, str) else axes)] for name, axes in moved]
+        text = "[" + ", ".join("[" + ", ".join(map(str, filter(None, row))) + "]" for row in moved) + "]"
+        after = set_up_model(config_of(*words, f"logical_axis_rules={text}"))
+        after = after.params["layers"]["mlp"]["wi"].sharding.spec
+        assert before != after and "fsdp" in str(after), (before, after)
+    """)
+
+
+def test_a_data_format(tree):
+    """A class and a row of SOURCES; `dataset_type` lists its name."""
+    path = "MaxNano/data/sources.py"
+    tree.replace(path, r"^SOURCES = \{", r'\g<0>\n    "echo": EchoSource,')
+    tree.replace(
+        path,
+        r"^class SyntheticSource:",
+        textwrap.dedent("""
+            class EchoSource:
+                def __init__(self, config, split):
+                    self.where, self.files = "echo", [split]
+
+                def open(self, file):
+                    return self
+
+                def __len__(self):
+                    return 1
+
+                def documents(self, group):
+                    yield from ("hello", "again")
+
+
+            class SyntheticSource:""").strip(),
+    )
+    tree.replace("configs/base.yml", r"^(dataset_type: .* one of)", r"\1 echo")
+    tree.python("""
+        import itertools
+        from MaxNano.data import sources
+        texts = sources.iterate_texts(config_of("dataset_type=echo"), "train")
+        assert list(itertools.islice(texts, 2)) == ["hello", "again"]
+    """)
+
+
+def test_a_chat_task(tree):
+    """A file in tasks/ and a row of TASKS."""
+    tree.write(
+        "MaxNano/tasks/shout.py",
+        """
+        from MaxNano.tasks.base import Task, dialogue
+
+
+        class Shout(Task):
+            kind = "generative"
+
+            def __init__(self, config, split):
+                self.words = ("yes", "no")
+
+            def __len__(self):
+                return len(self.words)
+
+            def conversation(self, index):
+                return dialogue(f"Shout {self.words[index]}", self.words[index].upper())
+
+            def evaluate(self, conversation, completion):
+                return completion == conversation["messages"][-1]["content"]
+        """,
+    )
+    path = "MaxNano/tasks/__init__.py"
+    tree.replace(
+        path, r"import arc, chat, (.*), spelling$", r"import arc, chat, \1, shout, spelling"
+    )
+    tree.replace(path, r"^TASKS: .*\{$", r'\g<0>\n    "Shout": shout.Shout,')
+    tree.python("""
+        from MaxNano import tasks
+        config = config_of("chat_tasks=[Shout/test]", "stage=sft", "dataset_type=chat")
+        task = tasks.open_task(config, config.chat_tasks[0])
+        assert task.evaluate(task.conversation(1), "NO") and not task.evaluate(task.conversation(1), "no")
+    """)
+
+
+def test_a_model_size(tree):
+    """A file of overrides."""
+    tree.write("configs/models/wide.yml", "num_decoder_layers: 4\naspect_ratio: 128\n")
+    tree.python("""
+        config = pyconfig.initialize(["configs/base.yml", "model=wide"])
+        assert (config.num_decoder_layers, config.emb_dim) == (4, 512)
+    """)
+
+
+def test_a_scaling_law(tree):
+    """A function in scaling.py: width per depth."""
+    tree.replace(
+        "MaxNano/scaling.py",
+        r"return round_up\(depth \* aspect_ratio, head_dim\)",
+        "return round_up(2 * depth * aspect_ratio, head_dim)",
+    )
+    tree.python("""
+        assert pyconfig.initialize(["configs/base.yml", "model=d8"]).emb_dim == 1024
+    """)
+
+
+def test_a_config_key(tree):
+    """One line in base.yml: parsed, checked and shown in --help."""
+    tree.append("configs/base.yml", "patience: 3   # [train] int >= 0 | evaluations to wait for")
+    tree.python("""
+        import pytest
+        assert config_of().patience == 3 and config_of("patience=5").patience == 5
+        with pytest.raises(pyconfig.ConfigError, match="patience"):
+            config_of("patience=-1")
+    """)
+    assert "patience" in tree.program("train.py", "--help=all")
+
+
+def test_a_chip(tree):
+    """A row of the chip table."""
+    path = "MaxNano/distributed/hardware.py"
+    tree.replace(path, r"^CHIPS = \{", r'\g<0>\n    "TPU v9": Chip(5e15, 2**38, 9e12),')
+    tree.python("""
+        import types
+        from MaxNano.distributed import hardware
+        device = types.SimpleNamespace(device_kind="TPU v9")
+        assert hardware.peak_flops([device, device]) == 1e16
+    """)
+
+
+def test_every_row_of_the_readme_has_a_test():
+    """The tests above, by the words of README's table."""
+    text = (ROOT / "README.md").read_text()
+    table = text.split("## To change one thing")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| ([^|]+?) \| ", table, re.MULTILINE)[1:]
+    tested = {
+        name.removeprefix("test_").replace("_", " ")
+        for name in globals()
+        if name.startswith(("test_a_", "test_an_", "test_the_"))
+    }
+    assert rows and {row.lower() for row in rows} == tested

@@ -228,8 +228,8 @@ def test_a_data_format(tree):
     tree.replace("configs/base.yml", r"^(dataset_type: .* one of)", r"\1 echo")
     tree.python("""
         import itertools
-        from MaxNano.data import sources
-        texts = sources.iterate_texts(config_of("dataset_type=echo"), "train")
+        from MaxNano.data import stream
+        texts = stream.iterate_texts(config_of("dataset_type=echo"), "train")
         assert list(itertools.islice(texts, 2)) == ["hello", "again"]
     """)
 

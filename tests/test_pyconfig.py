@@ -104,7 +104,14 @@ def test_every_key_is_there_and_those_of_the_backend_stay_null():
         "compile_report",
     }
     asked |= {"from_huggingface", "to_huggingface"}
-    asked |= {"download_shards", "chat_data", "chat_word_list", "core_batch_tokens", "step"}
+    asked |= {
+        "download_shards",
+        "hub_url",
+        "chat_data",
+        "chat_word_list",
+        "core_batch_tokens",
+        "step",
+    }
     asked |= {
         "decode_max_length",
         "prefill_rows",

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from MaxNano.tokenization.bpe import BpeTokenizer
-from MaxNano.tokenization.tokenizer import NANOCHAT_PATTERN
+from MaxNano.tokenization.bpe import NANOCHAT_PATTERN, BpeTokenizer
 
 ROOT = Path(__file__).parents[1]
 

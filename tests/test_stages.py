@@ -118,7 +118,7 @@ class HeadNorm:
         return ResultTable("head", ("metric", "value"), list(self.measure(results).items()))
 
 
-# ---- Rows added -------------
+# ---- Rows added ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """STAGE_CONFIGS: what each training stage asks of the config, known before JAX is imported.
 
-A stage is a way to train: its batches, its loss, its validation. training/stages.py has that half of
-it; this half says how long a row is, how many tokens a step has and which values contradict it. A
-new stage is a row here, a row in training/stages.py and a file configs/stages/NAME.yml.
+A stage is a way to train: its batches, its loss, its validation. Those are in training/stages.py.
+This half gives the row length, the batch size and the values that contradict the stage. A new stage
+is a row here, a row in training/stages.py and a file configs/stages/NAME.yml.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +37,9 @@ class StageConfig(NamedTuple):
 
 
 def stage_config(values: Values) -> StageConfig:
-    """The row that a config chooses: that of `stage`, if it reads dataset_type, or the first that does."""
+    """The row that a config chooses: that of `stage`, if it reads dataset_type, or the first that
+    does.
+    """
     kind = values["dataset_type"]
     named = STAGE_CONFIGS.get(values["stage"])
     readers = [row for row in STAGE_CONFIGS.values() if kind in row.dataset_types]
@@ -79,11 +81,11 @@ def _rollout_batch_tokens(values: Values) -> int:
 def _rollout_contradictions(values: Values) -> Iterator[Contradiction]:
     if (values["rl_row_tokens"] or 0) > values["max_target_length"]:
         yield Contradiction(
-            "rl_row_tokens", f"is more than max_target_length={values['max_target_length']}"
+            "rl_row_tokens", f"is larger than max_target_length={values['max_target_length']}"
         )
     if values["quantization"] != "none":
         yield Contradiction(
-            "quantization", "does not go with rollouts: the engine samples without quantization"
+            "quantization", "does not work with rollouts, which are sampled without quantization"
         )
 
 

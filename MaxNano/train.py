@@ -18,6 +18,8 @@ if __name__ == "__main__":
 
 import contextlib
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from ml_collections import FrozenConfigDict
@@ -26,7 +28,7 @@ from MaxNano import pyconfig
 from MaxNano.data.loader import merge_states
 from MaxNano.distributed import compile_cache, hardware, runtime
 from MaxNano.distributed.preemption import EXIT_PREEMPTED, Preempted, Preemption
-from MaxNano.evals.base import is_due, measured_steps, open_evals
+from MaxNano.evals.base import Eval, is_due, measured_steps, open_evals
 from MaxNano.evals.results import Results
 from MaxNano.storage.files import run_directory
 from MaxNano.tokenization.tokenizer import load_tokenizer
@@ -55,54 +57,31 @@ def main(config: FrozenConfigDict) -> int:
 
 
 def train(setup: RunSetup, preemption: Preemption) -> int:
-    """Train from the run's latest checkpoint, or from the start, to config.steps; returns the exit status."""
-    config = setup.config
-    directory = run_directory(config)
-    is_main = jax.process_index() == 0
+    """Train from the run's latest checkpoint, or from the start, to config.steps.
+
+    Returns the exit status.
+    """
+    config, directory = setup.config, run_directory(setup.config)
     tokenizer = load_tokenizer(config)
     run = RunContext(setup, tokenizer, is_training=True, at_once=preemption.at_once)
     run.progress = lambda done=None, total=None: preemption.check()
     evaluations = open_evals(run)
 
     with contextlib.ExitStack() as cleanup:
-        # ---- State: from the run's latest checkpoint, from another run's, or initialized
+        # ---- State, programs, data, metrics
         checkpointer = cleanup.enter_context(
             Checkpointer(config, directory, tokenizer_fingerprint=tokenizer.fingerprint())
         )
-        extra = {}
-        if config.enable_checkpointing and checkpointer.latest_step() is not None:
-            run.state, extra = checkpointer.restore(setup.abstract)
-            check_start(config, extra["run"]["config"])
-        elif config.load_from is not None:
-            run.state = load_start(setup, tokenizer.fingerprint())
-        else:
-            run.state = initialize(config, setup.numerics, setup.optimizer, setup.abstract)
-        start = int(run.state.step)
-        measured = measured_steps(extra)
-        if config.enable_checkpointing:
-            checkpointer.check_free_space(setup.abstract)
-
-        # ---- Programs, data, metrics
+        extra = start_state(run, checkpointer)
+        start, measured = int(run.state.step), measured_steps(extra)
         run.setup, compiled = compile_train(setup)
         run.programs = build_programs(run.setup, compiled, tokenizer.token_bytes())
         run.batches = setup.stage.open_batches(run, extra.get("data"))
         cleanup.callback(run.batches.close)
-        if is_main:
-            pyconfig.save(config, directory / "config.yml")
-        logger = MetricLogger(
-            config,
-            directory,
-            total_steps=config.steps,
-            start_step=start,
-            tokens_per_step=config.global_batch_tokens,
-            flops_per_token=flops_per_token(config),
-            peak_flops=hardware.peak_flops(list(setup.mesh.devices.flat)),
-            is_main=is_main,
-            state=extra.get("metrics"),
-        )
-        run.say = logger.message
+        logger = make_logger(run, start, extra.get("metrics"))
         cleanup.callback(logger.close)
         cleanup.callback(compile_cache.finish)
+        run.say = logger.message
         if start:
             logger.message(f"Resuming {directory} from step {start}")
 
@@ -121,13 +100,7 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
             for step in itertools.count(start):
                 last = step >= config.steps
                 preemption.check(step)
-                for name, evaluation in evaluations.items():
-                    if measured.get(name) != step and is_due(evaluation, config, step):
-                        logger.flush()  # a step's time does not include evaluation
-                        results = Results(directory, step, logger.state()["run_id"])
-                        logger.event(step, evaluation.event, evaluation.measure(results))
-                        measured[name] = step
-
+                evaluate_if_due(run, evaluations, measured, logger, step)
                 is_new = config.enable_checkpointing and step != start
                 if is_new and (last or checkpointer.should_save(step)):
                     save(step)
@@ -141,15 +114,15 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
                 if step == start:
                     runtime.freeze_gc()
 
-                # Metrics are read one step later, so that the host never waits for the current step.
+                # Metrics are read one step later: the host never waits for the current step.
                 arrived = logger.step(step, metrics, run.batches.position())
                 if arrived:
                     skipped_in_a_row = skipped_in_a_row + 1 if arrived["skipped"] else 0
                 if skipped_in_a_row >= config.max_nonfinite_steps:
                     raise ValueError(
-                        f"loss or gradient was not finite in {skipped_in_a_row} steps in a row, up to step {step - 1}; "
-                        "their updates were skipped. Lower the learning rates or check the data, and resume from the "
-                        f"checkpoints in {directory}"
+                        f"loss or gradient was not finite in {skipped_in_a_row} steps in a row, "
+                        f"up to step {step - 1}; their updates were skipped. Lower the learning "
+                        f"rates or check the data, and resume from the checkpoints in {directory}"
                     )
         except Preempted:
             # Raised only between steps, or within an evaluation: the state is that of `step`.
@@ -160,6 +133,58 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
             return EXIT_PREEMPTED
         checkpointer.wait()
     return 0
+
+
+def start_state(run: RunContext, checkpointer: Checkpointer) -> dict[str, Any]:
+    """Set run.state: from the run's latest checkpoint, from another run's, or initialized.
+
+    Returns what was saved with the run's checkpoint, {} at the start of a run.
+    """
+    config, setup, extra = run.config, run.setup, {}
+    if config.enable_checkpointing and checkpointer.latest_step() is not None:
+        run.state, extra = checkpointer.restore(setup.abstract)
+        check_start(config, extra["run"]["config"])
+    elif config.load_from is not None:
+        run.state = load_start(setup, run.tokenizer.fingerprint())
+    else:
+        run.state = initialize(config, setup.numerics, setup.optimizer, setup.abstract)
+    if config.enable_checkpointing:
+        checkpointer.check_free_space(setup.abstract)
+    return extra
+
+
+def make_logger(run: RunContext, start: int, state: Mapping[str, Any] | None) -> MetricLogger:
+    """Save the config and open the run's metrics; state: from the logger of an earlier process."""
+    config, is_main = run.config, jax.process_index() == 0
+    if is_main:
+        pyconfig.save(config, run.directory / "config.yml")
+    return MetricLogger(
+        config,
+        run.directory,
+        total_steps=config.steps,
+        start_step=start,
+        tokens_per_step=config.global_batch_tokens,
+        flops_per_token=flops_per_token(config),
+        peak_flops=hardware.peak_flops(list(run.setup.mesh.devices.flat)),
+        is_main=is_main,
+        state=state,
+    )
+
+
+def evaluate_if_due(
+    run: RunContext,
+    evaluations: Mapping[str, Eval],
+    measured: dict[str, int | None],
+    logger: MetricLogger,
+    step: int,
+) -> None:
+    """Measure and log the evaluations that are due at `step` and were not yet measured there."""
+    for name, evaluation in evaluations.items():
+        if measured.get(name) != step and is_due(evaluation, run.config, step):
+            logger.flush()  # a step's time does not include evaluation
+            results = Results(run.directory, step, logger.state()["run_id"])
+            logger.event(step, evaluation.event, evaluation.measure(results))
+            measured[name] = step
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compiles the programs of train.py and of the engine for a TPU slice, without a TPU, and reports their cost.
+"""Compiles the programs of training and of the engine for a TPU slice and reports their cost.
 
     python MaxNano/train_compile.py configs/base.yml model=d24 compile_topology=v6e-8
     python MaxNano/train_compile.py configs/base.yml model=d24 compile_programs=[prefill,decode] decode_slots=128

@@ -1,12 +1,12 @@
-"""Design alternatives of the train step: what each does to cycles and memory of a TPU, by the compiler.
+"""Estimates how design alternatives of the train step change cycles and memory of a TPU.
 
     python benchmarks/alternatives.py configs/base.yml model=d24 emb_dim=1536 num_decoder_layers=4 window_pattern=SL \
         compile_report=alternatives.jsonl
 
-Each alternative is one of the words that a user would add to this command. Four layers of which every second one is
-long are a loop of two groups, with everything that d24 has; leave these words out for the whole model. Nothing is
-run. Rows are kept in compile_report as JSON lines (null: alternatives.jsonl in the run's folder), and what is there is
-not compiled again. Prints a table and a JSON line.
+Each alternative is a set of words that a user can add to this command. Four layers with every
+second window long are a scan over two groups with all features of d24; omit these words for the
+whole model. Nothing is run. Rows are kept in compile_report as JSON lines (null: alternatives.jsonl
+in the run's folder) and are not compiled again. Prints a table and a JSON line.
 """
 
 import sys
@@ -26,10 +26,11 @@ from ml_collections import FrozenConfigDict
 from benchmarks import common
 from MaxNano import pyconfig
 from MaxNano.compile import costs
-from MaxNano.training.setup import largest_divisor, run_directory
+from MaxNano.storage.files import run_directory
+from MaxNano.training.setup import largest_divisor
 
 BASE = "as configured"
-ALTERNATIVES = {  # the dearest question first, since a table may stay unfinished
+ALTERNATIVES = {  # the most important first: a table may stay unfinished
     BASE: "",
     "table gradients scattered": "embedding_gradient=scatter",
     "table gradients as a product": "embedding_gradient=one_hot",
@@ -38,7 +39,7 @@ ALTERNATIVES = {  # the dearest question first, since a table may stay unfinishe
     "recompute nothing": "remat_policy=none",
     "keep matrix products": "remat_policy=minimal",
     "keep attention and MLP": "remat_policy=names remat_names=[attention_out,mlp_hidden]",
-    "8 rows at a time": "per_device_batch_size=8",
+    "micro-batches of 8 rows": "per_device_batch_size=8",
     "default VMEM limit": "xla_flags=[]",
     "flash, tiles of 128": "flash_block=128",
     "layers unrolled": "scan_layers=false",
@@ -48,33 +49,39 @@ ALTERNATIVES = {  # the dearest question first, since a table may stay unfinishe
     "collectives on SparseCores": "xla_flags=[vmem,sparse_core]",
     "flash, tiles of 512": "flash_block=512",
     "splash, blocks of 512": "attention=splash splash_long_forward=[512,512,512] splash_long_backward=[512,512,512]",
-    "weights kept whole": "logical_axis_rules=[[activation_batch,data,fsdp]]",
+    "replicated weights": "logical_axis_rules=[[activation_batch,data,fsdp]]",
 }
-ROWS = 32  # a device takes at once where per_device_batch_size leaves it open: all alternatives start from the same
+# Per device and micro-batch if per_device_batch_size is null, the same for all alternatives.
+ROWS = 32
 COLUMNS = ("alternative", "more", "all", *costs.CLASSES, "GiB", "compiled s", "failure")
 
 
 def configs(words: list[str]) -> dict[str, FrozenConfigDict]:
-    """The config of every alternative, checked: the command line's words, then its own."""
+    """The config of each alternative: the words of the command line, then those of the alternative."""
     base = pyconfig.initialize(words)
     if base.per_device_batch_size is None:
-        share = base.global_batch_tokens // base.max_target_length // common.chips_of(base)
-        words = [*words, f"per_device_batch_size={largest_divisor(max(share, 1), ROWS)}"]
-    return {name: pyconfig.initialize([*words, *own.split()]) for name, own in ALTERNATIVES.items()}
+        chip_rows = base.global_batch_tokens // base.max_target_length // common.chips_of(base)
+        words = [*words, f"per_device_batch_size={largest_divisor(max(chip_rows, 1), ROWS)}"]
+    return {
+        name: pyconfig.initialize([*words, *changes.split()])
+        for name, changes in ALTERNATIVES.items()
+    }
 
 
 def main(config: FrozenConfigDict) -> None:
-    """Compile what has no row yet; print all."""
+    """Compile the missing rows; print all."""
     jax.config.update("jax_enable_compilation_cache", False)
     kept = common.Kept(config.compile_report or run_directory(config) / "alternatives.jsonl")
     rows = []
-    for name, own in configs(sys.argv[1:]).items():
+    for name, alternative in configs(sys.argv[1:]).items():
         task = {
-            key: own[key]
-            for key in pyconfig.keys_of(own)
+            key: alternative[key]
+            for key in pyconfig.keys_of(alternative)
             if key not in ("compile_report", "run_name")
         }
-        row = kept.find(task) or kept.add(task, {"alternative": name, **common.compile_step(own)})
+        row = kept.find(task) or kept.add(
+            task, {"alternative": name, **common.compile_step(alternative)}
+        )
         rows.append({**row, "alternative": name})
         if "all" in row and "all" in rows[0]:
             rows[-1]["more"] = row["all"] - rows[0]["all"]
@@ -85,7 +92,7 @@ def main(config: FrozenConfigDict) -> None:
         )
     print(
         f"ESTIMATED for {config.compile_topology}, not measured: {config.num_decoder_layers} layers of "
-        f"{config.emb_dim}, {config.global_batch_tokens:,} tokens a step; M cycles a chip"
+        f"{config.emb_dim}, {config.global_batch_tokens:,} tokens per step; M cycles per chip"
     )
     common.show(rows, COLUMNS)
     print(json.dumps({"base": sys.argv[1:], "rows": rows}))

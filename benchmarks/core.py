@@ -37,10 +37,11 @@ from MaxNano.evals.core_tasks import CoreTask
 from MaxNano.inference import prefix_scoring
 from MaxNano.inference.prompts import Scorer
 from MaxNano.interop import nanochat
+from MaxNano.storage.files import run_directory
 from MaxNano.tokenization.bpe import FILE_NAME
 from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
-from MaxNano.training.setup import run_directory, set_up
+from MaxNano.training.setup import set_up
 
 
 class TaskTiming(NamedTuple):

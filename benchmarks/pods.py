@@ -1,20 +1,21 @@
-"""The train step past one host: memory, collectives by axis and an estimated step on larger slices, and on two.
+"""Estimates the train step on slices of several hosts: memory, collectives by mesh axis, step time.
 
     python benchmarks/pods.py configs/base.yml model=d24 compile_report=pods.jsonl
 
-For each of SLICES at the tokens a chip that compile_topology would take, and at the batch that it would take. All is
-ESTIMATED, nothing is run. Compiling each whole step would take hours, so a step is put together of two programs:
+For each of SLICES, once with the tokens per chip of compile_topology and once with its batch. All
+numbers are ESTIMATES. Compiling each whole step would take hours, so a step is composed of two
+programs:
 
-- the step of the command line, compiled whole for compile_topology: what its chips compute. Work on tokens is scaled by
-  the tokens of a chip; what else has the shape of weights or tables is done once a micro-step, and the update, with
-  what gathers and reduces for it, once a step;
-- the same model at full depth and width on rows of SHORT tokens, with one Muon iteration and one kind of window,
-  compiled for the larger slice in its layout: the state's memory, and every collective over weights and gradients,
-  whose size does not depend on the rows. Those over activations (axis tensor) are scaled by tokens. None is taken to
-  be hidden behind computation.
+- the step of the command line, compiled for compile_topology, gives the computation per chip. Work
+  on tokens scales with the tokens per chip; other work on weights and tables happens once per
+  micro-batch; the update, with its all-gathers and reductions, happens once per step;
+- the same model at full depth and width on rows of SHORT tokens, with one Muon iteration and one
+  kind of window, compiled for the larger slice, gives the state's memory and the collectives over
+  weights and gradients, whose size does not depend on the rows. Collectives over activations (axis
+  tensor) scale with tokens. No overlap with computation is assumed.
 
-Rows are kept in compile_report as JSON lines (null: pods.jsonl in the run's folder), and what is there is not compiled
-again. Prints a table and a JSON line.
+Rows are kept in compile_report as JSON lines (null: pods.jsonl in the run's folder) and are not
+compiled again. Prints a table and a JSON line.
 """
 
 import sys
@@ -40,47 +41,47 @@ from benchmarks import common
 from MaxNano import pyconfig
 from MaxNano.compile import costs, hlo, topologies
 from MaxNano.distributed import hardware
-from MaxNano.training.setup import flops_per_token, run_directory, set_up
+from MaxNano.storage.files import run_directory
+from MaxNano.training.setup import flops_per_token, set_up
 from MaxNano.training.step import compile_train, lower_train
 
 SLICES = (("v6e-16", 1), ("v6e-64", 1), ("v6e-256", 1), ("v6e-256", 2))
-SHORT = 256  # tokens of a row where only weights and collectives count
-# What makes that program quick to compile and leaves state and collectives as they are.
+SHORT = 256  # tokens of a row in programs that only count weights and collectives
+# Makes that program quick to compile without changing its state and collectives.
 QUICK = ("xla_flags=[]", "muon_iterations=1", "window_pattern=L")
-LEAST_EFFORT = {
-    "exec_time_optimization_effort": -1.0
-}  # no search for fast code, which nobody looks at
-# State is cut among eight neighbors and repeated over all others: Muon then needs no communication whatever the number
-# of chips (24 and 32 layers divide by 8), a step gathers over few links, and no weight travels between slices.
+# The speed of the generated code does not matter.
+LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
+# The state is sharded over eight neighbors and replicated over the rest: Muon then needs no
+# communication for any number of chips (24 and 32 layers divide by 8), gathers use few links, and
+# no weights are sent between slices.
 FSDP = 8
 RULES = (
     "logical_axis_rules=[[layers,fsdp],[vocab,fsdp,tensor],[heads,tensor],[kv_heads,tensor],[mlp,tensor],"
     "[activation_batch,data,fsdp],[activation_heads,tensor]]"
 )
-PER_STEP = (
-    "gather",
-    "reduce",
-    "update",
-)  # named scopes of train_step that rows have no part in
+# The named scopes of train_step that run once per step.
+PER_STEP = ("gather", "reduce", "update")
 
 
 class Layout(NamedTuple):
-    """How the chips of some slices are used."""
+    """The mesh of one or several slices."""
 
-    data: int  # of a slice
+    data: int  # within a slice
     fsdp: int
     tensor: int
     slices: int
 
     @classmethod
     def choose(cls, chips: int, slices: int, rows: int, tensor: int) -> "Layout":
-        """For `rows` of a step and at least `tensor` chips for each; chips that get no row of their own share one."""
+        """The layout for `rows` per step and at least `tensor` chips per row; more if chips
+        outnumber rows.
+        """
         tensor = max(tensor, chips // math.gcd(chips, rows))
         fsdp = math.gcd(FSDP, chips // slices // tensor)
         return cls(chips // slices // tensor // fsdp, fsdp, tensor, slices)
 
     def words(self) -> list[str]:
-        """Of a command line."""
+        """The layout as words of a command line."""
         return [
             f"ici_data_parallelism={self.data}",
             f"ici_fsdp_parallelism={self.fsdp}",
@@ -105,7 +106,9 @@ class Layout(NamedTuple):
 
 
 def whole_step(config: FrozenConfigDict) -> common.Row:
-    """What a chip of compile_topology computes: cycles a step, a micro-step and a token, and GiB beside the state."""
+    """Computation of a chip of compile_topology: cycles per step, micro-batch and token, and GiB
+    besides the state.
+    """
     setup = set_up(
         config, topologies.slice_devices(config.compile_topology, config.compile_num_slices)
     )
@@ -122,7 +125,7 @@ def whole_step(config: FrozenConfigDict) -> common.Row:
     stats = compiled.memory_analysis()
     return {
         "step cycles": cycles["step"],
-        "micro-step cycles": cycles["micro-step"] / setup.plan.accumulation_steps,
+        "micro-batch cycles": cycles["micro-batch"] / setup.plan.accumulation_steps,
         "token cycles": cycles["token"] / (config.global_batch_tokens / setup.mesh.size),
         "rows": setup.plan.micro_rows,
         "tensor": config.ici_tensor_parallelism,
@@ -132,16 +135,18 @@ def whole_step(config: FrozenConfigDict) -> common.Row:
 
 
 def unit_of(operation: costs.Operation) -> str:
-    """With what an operation's work grows: the number of steps, of micro-steps or of tokens."""
+    """What an operation's work is proportional to: steps, micro-batches or tokens."""
     scopes = operation.op_name.split("/")
     if any(scope in scopes for scope in PER_STEP):
         return "step"
-    return "micro-step" if operation.kind in ("weight", "table") else "token"
+    return "micro-batch" if operation.kind in ("weight", "table") else "token"
 
 
 def short_step(words: Sequence[str], topology: str, layout: Layout) -> common.Row:
-    """State in GiB, and seconds of collectives by axes and network, of a step on one short row a chip."""
-    ways = layout.data * layout.fsdp * layout.slices
+    """State in GiB and seconds of collectives by axes and network, for a step with one short row
+    per chip.
+    """
+    data_parallel_size = layout.data * layout.fsdp * layout.slices
     config = pyconfig.initialize(
         [
             *words,
@@ -150,7 +155,7 @@ def short_step(words: Sequence[str], topology: str, layout: Layout) -> common.Ro
             f"compile_topology={topology}",
             f"compile_num_slices={layout.slices}",
             f"max_target_length={SHORT}",
-            f"global_batch_tokens={SHORT * ways}",
+            f"global_batch_tokens={SHORT * data_parallel_size}",
             "per_device_batch_size=1",
         ]
     )
@@ -188,21 +193,23 @@ def short_step(words: Sequence[str], topology: str, layout: Layout) -> common.Ro
 def estimate(
     config: FrozenConfigDict, whole: common.Row, short: common.Row, layout: Layout, tokens: int
 ) -> common.Row:
-    """A row of the table for steps of `tokens`."""
-    row: common.Row = {"layout": str(layout), "tokens a step": tokens}
+    """A row of the table, for steps of `tokens` tokens."""
+    row: common.Row = {"layout": str(layout), "tokens per step": tokens}
     if "failure" in short:
         return row | {"failure": short["failure"]}
     chip = hardware.CHIPS["TPU v6e"]
     chips = layout.data * layout.fsdp * layout.tensor * layout.slices
-    own = tokens / chips
-    micro_steps = max(1.0, own * whole["tensor"] / (whole["rows"] * config.max_target_length))
-    rows_ms = own * whole["token cycles"] / chip.clock_hz * 1e3
+    chip_tokens = tokens / chips
+    micro_batches = max(
+        1.0, chip_tokens * whole["tensor"] / (whole["rows"] * config.max_target_length)
+    )
+    rows_ms = chip_tokens * whole["token cycles"] / chip.clock_hz * 1e3
     weights_ms = (
-        (whole["step cycles"] + micro_steps * whole["micro-step cycles"]) / chip.clock_hz * 1e3
+        (whole["step cycles"] + micro_batches * whole["micro-batch cycles"]) / chip.clock_hz * 1e3
     )
     ici = dcn = 0.0
     for name, seconds in short["seconds"].items():
-        scale = own * layout.tensor / SHORT if "tensor" in name else 1.0
+        scale = chip_tokens * layout.tensor / SHORT if "tensor" in name else 1.0
         if name.endswith("dcn"):
             dcn += seconds * scale * 1e3
         else:
@@ -224,7 +231,7 @@ def estimate(
 
 
 def main(config: FrozenConfigDict) -> None:
-    """Compile what has no row yet; print the table."""
+    """Compile the missing rows; print the table."""
     jax.config.update("jax_enable_compilation_cache", False)
     kept = common.Kept(config.compile_report or run_directory(config) / "pods.jsonl")
     words = [word for word in sys.argv[1:] if not word.startswith("compile_report=")]
@@ -235,7 +242,7 @@ def main(config: FrozenConfigDict) -> None:
         chips = math.prod(topologies.slice_shape(topology)[1]) * slices
         batch = config.global_batch_tokens
         for fixed, tokens in (
-            ("tokens a chip", batch // common.chips_of(config) * chips),
+            ("tokens per chip", batch // common.chips_of(config) * chips),
             ("batch", batch),
         ):
             layout = Layout.choose(
@@ -254,7 +261,7 @@ def main(config: FrozenConfigDict) -> None:
             )
     print(
         f"ESTIMATED for {config.model}, not measured: computation scaled from {config.compile_topology}, collectives "
-        f"compiled with rows of {SHORT} tokens; at most {whole['rows']} rows a chip at a time"
+        f"compiled with rows of {SHORT} tokens; at most {whole['rows']} rows per chip and micro-batch"
     )
     common.show(rows)
     print(json.dumps({"model": config.model, "whole": whole, "rows": rows}))

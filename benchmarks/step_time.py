@@ -1,14 +1,14 @@
-"""Time of the train step alone, on random tokens: no data, no logging.
+"""Measures the train step alone, on random tokens, without data loading and logging.
 
     python benchmarks/step_time.py configs/base.yml model=d24
     python benchmarks/step_time.py configs/base.yml model=d4 max_target_length=512 vocab_size=4096 \
         global_batch_tokens=8192
 
-Prints median and spread of the steps, tokens/s, memory and, where the chip is known, MFU, and a JSON line. Where a step
-is too much for the CPU and there is nothing else, it prints what train_compile.py says of compile_topology instead:
-an estimate, nothing is run. With a nanochat checkout in NANOCHAT and a Python that has its packages in NANOCHAT_PYTHON,
-its compiled model and optimizer take the same steps in the same run, turn by turn, and the ratio of the medians is
-printed.
+Prints median and quartiles of the steps, tokens/s, memory and, for a known chip, MFU; and a JSON
+line. If the machine only has a CPU and the step is too large for it, prints train_compile.py's
+estimate for compile_topology instead. With a nanochat checkout in NANOCHAT, and a Python that has
+its packages in NANOCHAT_PYTHON, nanochat's compiled model and optimizer run the same steps in
+alternation, and the ratio of the medians is printed.
 """
 
 import sys
@@ -41,12 +41,12 @@ from MaxNano.training.setup import BatchPlan, RunSetup, check_memory, flops_per_
 from MaxNano.training.step import build_programs, compile_train
 
 TURNS = 6
-STEPS_A_TURN = 4
-LARGEST_CPU_STEP = 1e14  # FLOPs: minutes a step on a few cores
+STEPS_PER_TURN = 4
+LARGEST_CPU_STEP = 1e14  # FLOPs; minutes per step on a few cores
 
 
 def prepare(setup: RunSetup, program: jax.stages.Compiled) -> Callable[[], float]:
-    """A function that takes one step and returns its seconds. To be called inside the mesh."""
+    """A function that runs one step and returns its seconds. Call it inside the mesh."""
     config = setup.config
     rng = np.random.default_rng(config.seed)
     shape = (setup.plan.rows, config.max_target_length + 1)
@@ -69,7 +69,9 @@ def prepare(setup: RunSetup, program: jax.stages.Compiled) -> Callable[[], float
 def start_nanochat(
     config: FrozenConfigDict, plan: BatchPlan
 ) -> Iterator[Callable[[int], list[float]] | None]:
-    """A function that lets nanochat take steps and returns their seconds; None where it is not asked for."""
+    """Yields a function that runs nanochat's steps and returns their seconds; None without
+    NANOCHAT.
+    """
     checkout = os.environ.get("NANOCHAT")
     if not checkout:
         yield None
@@ -93,9 +95,9 @@ def start_nanochat(
             process.stdin.flush()
             answer = process.stdout.readline()
             while answer and answer[0] not in '["':
-                answer = process.stdout.readline()  # what nanochat itself prints
+                answer = process.stdout.readline()  # skips nanochat's log lines
             if not answer:
-                raise ValueError("nanochat's side failed; its error stands above")
+                raise ValueError("nanochat failed; see its error above")
             return json.loads(answer)
 
         print("nanochat:", ask(json.dumps(task)), flush=True)
@@ -103,8 +105,8 @@ def start_nanochat(
         process.stdin.close()
 
 
-def too_large(config: FrozenConfigDict) -> bool:
-    """Whether there is only a CPU and a step would take it minutes."""
+def is_too_large(config: FrozenConfigDict) -> bool:
+    """Whether the machine only has a CPU, on which a step would take minutes."""
     flops = flops_per_token(config) * config.global_batch_tokens
     return (
         jax.default_backend() == "cpu"
@@ -113,20 +115,20 @@ def too_large(config: FrozenConfigDict) -> bool:
     )
 
 
-def in_use() -> float | None:
-    """The most GiB that a device of this process has had in use; None where the backend does not tell."""
+def peak_gib() -> float | None:
+    """Peak GiB in use on a device of this process; None if the backend does not report it."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
+    peaks = [entry["peak_bytes_in_use"] for entry in stats if "peak_bytes_in_use" in entry]
     return max(peaks) / common.GIB if peaks else None
 
 
-def memory(program: jax.stages.Compiled) -> float | None:
-    """GiB a device that a program needs by the compiler's account; None where a program of the cache does not tell."""
+def needed_gib(program: jax.stages.Compiled) -> float | None:
+    """GiB per device that a program needs; None if it comes from the cache without that number."""
     return program.memory_analysis().peak_memory_in_bytes / common.GIB or None
 
 
 def statistics_of(seconds: list[float], config: FrozenConfigDict, peak: float | None) -> common.Row:
-    """Median and spread of steps, and the rates of the median."""
+    """Median and quartiles of the steps, and the throughput of the median."""
     median = statistics.median(seconds)
     rate = config.global_batch_tokens / median
     flops = rate * flops_per_token(config)
@@ -144,9 +146,9 @@ def statistics_of(seconds: list[float], config: FrozenConfigDict, peak: float | 
 
 
 def main(config: FrozenConfigDict) -> int | None:
-    """Take TURNS turns of STEPS_A_TURN steps each."""
+    """Run TURNS turns of STEPS_PER_TURN steps each."""
     runtime.initialize(config)
-    if too_large(config):
+    if is_too_large(config):
         print(
             f"ESTIMATED for {config.compile_topology}, not measured: this machine has no accelerator",
             flush=True,
@@ -161,15 +163,15 @@ def main(config: FrozenConfigDict) -> int | None:
         print(f"on {setup.mesh.size} devices, {setup.plan}; first step {first:.3f} s", flush=True)
         ours, theirs = [], []
         for _ in range(TURNS):
-            ours += [step() for _ in range(STEPS_A_TURN)]
-            theirs += nanochat(STEPS_A_TURN) if nanochat else []
+            ours += [step() for _ in range(STEPS_PER_TURN)]
+            theirs += nanochat(STEPS_PER_TURN) if nanochat else []
     peak = hardware.peak_flops(list(setup.mesh.devices.flat))
     rows = [
         {
             "step": "MaxNano",
             **statistics_of(ours, config, peak),
-            "GiB": memory(program),
-            "GiB in use": in_use(),
+            "GiB": needed_gib(program),
+            "GiB in use": peak_gib(),
         }
     ]
     if theirs:

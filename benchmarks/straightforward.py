@@ -1,17 +1,19 @@
-"""The train step as a straightforward port writes it, beside the product's: how many times more cycles it takes.
+"""Compares the cycles of MaxNano's train step with those of a straightforward port.
 
     python benchmarks/straightforward.py configs/base.yml model=d24 compile_topology=v6e-8
 
-The recipe was measured on a real v6e-8: 1.43 s a step of 524,288 tokens of d24. Both steps are compiled for the same
-slice by the same compiler in the same run and costed by the same rules, so that the ratio of their cycles says what the
-product would take. Nothing is run. Prints both reports, their sums and a JSON line.
+The port ("recipe") was measured on a real v6e-8: 1.43 s per step of 524,288 tokens with d24. Both
+steps are compiled for the same slice by the same compiler in the same run and costed by the same
+rules, so that the ratio of their cycles gives an estimate for MaxNano. Nothing is run. Prints both
+reports, their sums and a JSON line.
 
-The recipe: parameters, gradients and Adam's moments whole on every chip, only Muon's moments cut up; 16 micro-steps
-of 2 rows, with a reduction of all gradients in each; 24 layers one after the other, nothing recomputed; Splash
-attention in blocks of 512 with a backward pass of its own for the queries, rotary embedding and norms left to the
-compiler; gradients of value embeddings as a float32 product with a one-hot matrix at the highest precision; a head at
-the highest precision and all its logits in float32.
-Source: https://github.com/tucan9389/nanochat-jax (runs/speedrun.sh, June 2026) for the recipe and its time.
+The recipe: parameters, gradients and Adam's moments replicated on every chip, only Muon's moments
+sharded; 16 micro-batches of 2 rows, with an all-reduce of all gradients in each; 24 unrolled
+layers, nothing rematerialized; Splash attention in blocks of 512 with a separate backward pass for
+the queries, rotary embedding and norms left to the compiler; gradients of value embeddings as a
+float32 product with a one-hot matrix at the highest precision; a head at the highest precision with
+all logits in float32. Source: https://github.com/tucan9389/nanochat-jax (runs/speedrun.sh, June
+2026) for the recipe and its time.
 """
 
 import sys
@@ -48,29 +50,29 @@ from MaxNano.training import setup as training_setup
 from MaxNano.training import state as train_state
 from MaxNano.training.setup import BatchPlan, flops_per_token, plan_batch
 
-MEASURED_SECONDS = 1.43  # the recipe's step on a v6e-8
-ROWS = 2  # a chip takes at once
+MEASURED_SECONDS = 1.43  # per step of the recipe on a v6e-8
+ROWS = 2  # per chip and micro-batch
 SPLASH = {
-    "splash_short_window": 1,  # all layers take the long sizes
+    "splash_short_window": 1,  # all layers use the long block sizes
     "splash_long_forward": (512, 512, 256),
     "splash_long_backward": (512, 512, 512),
     "splash_fused_backward": False,
 }
-RULES = (("layers", "data"), ("activation_batch", "data"))  # of Muon's moments, and of the rows
+RULES = (("layers", "data"), ("activation_batch", "data"))  # for Muon's moments, and for the rows
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-# ---- The model: plain, from the product's parameters, each layer's on its own ----------------------------------------
+# ---- The model, from MaxNano's parameters, with the layers unstacked -------------------------------------------------
 
 
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
-    """The product's tree with a list in place of each stack of layers."""
-    apart = dict(params)
-    apart["layers"] = _rows(params["layers"])
+    """MaxNano's parameter tree with a list instead of each stack of layers."""
+    unstacked = dict(params)
+    unstacked["layers"] = _rows(params["layers"])
     for name in ("value_embeds", "value_gate"):
         if name in params:
-            apart[name] = _rows(params[name])
-    return apart
+            unstacked[name] = _rows(params[name])
+    return unstacked
 
 
 def _rows(tree):
@@ -96,7 +98,9 @@ def norm(x: jax.Array, epsilon: float) -> jax.Array:
 
 @jax.custom_vjp
 def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Rows of a table; their gradient is a product with a one-hot matrix, float32 at the highest precision."""
+    """Rows of a table; their gradient is a product with a one-hot matrix, float32 at the highest
+    precision.
+    """
     return table[tokens]
 
 
@@ -113,13 +117,13 @@ lookup.defvjp(
 
 
 class Recipe(NamedTuple):
-    """What the step is made of."""
+    """The parts of the recipe's step."""
 
     config: FrozenConfigDict
     mesh: Mesh
     dtype: str
     optimizer: optax.GradientTransformationExtraArgs
-    abstract: train_state.TrainState  # as the product keeps it
+    abstract: train_state.TrainState  # as in MaxNano
     plan: BatchPlan
     kernel: str
 
@@ -212,7 +216,7 @@ def mean_loss(
 def set_up(
     config: FrozenConfigDict, devices: list[Any], *, kernel: str = "splash", rows: int = ROWS
 ) -> Recipe:
-    """The recipe for a config, whose sizes and rates it takes."""
+    """The recipe with the sizes and learning rates of a config."""
     config = pyconfig.replace(
         config, "recipe", **SPLASH, logical_axis_rules=RULES, per_device_batch_size=rows
     )
@@ -229,7 +233,9 @@ def set_up(
 
 
 def train_step(recipe: Recipe, params, opt_state, count, inputs, targets):
-    """One update from (micro-steps, rows, L) tokens; parameters as `unstack` gives them. Also the loss."""
+    """One update from (micro-batches, rows, L) tokens, with parameters as from `unstack`; also
+    returns the loss.
+    """
 
     def accumulate(total, micro):
         loss, grads = jax.value_and_grad(partial(mean_loss, recipe))(params, *micro)
@@ -245,20 +251,22 @@ def train_step(recipe: Recipe, params, opt_state, count, inputs, targets):
 
 
 def jit_step(recipe: Recipe):
-    """The jitted step; it takes the memory of parameters and optimizer state."""
-    whole = NamedSharding(recipe.mesh, PartitionSpec())
-    kept = jax.tree.map(lambda leaf: leaf.sharding, recipe.abstract.opt_state)
+    """The jitted step; it donates parameters and optimizer state."""
+    replicated = NamedSharding(recipe.mesh, PartitionSpec())
+    sharded = jax.tree.map(lambda leaf: leaf.sharding, recipe.abstract.opt_state)
     return jax.jit(
-        partial(train_step, recipe), donate_argnums=(0, 1), out_shardings=(whole, kept, whole)
+        partial(train_step, recipe),
+        donate_argnums=(0, 1),
+        out_shardings=(replicated, sharded, replicated),
     )
 
 
 def compile_recipe(recipe: Recipe) -> compile_report.Report:
-    """The report of the recipe's step. Raises jax.errors.JaxRuntimeError where it does not fit."""
+    """The report of the recipe's step. Raises jax.errors.JaxRuntimeError if it does not fit."""
     config, plan, mesh = recipe.config, recipe.plan, recipe.mesh
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     params = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
         jax.eval_shape(unstack, recipe.abstract.params),
     )
     shape = (
@@ -293,32 +301,32 @@ def compile_recipe(recipe: Recipe) -> compile_report.Report:
 
 
 def main(config: FrozenConfigDict) -> None:
-    """Compile both, print both."""
+    """Compile and print both."""
     jax.config.update("jax_enable_compilation_cache", False)
     devices = topologies.slice_devices(config.compile_topology, config.compile_num_slices)
     _, product = compile_programs.compile_program(training_setup.set_up(config, devices), "train")
-    print_report("product", product)
+    print_report("MaxNano", product)
     recipe = compile_recipe(set_up(config, devices))
     print_report("recipe", recipe)
     ratio = recipe.cycles / product.cycles
     rows = [
         {"step": name, **common.costs(report)}
-        for name, report in (("product", product), ("recipe", recipe))
+        for name, report in (("MaxNano", product), ("recipe", recipe))
     ]
     print(
         f"ESTIMATED for {config.compile_topology}, not measured: {config.num_decoder_layers} layers of "
-        f"{config.emb_dim}, {config.global_batch_tokens:,} tokens a step; M cycles a chip"
+        f"{config.emb_dim}, {config.global_batch_tokens:,} tokens per step; M cycles per chip"
     )
     common.show(rows)
     print(
-        f"The recipe takes {ratio:.2f} times the product's cycles. It was measured at {MEASURED_SECONDS} s a step with "
-        f"d24 on v6e-8; the product would take {MEASURED_SECONDS / ratio:.2f} s by that ratio"
+        f"The recipe takes {ratio:.2f} times MaxNano's cycles. It was measured at {MEASURED_SECONDS} s per step with "
+        f"d24 on v6e-8; MaxNano would take {MEASURED_SECONDS / ratio:.2f} s by that ratio"
     )
     print(json.dumps({"model": config.model, "ratio": ratio, "rows": rows}))
 
 
 def print_report(name: str, report: compile_report.Report) -> None:
-    """All tables of a report."""
+    """Print all tables of a report."""
     for title, header, rows in report.tables():
         console.print_table(f"{name}: {title}", header, rows)
     sys.stdout.flush()

@@ -202,7 +202,7 @@ def test_a_step_is_put_together_of_its_parts():
     config = make_config("model=d24")
     whole = {
         "step cycles": 1.75e6,
-        "micro-step cycles": 0.875e6,
+        "micro-batch cycles": 0.875e6,
         "token cycles": 1.75e3,
         "working GiB": 1.0,
         "rows": 32,
@@ -218,7 +218,7 @@ def test_a_step_is_put_together_of_its_parts():
     assert (row["ICI ms"], row["DCN ms"]) == pytest.approx((2 + 2 * 1, 3))
     assert row["step ms"] == pytest.approx(1.756 + 4 + 3)
     assert row["at most GiB"] == 3
-    # 32 rows on two chips are a micro-step: three times as many tokens are three of them.
+    # 32 rows on two chips are a micro-batch: three times as many tokens are three of them.
     row = pods.estimate(config, whole, short, layout, tokens=3 * 32 * 2048 * 32)
     assert row["weights ms"] == pytest.approx(1 + 3 * 0.5)
 
@@ -228,7 +228,7 @@ def test_work_on_weights_is_told_from_work_on_tokens():
         return costs.Operation("x", kind, 1.0, 1, "compiler", "", "", op_name)
 
     assert pods.unit_of(operation("matmul", "jit(train_step)/update/dot_general")) == "step"
-    assert pods.unit_of(operation("table", "jit(train_step)/add")) == "micro-step"
+    assert pods.unit_of(operation("table", "jit(train_step)/add")) == "micro-batch"
     assert (
         pods.unit_of(operation("matmul", "jit(train_step)/shard_map/loss/dot_general")) == "token"
     )
@@ -260,7 +260,7 @@ def test_step_time_of_a_large_model_is_an_estimate(monkeypatch, capsys):
     monkeypatch.delenv("NANOCHAT", raising=False)
     assert step_time.main(make_config("model=d24", "num_cpu_devices=1")) == 0
     assert asked == ["d24"] and capsys.readouterr().out.startswith("ESTIMATED for v6e-8")
-    assert not step_time.too_large(make_config(*TINY))
+    assert not step_time.is_too_large(make_config(*TINY))
 
 
 def test_the_input_pipeline_says_what_a_million_tokens_need(tmp_path, monkeypatch, capsys):

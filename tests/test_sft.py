@@ -14,12 +14,13 @@ import pytest
 from tuning import GOLDEN, PACKING, check_gradients
 
 from MaxNano import pyconfig
+from MaxNano.storage.files import run_directory
 from MaxNano.tokenization.bpe import train_bpe
 from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training import start as start_from
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer
-from MaxNano.training.setup import run_directory, set_up
+from MaxNano.training.setup import set_up
 from MaxNano.training.stages import with_horizon
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tuning import QUICK
 
 from MaxNano import evaluate, pyconfig, train
 from MaxNano.data.loader import put_global
@@ -119,7 +118,7 @@ class HeadNorm:
         return ResultTable("head", ("metric", "value"), list(self.measure(results).items()))
 
 
-# ---- Rows added -------------
+# ---- Rows added ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -160,8 +159,6 @@ def words(tmp_path):
         f"base_output_directory={tmp_path}/runs",
         "num_cpu_devices=1",
         "tensorboard=false",
-        "xla_flags=[quick]",
-        QUICK,
         "jax_cache_dir=''",
     ]
 

@@ -1,1 +1,4 @@
-"""Reads compiled programs: HLO, the estimated cost of a step, and the TPU slices to compile for."""
+"""Programs compiled for a TPU without a TPU: HLO, estimated cost, report, slices.
+
+Everything that runs on a device is elsewhere.
+"""

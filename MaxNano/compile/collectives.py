@@ -1,4 +1,4 @@
-"""The collectives of a compiled TPU program: which instructions they are, what they send and over which network."""
+"""The collectives of a compiled TPU program: their bytes, groups, networks and cycles."""
 
 import itertools
 import re
@@ -45,7 +45,9 @@ class CollectiveReader:
         self._module, self._chip, self._mesh = module, chip, mesh
 
     def read(self, computation: hlo.Computation, instruction: hlo.Instruction) -> Collective | None:
-        """The collective that an instruction runs or starts, wholly exposed; None for another instruction."""
+        """The collective that an instruction runs or starts, wholly exposed; None for another
+        instruction.
+        """
         if instruction.opcode == "recv" and "xla_megascale_runtime" in instruction.attributes:
             return self._between_slices(instruction)
         body = self._module.body(instruction)
@@ -77,7 +79,9 @@ class CollectiveReader:
         )
 
     def _between_slices(self, instruction: hlo.Instruction) -> Collective:
-        """A collective between slices, which the host runs: its receiving half stands for both halves."""
+        """A collective between slices, which the host runs: its receiving half stands for both
+        halves.
+        """
         kind = instruction.attribute("_xla_megascale_transfer_type").lower().replace("_", "-")
         slices = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', instruction.attributes)
         count = sum(_span(part) for part in slices[1].split(",")) if slices else 2

@@ -1,9 +1,9 @@
 """Estimates the cycles of a compiled TPU program from its schedule, without running it.
 
-The compiler writes an estimate of cycles beside most operations. `walk` sums them over the program, with loops times
-their trip counts, and costs by bytes and FLOPs what the compiler does not: Pallas calls, gathers and scatters,
-collectives. The sum is not a clock: ratios between programs of one compiler are meaningful, seconds are not before
-somebody has measured one on a chip.
+The compiler writes an estimate of cycles beside most operations. `walk` sums them over the program,
+with loops times their trip counts, and costs by bytes and FLOPs what the compiler does not: Pallas
+calls, gathers and scatters, collectives. The sum is not a clock: ratios between programs of one
+compiler are meaningful, seconds are not before somebody has measured one on a chip.
 """
 
 import itertools
@@ -28,17 +28,18 @@ from MaxNano.distributed import hardware
 
 # ---- Assumptions about what the compiler does not cost ---------------------------------------------------------------
 
-UNKNOWN_CYCLES = (
-    2**62
-)  # the compiler writes numbers near 2^63 beside operations that it does not cost
+# The compiler writes numbers near 2^63 beside operations that it does not cost.
+UNKNOWN_CYCLES = 2**62
 
-# The share of the peak FLOP/s that a Pallas call reaches. With a head_dim of 128, each product of attention has an axis
-# of 128, which fills half of a 256 x 256 matrix unit. (The compiler gives 4096 x 4096 x 128 nearly the cycles of
-# 4096 x 4096 x 256.) Softmax overlaps with the products and is not included.
+# The share of the peak FLOP/s that a Pallas call reaches. With a head_dim of 128, each product of
+# attention has an axis of 128, which fills half of a 256 x 256 matrix unit. (The compiler gives
+# 4096 x 4096 x 128 nearly the cycles of 4096 x 4096 x 256.) Softmax overlaps with the products and
+# is not included.
 PALLAS_FLOPS_SHARE = 0.5
 
-# The share of the memory bandwidth that a gather of rows reaches: in the tiled layout a bfloat16 row consists of pieces
-# of 256 bytes, each in a granule of 512 bytes shared with its neighbor, and rows are fetched sequentially.
+# The share of the memory bandwidth that a gather of rows reaches: in the tiled layout a bfloat16
+# row consists of pieces of 256 bytes, each in a granule of 512 bytes shared with its neighbor, and
+# rows are fetched sequentially.
 ROW_BANDWIDTH_SHARE = 0.25
 
 ASSUMPTIONS = (
@@ -96,7 +97,9 @@ class Operation(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """An asynchronous copy, `count` times per step; exposed_cycles: its delay if copies alone used the memory."""
+    """An asynchronous copy, `count` times per step; exposed_cycles: its delay if copies alone used
+    the memory.
+    """
 
     bytes: int
     count: int
@@ -105,7 +108,9 @@ class Copy(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """The operations of a step in the order of the schedule; a loop body appears once, with its trip count."""
+    """The operations of a step in the order of the schedule; a loop body appears once, with its
+    trip count.
+    """
 
     operations: tuple[Operation, ...]
     collectives: tuple[Collective, ...]
@@ -246,7 +251,9 @@ class _Walker:
         return max(by_flops, by_bytes), "flops" if by_flops > by_bytes else "bytes", flops
 
     def copy(self, instruction: hlo.Instruction) -> Copy:
-        """The copy that an instruction starts; of its results, source and destination, the smaller one is moved."""
+        """The copy that an instruction starts; of its results, source and destination, the smaller
+        one is moved.
+        """
         sizes = sorted(array.bytes for array in instruction.result)
         size = (
             sizes[-3 if instruction.opcode == "dynamic-update-slice-start" else -2]
@@ -258,7 +265,8 @@ class _Walker:
 
 
 class _Timeline:
-    """Puts a computation's operations on a line of time, and asynchronous transfers from their start to their end.
+    """Puts a computation's operations on a line of time, and asynchronous transfers from their
+    start to their end.
 
     A network runs one collective at a time, and the memory one copy.
     """
@@ -331,7 +339,9 @@ class _Timeline:
             self.copies.append(transfer)
 
     def _origin(self, instruction: hlo.Instruction) -> str | None:
-        """The name of the start that an end belongs to, found through the tuples and fusions that pass its handle."""
+        """The name of the start that an end belongs to, found through the tuples and fusions that
+        pass its handle.
+        """
         waiting, seen = list(instruction.operands), set()
         while waiting:
             name = waiting.pop()
@@ -360,7 +370,9 @@ def _hbm_bytes(computation: hlo.Computation, instruction: hlo.Instruction) -> in
 
 
 def _row_bytes(body: Sequence[hlo.Instruction]) -> int:
-    """Bytes of the rows that gathers and scatters read and write; a scatter also reads its destination."""
+    """Bytes of the rows that gathers and scatters read and write; a scatter also reads its
+    destination.
+    """
     arrays = {i.name: i.result for i in body}
     gathered = sum(2 * i.result[0].bytes for i in body if i.opcode == "gather")
     updates = (arrays[i.operands[-1]][0] for i in body if i.opcode == "scatter")
@@ -411,8 +423,8 @@ SPLASH_PRODUCTS = {
 def splash_flops(computation: hlo.Computation, instruction: hlo.Instruction) -> float | None:
     """FLOPs of a Splash call: all tiles of its grid; None for another kernel.
 
-    An upper bound: the grid is as wide as the longest row of blocks, and the program does not say which tiles the
-    shorter rows skip.
+    An upper bound: the grid is as wide as the longest row of blocks, and the program does not say
+    which tiles the shorter rows skip.
     """
     match = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", instruction.op_name)
     if not match:

@@ -1,4 +1,4 @@
-"""Reads the text of a compiled TPU program: computations in the order of their schedule, loops, FLOPs, source lines."""
+"""Parses the text of a compiled TPU program: its schedule, trip counts, FLOPs and source lines."""
 
 import itertools
 import math
@@ -31,15 +31,15 @@ ITEM_BITS = {
     "c64": 64,
     "c128": 128,
 }
-HBM = 0  # the memory space of an array whose layout names none; 1 is the vector memory beside the core
+HBM = 0  # the memory space of an array whose layout names none; 1 is vector memory
 
 
 class HloError(ValueError):
-    """The text cannot be read, or does not say what a count needs."""
+    """The text cannot be parsed, or a number that a count needs is missing."""
 
 
 class Array(NamedTuple):
-    """An array type: element type, dimensions, and the memory space it lies in."""
+    """An array type: element type, dimensions and memory space."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -52,7 +52,7 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Size, without the padding of its layout."""
+        """Size without the padding of the layout."""
         return -(-self.elements * ITEM_BITS[self.dtype] // 8)
 
 
@@ -63,20 +63,20 @@ class Instruction(NamedTuple):
     opcode: str
     result: tuple[Array, ...]  # the array, or the leaves of a tuple
     operands: tuple[str, ...]  # names
-    literal: str  # what stands in the parentheses
-    attributes: str  # what stands behind them: attributes, metadata, backend config
+    literal: str  # the text in the parentheses
+    attributes: str  # the text after them: attributes, metadata, backend config
     is_root: bool
 
     def attribute(self, name: str) -> str | None:
-        """The word behind `name=`, without a leading % and without quotes; None where there is none."""
-        found = re.search(rf'\b{name}="?%?([^,\s"]+)', self.attributes)
-        return found and found[1]
+        """The value of `name=` without a leading % and quotes; None if there is none."""
+        match = re.search(rf'\b{name}="?%?([^,\s"]+)', self.attributes)
+        return match and match[1]
 
     @property
     def op_name(self) -> str:
-        """The path of named scopes and JAX primitives that the operation came from."""
-        found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
-        return found[1] if found else ""
+        """The path of named scopes and JAX primitives that the operation was compiled from."""
+        match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
+        return match[1] if match else ""
 
 
 class Computation(NamedTuple):
@@ -91,7 +91,7 @@ class Computation(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """A place in Python source, and the number of the frame that called it (None: outermost)."""
+    """A line of Python source, and the number of the frame that called it (None: outermost)."""
 
     file: str
     line: int
@@ -110,9 +110,10 @@ class Module(NamedTuple):
         return self.computations.get(instruction.attribute(role) or "")
 
     def body(self, instruction: Instruction) -> list[Instruction]:
-        """What runs as one: the instructions of a fusion and of the fusions in it; another instruction, itself.
+        """The instructions that run as one kernel: those of a fusion with its inner fusions, or the
+        instruction itself.
 
-        What is started on another core runs as one too.
+        A computation that starts on another core runs as one kernel too.
         """
         called = self.called(
             instruction, "to_apply" if instruction.opcode == "call-start" else "calls"
@@ -133,19 +134,18 @@ class Module(NamedTuple):
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _INSTRUCTION = re.compile(r"^  (ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_COMPUTATION_END = re.compile(
-    r'\}(, execution_thread="\w+")?'
-)  # what runs on another core says so behind its end
+# A computation on another core has its thread after the brace.
+_COMPUTATION_END = re.compile(r'\}(, execution_thread="\w+")?')
 _PARENTHESIS = re.compile(r"[()]")
 _FRAME_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
 
 def parse(text: str) -> Module:
-    """Parse what `compiled.as_text()` gives. Raises HloError where that is no program."""
+    """Parse the text of `compiled.as_text()`. Raises HloError if it is no program."""
     computations: dict[str, Computation] = {}
     tables: dict[str, dict[int, str]] = {name: {} for name in _FRAME_TABLES}
     entry = table = current = None
-    lines: list[str] = []  # of one instruction, whose attributes may have line ends in them
+    lines: list[str] = []  # of one instruction, whose attributes may contain line breaks
 
     def close_instruction():
         if lines:
@@ -196,10 +196,10 @@ def _instruction(line: str) -> Instruction:
 def _closing(text: str, opening: int) -> int:
     """Index of the parenthesis that closes the one at `opening`."""
     depth = 0
-    for found in _PARENTHESIS.finditer(text, opening):
-        depth += 1 if found[0] == "(" else -1
+    for match in _PARENTHESIS.finditer(text, opening):
+        depth += 1 if match[0] == "(" else -1
         if not depth:
-            return found.start()
+            return match.start()
     raise HloError(f"a parenthesis is not closed in {text[:100]!r}")
 
 
@@ -225,17 +225,18 @@ def _frames(tables: dict[str, dict[int, str]]) -> dict[int, Frame]:
     for number, row in tables["StackFrames"].items():
         location = tables["FileLocations"][field(row, "file_location_id")]
         file = tables["FileNames"][field(location, "file_name_id")].strip('"')
-        caller = (
-            field(row, "parent_frame_id") - 1
-        )  # the table counts callers from 1, so that 1 stands for none
+        # The table counts callers from 1, and 1 means none.
+        caller = field(row, "parent_frame_id") - 1
         frames[number] = Frame(file, field(location, "line"), caller or None)
     return frames
 
 
 def source_line(module: Module, instruction: Instruction, package: str = "MaxNano") -> str:
-    """`file.py:line` of the innermost frame in a folder `package`, else outside of libraries, else of all; or ''."""
-    found = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
-    number = int(found[1]) if found else None
+    """`file.py:line` of the innermost frame in a folder `package`, else outside libraries, else of
+    all; or ''.
+    """
+    match = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+    number = int(match[1]) if match else None
     chain = []
     while number in module.frames:
         chain.append(module.frames[number])
@@ -252,9 +253,11 @@ def source_line(module: Module, instruction: Instruction, package: str = "MaxNan
 
 
 def trip_count(module: Module, loop: Instruction) -> int:
-    """Trips of a `while`: what the compiler noted, else the constant that its condition compares the counter with.
+    """Trip count of a `while`: the compiler's note, else the constant with which its condition
+    compares the counter.
 
-    Raises HloError where neither is there: a loop counted once makes a step look many times faster.
+    Raises HloError if both are missing, because a loop counted once would make a step look many
+    times faster.
     """
     known = re.search(r'"?known_trip_count"?[:=]\s*\{"?n"?[:=]\s*"?(\d+)', loop.attributes)
     if known:
@@ -275,7 +278,7 @@ def trip_count(module: Module, loop: Instruction) -> int:
 
 
 def branches(conditional: Instruction) -> list[str]:
-    """Names of the computations of which a `conditional` runs one."""
+    """Names of the computations among which a `conditional` chooses."""
     named = re.search(r"branch_computations=\{([^}]*)\}", conditional.attributes)
     if named:
         return re.findall(r"[\w.\-]+", named[1])
@@ -286,7 +289,9 @@ def branches(conditional: Instruction) -> list[str]:
 
 
 def matmul_flops(module: Module, computation: Computation) -> int:
-    """FLOPs of the dot and convolution instructions of a computation and of its fusions; its loops are left out."""
+    """FLOPs of the dot and convolution instructions of a computation and its fusions, without its
+    loops.
+    """
     total = 0
     for instruction in computation.instructions.values():
         if instruction.opcode == "dot":
@@ -302,9 +307,10 @@ def matmul_flops(module: Module, computation: Computation) -> int:
 
 
 def _convolution_flops(instruction: Instruction, lhs: Array, rhs: Array) -> int:
-    """Two for each product of two elements; those with padding and with the holes of a dilation are none.
+    """Two FLOPs per product of two elements; products with padding or dilation holes do not count.
 
-    The compiler writes matrix products as convolutions, some with windows that reach far into the padding.
+    The compiler writes matrix products as convolutions, some with windows that extend far into the
+    padding.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
     dims = (lhs.dims, rhs.dims, instruction.result[0].dims)
@@ -345,25 +351,25 @@ MESH_GROUPS = (
 
 
 def replica_groups(instruction: Instruction) -> list[list[int]]:
-    """The groups of partitions that take part in a collective together; of a permute, the cycle of the first one.
+    """The groups of partitions of a collective; for a permute, the cycle of its first partition.
 
-    Raises HloError for a notation that is not known here.
+    Raises HloError for an unknown notation.
     """
     text = instruction.attributes
-    if found := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", text):
+    if match := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", text):
         return [
             [int(n) for n in group.split(",") if n]
-            for group in re.findall(r"\{([\d,]*)\}", found[1])
+            for group in re.findall(r"\{([\d,]*)\}", match[1])
         ]
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, base = (_ints(found[i]) for i in (1, 2))
-        order = _ints(found[3]) if found[3] else list(range(len(base)))
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape, base = (_ints(match[i]) for i in (1, 2))
+        order = _ints(match[3]) if match[3] else list(range(len(base)))
         ids = _transposed(base, order)
         return [ids[i : i + shape[-1]] for i in range(0, len(ids), shape[-1])]
-    if found := re.search(MESH_GROUPS, text):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        along = re.findall(r"'(\w+)'", found["along"])
-        if all(axis in sizes for axis in along) and ":" not in found["along"]:
+    if match := re.search(MESH_GROUPS, text):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        along = re.findall(r"'(\w+)'", match["along"])
+        if all(axis in sizes for axis in along) and ":" not in match["along"]:
             names = list(sizes)
             order = [names.index(n) for n in names if n not in along] + [
                 names.index(n) for n in along
@@ -372,21 +378,21 @@ def replica_groups(instruction: Instruction) -> list[list[int]]:
                 _transposed(list(sizes.values()), order),
                 math.prod(sizes[axis] for axis in along),
             )
-            if found["shape"]:  # the mesh is not laid over the partitions in their order
-                shape = _ints(found["shape"])
-                placed = _transposed(
-                    shape, _ints(found["order"]) if found["order"] else list(range(len(shape)))
+            if match["shape"]:  # the mesh permutes the partitions
+                shape = _ints(match["shape"])
+                permuted = _transposed(
+                    shape, _ints(match["order"]) if match["order"] else list(range(len(shape)))
                 )
-                ids = [placed[i] for i in ids]
+                ids = [permuted[i] for i in ids]
             return [ids[i : i + count] for i in range(0, len(ids), count)]
-    if found := re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", text):
-        target = {int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", found[1])}
+    if match := re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", text):
+        target = {int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", match[1])}
         cycle = [next(iter(target))]
         while (following := target.get(cycle[-1])) is not None and following not in cycle:
             cycle.append(following)
         return [cycle]
     raise HloError(
-        f"the groups of the collective {instruction.name} are in a notation that hlo.py does not know"
+        f"the groups of the collective {instruction.name} have a notation that hlo.py does not know"
     )
 
 
@@ -395,13 +401,15 @@ def _ints(text: str) -> list[int]:
 
 
 def _transposed(shape: list[int], order: list[int]) -> list[int]:
-    """0, 1, 2 ... laid out over `shape`, read with its axes in another order."""
+    """np.arange(n).reshape(shape).transpose(order).ravel() as a list."""
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     ranges = [range(0, shape[axis] * strides[axis], strides[axis]) for axis in order]
-    return [sum(place) for place in itertools.product(*ranges)]
+    return [sum(offsets) for offsets in itertools.product(*ranges)]
 
 
 def source_of(module: Module, instruction: Instruction, body: Sequence[Instruction]) -> str:
-    """The source line of an instruction, or of the last instruction of its fused body that has one; "" if none has."""
+    """The source line of an instruction, or of the last instruction of its fused body that has one;
+    "" if none has.
+    """
     lines = (source_line(module, i) for i in (instruction, *reversed(body)))
     return next(filter(None, lines), "")

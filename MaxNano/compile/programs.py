@@ -52,7 +52,9 @@ def compile_program(setup: RunSetup, program: str) -> tuple[RunSetup, Report]:
 
 
 def largest_micro_batch(setup: RunSetup, program: str) -> int | None:
-    """The largest per_device_batch_size below the set-up's that fits, by bisection; None if none fits."""
+    """The largest per_device_batch_size below the set-up's that fits, by bisection; None if none
+    fits.
+    """
     plan = setup.plan
     device_rows = plan.accumulation_steps * plan.micro_rows
     candidates = [rows for rows in range(1, plan.micro_rows) if device_rows % rows == 0]

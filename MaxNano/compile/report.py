@@ -1,4 +1,4 @@
-"""The report of a compiled TPU program: memory, cycles, collectives and the most expensive operations."""
+"""The report of a compiled TPU program: memory, cycles, collectives, expensive operations."""
 
 import dataclasses
 from collections import Counter
@@ -31,7 +31,9 @@ class ProgramMemory(NamedTuple):
 
 
 class ProgramWork(NamedTuple):
-    """The useful work of a step over all chips, and the number of steps of the run, None if unknown."""
+    """The useful work of a step over all chips, and the number of steps of the run, None if
+    unknown.
+    """
 
     model_flops: float
     tokens: int
@@ -173,7 +175,8 @@ def analyze(
     compile_seconds: float | None = None,
     top: int = 10,
 ) -> Report:
-    """The report of a compiled function on `chip`, with the `top` most expensive operations and source lines.
+    """The report of a compiled function on `chip`, with the `top` most expensive operations and
+    source lines.
 
     mesh and vocab_size as in costs.walk. Raises hlo.HloError if the program cannot be read.
     """

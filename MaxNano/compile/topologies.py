@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-# libtpu does not look for a TPU near this machine, shares the machine with other processes, and prints nothing.
+# libtpu does not look for a TPU near this machine, shares the machine with other processes, and
+# prints nothing.
 LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -63,9 +64,9 @@ def slice_shape(name: str) -> tuple[str, tuple[int, ...]]:
 def slice_devices(name: str, num_slices: int = 1) -> list[Any]:
     """The devices of `num_slices` slices, for a mesh to compile for.
 
-    Sets libtpu's environment variables, which libtpu reads at the first call. On a machine without a TPU,
-    JAX_PLATFORMS=cpu must be set before JAX is imported.
-    Raises ValueError if there is no such slice, or if libtpu is not installed.
+    Sets libtpu's environment variables, which libtpu reads at the first call. On a machine without
+    a TPU, JAX_PLATFORMS=cpu must be set before JAX is imported. Raises ValueError if there is no
+    such slice, or if libtpu is not installed.
     """
     kind, shape = slice_shape(name)
     for variable, value in LIBTPU_ENVIRONMENT.items():

@@ -1,1 +1,4 @@
-"""Evaluations: each module has one function that returns {name: value}."""
+"""Evaluations of a run; base.py has the protocol and the table EVALS.
+
+The chat tasks themselves are in tasks/.
+"""

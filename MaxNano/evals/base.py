@@ -19,8 +19,9 @@ from MaxNano.training.context import RunContext
 class Eval(Protocol):
     """An evaluation of one run.
 
-    It is opened at the start, before the run's state exists, so that missing data are an error then.
-    An evaluation in several parts keeps each in `results`; when it is resumed it does the others.
+    It is opened at the start, before the run's state exists, so that missing data are an error
+    then. An evaluation in several parts keeps each in `results`; when it is resumed it does the
+    others.
     """
 
     event: str  # the name of its rows in metrics.jsonl

@@ -1,4 +1,4 @@
-"""Bits per byte: in training the stage's validation, in evaluate.py the beginning of both splits."""
+"""Bits per byte: the stage's validation in training, and both splits in evaluate.py."""
 
 import time
 from collections.abc import Iterator

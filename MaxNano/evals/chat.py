@@ -1,4 +1,4 @@
-"""Chat tasks: the model chooses letters or answers in words; ChatCORE is the mean of five, centered on guessing.
+"""Chat tasks, answered by a letter or in words, and ChatCORE, the centered mean of five of them.
 
 Source: nanochat/scripts/chat_eval.py@92d63d4.
 """
@@ -125,7 +125,9 @@ class ChatEval:
 
 
 class _Answerer:
-    """Answers problems with the run's current parameters; scorer and engine are made when first needed."""
+    """Answers problems with the run's current parameters; scorer and engine are made when first
+    needed.
+    """
 
     def __init__(self, run: RunContext):
         self._run = run
@@ -200,7 +202,9 @@ def _summarize(problems: ProblemSet, records: Sequence[Record]) -> dict[str, flo
 
 
 def chatcore(values: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """ChatCORE, the mean of its five tasks, and that of the three with letters, if they were measured."""
+    """ChatCORE, the mean of its five tasks, and that of the three with letters, if they were
+    measured.
+    """
     parts = {"chatcore": CHATCORE, "chatcore_categorical": CHATCORE[:3]}
     return {
         name: sum(values[task]["centered"] for task in part) / len(part)

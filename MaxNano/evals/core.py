@@ -1,4 +1,4 @@
-"""CORE: 22 tasks answered by likelihood, centered on guessing and averaged; the benchmark of base models.
+"""CORE, the benchmark of base models: the mean of 22 tasks answered by likelihood.
 
 core_tasks.py has the questions and their prompts. Sources: https://arxiv.org/abs/2406.11794 (CORE);
 nanochat/core_eval.py and scripts/base_eval.py@92d63d4, with the same prompts, draws and choices, so
@@ -78,9 +78,11 @@ class CoreAnswer(NamedTuple):
 
 
 def decide(prompt: Prompt, scores: Sequence[np.ndarray], gold: int | None) -> CoreAnswer:
-    """The option with the lowest mean loss, the first of equals; without gold, whether each token is the most likely.
+    """The option with the lowest mean loss, the first of equals; without gold, whether each token
+    is the most likely.
 
-    An option whose tokens are a prefix of all others has no scored token: it wins if it comes first.
+    An option whose tokens are a prefix of all others has no scored token: it wins if it comes
+    first.
     """
     if gold is None:
         return CoreAnswer(bool(scores[0].all()))
@@ -197,7 +199,8 @@ class CoreEval:
         return ResultTable("CORE", header, lines)
 
     def _evaluate_tasks(self, results: Results) -> tuple[float, dict[str, dict[str, Any]]]:
-        """The CORE score, and the values of each task by label; tasks in `results` are not computed again.
+        """The CORE score, and the values of each task by label; tasks in `results` are not computed
+        again.
 
         Each task goes into `results` when it is done, and a CSV table of all is written at the end.
         """

@@ -1,10 +1,11 @@
 """The questions of CORE and their prompts in tokens.
 
-A task is a list of questions in one of three forms. A question becomes a `Prompt`: a shared prefix of tokens and one
-or several branches, the continuations. A scorer gives the loss of each token of the branches.
+A task is a list of questions in one of three forms. A question becomes a `Prompt`: a shared prefix
+of tokens and one or several branches, the continuations. A scorer gives the loss of each token of
+the branches.
 
-Sources: https://arxiv.org/abs/2406.11794 (CORE); nanochat/core_eval.py and scripts/base_eval.py@92d63d4, with the same
-prompts and draws.
+Sources: https://arxiv.org/abs/2406.11794 (CORE); nanochat/core_eval.py and
+scripts/base_eval.py@92d63d4, with the same prompts and draws.
 """
 
 import csv
@@ -104,7 +105,8 @@ FIELDS: dict[str, Callable[[Question], str | None]] = {
 
 
 def load_bundle(path: epath.PathLike) -> list[CoreTask]:
-    """The tasks of a bundle: a folder with core.yaml, eval_meta_data.csv and eval_data/, or an archive of it.
+    """The tasks of a bundle: a folder with core.yaml, eval_meta_data.csv and eval_data/, or an
+    archive of it.
 
     Raises ValueError if a part is missing or damaged.
     """
@@ -188,13 +190,17 @@ def _files_of_archive(content: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def draw_shots(index: int, count: int, shots: int) -> list[int]:
-    """Indices of the examples shown before question `index` of `count`; all others if there are too few."""
+    """Indices of the examples shown before question `index` of `count`; all others if there are too
+    few.
+    """
     drawn = random.Random(SHOTS_SEED + index).sample(range(count - 1), min(shots, count - 1))
     return [i + (i >= index) for i in drawn]
 
 
 def render(task: CoreTask, questions: Sequence[Question], index: int) -> list[str]:
-    """The texts of a question after its examples: one per answer; if there is only one, without and with it."""
+    """The texts of a question after its examples: one per answer; if there is only one, without and
+    with it.
+    """
     question, delimiter = questions[index], task.delimiter
     shots = [questions[i] for i in draw_shots(index, len(questions), task.shots)]
     if task.kind == "multiple_choice":
@@ -237,7 +243,9 @@ def build_prompts(
 
 
 def _prompt(task: CoreTask, rows: list[np.ndarray], max_length: int) -> Prompt:
-    """The prompt of the token rows of render(). Scored is what the rows do not share, or in a schema do share."""
+    """The prompt of the token rows of render(). Scored is what the rows do not share, or in a
+    schema do share.
+    """
     if task.kind == "schema":
         same = common_length([row[::-1] for row in rows])
         starts = [max(1, len(row) - same) for row in rows]
@@ -276,7 +284,9 @@ def common_length(rows: Sequence[np.ndarray]) -> int:
 
 
 def center(accuracy: float, baseline: float) -> float:
-    """Accuracy rescaled so that guessing is 0 and a perfect score 1; negative if guessing is better."""
+    """Accuracy rescaled so that guessing is 0 and a perfect score 1; negative if guessing is
+    better.
+    """
     return (accuracy - baseline) / (1 - baseline)
 
 

@@ -28,7 +28,9 @@ class Results:
     """
 
     def __init__(self, directory: epath.Path, step: int, run_id: str | None = None):
-        """directory: the run's folder. run_id: results of another run in the same folder do not count."""
+        """directory: the run's folder. run_id: results of another run in the same folder do not
+        count.
+        """
         self.path = directory / "evals" / f"step_{step:06}.json"
         self._run_id = run_id
         self._writes = jax.process_index() == 0

@@ -1,4 +1,4 @@
-"""Samples: greedy continuations of a few prompts, which show what the model knows while it trains."""
+"""Samples: greedy continuations of a few prompts, to watch what the model learns."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

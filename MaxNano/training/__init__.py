@@ -1,1 +1,4 @@
-"""The parts of a training run: set-up, steps, stages, rollouts, checkpoints, metrics. The loop is train.py."""
+"""A training run below the loop of train.py: set-up, steps, stages, rollouts, checkpoints, metrics.
+
+The model belongs in models/, what is measured at intervals in evals/.
+"""

@@ -1,4 +1,4 @@
-"""RunContext: the model that is being trained or evaluated, as stages and evaluations receive it."""
+"""RunContext: the run that stages and evaluations receive."""
 
 import contextlib
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Loads the parameters of a run's checkpoint, without its optimizer state; and an engine that serves them."""
+"""Loads the parameters of a run's checkpoint, or an engine that serves them."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,13 +1,15 @@
 """The stage of reinforcement learning: rollouts of the model become weighted training rows.
 
-The advantage of a rollout is its reward minus the mean reward of all rollouts of its problem (REINFORCE with a group
-baseline, as in GRPO, without the division by the standard deviation). Advantages are divided by the number of tokens
-of the group, so that every problem counts alike. The train step is the same as in every other stage.
+The advantage of a rollout is its reward minus the mean reward of all rollouts of its problem
+(REINFORCE with a group baseline, as in GRPO, without the division by the standard deviation).
+Advantages are divided by the number of tokens of the group, so that every problem counts alike. The
+train step is the same as in every other stage.
 
-The engine samples rollouts on the training mesh at temperature 1 from the whole distribution, with the parameters of
-the current step. The targets are the sampled tokens, the stop token included; prompts and tool outputs are no targets.
-Sources: nanochat/scripts/chat_rl.py@92d63d4; https://arxiv.org/abs/2402.03300 (GRPO, and its estimate of the KL
-divergence); https://arxiv.org/abs/2503.14476 (the mean over tokens).
+The engine samples rollouts on the training mesh at temperature 1 from the whole distribution, with
+the parameters of the current step. The targets are the sampled tokens, the stop token included;
+prompts and tool outputs are no targets. Sources: nanochat/scripts/chat_rl.py@92d63d4;
+https://arxiv.org/abs/2402.03300 (GRPO, and its estimate of the KL divergence);
+https://arxiv.org/abs/2503.14476 (the mean over tokens).
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ class Rollout(NamedTuple):
 class ProblemPosition(NamedTuple):
     """A position in the endless sequence of a task's problems."""
 
-    place: int  # of the next problem
+    index: int  # of the next problem, over all passes
     left_out: int  # problems before it whose prompts were too long
 
 
@@ -65,25 +67,26 @@ class Problem(NamedTuple):
 def next_problems(
     task: tasks.Task, tokenizer: Tokenizer, position: ProblemPosition, count: int, length: int
 ) -> tuple[list[Problem], ProblemPosition]:
-    """The next `count` problems with prompts shorter than `length` tokens, and the position after them.
+    """The next `count` problems with prompts shorter than `length` tokens, and the position after
+    them.
 
     Raises ValueError if no problem of a whole pass has such a prompt.
     """
-    place, left_out = position
+    index, left_out = position
     problems: list[Problem] = []
     while len(problems) < count:
-        conversation = task.conversation(place % len(task))
+        conversation = task.conversation(index % len(task))
         prompt = tokenizer.render_for_completion(conversation)
-        place += 1
+        index += 1
         if len(prompt) < length:
             problems.append(Problem(conversation, prompt))
             continue
         left_out += 1
-        if not problems and place - position.place >= len(task):
+        if not problems and index - position.index >= len(task):
             raise ValueError(
                 f"rl_task: all prompts have {length} tokens or more; raise rl_row_tokens"
             )
-    return problems, ProblemPosition(place, left_out)
+    return problems, ProblemPosition(index, left_out)
 
 
 def open_task(config: FrozenConfigDict) -> tasks.Task:
@@ -189,7 +192,7 @@ class Rollouts:
         self._ready = batch, position
         rollouts = [rollout for group in groups for rollout in group]
         self._facts = {
-            "epoch": 1 + (position.place - 1) // len(self._task),
+            "epoch": 1 + (position.index - 1) // len(self._task),
             "reward": float(np.mean([rollout.reward for rollout in rollouts])),
             "answer_tokens": float(np.mean([len(rollout.tokens) for rollout in rollouts])),
             "stopped": float(np.mean([rollout.stopped for rollout in rollouts])),
@@ -219,7 +222,8 @@ class Rollouts:
 
     def state(self) -> dict[str, Any]:
         """What resumes the stream after the last batch that was handed out; JSON-able."""
-        return {**self._position._asdict(), "readers": {}}
+        index, left_out = self._position
+        return {"place": index, "left_out": left_out, "readers": {}}
 
     def position(self) -> dict[str, float]:
         """Mean reward, length and duration of the last batch's rollouts, for the step line."""
@@ -236,7 +240,7 @@ class Rollouts:
                 prompt=tuple(problem.prompt),
                 max_tokens=config.max_new_tokens,
                 samples=config.rl_samples,
-                seed=(config.seed << 40) + self._position.place + number,
+                seed=(config.seed << 40) + self._position.index + number,
                 stop_ids=frozenset({self._tokenizer.special.assistant_end}),
                 logprobs=0 if config.rl_clip else None,
                 tools=True,
@@ -302,7 +306,9 @@ def batch_columns(config: FrozenConfigDict) -> dict[str, Any]:
 def policy_losses(
     config: FrozenConfigDict, nll: jax.Array, batch: Mapping[str, jax.Array]
 ) -> jax.Array:
-    """What each target adds to the loss, (rows, L): the policy gradient, clipped, and the KL penalty."""
+    """What each target adds to the loss, (rows, L): the policy gradient, clipped, and the KL
+    penalty.
+    """
     if config.rl_clip:
         terms = losses.clipped_policy_losses(
             nll, batch["old_losses"], batch["weights"], config.rl_clip

@@ -40,13 +40,17 @@ class BatchPlan(NamedTuple):
         return self.data_parallel_size * self.accumulation_steps * self.micro_rows
 
     def split(self, x: jax.Array) -> jax.Array:
-        """A device's rows (accumulation_steps x micro_rows, L) -> (accumulation_steps, micro_rows, L)."""
+        """A device's rows (accumulation_steps x micro_rows, L) -> (accumulation_steps, micro_rows,
+        L).
+        """
         return x.reshape(self.accumulation_steps, self.micro_rows, x.shape[1])
 
 
 @dataclass(frozen=True)
 class RunSetup(ModelSetup):
-    """A training run: the model on its mesh, the stage, the optimizer, the abstract state and the batch plan."""
+    """A training run: the model on its mesh, the stage, the optimizer, the abstract state and the
+    batch plan.
+    """
 
     stage: Stage
     optimizer: optax.GradientTransformationExtraArgs
@@ -67,7 +71,8 @@ def set_up(config: FrozenConfigDict, devices: Sequence[jax.Device] | None = None
 
 
 def check_sharding(config: FrozenConfigDict, mesh: Mesh, abstract: TrainState) -> None:
-    """Raise ValueError if more than LARGEST_REPLICATED of the parameters are replicated on several devices.
+    """Raise ValueError if more than LARGEST_REPLICATED of the parameters are replicated on several
+    devices.
 
     Rules that shard no axis of parameters ask for replication.
     """
@@ -110,7 +115,9 @@ def largest_divisor(number: int, limit: int) -> int:
 
 
 def needed_bytes(setup: RunSetup) -> dict[str, int]:
-    """Estimated bytes on the fullest device by kind; a lower bound, without the compiler's temporaries."""
+    """Estimated bytes on the fullest device by kind; a lower bound, without the compiler's
+    temporaries.
+    """
     config, plan = setup.config, setup.plan
 
     def on_device(tree):

@@ -1,8 +1,8 @@
 """STAGES: pretraining, supervised fine-tuning and reinforcement learning, one row each.
 
-A batch is `inputs`, `targets` and `weights`, each (rows, length), and the columns that a stage adds.
-A target of -1 is ignored. Everything else about a stage that training must know is in its row; what
-the config must know before JAX is imported is in stage_configs.py.
+A batch is `inputs`, `targets` and `weights`, each (rows, length), and the columns that a stage
+adds. A target of -1 is ignored. Everything else about a stage that training must know is in its
+row; what the config must know before JAX is imported is in stage_configs.py.
 """
 
 from __future__ import annotations

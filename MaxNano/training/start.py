@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 def load_start(setup: RunSetup, tokenizer_fingerprint: str) -> TrainState:
-    """The newest checkpoint of load_from as step 0: its parameters and, with load_optimizer, its optimizer state.
+    """The newest checkpoint of load_from as step 0: its parameters and, with load_optimizer, its
+    optimizer state.
 
     Raises ValueError if there is none, or if it is of another model or tokenizer.
     """

@@ -1,4 +1,4 @@
-"""The training state: its arrays, their abstract shapes and shardings, and its sharded initialization."""
+"""The training state: its arrays, abstract shapes, shardings, and sharded initialization."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -33,12 +33,12 @@ def abstract_state(
 ) -> TrainState:
     """TrainState of ShapeDtypeStructs with shardings: the target of initialization and of restore.
 
-    An optimizer leaf is sharded like the parameter whose path is the end of its path. A factored moment
-    has size 1 on its reduced axes, and an axis of size 1 is never sharded.
+    An optimizer leaf is sharded like the parameter whose path is the end of its path. A factored
+    moment has size 1 on its reduced axes, and an axis of size 1 is never sharded.
     """
     axes = {_names(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(model.axes)}
 
-    def place(path, leaf):
+    def with_sharding(path, leaf):
         names = _names(path)
         spec = next((axes[names[i:]] for i in range(len(names)) if names[i:] in axes), None)
         if spec is None or len(spec) != leaf.ndim:
@@ -52,7 +52,7 @@ def abstract_state(
         params=model.shapes,
         opt_state=jax.eval_shape(optimizer.init, model.shapes),
     )
-    return jax.tree_util.tree_map_with_path(place, state)
+    return jax.tree_util.tree_map_with_path(with_sharding, state)
 
 
 def initialize(

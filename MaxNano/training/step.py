@@ -1,6 +1,7 @@
 """The steps of a run: train, evaluate, score and greedy, as functions, jitted and compiled.
 
-The train step is the same in every stage. The stage (stages.py) gives the batches and the loss of each target.
+The train step is the same in every stage. The stage (stages.py) gives the batches and the loss of
+each target.
 """
 
 import math
@@ -41,7 +42,9 @@ def batch_losses(config: FrozenConfigDict, model: Architecture, params, batch) -
 
 
 def count_bits(token_losses: jax.Array, targets: jax.Array, token_bytes: jax.Array):
-    """(nats, bytes) of the targets that stand for bytes, float32 scalars; their quotient gives bits per byte."""
+    """(nats, bytes) of the targets that stand for bytes, float32 scalars; their quotient gives bits
+    per byte.
+    """
     size = jnp.where(targets >= 0, token_bytes[jnp.maximum(targets, 0)], 0)
     return jnp.sum(jnp.where(size > 0, token_losses, 0)), jnp.sum(size).astype(jnp.float32)
 
@@ -65,11 +68,12 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update from one batch of `plan.rows` rows; returns the next state and the step's metrics.
 
-    Gradient accumulation: each device sums the gradients of its micro-batches in float32. One reduce-scatter then
-    sums them over the devices, and each device updates its shard of the parameters and optimizer state (ZeRO).
-    The loss is the sum of the stage's terms over the count of the whole batch, so that micro-batches with few targets
-    have little weight. If the loss or the gradient is not finite, parameters and optimizer state stay bit for bit as
-    they are, and the metric `skipped` is 1.
+    Gradient accumulation: each device sums the gradients of its micro-batches in float32. One
+    reduce-scatter then sums them over the devices, and each device updates its shard of the
+    parameters and optimizer state (ZeRO). The loss is the sum of the stage's terms over the count
+    of the whole batch, so that micro-batches with few targets have little weight. If the loss or
+    the gradient is not finite, parameters and optimizer state stay bit for bit as they are, and the
+    metric `skipped` is 1.
     """
     config, plan, stage = setup.config, setup.plan, setup.stage
     axes = setup.batch_axes
@@ -216,8 +220,8 @@ def jit_evaluate(setup: RunSetup):
 def compile_train(setup: RunSetup) -> tuple[RunSetup, jax.stages.Compiled]:
     """The compiled train step, and the set-up with the micro-batch size that it was compiled for.
 
-    If the step does not fit in memory and per_device_batch_size is null, smaller micro-batches are tried.
-    Raises ValueError if none fits.
+    If the step does not fit in memory and per_device_batch_size is null, smaller micro-batches are
+    tried. Raises ValueError if none fits.
     """
     while True:
         try:
@@ -244,7 +248,9 @@ def with_micro_rows(plan: BatchPlan, limit: int) -> BatchPlan:
 
 
 def abstract_batch(setup: RunSetup) -> tuple[dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
-    """A batch and the table of token bytes as abstract arrays with shardings, to lower the steps with."""
+    """A batch and the table of token bytes as abstract arrays with shardings, to lower the steps
+    with.
+    """
     config = setup.config
     rows = sharding.batch_sharding(setup.mesh, config.logical_axis_rules)
     shape = (setup.plan.rows, pyconfig.row_length(config))
@@ -271,7 +277,8 @@ def lower_evaluate(setup: RunSetup) -> jax.stages.Lowered:
 def build_programs(setup: RunSetup, step: Callable | None, token_bytes: np.ndarray) -> RunPrograms:
     """The programs of a run; step: the compiled train step, None where nothing is trained.
 
-    The other programs are compiled at their first call. token_bytes (vocab,) int32: bytes per token.
+    The other programs are compiled at their first call. token_bytes (vocab,) int32: bytes per
+    token.
     """
     # Hosts read replicated arrays, so that each of several hosts has the numbers.
     token_bytes = jax.device_put(token_bytes, setup.replicated)

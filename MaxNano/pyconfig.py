@@ -200,7 +200,7 @@ def _derive(values: _Values) -> None:
 
 
 def _set_stage_batch(values: _Values) -> None:
-    """Set global_batch_tokens if the stage decides it; a command line that says otherwise is an error."""
+    """Sets global_batch_tokens if the stage decides it. Raises ConfigError for another value."""
     value, stage = values.value, stage_config(values.value)
     if stage.batch_tokens is None:
         return
@@ -247,18 +247,18 @@ def windows_of(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def horizon_is_open(config: Mapping[str, Any]) -> bool:
-    """Whether only the data tell `steps`: the stage's horizon follows from them and no key sets it."""
+    """Whether `steps` depends on the data: in a stage with epochs, if no key sets the steps."""
     is_set = config[ORIGIN]["steps"] != DERIVED or config["target_flops"] is not None
     return stage_config(config).horizon_from_data and not is_set
 
 
 def row_length(config: Mapping[str, Any]) -> int:
-    """Tokens of a row of a training batch, which the stage decides."""
+    """Sequence length of a training batch, which the stage decides."""
     return stage_config(config).row_tokens(config)
 
 
 def start_directory(load_from: str, directory: epath.Path) -> epath.Path:
-    """The folder of the run that load_from names, by a path or by the name of a folder beside `directory`."""
+    """The folder of the run load_from: a path, or the name of a folder next to `directory`."""
     path = epath.Path(load_from).expanduser()
     return path if "/" in load_from else directory.parent / load_from
 

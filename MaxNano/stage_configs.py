@@ -34,6 +34,12 @@ class StageConfig(NamedTuple):
     # Whether the data, and not the scaling law, decide how many steps a run has.
     horizon_from_data: bool = False
     contradictions: Callable[[Values], Iterator[Contradiction]] = lambda values: iter(())
+    long_name: str = ""
+
+    @property
+    def title(self) -> str:
+        """What a report calls the stage."""
+        return self.long_name or self.name
 
 
 def stage_config(values: Values) -> StageConfig:
@@ -95,15 +101,17 @@ def _describe_rollouts(values: Values) -> str:
 
 
 STAGE_CONFIGS: dict[str, StageConfig] = {
-    "pretrain": StageConfig("pretrain", dataset_types=(), describe_data=_describe_text),
+    "pretrain": StageConfig("pretrain", (), _describe_text, long_name="pretraining"),
     "sft": StageConfig(
         "sft",
+        long_name="fine-tuning",
         dataset_types=("chat",),
         describe_data=_describe_mixture,
         horizon_from_data=True,
     ),
     "rl": StageConfig(
         "rl",
+        long_name="reinforcement learning",
         dataset_types=("rollouts",),
         describe_data=_describe_rollouts,
         row_tokens=_rollout_row_tokens,

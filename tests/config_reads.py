@@ -13,7 +13,7 @@ from pathlib import Path
 from MaxNano import config_schema
 
 PACKAGE = Path(__file__).resolve().parents[1] / "MaxNano"
-CONFIG_MODULES = {"MaxNano.pyconfig", "MaxNano.config_schema"}
+CONFIG_MODULES = {"MaxNano.pyconfig", "MaxNano.config_schema", "MaxNano.stage_configs"}
 CONFIG_NAMES = {"config", "_config", "saved", "known"}  # variables that hold a config
 
 
@@ -115,7 +115,7 @@ def keys_read(program: str) -> set[str]:
 
 def keys_of_config_modules() -> set[str]:
     """The keys that pyconfig itself reads, to derive and check others."""
-    path = PACKAGE / "pyconfig.py"
-    keys = config_schema.base_keys().keys()
-    constants = (getattr(node, "value", None) for node in ast.walk(ast.parse(path.read_text())))
-    return {value for value in constants if isinstance(value, str) and value in keys}
+    sources = [(PACKAGE / f"{name}.py").read_text() for name in ("pyconfig", "stage_configs")]
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
+    values = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    return values & config_schema.base_keys().keys()

@@ -3,6 +3,8 @@
 A test edits only the files that its row names and then uses the change in a new process.
 """
 
+import json
+import math
 import os
 import re
 import shutil
@@ -12,6 +14,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
+
+from MaxNano.tokenization.bpe import NANOCHAT_PATTERN, BpeTokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -228,8 +232,8 @@ def test_a_data_format(tree):
     tree.replace("configs/base.yml", r"^(dataset_type: .* one of)", r"\1 echo")
     tree.python("""
         import itertools
-        from MaxNano.data import sources
-        texts = sources.iterate_texts(config_of("dataset_type=echo"), "train")
+        from MaxNano.data import stream
+        texts = stream.iterate_texts(config_of("dataset_type=echo"), "train")
         assert list(itertools.islice(texts, 2)) == ["hello", "again"]
     """)
 
@@ -314,6 +318,85 @@ def test_a_chip(tree):
         device = types.SimpleNamespace(device_kind="TPU v9")
         assert hardware.peak_flops([device, device]) == 1e16
     """)
+
+
+FOCAL = """
+def focal_losses(config, nll, batch):
+    return (1 - jnp.exp(-nll)) * weigh_losses(config, nll, batch)
+
+
+STAGES["focal"] = Stage(open_text_batches, evaluate_text, focal_losses, count_targets)
+"""
+HEAD_NORM = """
+import jax.numpy as jnp
+
+from MaxNano.evals.results import ResultTable
+
+
+class HeadNorm:
+    event = "head"
+    at_start = True
+
+    def __init__(self, run):
+        self.run = run
+
+    @staticmethod
+    def interval(config):
+        return 2
+
+    def measure(self, results):
+        return {"norm": float(jnp.linalg.norm(self.run.params["lm_head"]))}
+
+    def table(self, results):
+        return ResultTable("head", ("metric", "value"), list(self.measure(results).items()))
+"""
+
+
+def train_four_steps(tree, *words):
+    """The rows of metrics.jsonl of a tiny run in the copy."""
+    BpeTokenizer(NANOCHAT_PATTERN, {bytes([i]): i for i in range(256)}).save(tree.folder / "bytes")
+    tree.program(
+        "train.py",
+        *TINY,
+        *words,
+        "run_name=run",
+        "vocab_size=265",
+        "tokenizer_path=bytes",
+        "sample_interval=0",
+        "eval_interval=0",
+        "tensorboard=false",
+        f"jax_cache_dir={os.environ['MAXNANO_TEST_CACHE']}",
+    )
+    lines = (tree.folder / "runs/run/metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.slow
+def test_a_training_stage(tree):
+    """A row of STAGE_CONFIGS, a row of STAGES and a file of overrides. DPO is in test_stages.py."""
+    tree.append("MaxNano/training/stages.py", FOCAL)
+    row = 'STAGE_CONFIGS["focal"] = StageConfig("focal", ("synthetic",), _describe_text)'
+    tree.append("MaxNano/stage_configs.py", row)
+    tree.write("configs/stages/focal.yml", "dataset_type: synthetic\n")
+    steps = [row for row in train_four_steps(tree, "stage=focal") if "event" not in row]
+    assert len(steps) == 4
+    # At the start every token has about the same probability, 1 / vocab_size.
+    assert steps[0]["loss"] == pytest.approx((1 - 1 / 265) * math.log(265), rel=0.01)
+
+
+@pytest.mark.slow
+def test_an_evaluation(tree):
+    """A file in evals/ and a row of EVALS."""
+    tree.write("MaxNano/evals/head_norm.py", HEAD_NORM)
+    path = "MaxNano/evals/base.py"
+    tree.replace(
+        path,
+        r"^from MaxNano.evals.results import",
+        "from MaxNano.evals.head_norm import HeadNorm\n\\g<0>",
+    )
+    tree.replace(path, r"^EVALS: .*\{$", r'\g<0>\n    "head": HeadNorm,')
+    rows = [row for row in train_four_steps(tree) if row.get("event") == "head"]
+    assert [row["step"] for row in rows] == [0, 2, 4] and rows[0]["norm"] != rows[-1]["norm"]
 
 
 def test_every_row_of_the_readme_has_a_test():

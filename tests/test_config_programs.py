@@ -9,6 +9,7 @@ KEYS = config_schema.base_keys()
 
 # Reachable by name in train.py, but only other programs call it.
 NOT_OF_TRAIN = {
+    "chat_max_per_task",
     "decode_max_length",
     "decode_slots",
     "evals",

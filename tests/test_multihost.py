@@ -198,13 +198,12 @@ def test_two_processes_told_by_keys_give_the_losses_of_one(place, one):
     assert "loss" not in other_out, "only process 0 speaks"
 
 
-@pytest.mark.parametrize("axis", ["tensor", "fsdp"])
-def test_an_axis_that_spans_the_processes_gives_the_losses_of_one(place, one, axis):
-    """Tensor parallel over processes: both read the whole batch. FSDP: each reads its half."""
-    layout = ("num_cpu_devices=4", f"dcn_{axis}_parallelism=2")
-    (out, _), _ = finish(start_two(words_of(place, axis, *layout)))
-    assert f"{axis} 2" in out
-    assert_same_losses(place, axis)
+def test_tensor_parallelism_over_the_processes_gives_the_losses_of_one(place, one):
+    """The axis that spans the processes does not shard the batch, so both read all of it."""
+    layout = ("num_cpu_devices=4", "dcn_tensor_parallelism=2")
+    (out, _), _ = finish(start_two(words_of(place, "tensor", *layout)))
+    assert "data 4 x fsdp 1 x tensor 2" in out
+    assert_same_losses(place, "tensor")
 
 
 def test_two_processes_go_on_where_one_stopped(place, one):

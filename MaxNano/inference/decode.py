@@ -447,13 +447,17 @@ def _sample(control, logits, uniform, seen, tokens):
         lambda: logits,
     )
     scores = sampling.scale(logits, control.temperature)
-    lowest = jax.lax.cond(
-        jnp.any((control.top_k > 0) | (control.top_p < 1)),
-        lambda: sampling.lowest_kept(scores, control.top_k, control.top_p),
-        lambda: jnp.full(uniform.shape, -jnp.inf),
-    )
-    lowest = jnp.maximum(lowest, jnp.log(control.min_p))[:, None]
-    drawn = sampling.draw(jnp.where(scores >= lowest, scores, -jnp.inf), uniform)
+
+    def keep(scores):
+        lowest = sampling.lowest_kept(scores, control.top_k, control.top_p)[:, None]
+        return jnp.where(scores >= lowest, scores, -jnp.inf)
+
+    # Compared in the branch that computes the threshold: outside of it, the compiler may compute the
+    # scores once more with other rounding, and then no token would reach the threshold.
+    filters = jnp.any((control.top_k > 0) | (control.top_p < 1))
+    scores = jax.lax.cond(filters, keep, lambda scores: scores, scores)
+    is_kept = scores >= jnp.log(control.min_p)[:, None]
+    drawn = sampling.draw(jnp.where(is_kept, scores, -jnp.inf), uniform)
     return jnp.where(control.is_sampled, drawn, sampling.likeliest(logits))
 
 

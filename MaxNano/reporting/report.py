@@ -25,9 +25,7 @@ from MaxNano.reporting.blocks import (
 from MaxNano.reporting.charts import Series
 from MaxNano.reporting.run_history import Run
 from MaxNano.reporting.words import (
-    STAGE_TITLES,
     Points,
-    describe_data,
     duration,
     large,
     median_of,
@@ -38,6 +36,7 @@ from MaxNano.reporting.words import (
     status,
     timed,
 )
+from MaxNano.stage_configs import STAGE_CONFIGS, stage_config
 
 CURVES_PER_EVENT = 4  # series in the chart of an evaluation that training repeated
 
@@ -118,7 +117,7 @@ FACTS: dict[str, Callable[[Run], str]] = {
     "parameters": lambda run: f"{scaling.parameter_counts(scaling.shape_of(run.config)).total:,}",
     "vocabulary": lambda run: f"{run.config['vocab_size']:,} tokens",
     "context": lambda run: f"{run.config['max_target_length']:,} tokens",
-    "data": lambda run: describe_data(run.config),
+    "data": lambda run: stage_config(run.config).describe_data(run.config),
     "batch": lambda run: f"{run.config['global_batch_tokens']:,} tokens",
     "done": status,
     "tokens": lambda run: f"{_tokens_done(run):,}" if run.steps else "",
@@ -145,11 +144,11 @@ def _what_ran(runs: Sequence[Run]) -> Section:
             blocks.append(
                 Missing(f"{run.name} was saved by a version that did not record its hardware.")
             )
-    stages = {run.config["stage"] or "pretrain" for run in runs}
+    stages = {stage_config(run.config).name for run in runs}
     blocks += [
-        Missing(f"No {title}: no run of stage {name} is in this chain.")
-        for name, title in STAGE_TITLES.items()
-        if name not in stages
+        Missing(f"No {stage.title}: no run of stage {stage.name} is in this chain.")
+        for stage in STAGE_CONFIGS.values()
+        if stage.name not in stages
     ]
     return Section("What ran", blocks)
 

@@ -1,60 +1,20 @@
 """Numbers and names in the words of a report, and the numbers of a run that several sections show."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from MaxNano.reporting.run_history import Run
+from MaxNano.stage_configs import STAGE_CONFIGS, stage_config
 from MaxNano.training.metrics import FIRST_TIMED_STEP
-
-# What a stage is called in a report; a stage that is not here by its name.
-STAGE_TITLES = {
-    "pretrain": "pretraining",
-    "sft": "fine-tuning",
-    "rl": "reinforcement learning",
-}
-
-Config = Mapping[str, Any]
-
-
-def _describe_rollouts(config: Config) -> str:
-    answers, problems = config["rl_samples"], config["rl_problems"]
-    return f"{config['rl_task']}, {answers} answers to each of {problems} problems per step"
-
-
-def _describe_conversations(config: Config) -> str:
-    return ", ".join(
-        f"{task} x {amount}" + "".join(f" (at most {count})" for count in limit)
-        for task, amount, *limit in config["chat_train_mixture"]
-    )
-
-
-def _describe_mixture(config: Config) -> str:
-    return ", ".join(f"{share} x {source}" for source, share, *_ in config["dataset_mixture"])
-
-
-# dataset_type -> the training data in words; other types by their name and path.
-DATA: dict[str, Callable[[Config], str]] = {
-    "rollouts": _describe_rollouts,
-    "chat": _describe_conversations,
-    "mixture": _describe_mixture,
-}
 
 Points = list[tuple[float, float | None]]
 
 
 def stage_of(run: Run) -> str:
-    """The title of a run's stage."""
-    stage = run.config["stage"] or "pretrain"
-    return STAGE_TITLES.get(stage, stage)
-
-
-def describe_data(config: Config) -> str:
-    """The training data of a run."""
-    kind = config["dataset_type"]
-    if kind in DATA:
-        return DATA[kind](config)
-    return f"{kind}, {config['dataset_name'] or config['dataset_path']}"
+    """The title of a run's stage; its name if this version does not have the stage."""
+    name = run.config["stage"]
+    return stage_config(run.config).title if name in {None, *STAGE_CONFIGS} else name
 
 
 def status(run: Run) -> str:

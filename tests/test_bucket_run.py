@@ -137,7 +137,7 @@ def test_killed_and_stopped_in_the_middle_of_uploads_it_goes_on_bit_for_bit_and_
     process.send_signal(signal.SIGTERM)
     store.mend()
     out = place.finish(process, status=75)
-    assert "going on from step 2 of gs://ours/runs/broken" in out
+    assert "Resuming gs://ours/runs/broken from step 2" in out
     assert "the checkpoint of step 4 in gs://ours/runs/broken is unfinished; removed" in out
     store.slow()
     found, whole = place.steps("broken")
@@ -149,7 +149,7 @@ def test_killed_and_stopped_in_the_middle_of_uploads_it_goes_on_bit_for_bit_and_
 
     # What a finished run is used for
     out = place.run("MaxNano/evaluate.py", "broken", "evals=bpb")
-    assert "written to gs://ours/runs/broken/evals/step_000008.json" in out
+    assert "Wrote results to gs://ours/runs/broken/evals/step_000008.json" in out
     out = place.run("MaxNano/train.py", "next", "load_from=broken", "steps=1")
     assert "starting from step 8 of gs://ours/runs/broken" in out and place.steps("next") == (
         {1},
@@ -213,7 +213,7 @@ def test_two_processes_share_a_run_in_the_bucket(place):
     finally:
         for process in processes:
             process.kill()
-    assert f"going on from step {stopped} of gs://ours/runs/two" in out
+    assert f"Resuming gs://ours/runs/two from step {stopped}" in out
     found, expected = place.losses("two"), place.losses("whole")
     assert list(found) == list(range(STEPS))
     for step in found:

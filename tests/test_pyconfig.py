@@ -599,7 +599,7 @@ def test_a_batch_of_rollouts_is_all_answers_of_a_step():
     assert "global_batch_tokens=2048 is not rl_problems x" in refusal(
         "stage=rl", "global_batch_tokens=2048"
     )
-    assert "rl_row_tokens=512 is more than max_target_length=64" in refusal(
+    assert "rl_row_tokens=512 is larger than max_target_length=64" in refusal(
         "stage=rl", "max_target_length=64"
     )
 

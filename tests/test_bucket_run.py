@@ -151,7 +151,7 @@ def test_killed_and_stopped_in_the_middle_of_uploads_it_goes_on_bit_for_bit_and_
     out = place.run("MaxNano/evaluate.py", "broken", "evals=bpb")
     assert "Wrote results to gs://ours/runs/broken/evals/step_000008.json" in out
     out = place.run("MaxNano/train.py", "next", "load_from=broken", "steps=1")
-    assert "starting from step 8 of gs://ours/runs/broken" in out and place.steps("next") == (
+    assert "Starting from step 8 of gs://ours/runs/broken" in out and place.steps("next") == (
         {1},
         {1},
     )
@@ -179,7 +179,7 @@ def test_fine_tuning_starts_from_a_run_in_the_bucket(place, tmp_path):
         *mixture,
         without=("steps", "dataset_path"),
     )
-    assert f"starting from step {STEPS} of gs://ours/runs/whole" in out
+    assert f"Starting from step {STEPS} of gs://ours/runs/whole" in out
     steps = list(place.losses("tuned"))
     assert steps and steps == list(range(len(steps))) and max(place.steps("tuned")[1]) == len(steps)
 

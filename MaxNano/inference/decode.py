@@ -274,8 +274,9 @@ def decode_step(
     rotary = tuple(table[positions] for table in weights["rotary"])
 
     def attend(qkv, value_embed, kind, index):
-        q, k, v = attention.split_heads(row_major(qkv), rotary, value_embed, plan.heads)
-        q, k, v = (x.swapaxes(0, 1) for x in (q, k, v))
+        q, k, v = attention.split_heads(
+            row_major(qkv), rotary, value_embed, plan.heads, heads_first=False
+        )
         q = q.reshape(*k.shape[:2], -1, k.shape[2])
         layer = kv_cache.store(plan.cache, cache[index], (k, v), kind.window, positions)
         y = kv_cache.attend(plan.cache, q, layer, kind.window, positions, plan.is_full)

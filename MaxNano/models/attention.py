@@ -135,8 +135,12 @@ def split_heads(
     tables: tuple[jax.Array, jax.Array],
     value_embed: tuple[jax.Array, jax.Array] | None,
     heads: Heads,
+    *,
+    heads_first: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries (..., N, T, H) and keys (..., K, T, H), rotated and normalized, and values like keys.
+
+    heads_first=False leaves tokens first, (..., T, N, H), as decoding wants them.
 
     qkv (..., T, K x (G + 2) x H) as projected; tables: cosines and sines (T, H / 2) or (..., T, H / 2);
     value_embed: rows (..., T, K x H) and their gates (..., K, T) float32, or None.
@@ -144,15 +148,16 @@ def split_heads(
     group = heads.group
     parts = qkv.reshape(*qkv.shape[:-1], heads.kv_heads, group + 2, heads.head_dim)
     q = parts[..., :group, :].reshape(*qkv.shape[:-1], -1, heads.head_dim)
-    k, v = parts[..., group, :], parts[..., group + 1, :].swapaxes(-3, -2)
+
+    def order(x):
+        return x.swapaxes(-3, -2) if heads_first else x
+
+    k, v = parts[..., group, :], order(parts[..., group + 1, :])
     if value_embed is not None:
         rows, gate = value_embed
-        rows = rows.reshape(k.shape).swapaxes(-3, -2)
+        rows, gate = order(rows.reshape(k.shape)), gate if heads_first else gate.swapaxes(-1, -2)
         v = (v.astype(jnp.float32) + gate[..., None] * rows.astype(jnp.float32)).astype(v.dtype)
-    q, k = (
-        heads.scale * rms_norm(apply_rotary(x, tables), heads.epsilon).swapaxes(-3, -2)
-        for x in (q, k)
-    )
+    q, k = (heads.scale * order(rms_norm(apply_rotary(x, tables), heads.epsilon)) for x in (q, k))
     return q, k, v
 
 

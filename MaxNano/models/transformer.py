@@ -111,6 +111,7 @@ class Context(NamedTuple):
     previous(x) -> the embeddings of the tokens before those of x (..., T, D).
     is_first: (..., T) whether a token has no token before it.
     matmul(x, w): the product of x (..., T, D) and a matrix.
+    place(x) -> the residual stream x (..., T, D), laid out over devices and in memory.
     wrap(run_layer, scanned) -> run_layer, with rematerialization for instance.
     """
 
@@ -119,6 +120,7 @@ class Context(NamedTuple):
     previous: Callable[[jax.Array], jax.Array]
     is_first: jax.Array
     matmul: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul
+    place: Callable[[jax.Array], jax.Array] = lambda x: x
     wrap: Callable[[Callable, bool], Callable] = lambda run_layer, scanned: run_layer
 
 
@@ -165,7 +167,7 @@ def embed(config: FrozenConfigDict, weights: dict[str, Any], context: Context) -
         gate = jax.nn.sigmoid(channels @ weights["smear_gate"].astype(x.dtype))
         gate = jnp.where(context.is_first, 0, weights["smear_lambda"] * gate)
         x = x + gate[..., None].astype(x.dtype) * context.previous(x)
-    return residual(x, config)
+    return context.place(x)
 
 
 def block(
@@ -175,14 +177,15 @@ def block(
     x0: jax.Array,
     value_rows: jax.Array | None,
     attend: Callable[[jax.Array, ValueEmbed | None], tuple[jax.Array, Any]],
-    matmul: Callable[[jax.Array, jax.Array], jax.Array],
+    context: Context,
 ) -> tuple[jax.Array, Any]:
     """One layer: x and the embeddings x0 (..., T, D) -> (x (..., T', D), the state of `attend`).
 
     value_rows: (..., at least T, K x H), the last T of them used, or None. T' is the number of tokens
     that `attend` returns.
     """
-    x = residual(mix(x, layer["resid_lambda"], _last(x0, x), layer["x0_lambda"]), config)
+    matmul, place = context.matmul, context.place
+    x = place(mix(x, layer["resid_lambda"], _last(x0, x), layer["x0_lambda"]))
     h = rms_norm(x, config.norm_epsilon)
     value_embed = None
     if value_rows is not None:
@@ -190,10 +193,10 @@ def block(
     qkv = checkpoint_name(matmul(h, layer["attention"]["qkv"]), "qkv")
     with jax.named_scope("attend"):
         y, state = attend(_constrain(qkv, "activation_heads", config), value_embed)
-    x = residual(_last(x, y) + matmul(y, layer["attention"]["out"]), config)
+    x = place(_last(x, y) + matmul(y, layer["attention"]["out"]))
     x = checkpoint_name(x, "attention_residual")
     h = rms_norm(x, config.norm_epsilon)
-    return residual(x + layers.mlp(layer["mlp"], h, matmul), config), state
+    return place(x + layers.mlp(layer["mlp"], h, matmul)), state
 
 
 def value_gate(config: FrozenConfigDict, gate: jax.Array, h: jax.Array) -> jax.Array:
@@ -217,7 +220,7 @@ def run_layers(
             value = layer["value"]
             rows = context.lookup(weights["value_embeds"], value["index"], value.get("table"))
         attend = partial(context.attend, kind=kind, index=index)
-        return block(config, layer, x, x0, rows, attend, context.matmul)
+        return block(config, layer, x, x0, rows, attend, context)
 
     def step(carry, scanned):
         x, middle = carry
@@ -244,11 +247,6 @@ def run_layers(
         if index == middle_layer:
             middle = x
     return x, middle, tuple(states)
-
-
-def residual(x: jax.Array, config: FrozenConfigDict) -> jax.Array:
-    """The residual stream (..., T, D), with its layout over devices and in memory."""
-    return row_major(_constrain(x, "activation_embed", config))
 
 
 def _constrain(x: jax.Array, last_axis: str, config: FrozenConfigDict) -> jax.Array:
@@ -486,6 +484,7 @@ def training_context(config: FrozenConfigDict, numerics: Numerics, tokens: jax.A
         previous=lambda x: jnp.roll(x, 1, axis=0),
         is_first=jnp.arange(tokens.size) % length == 0,
         matmul=partial(quantization.matmul, kind=config.quantization),
+        place=lambda x: row_major(_constrain(x, "activation_embed", config)),
         wrap=wrap,
     )
 

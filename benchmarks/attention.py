@@ -2,10 +2,11 @@
 
     python benchmarks/attention.py configs/base.yml model=d24
 
-Measures the kernels that run on this backend, forward and forward + backward. Without an accelerator it
-also compiles the TPU kernels and ESTIMATES them: the compiler's final schedule gives the cycles of each
-part of a kernel, the mask gives how often each part runs, and the compiler's own estimates give the
-operations around the kernels. No estimate includes waiting for memory. Prints a table and a JSON line.
+Measures the kernels that run on this backend, forward and forward + backward. Without an
+accelerator it also compiles the TPU kernels and ESTIMATES them: the compiler's final schedule gives
+the cycles of each part of a kernel, the mask gives how often each part runs, and the compiler's own
+estimates give the operations around the kernels. No estimate includes waiting for memory. Prints a
+table and a JSON line.
 """
 
 import sys
@@ -177,10 +178,12 @@ class Schedule(NamedTuple):
 
 
 def read_schedule(text: str) -> Schedule:
-    """The parts of a kernel's outermost loop: its conditional regions in the order of Splash's source.
+    """The parts of a kernel's outermost loop: its conditional regions in the order of Splash's
+    source.
 
-    A bundle takes a cycle. A conditional region reaches from its branch to the bundle that ends the region the
-    branch jumps to; what contains other regions is the pipeline's own bookkeeping and belongs to the step.
+    A bundle takes a cycle. A conditional region reaches from its branch to the bundle that ends the
+    region the branch jumps to; what contains other regions is the pipeline's own bookkeeping and
+    belongs to the step.
     """
     bundles = re.findall(r"^ *(?:0x)?([0-9a-f]+) +(?:[A-Z]{2})?: (.*)$", text, re.MULTILINE)
     ends = {
@@ -258,7 +261,9 @@ def estimate(
     device: jax.Device,
     folder: Path,
 ) -> Row:
-    """Cycles of one row on a TPU by its compiler's schedule; for splash, also what its blocks waste."""
+    """Cycles of one row on a TPU by its compiler's schedule; for splash, also what its blocks
+    waste.
+    """
     rows, heads, length = 2, config.num_query_heads, config.max_target_length
     chip = hardware.CHIPS[KIND]
     result: Row = {}

@@ -1,4 +1,6 @@
-"""Shared by the benchmarks: the cost of a step compiled for a TPU slice, and results stored in a file."""
+"""Shared by the benchmarks: the cost of a step compiled for a TPU slice, and results stored in a
+file.
+"""
 
 import hashlib
 import importlib.metadata
@@ -31,7 +33,8 @@ def chips_of(config: FrozenConfigDict) -> int:
 
 
 def compile_step(config: FrozenConfigDict) -> Row:
-    """The train step of a config compiled for compile_topology; `failure` says why it cannot be compiled.
+    """The train step of a config compiled for compile_topology; `failure` says why it cannot be
+    compiled.
 
     Cycles in millions and GiB, a chip.
     """
@@ -78,8 +81,8 @@ def nanochat_environment(checkout: str) -> dict[str, str]:
 class Kept:
     """Results in a file of JSON lines, so that an interrupted benchmark resumes after the last row.
 
-    A row belongs to a task (JSON-able), the program's source and the compiler: where one of these differs, it is
-    measured anew.
+    A row belongs to a task (JSON-able), the program's source and the compiler: where one of these
+    differs, it is measured anew.
     """
 
     def __init__(self, path: epath.PathLike):

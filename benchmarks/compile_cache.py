@@ -2,10 +2,11 @@
 
     python benchmarks/compile_cache.py configs/base.yml model=d6 max_target_length=512 global_batch_tokens=512
 
-Each machine is a process with an empty home; the bucket is the tests' object store on loopback, which answers after
-LATENCY_SECONDS and carries BYTES_PER_SECOND. Prints a row a machine and a JSON line: seconds, and CPU seconds, in which
-the train step and the initial state are compiled or read and the state is made; seconds of the first step and of
-the second; programs found in the cache and not found; MB in the bucket.
+Each machine is a process with an empty home; the bucket is the tests' object store on loopback,
+which answers after LATENCY_SECONDS and carries BYTES_PER_SECOND. Prints a row a machine and a JSON
+line: seconds, and CPU seconds, in which the train step and the initial state are compiled or read
+and the state is made; seconds of the first step and of the second; programs found in the cache and
+not found; MB in the bucket.
 """
 
 import sys

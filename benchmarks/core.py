@@ -2,9 +2,10 @@
 
     python benchmarks/core.py configs/base.yml run_name=NAME core_bundle=PATH core_max_per_task=20
 
-With NANOCHAT=/path/to/its/checkout and NANOCHAT_PYTHON=/path/to/a/python with its packages, nanochat's own evaluation
-answers the same questions with the same parameters, task by task in turns, and every answer is compared. Prints wall
-and CPU seconds by task, a projection to all questions of the bundle, and a JSON line.
+With NANOCHAT=/path/to/its/checkout and NANOCHAT_PYTHON=/path/to/a/python with its packages,
+nanochat's own evaluation answers the same questions with the same parameters, task by task in
+turns, and every answer is compared. Prints wall and CPU seconds by task, a projection to all
+questions of the bundle, and a JSON line.
 """
 
 import sys

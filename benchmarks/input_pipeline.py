@@ -4,7 +4,8 @@
 
 Prints tokens/s and the CPU seconds per million tokens, which equal the cores needed for a million
 tokens/s and do not depend on the machine's other load; then the number of cores and data_workers
-for a million tokens/s, and a JSON line. A v6e-8 that trains d24 in 99 minutes needs that throughput.
+for a million tokens/s, and a JSON line. A v6e-8 that trains d24 in 99 minutes needs that
+throughput.
 
 With NANOCHAT=/path/to/its/checkout and NANOCHAT_PYTHON=/path/to/a/python with its packages,
 nanochat's loader reads the same parquet files with the same tokenizer in alternation, and its first

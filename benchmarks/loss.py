@@ -1,4 +1,5 @@
-"""Head and loss alone, forward and backward, by how many vocabulary rows or tokens are scored at a time.
+"""Head and loss alone, forward and backward, by how many vocabulary rows or tokens are scored at a
+time.
 
     python benchmarks/loss.py configs/base.yml model=d24
 
@@ -88,7 +89,9 @@ def variants(config: FrozenConfigDict, rows: int) -> dict[str, Callable]:
 def shapes(
     config: FrozenConfigDict, rows: int, dtype: str, place=None
 ) -> list[jax.ShapeDtypeStruct]:
-    """The shapes of hidden states, head and targets; the head is in the compute dtype, as in a step."""
+    """The shapes of hidden states, head and targets; the head is in the compute dtype, as in a
+    step.
+    """
     vocab = scaling.round_up(config.vocab_size, config.vocab_multiple)
     length = config.max_target_length
     return [

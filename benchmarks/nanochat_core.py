@@ -1,7 +1,7 @@
 """nanochat's side of core.py, which starts it in a Python with nanochat's packages.
 
-Imports nothing of MaxNano. Builds nanochat's model from a JSON line, then answers each further one, a task, with the
-correctness of each question, wall and CPU seconds.
+Imports nothing of MaxNano. Builds nanochat's model from a JSON line, then answers each further one,
+a task, with the correctness of each question, wall and CPU seconds.
 """
 
 import json

@@ -1,8 +1,8 @@
 """nanochat's side of decode.py, which starts it in a Python with nanochat's packages.
 
-Imports nothing of MaxNano. Builds nanochat's model around the weights of a JSON line, on
-the GPU where there is one, then answers each further line
-{prompt, samples, max_tokens} with a JSON list: the seconds of a greedy answer, and the tokens of its first row.
+Imports nothing of MaxNano. Builds nanochat's model around the weights of a JSON line, on the GPU
+where there is one, then answers each further line {prompt, samples, max_tokens} with a JSON list:
+the seconds of a greedy answer, and the tokens of its first row.
 """
 
 import json

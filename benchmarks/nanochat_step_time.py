@@ -1,8 +1,9 @@
 """nanochat's side of step_time.py, which starts it in a Python with nanochat's packages.
 
-Imports nothing of MaxNano. Builds and compiles nanochat's model and optimizer from a JSON line, on the GPU where there
-is one, then answers each further line, a number of steps, with a JSON list of the seconds that each of them took. A
-step is `micro_batches` forward and backward passes of `rows` rows and one update, as in nanochat's base_train.py.
+Imports nothing of MaxNano. Builds and compiles nanochat's model and optimizer from a JSON line, on
+the GPU where there is one, then answers each further line, a number of steps, with a JSON list of
+the seconds that each of them took. A step is `micro_batches` forward and backward passes of `rows`
+rows and one update, as in nanochat's base_train.py.
 """
 
 import json

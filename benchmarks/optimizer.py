@@ -2,7 +2,8 @@
 
     python benchmarks/optimizer.py configs/base.yml model=d4 vocab_size=4096 max_target_length=512
 
-Prints the groups, the quickest and the median of several updates, and the rate of the Polar Express products.
+Prints the groups, the quickest and the median of several updates, and the rate of the Polar Express
+products.
 """
 
 import sys
@@ -31,7 +32,9 @@ UPDATES = 10
 
 
 def polar_express_flops(params: dict, config: FrozenConfigDict) -> int:
-    """Returns the FLOPs of the matrix products: three per iteration, on the shorter side's Gram matrix."""
+    """Returns the FLOPs of the matrix products: three per iteration, on the shorter side's Gram
+    matrix.
+    """
     labels = jax.tree.leaves(groups.label_params(params, groups.parameter_groups(config)))
     total = 0
     for label, leaf in zip(labels, jax.tree.leaves(params), strict=True):

@@ -16,8 +16,8 @@
     table --runs=A,B,... [--chips= --price=]
                                   prints a row per run and writes <base_output_directory>/table.csv
 
-Exit status 0: the check passed; 1: it failed, with one line on stderr that says why; 2: wrong arguments.
-Never imports JAX.
+Exit status 0: the check passed; 1: it failed, with one line on stderr that says why; 2: wrong
+arguments. Never imports JAX.
 """
 
 import csv
@@ -84,7 +84,9 @@ def last_checkpoint(folder: epath.Path) -> int | None:
 
 
 def total_steps(config: FrozenConfigDict) -> float:
-    """Returns the number of steps of the run. In later stages the data set it, so the saved config has it."""
+    """Returns the number of steps of the run. In later stages the data set it, so the saved config
+    has it.
+    """
     if not pyconfig.horizon_is_open(config):
         return config.steps
     path = files.run_directory(config) / "config.yml"

@@ -1,8 +1,9 @@
 """An object store on loopback that speaks Google Cloud Storage's JSON API, with errors on demand.
 
-What it keeps of the real one, because programs break on it: names are flat (mkdir does nothing, a "folder" is there
-only while an object has its prefix), an object is replaced whole or not at all and never renamed in place, every write
-gets a new generation, preconditions (ifGenerationMatch) answer 412, listings come in pages.
+What it keeps of the real one, because programs break on it: names are flat (mkdir does nothing, a
+"folder" is there only while an object has its prefix), an object is replaced whole or not at all
+and never renamed in place, every write gets a new generation, preconditions (ifGenerationMatch)
+answer 412, listings come in pages.
 
     with object_store.serve() as store:
         subprocess.run([..., f"base_output_directory={store.bucket}/runs"], env={**os.environ, **store.env})
@@ -12,11 +13,11 @@ gets a new generation, preconditions (ifGenerationMatch) answer 412, listings co
         fault.wait()                                 # until a request has met it
         store.mend()                                 # no faults any more; what hangs is let go
 
-`env` is for subprocesses; use(store, monkeypatch) is for the process of the test. It runs in a process of its own,
-for pyarrow holds the interpreter's lock while it waits. `python tests/object_store.py` prints the environment as
-`export` lines and serves until it is stopped; POST /test/fail and /test/mend with arguments as JSON do what the methods
-of Store do.
-Source: https://cloud.google.com/storage/docs/json_api/v1, and what gcsfs, tensorstore and pyarrow send.
+`env` is for subprocesses; use(store, monkeypatch) is for the process of the test. It runs in a
+process of its own, for pyarrow holds the interpreter's lock while it waits. `python
+tests/object_store.py` prints the environment as `export` lines and serves until it is stopped; POST
+/test/fail and /test/mend with arguments as JSON do what the methods of Store do. Source:
+https://cloud.google.com/storage/docs/json_api/v1, and what gcsfs, tensorstore and pyarrow send.
 """
 
 import base64
@@ -95,7 +96,9 @@ class Refused(Exception):
 
 
 class _Objects:
-    """Objects, faults and the requests so far, inside the server. All methods may be called from any thread."""
+    """Objects, faults and the requests so far, inside the server. All methods may be called from
+    any thread.
+    """
 
     def __init__(self):
         self.latency_seconds = 0.0
@@ -698,7 +701,8 @@ class Store:
 
     @property
     def env(self):
-        """The environment that brings gcsfs, tensorstore, pyarrow and google.cloud.storage here, all anonymous.
+        """The environment that brings gcsfs, tensorstore, pyarrow and google.cloud.storage here,
+        all anonymous.
 
         pyarrow asks the machine for credentials unless the address is gs://anonymous@ours/...
         """
@@ -727,12 +731,14 @@ class Store:
         self.call("delete", name=name)
 
     def fail(self, kind, operation="any", name="", *, count=1, skip=0, after_bytes=None):
-        """Makes the next `count` requests fail (None: all), after `skip` good ones; returns the Fault.
+        """Makes the next `count` requests fail (None: all), after `skip` good ones; returns the
+        Fault.
 
-        kind: an HTTP status such as 503, 429, 412 or 403; "hang": no answer until mend(); "drop": the connection is
-        cut in the middle, an upload leaves nothing; "lose": it is done, but the connection is cut before the answer.
-        operation: one of OPERATIONS. name: a regular expression found in the object's name or the listed prefix.
-        after_bytes: of the content, after which "hang" and "drop" strike; half of it unless given.
+        kind: an HTTP status such as 503, 429, 412 or 403; "hang": no answer until mend(); "drop":
+        the connection is cut in the middle, an upload leaves nothing; "lose": it is done, but the
+        connection is cut before the answer. operation: one of OPERATIONS. name: a regular
+        expression found in the object's name or the listed prefix. after_bytes: of the content,
+        after which "hang" and "drop" strike; half of it unless given.
         """
         assert isinstance(kind, int) or kind in KINDS, kind
         assert operation in OPERATIONS, operation
@@ -744,14 +750,17 @@ class Store:
         self.call("mend")
 
     def slow(self, latency_seconds=0.0, bytes_per_second=None, writes_per_second=None):
-        """latency: before each answer. bytes_per_second: of each up- and download. writes_per_second: of the same
-        name, above which the answer is 429; the real limit is one."""
+        """latency: before each answer. bytes_per_second: of each up- and download.
+        writes_per_second: of the same name, above which the answer is 429; the real limit is
+        one."""
         limits = {"bytes_per_second": bytes_per_second, "writes_per_second": writes_per_second}
         self.call("slow", latency_seconds=latency_seconds, **limits)
 
     @property
     def requests(self):
-        """(operation, name, status or kind of fault) of all requests so far, in the order of their ends."""
+        """(operation, name, status or kind of fault) of all requests so far, in the order of their
+        ends.
+        """
         return [tuple(row) for row in self.call("log")]
 
     def call(self, what, **arguments):

@@ -66,7 +66,9 @@ def inputs(length, heads, kv_heads, head_dim=8, batch=2):
 
 @functools.partial(jax.jit, static_argnames=("window", "kernel", "settings"))
 def output_and_gradients(arrays, window, kernel, settings=SETTINGS):
-    """The output and its gradients by q, k and v; every row and head of the output is weighted alike."""
+    """The output and its gradients by q, k and v; every row and head of the output is weighted
+    alike.
+    """
     out, pull = jax.vjp(lambda *qkv: attend(*qkv, window, kernel, settings), *arrays)
     weight = jnp.sin(jnp.arange(out[0, 0].size, dtype=out.dtype)).reshape(out.shape[2:])
     return out, *pull(jnp.broadcast_to(weight, out.shape))
@@ -204,7 +206,9 @@ def test_kernels_that_a_backend_does_not_have_are_refused():
 
 
 def test_a_kernel_is_a_function_and_a_row(monkeypatch):
-    """One row makes a kernel known to the config's resolution, to the model's attention and to prefill."""
+    """One row makes a kernel known to the config's resolution, to the model's attention and to
+    prefill.
+    """
 
     def mean_of_values(q, k, v, window, settings, rules):
         return jnp.broadcast_to(v.mean(2, keepdims=True), q.shape)
@@ -253,7 +257,9 @@ def projected(length, group, kv_heads, head_dim=128, batch=2):
 
 @functools.partial(jax.jit, static_argnames=("window", "kernel"))
 def attended_and_gradients(arrays, window, kernel, head_dim=128):
-    """As output_and_gradients, of the model's attention with rotary embedding, QK norm and value embeddings."""
+    """As output_and_gradients, of the model's attention with rotary embedding, QK norm and value
+    embeddings.
+    """
     heads = arrays[2].shape[1]
     angles = jnp.arange(arrays[0].shape[1])[:, None] * jnp.logspace(0, -3, head_dim // 2)
     attended = functools.partial(
@@ -324,8 +330,8 @@ print("equal")
 
 
 def test_kernels_on_a_mesh_of_eight():
-    """Automatic axes, also where one kv head cannot be cut in two; and, as the train step calls it, within a
-    shard_map that has made the batch axes manual."""
+    """Automatic axes, also where one kv head cannot be cut in two; and, as the train step calls it,
+    within a shard_map that has made the batch axes manual."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
     result = subprocess.run(
         [sys.executable, "-c", MESH_PROGRAM],

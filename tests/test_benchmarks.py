@@ -152,7 +152,8 @@ def test_the_straightforward_loss_is_the_products():
         jax.jit(jax.value_and_grad(f))(params) for f in (product, plain)
     )
     np.testing.assert_allclose(got, expected, rtol=1e-5)
-    # Scalars' gradients are sums that all but cancel: they are compared with the size of what was summed.
+    # Scalars' gradients are sums that all but cancel: they are compared with the size of what was
+    # summed.
     total = np.linalg.norm([np.linalg.norm(leaf) for leaf in jax.tree.leaves(grads)])
     for (path, leaf), other in zip(
         jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(others), strict=True

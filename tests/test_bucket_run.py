@@ -1,4 +1,6 @@
-"""A run that lives in a bucket, by the commands of README: killed and stopped in the middle of uploads, then used."""
+"""A run that lives in a bucket, by the commands of README: killed and stopped in the middle of
+uploads, then used.
+"""
 
 import io
 import json
@@ -127,8 +129,8 @@ def test_killed_and_stopped_in_the_middle_of_uploads_it_goes_on_bit_for_bit_and_
     store.mend()
     assert place.steps("broken") == ({2, 4}, {2})
 
-    # SIGTERM while the manifest of step 4 is on its way, in a store that is slow and often busy: the save of step 6
-    # waits for it, and step 7 is where the run stops.
+    # SIGTERM while the manifest of step 4 is on its way, in a store that is slow and often busy:
+    # the save of step 6 waits for it, and step 7 is where the run stops.
     store.slow(latency_seconds=0.02, writes_per_second=1)
     fault = store.fail("hang", "write", r"runs/broken/checkpoints/4/MANIFEST")
     process = place.start("MaxNano/train.py", "broken")
@@ -186,7 +188,9 @@ def test_fine_tuning_starts_from_a_run_in_the_bucket(place, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_a_run_in_the_bucket(place):
-    """Stopped by SIGTERM they save together, and resumed they have each step once, with the losses of one process."""
+    """Stopped by SIGTERM they save together, and resumed they have each step once, with the losses
+    of one process.
+    """
 
     def start():
         with socket.create_server(("127.0.0.1", 0)) as probe:

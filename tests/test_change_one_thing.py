@@ -1,4 +1,5 @@
-"""README's table "To change one thing" is true: each row's change, made in a copy of the tree, works.
+"""README's table "To change one thing" is true: each row's change, made in a copy of the tree,
+works.
 
 A test edits only the files that its row names and then uses the change in a new process.
 """

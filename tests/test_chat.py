@@ -303,7 +303,8 @@ def test_at_a_terminal(environment):
         os.write(ours, b"half")
         at = wait_for("half", at)
         interrupt()
-        # Python's input() sleeps through a signal that comes while it takes a letter: then one presses Ctrl-C again.
+        # Python's input() sleeps through a signal that comes while it takes a letter: then one
+        # presses Ctrl-C again.
         at = wait_for("\n.*> ", at, interrupt)
         os.write(ours, b"\x1b[A\n")
         at = wait_for(r"first words\r\nfirst words\r\n.*> ", at)

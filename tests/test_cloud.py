@@ -1,4 +1,6 @@
-"""The task files of end_to_end/cloud: in themselves, run on the CPU, and by SkyPilot's and xpk's own rules."""
+"""The task files of end_to_end/cloud: in themselves, run on the CPU, and by SkyPilot's and xpk's
+own rules.
+"""
 
 import json
 import os
@@ -86,7 +88,9 @@ def test_a_task_names_what_is_there(path):
 
 
 def start(task, settings, **more):
-    """The task's run part as SkyPilot starts it: a script in the work directory, a group of processes of its own."""
+    """The task's run part as SkyPilot starts it: a script in the work directory, a group of
+    processes of its own.
+    """
     words = {key: str(value) for key, value in task["envs"].items() if value is not None}
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -130,7 +134,9 @@ def test_the_cpu_task_stops_with_75_and_the_next_machine_resumes(settings, place
 
 
 def start_slice(task, settings, **more):
-    """The task on both hosts of a slice of two, here two processes of JAX on the CPU; the second one first."""
+    """The task on both hosts of a slice of two, here two processes of JAX on the CPU; the second
+    one first.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

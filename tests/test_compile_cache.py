@@ -1,4 +1,6 @@
-"""Compiled programs in an object store: found by the next machine, harmless when damaged, waited for by nobody."""
+"""Compiled programs in an object store: found by the next machine, harmless when damaged, waited
+for by nobody.
+"""
 
 import hashlib
 import json
@@ -193,7 +195,9 @@ def test_jax_compiles_where_the_store_hangs(store, tmp_path):
 
 
 def test_no_folder_of_this_machine_is_in_a_cache_key(tmp_path):
-    """A Pallas kernel for TPUs is a text within the program, which JAX does not clear of file names."""
+    """A Pallas kernel for TPUs is a text within the program, which JAX does not clear of file
+    names.
+    """
     code = """
         import base64, re, sys
         sys.path.insert(0, sys.argv[1])

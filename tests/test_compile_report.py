@@ -1,4 +1,6 @@
-"""The report counts what a TPU program says: trips, estimates, FLOPs, what overlaps; and guesses nothing silently."""
+"""The report counts what a TPU program says: trips, estimates, FLOPs, what overlaps; and guesses
+nothing silently.
+"""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,6 @@
-"""The house holds: imports point down, host code starts without JAX, entry points start from anywhere."""
+"""The house holds: imports point down, host code starts without JAX, entry points start from
+anywhere.
+"""
 
 import importlib.metadata
 import os

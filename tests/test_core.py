@@ -1,6 +1,8 @@
-"""CORE: prompts, draws and choices are nanochat's; the shared prefix changes no number; bundles and their faults.
+"""CORE: prompts, draws and choices are nanochat's; the shared prefix changes no number; bundles and
+their faults.
 
-tests/golden holds its answers, on invented tasks (core_small) and on the real ones (core_real): see the README there.
+tests/golden holds its answers, on invented tasks (core_small) and on the real ones (core_real): see
+the README there.
 """
 
 import collections
@@ -193,7 +195,9 @@ def check_shared_prefixes(setup, params):
 
 
 def test_a_scorer_from_logits():
-    """Losses are of the scored tokens, from the position before; greedy ones are the largest logit's."""
+    """Losses are of the scored tokens, from the position before; greedy ones are the largest
+    logit's.
+    """
     logits = np.log([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.2, 0.2, 0.6]]).astype(np.float32)
     score = core.logits_scorer(lambda tokens: logits[tokens], bos_id=0)
     prompt = Prompt(np.array([0]), (np.array([1, 1, 2, 2]), np.array([1, 0])), (1, 1), (0, 1))
@@ -487,7 +491,9 @@ REAL = Path(os.environ.get("CORE_BUNDLE", ROOT.parent / "shared/data/core_eval_b
 )
 @pytest.mark.parametrize("limit", [4, pytest.param(None, marks=pytest.mark.long)])
 def test_every_answer_on_the_real_bundle_is_nanochats(limit, tmp_path, monkeypatch):
-    """All 22 tasks, of each the first questions of a cut to 60: answers, and losses also of texts to go on with."""
+    """All 22 tasks, of each the first questions of a cut to 60: answers, and losses also of texts
+    to go on with.
+    """
     # The model is small: all prompts at once in few shapes.
     monkeypatch.setitem(
         prefix_scoring.LIMITS, "cpu", prefix_scoring.ScoringLimits(tokens=8192, compilation=400_000)

@@ -1,4 +1,6 @@
-"""Decoding over the KV cache gives the full forward's logits, past window and context, whatever other slots do."""
+"""Decoding over the KV cache gives the full forward's logits, past window and context, whatever
+other slots do.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -120,7 +122,9 @@ def small():
 
 
 def run(small, cache, slot, tokens, others):
-    """Logits of `tokens` one after the other in a slot; `others` draws what happens in the other slots."""
+    """Logits of `tokens` one after the other in a slot; `others` draws what happens in the other
+    slots.
+    """
     _, weights, step = small
     found = []
     for position, token in enumerate(tokens):

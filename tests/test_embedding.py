@@ -22,7 +22,9 @@ def gradient(rows, tokens, size, method):
 
 
 def whole_rows(count, dtype):
-    """Rows of small whole numbers: their sums are exact in float32, so every order of adding gives the same."""
+    """Rows of small whole numbers: their sums are exact in float32, so every order of adding gives
+    the same.
+    """
     numbers = np.random.default_rng(1).integers(-8, 9, (count, WIDTH))
     return jnp.asarray(numbers, dtype)
 
@@ -41,7 +43,9 @@ def zipf(count, size):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", embedding.METHODS)
 def test_all_methods_sum_the_rows_of_each_token(method, dtype):
-    """A few tokens that fill blocks of rows of their own, many that are rare, and most that are absent."""
+    """A few tokens that fill blocks of rows of their own, many that are rare, and most that are
+    absent.
+    """
     size, tokens = 544, zipf(1024, 544).reshape(4, 256)
     rows = whole_rows(tokens.size, dtype)
     got = gradient(rows, jnp.asarray(tokens), size, method)
@@ -99,7 +103,9 @@ def test_bfloat16_rows_are_added_up_in_float32():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", embedding.METHODS)
 def test_lookup_within_a_scan_over_layers(method, dtype):
-    """As the model calls it: forward reads the stack in place, gradients go to each layer's own table."""
+    """As the model calls it: forward reads the stack in place, gradients go to each layer's own
+    table.
+    """
     layers, size = 3, 48
     tokens = jnp.asarray(zipf(60, size).reshape(3, 20))
     tables = whole_rows(layers * size, dtype).reshape(layers, size, WIDTH)

@@ -324,7 +324,9 @@ RL_WORDS = (
 
 
 def tuning_words(folder):
-    """For four steps of fine-tuning on conversations that are put into `folder`, and two problems of a chat task."""
+    """For four steps of fine-tuning on conversations that are put into `folder`, and two problems
+    of a chat task.
+    """
     said = [
         [{"role": "user", "content": a}, {"role": "assistant", "content": b}]
         for a in WORDS
@@ -340,7 +342,9 @@ def tuning_words(folder):
 
 @pytest.mark.slow
 def test_speedrun_downloads_its_text_and_goes_all_the_way(settings, place, hub, tmp_path):
-    """The whole of d24_speedrun.sh; started again it asks the hub for nothing and does nothing twice."""
+    """The whole of d24_speedrun.sh; started again it asks the hub for nothing and does nothing
+    twice.
+    """
     extra = f"{settings['EXTRA']} hub_url={hub} core_bundle_url={hub}/core.zip core_max_per_task=2 sample_tokens=2"
     more = {
         "DATASET_PATH": "",
@@ -465,7 +469,9 @@ class Cloud:
     """A stand-in Google Cloud for one test."""
 
     def __init__(self, folder, settings, store=None):
-        """store: an object_store.Store that gs:// is; without one it is the folder `buckets`, which is faster."""
+        """store: an object_store.Store that gs:// is; without one it is the folder `buckets`, which
+        is faster.
+        """
         self.folder = folder
         self.settings = {**settings, "FAKE_GCLOUD": str(folder), "BUCKET": "gs://ours"}
         if store:
@@ -607,7 +613,8 @@ def losses_of(metrics):
 def test_preemptions_at_random_leave_the_losses_of_an_unbroken_run(
     cloud_with_bucket, place, settings, preemptions
 ):
-    """The first machine dies in set-up, the others in training; of one or two the request stays ACTIVE.
+    """The first machine dies in set-up, the others in training; of one or two the request stays
+    ACTIVE.
 
     Through launch.sh, d24_speedrun.sh and gcsfs into a loopback object store. MAXNANO_SEED repeats
     a failure. Five preemptions take minutes and run with -m long.
@@ -698,7 +705,9 @@ INTERNAL = {
 
 
 def test_without_quota_it_stops_at_once_and_says_which_and_where_to_ask(quick):
-    """Refused at once in one zone, FAILED with the same text in the other: neither is a matter of waiting."""
+    """Refused at once in one zone, FAILED with the same text in the other: neither is a matter of
+    waiting.
+    """
     quick.play(
         {
             "us-east5-a": [
@@ -731,7 +740,9 @@ def test_without_quota_it_stops_at_once_and_says_which_and_where_to_ask(quick):
 
 
 def test_a_zone_without_quota_is_left_out_and_another_one_waited_for(quick):
-    """The second zone: quota used up by others, then full, then trouble inside the service, then a machine."""
+    """The second zone: quota used up by others, then full, then trouble inside the service, then a
+    machine.
+    """
     plays = [{"refuse": QUOTA.format(8, "us-east5-b")}, CROWDED, INTERNAL, ACTIVE]
     quick.play({"us-east5-a": [{"refuse": QUOTA.format("0,8", "us-east5-a")}], "us-east5-b": plays})
     out = quick.launch()
@@ -930,7 +941,9 @@ until [ -e $FAKE_GCLOUD/finish ]; do sleep 0.05; done"""
 
 @pytest.fixture
 def training(cloud):
-    """A cloud in which launch.sh can be watched while its machine trains: the two, and what it looks like."""
+    """A cloud in which launch.sh can be watched while its machine trains: the two, and what it
+    looks like.
+    """
     cloud.python(TRAINER)
     return cloud
 
@@ -992,7 +1005,9 @@ def test_after_its_hours_the_machine_saves_and_deletes_itself(training):
 
 
 def test_a_machine_that_trains_on_alone_ends_when_its_job_has(training):
-    """Nobody looks for longer than IDLE_SECONDS: the job is left alone, and afterwards the machine is not."""
+    """Nobody looks for longer than IDLE_SECONDS: the job is left alone, and afterwards the machine
+    is not.
+    """
     training.play({"us-east5-a": [ACTIVE]})
     process = start("tpu/launch.sh", training.settings, IDLE_SECONDS="600")
     watched = training_began(training, process)

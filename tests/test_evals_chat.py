@@ -1,4 +1,6 @@
-"""Chat tasks: the letter that the model finds likeliest, answers in words, records, going on after a kill, ChatCORE."""
+"""Chat tasks: the letter that the model finds likeliest, answers in words, records, going on after
+a kill, ChatCORE.
+"""
 
 import contextlib
 import io
@@ -62,7 +64,9 @@ def problems_of(folder, name):  # noqa: F811
 
 @pytest.mark.parametrize("name", LETTERED)
 def test_the_likeliest_letter_of_the_problem_is_what_is_said(folder, name):  # noqa: F811
-    """Likelier tokens that are none of its letters do not count; the letters may be digits, and two to five."""
+    """Likelier tokens that are none of its letters do not count; the letters may be digits, and two
+    to five.
+    """
     problems = problems_of(folder, name)
     favorite = iter([0.5, 0.7, 0.6, 0.9, 0.8] * 2)
     rank = {letter: next(favorite) for letter in "ABCDE1234"}
@@ -224,7 +228,9 @@ def run(place, folder, *more):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def evaluated(place, folder):  # noqa: F811
-    """What an evaluation that was killed midway and started again has left: (folder, what it printed)."""
+    """What an evaluation that was killed midway and started again has left: (folder, what it
+    printed).
+    """
     base, *_ = place
     directory = base / "runs/run/evals"
     make = set_up

@@ -114,7 +114,9 @@ def results(folder):
 
 
 def test_a_killed_evaluation_goes_on_with_the_task_that_was_under_way(place, monkeypatch, capsys):
-    """Also: the run's own shape is used, tables and files hold the numbers, a finished one is not done again."""
+    """Also: the run's own shape is used, tables and files hold the numbers, a finished one is not
+    done again.
+    """
     answered = []
     answer = core.answer
 
@@ -157,7 +159,9 @@ def test_a_killed_evaluation_goes_on_with_the_task_that_was_under_way(place, mon
 
 
 def killed_after(name, folder, *words):
-    """What the command in a process of its own has printed when an evaluation is there, which is its end."""
+    """What the command in a process of its own has printed when an evaluation is there, which is
+    its end.
+    """
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "MaxNano/evaluate.py"), *command(folder, *words)],
         cwd="/",
@@ -174,7 +178,9 @@ def killed_after(name, folder, *words):
 
 
 def test_killed_twice_and_on_other_devices_it_has_the_same_numbers(place, capsys):
-    """On two devices it is killed within CORE and, gone on, within the chat tasks; then this process goes on."""
+    """On two devices it is killed within CORE and, gone on, within the chat tasks; then this
+    process goes on.
+    """
     path = place / "runs/run/evals/step_000007.json"
     path.unlink(missing_ok=True)
     words = (
@@ -290,7 +296,9 @@ class Preemption:
 
 
 def test_core_while_training(place, monkeypatch, capsys):
-    """After the last step; stopped in the middle it goes on with the task that was under way; evaluate.py knows it."""
+    """After the last step; stopped in the middle it goes on with the task that was under way;
+    evaluate.py knows it.
+    """
     changed = (
         "run_name=trained",
         "core_interval=1",

@@ -1,4 +1,6 @@
-"""The flash kernel, interpreted, computes the definition: rotary, QK norm and softmax over window + 1 keys."""
+"""The flash kernel, interpreted, computes the definition: rotary, QK norm and softmax over window +
+1 keys.
+"""
 
 import functools
 import math
@@ -40,7 +42,9 @@ CASES = (
 
 
 def inputs(case: Case, dtype=jnp.float32):
-    """The output's gradient, q, k, v, and rows and gates of value embeddings; a few rows differ much in size."""
+    """The output's gradient, q, k, v, and rows and gates of value embeddings; a few rows differ
+    much in size.
+    """
     rng = np.random.default_rng(0)
     widths = (case.heads, case.heads, *(case.kv_heads,) * 3)
     sizes = 10.0 ** rng.integers(-1, 2, (5, 1, case.length, 1))
@@ -53,7 +57,9 @@ def inputs(case: Case, dtype=jnp.float32):
 
 
 def by_definition(q, k, v, rows=None, gate=None, *, window: int, storage=jnp.float32):
-    """One float32 softmax over all pairs; what a plain implementation would store is rounded to `storage`."""
+    """One float32 softmax over all pairs; what a plain implementation would store is rounded to
+    `storage`.
+    """
     length = q.shape[1]
 
     def heads(x):
@@ -80,7 +86,9 @@ def by_definition(q, k, v, rows=None, gate=None, *, window: int, storage=jnp.flo
 
 
 def together(q, k, v):
-    """Arrays (B, L, heads x H) as the kernel takes them: for each kv head its queries, keys and values."""
+    """Arrays (B, L, heads x H) as the kernel takes them: for each kv head its queries, keys and
+    values.
+    """
     kv_heads = k.shape[-1] // HEAD_DIM
     parts = [x.reshape(*x.shape[:2], kv_heads, -1) for x in (q, k, v)]
     return jnp.concatenate(parts, axis=-1).reshape(*q.shape[:2], -1)
@@ -134,7 +142,9 @@ def test_bfloat16_is_as_near_to_float32_as_plain_attention_in_bfloat16():
 
 
 def test_the_largest_scores_overflow_nowhere():
-    """Keys that all equal their queries, or are opposite to them: the extremes that the norm leaves."""
+    """Keys that all equal their queries, or are opposite to them: the extremes that the norm
+    leaves.
+    """
     length, scale = 128, math.sqrt(flash.LARGEST_BOUND / math.sqrt(HEAD_DIM))
     unrotated = jnp.ones((length, HEAD_DIM // 2)), jnp.zeros((length, HEAD_DIM // 2))
     q = jnp.ones((2, length, HEAD_DIM)).at[..., ::2].multiply(-1)
@@ -178,7 +188,9 @@ def test_what_the_kernel_cannot_take_is_refused_with_advice(changes, advice):
 
 
 def test_the_cost_counts_all_tiles_that_are_computed():
-    """Eight blocks of 256: up to three tiles each in a short window, and all that causality leaves in a long one."""
+    """Eight blocks of 256: up to three tiles each in a short window, and all that causality leaves
+    in a long one.
+    """
 
     def cost(window):
         head = flash.Head(1, window, 128, 1.2, 1e-6, 256, interpret=True)

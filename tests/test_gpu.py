@@ -1,4 +1,5 @@
-"""What only an NVIDIA GPU can show: python -m pytest -m gpu tests/test_gpu.py on a machine that has one.
+"""What only an NVIDIA GPU can show: python -m pytest -m gpu tests/test_gpu.py on a machine that has
+one.
 
 Everything runs in processes of its own, since the test process keeps to the CPU.
 """
@@ -44,7 +45,9 @@ def run(program: str, **environment: str) -> dict:
 
 
 def test_cudnn_attention_equals_the_reference():
-    """Outputs and gradients in bfloat16 are as near to float32's as the reference in bfloat16 is, times two."""
+    """Outputs and gradients in bfloat16 are as near to float32's as the reference in bfloat16 is,
+    times two.
+    """
     found = run("""
         import json
         import jax, jax.numpy as jnp
@@ -156,7 +159,9 @@ def test_deterministic_flags_give_the_same_losses_to_the_last_bit():
 
 
 def test_float32_trains_on_a_gpu():
-    """attention=auto does not take cuDNN's kernel there; losses are those of bfloat16 within its rounding."""
+    """attention=auto does not take cuDNN's kernel there; losses are those of bfloat16 within its
+    rounding.
+    """
     exact = [float.fromhex(x) for x in losses("dtype=float32")]
     rounded = [float.fromhex(x) for x in losses()]
     assert rounded == pytest.approx(exact, rel=0.01)

@@ -1,4 +1,6 @@
-"""A run goes out to `transformers` and comes back bit for bit; there it has the same ids, logits and greedy text."""
+"""A run goes out to `transformers` and comes back bit for bit; there it has the same ids, logits
+and greedy text.
+"""
 
 import json
 import os
@@ -299,7 +301,9 @@ def test_ids_are_the_same_on_long_text_and_special_tokens_are_tokens(as_file, to
     texts=st.lists(st.text("ab c", max_size=30), max_size=8),
 )
 def test_ids_of_any_vocabulary_are_the_same(joins, texts):
-    """Tokens that are joined of any two before them, in any order, are more ambiguous than learned ones."""
+    """Tokens that are joined of any two before them, in any order, are more ambiguous than learned
+    ones.
+    """
     pieces = [bytes([letter]) for letter in b"ab c"]
     for left, right in joins:
         joined = pieces[left % len(pieces)] + pieces[right % len(pieces)]
@@ -558,7 +562,9 @@ def test_transformers_has_our_logits(models, answers, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_generates_what_we_do(models, answers, name):
-    """Greedily, over its cache and without, padded or not: our logits' best token, and the engine's."""
+    """Greedily, over its cache and without, padded or not: our logits' best token, and the
+    engine's.
+    """
     config, params, folder = models[name]
     asked, _, arrays = answers[name]
     rows = np.asarray(asked["ids"])[:, :8]

@@ -504,7 +504,9 @@ def test_an_object_store_gets_whole_files_now_and_then(store, monkeypatch):
 def test_a_store_that_fails_for_ever_delays_no_step_and_loses_no_row(
     store, monkeypatch, caplog, fault
 ):
-    """The steps that a later process does, when the store works again, bring the earlier rows along."""
+    """The steps that a later process does, when the store works again, bring the earlier rows
+    along.
+    """
     monkeypatch.setattr(growing_file, "UPLOAD_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(growing_file, "RETRY_SECONDS", 0.1)
     monkeypatch.setattr(metric_files, "CLOSE_TIMEOUT_SECONDS", 1.0)
@@ -592,7 +594,9 @@ STOPPED_AT = ("nothing", "before the checkpoint", "at the checkpoint", "after th
 @pytest.mark.parametrize("fault", [None, "hang"])
 @pytest.mark.parametrize("uploaded", STOPPED_AT)
 def test_a_run_that_is_killed_and_resumed_has_every_row_once(store, monkeypatch, uploaded, fault):
-    """However much the store had when it began to hang, whether or not it worked again before the kill."""
+    """However much the store had when it began to hang, whether or not it worked again before the
+    kill.
+    """
     machine = Machine(monkeypatch)
     monkeypatch.setattr(growing_file, "REMOTE_WRITE_SECONDS", 0.01)
     monkeypatch.setattr(growing_file, "UPLOAD_TIMEOUT_SECONDS", 0.5)

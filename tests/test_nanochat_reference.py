@@ -1,4 +1,5 @@
-"""nanochat's figures on a second problem, whose weights are a formula: another width, vocabulary, length and schedule.
+"""nanochat's figures on a second problem, whose weights are a formula: another width, vocabulary,
+length and schedule.
 
 Produced by running karpathy/nanochat at 92d63d4 in float32 on a CPU, and kept as printed there.
 """

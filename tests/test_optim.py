@@ -81,7 +81,9 @@ def test_first_step_is_nanochats(golden):
 
 
 class ReferenceMuon:
-    """One (out, in) matrix at a time, in float64, as the papers and nanochat's specification put it."""
+    """One (out, in) matrix at a time, in float64, as the papers and nanochat's specification put
+    it.
+    """
 
     coefficients = (
         (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -119,7 +121,8 @@ class ReferenceMuon:
         x = scaled * np.linalg.norm(x) / max(np.linalg.norm(scaled), 1e-10)
         # Cautious decay, and the larger rate of matrices with more rows than columns.
         lr = lr * np.sqrt(max(1, rows / columns))
-        # Rounding decides whether next to nothing points the same way as a weight: those weights are not compared.
+        # Rounding decides whether next to nothing points the same way as a weight: those weights
+        # are not compared.
         self.decided &= np.abs(x) > 1e-5 * np.abs(x).max()
         aligned = x * self.weight >= 0
         self.weight = self.weight - lr * x - lr * weight_decay * self.weight * aligned
@@ -310,7 +313,8 @@ def test_bfloat16_tables_are_computed_in_float32_and_rounded_once():
     state, wide_state = optimizer.init(narrow), optimizer.init(wide)
     for step in range(3):
         grads = {"token_embed": jnp.asarray(normal((64, 8), seed=step + 1), jnp.bfloat16)}
-        # The float32 run starts each step from the rounded values, so that only arithmetic is compared.
+        # The float32 run starts each step from the rounded values, so that only arithmetic is
+        # compared.
         wide, wide_state = optax.tree.cast_like((narrow, state), (wide, wide_state))
         updates, state = optimizer.update(grads, state, narrow, step=step)
         exact, wide_state = optimizer.update(
@@ -492,7 +496,7 @@ def test_layers_cut_over_devices_need_no_communication():
     )
     assert done.returncode == 0, done.stderr
     cut, whole = map(eval, done.stdout.splitlines())
-    # A device's products are those of its own layer, even where parameters are whole and only the state is cut;
-    # then the new layers are gathered, and nothing else is sent.
+    # A device's products are those of its own layer, even where parameters are whole and only the
+    # state is cut; then the new layers are gathered, and nothing else is sent.
     assert cut == ({"[16,16]", "[16,64]", "[64,16]"}, set())
     assert whole == (cut[0], {"all-gather"})

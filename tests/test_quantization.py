@@ -1,4 +1,6 @@
-"""Products in 8 bits are near those in float, forward and backward, and are where they are said to be."""
+"""Products in 8 bits are near those in float, forward and backward, and are where they are said to
+be.
+"""
 
 import functools
 import re
@@ -14,8 +16,9 @@ from MaxNano.models import quantization
 from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import Numerics
 
-# Relative error in the Frobenius norm of output, activations' and weights' gradient, for normal numbers: rounding
-# errors of both operands, 0.7 % each for int8 and 2.6 % (e4m3) or 5.2 % (e5m2) for fp8, add in squares.
+# Relative error in the Frobenius norm of output, activations' and weights' gradient, for normal
+# numbers: rounding errors of both operands, 0.7 % each for int8 and 2.6 % (e4m3) or 5.2 % (e5m2)
+# for fp8, add in squares.
 BOUNDS = {"int8": (0.012, 0.012, 1e-6), "fp8": (0.04, 0.062, 0.062)}
 
 
@@ -124,7 +127,9 @@ def gradient_of_model(kind):
 
 @pytest.mark.parametrize("kind", ["none", *BOUNDS])
 def test_the_layers_matrices_are_multiplied_in_8_bits(kind):
-    """Four products a layer: queries with keys and values, output, both of the MLP; each with its gradients."""
+    """Four products a layer: queries with keys and values, output, both of the MLP; each with its
+    gradients.
+    """
     text = gradient_of_model(kind)[2]
     found = [
         len(re.findall(rf"new_dtype={dtype}\s", text))

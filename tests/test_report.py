@@ -1,4 +1,6 @@
-"""The report of a run: everything that its folder holds is in it, nothing in it can act, it is whole or absent."""
+"""The report of a run: everything that its folder holds is in it, nothing in it can act, it is
+whole or absent.
+"""
 
 import csv
 import json

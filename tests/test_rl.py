@@ -1,4 +1,6 @@
-"""Reinforcement learning: nanochat's gradients, what is trained and with which weight, resume, rewards that rise."""
+"""Reinforcement learning: nanochat's gradients, what is trained and with which weight, resume,
+rewards that rise.
+"""
 
 import json
 import os
@@ -306,7 +308,9 @@ def test_killed_it_goes_on_bit_for_bit(place, whole):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_sums_by_the_calculator_are_learned_from_reward(place, tmp_path, seed):
-    """Fine-tuning teaches to call the calculator with any digits, reinforcement learning with the right ones."""
+    """Fine-tuning teaches to call the calculator with any digits, reinforcement learning with the
+    right ones.
+    """
     common = [
         f"base_output_directory={tmp_path}/runs",
         f"seed={seed}",

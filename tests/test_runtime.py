@@ -301,7 +301,9 @@ def test_flags_of_the_named_groups_and_the_backend():
 
 
 def test_flags_for_gpus_are_flags_of_xla():
-    """XLA has one table of flags for CPU and GPU, and refuses to compile with one that is not in it."""
+    """XLA has one table of flags for CPU and GPU, and refuses to compile with one that is not in
+    it.
+    """
     config = config_of()
     names = [name for name, backend, *_ in config.xla_flag_groups if backend == "gpu"]
     options = hardware.compiler_options(pyconfig.replace(config, "test", xla_flags=names), "gpu")

@@ -50,7 +50,9 @@ def test_equal_scores_stay_together_and_no_filter_keeps_all():
 
 
 def test_draws_follow_the_probabilities():
-    """Each token's share is its probability, as the running sum over evenly spaced numbers gives it."""
+    """Each token's share is its probability, as the running sum over evenly spaced numbers gives
+    it.
+    """
     scores = np.random.default_rng(0).normal(0, 2, SIZE).astype(np.float32)
     scores[::3] = -np.inf
     count = 50_000

@@ -1,4 +1,6 @@
-"""The sandbox: nothing gets out of it, nothing survives in it, and no program passes but by being right."""
+"""The sandbox: nothing gets out of it, nothing survives in it, and no program passes but by being
+right.
+"""
 
 import contextlib
 import os
@@ -72,8 +74,9 @@ def nothing_remains():
 
 
 # ---- Escapes ---------------------------------------------------------------------------------------------------------
-# Each tries to do something to the world outside and raises where it is not let. VICTIM is a process of the same
-# user, SECRET and FOLDER a file and a folder of the host, PORT a listening socket.
+# Each tries to do something to the world outside and raises where it is not let. VICTIM is a
+# process of the same user, SECRET and FOLDER a file and a folder of the host, PORT a listening
+# socket.
 C = """
 import ctypes
 libc = ctypes.CDLL(None, use_errno=True)
@@ -447,7 +450,9 @@ def test_wrong_programs_are_told_why(mechanism, program, error):
 
 
 def test_helpers_of_the_test_are_the_tests_own(mechanism):
-    """As in HumanEval, where some tests call functions that the prompt defines, or the candidate by its name."""
+    """As in HumanEval, where some tests call functions that the prompt defines, or the candidate by
+    its name.
+    """
     prompt = "def twice(x): return 2 * x\n\ndef half(x):\n    '''Half of x.'''\n"
     test = prompt + "\ndef check(f):\n    assert twice(f(6)) == 6\n    assert half(4) == 2\n"
     honest = prompt + "    return x // 2"
@@ -457,7 +462,9 @@ def test_helpers_of_the_test_are_the_tests_own(mechanism):
 
 
 def test_forged_messages_do_not_pass(mechanism):
-    """The pipe to the judge belongs to the program: whatever it says there is an answer, never a verdict."""
+    """The pipe to the judge belongs to the program: whatever it says there is an answer, never a
+    verdict.
+    """
     fake = (
         "import os, struct\n"
         "for body in (b'[\"value\", 5', b'[' * 100000, b'{}', b'[\"raise\", \"SystemExit\", \"0\"]',\n"

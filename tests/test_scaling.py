@@ -5,8 +5,8 @@ import pytest
 from MaxNano import pyconfig, scaling
 
 # Depth, width, heads, parameters, matrices, value embeddings, scaling parameters, FLOPs per token,
-# log2 of the batch, learning-rate scale, weight decay, steps at 12 and at 8 tokens per scaling parameter.
-# Source: nanochat@92d63d4, scripts/base_train.py run for each depth with its defaults.
+# log2 of the batch, learning-rate scale, weight decay, steps at 12 and at 8 tokens per scaling
+# parameter. Source: nanochat@92d63d4, scripts/base_train.py run for each depth with its defaults.
 TABLE = [
     (
         4,

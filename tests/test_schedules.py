@@ -14,7 +14,8 @@ GOLDEN = Path(__file__).parent / "golden" / "nanochat_small.npz"
 
 
 def test_golden_run():
-    # The recorded run: 60 steps planned, 5 of warm-up, momentum rising over 12, of which 8 were taken.
+    # The recorded run: 60 steps planned, 5 of warm-up, momentum rising over 12, of which 8 were
+    # taken.
     golden = np.load(GOLDEN)
     steps = 60
     taken = range(len(golden["losses"]))
@@ -84,7 +85,8 @@ def test_momentum_of_a_long_run(step, expected):
 
 def test_momentum_warmup_wins_over_warmdown():
     momentum = partial(schedules.muon_momentum, start=0.85, peak=0.97, final=0.9)
-    # 500 steps fall from step 175 on: step 399 still rises, step 400 jumps to where the fall has come.
+    # 500 steps fall from step 175 on: step 399 still rises, step 400 jumps to where the fall has
+    # come.
     np.testing.assert_allclose(momentum(399, 500, 400, 0.65), 0.85 + 0.12 * 399 / 400, rtol=1e-6)
     np.testing.assert_allclose(momentum(400, 500, 400, 0.65), 0.97 - 0.07 * 225 / 325, rtol=1e-6)
 

@@ -179,7 +179,8 @@ def test_a_release_candidate_is_no_release(tmp_path):
         assert (status == 0) == fits, version
 
 
-# A uv that says what it was asked and then makes an environment as bare as the real one's, or says that it cannot.
+# A uv that says what it was asked and then makes an environment as bare as the real one's, or says
+# that it cannot.
 UV = """#!{sh}
 echo "$@" >>{log}
 case "$1 $*" in

@@ -1,4 +1,6 @@
-"""Fine-tuning through train.py: the start from another run, the horizon, kill -9, and nanochat's gradients."""
+"""Fine-tuning through train.py: the start from another run, the horizon, kill -9, and nanochat's
+gradients.
+"""
 
 import json
 import os
@@ -70,7 +72,9 @@ def sft_words(place, *more):
 
 
 def say(number, count=None):
-    """The n-th conversation: counting on, by two to six words; every ninth is longer than the context."""
+    """The n-th conversation: counting on, by two to six words; every ninth is longer than the
+    context.
+    """
     count = count or (400 if number % 9 == 0 else 2 + number % 5)
     start = number % len(WORDS)
     counted = " ".join(WORDS[(start + i) % len(WORDS)] for i in range(count))
@@ -79,9 +83,11 @@ def say(number, count=None):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """(folder, state): conversations, a tokenizer and a base run of which nothing but its checkpoint is there.
+    """(folder, state): conversations, a tokenizer and a base run of which nothing but its
+    checkpoint is there.
 
-    The state is the one with which a run in it would begin by itself; the checkpoint has more in its optimizer's.
+    The state is the one with which a run in it would begin by itself; the checkpoint has more in
+    its optimizer's.
     """
     folder = tmp_path_factory.mktemp("sft")
     (folder / "chat.jsonl").write_text("".join(json.dumps(say(n)) + "\n" for n in range(160)))

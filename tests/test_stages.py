@@ -1,4 +1,6 @@
-"""A new stage and a new evaluation are a row each: a DPO-like stage and a toy evaluation, trained by train.train."""
+"""A new stage and a new evaluation are a row each: a DPO-like stage and a toy evaluation, trained
+by train.train.
+"""
 
 import json
 import shutil
@@ -65,7 +67,9 @@ class Pairs:
 
 
 def margins(nll, reference):
-    """How much more likely than under the reference the preferred row is than the other one, in nats."""
+    """How much more likely than under the reference the preferred row is than the other one, in
+    nats.
+    """
     rewards = jnp.sum(reference - nll, axis=1)
     return rewards[::2] - rewards[1::2]
 
@@ -196,7 +200,9 @@ def test_a_stage_and_an_evaluation_are_a_row_each(rows, words, tmp_path, monkeyp
 
 
 def test_without_the_row_the_stage_is_that_of_the_data(words):
-    """`stage` names a file of values; the row is chosen by it if there is one, else by dataset_type."""
+    """`stage` names a file of values; the row is chosen by it if there is one, else by
+    dataset_type.
+    """
     assert stage_config(pyconfig.initialize(words)).name == "pretrain"
     base = str(ROOT / "configs/base.yml")
     for more, name in {

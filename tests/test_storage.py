@@ -1,4 +1,6 @@
-"""Files and checkpoints in a bucket, by the real clients: what the store refuses, loses or cuts, and other writers."""
+"""Files and checkpoints in a bucket, by the real clients: what the store refuses, loses or cuts,
+and other writers.
+"""
 
 import asyncio
 import io

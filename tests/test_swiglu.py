@@ -1,4 +1,6 @@
-"""One definition of the block: a SwiGLU MLP, put in one place, changes training, decoding, CORE and all counts."""
+"""One definition of the block: a SwiGLU MLP, put in one place, changes training, decoding, CORE and
+all counts.
+"""
 
 import math
 
@@ -54,7 +56,9 @@ def matrix_product_flops(jaxpr):
 
 
 def test_counts_follow_the_definition():
-    """FLOPs are those of the products that the traced model makes, parameters those that it declares."""
+    """FLOPs are those of the products that the traced model makes, parameters those that it
+    declares.
+    """
     config = small("num_decoder_layers=4", "vocab_size=64", "scan_layers=false", "mlp_dim=48")
     model = architecture(config, FLOAT32)
     shape = scaling.shape_of(config)

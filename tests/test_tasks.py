@@ -1,4 +1,6 @@
-"""Chat tasks: nanochat's conversations and verdicts, data from a folder or an archive, clear errors."""
+"""Chat tasks: nanochat's conversations and verdicts, data from a folder or an archive, clear
+errors.
+"""
 
 import json
 import tarfile

@@ -1,4 +1,6 @@
-"""train_compile.py through its command line: a machine without a TPU says what a TPU slice would do."""
+"""train_compile.py through its command line: a machine without a TPU says what a TPU slice would
+do.
+"""
 
 import json
 import os
@@ -19,7 +21,9 @@ LEAST_EFFORT = {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"}  # of the compiler,
 
 
 def run(tmp_path, *words, status=0, **own):
-    """(stdout, stderr) of train_compile.py, which finds nothing in its environment that concerns TPUs but `own`."""
+    """(stdout, stderr) of train_compile.py, which finds nothing in its environment that concerns
+    TPUs but `own`.
+    """
     environment = {
         key: value
         for key, value in os.environ.items()
@@ -139,8 +143,8 @@ def test_both_programs_compile_for_a_slice(tmp_path):
 
 
 def check_that_weights_travel_once(collectives, keys):
-    """However many micro-steps: one gather of every weight in bfloat16; one sum of every gradient, of the embeddings
-    in bfloat16 and of the rest in float32.
+    """However many micro-steps: one gather of every weight in bfloat16; one sum of every gradient,
+    of the embeddings in bfloat16 and of the rest in float32.
 
     Where layers do not divide the devices, the update has collectives of its own.
     """
@@ -208,7 +212,9 @@ def test_decoding_finds_the_cache_as_it_wants_it(tmp_path):
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(900)
 def test_two_slices_talk_over_the_data_center_network(tmp_path):
-    """In the step of reinforcement learning with all that a batch can have, as long as nobody says its steps."""
+    """In the step of reinforcement learning with all that a batch can have, as long as nobody says
+    its steps.
+    """
     words = (
         "num_decoder_layers=1",
         "compile_topology=v6e-4",
@@ -244,7 +250,9 @@ def test_too_much_for_the_memory_is_one_line_with_a_batch_that_fits(tmp_path):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("model", ["d4", "d12", pytest.param("d24", marks=pytest.mark.long)])
 def test_the_real_models_fit_a_v6e_8(tmp_path, model):
-    """d4 and d12 with the compiler's least effort: slower code of the same memory, collectives and flags."""
+    """d4 and d12 with the compiler's least effort: slower code of the same memory, collectives and
+    flags.
+    """
     _, values = report(tmp_path, f"model={model}", **({} if model == "d24" else LEAST_EFFORT))
     train = values["programs"]["train"]
     assert train["memory"]["total"] < train["memory"]["limit"]

@@ -1,4 +1,6 @@
-"""The train step: nanochat's numbers over several updates, accumulation, layouts, and updates that must not happen."""
+"""The train step: nanochat's numbers over several updates, accumulation, layouts, and updates that
+must not happen.
+"""
 
 import json
 import os
@@ -69,7 +71,9 @@ def relative(got, expected):
 
 
 def test_eight_updates_are_nanochats():
-    """Losses within 1e-5; parameters after 1 and after 8 updates within 1e-3 relative: tests/golden."""
+    """Losses within 1e-5; parameters after 1 and after 8 updates within 1e-3 relative:
+    tests/golden.
+    """
     with np.load(ROOT / "tests/golden/nanochat_small.npz") as file:
         golden = dict(file)
     fields, rates = (json.loads(str(golden[name])) for name in ("config", "lr"))

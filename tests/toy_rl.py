@@ -1,4 +1,6 @@
-"""train.py with two toy tasks that can be learned by reward alone: `python tests/toy_rl.py configs/base.yml ...`."""
+"""train.py with two toy tasks that can be learned by reward alone: `python tests/toy_rl.py
+configs/base.yml ...`.
+"""
 
 import random
 import sys
@@ -12,7 +14,9 @@ from MaxNano.tasks.base import Task, dialogue
 
 
 class Ascii(Task):
-    """A question, to be answered with as many plain characters as possible: the reward is their share."""
+    """A question, to be answered with as many plain characters as possible: the reward is their
+    share.
+    """
 
     kind = "generative"
 
@@ -35,8 +39,8 @@ class Ascii(Task):
 class Sums(Task):
     """Two digits to be added by the calculator; right is that it said their sum.
 
-    The split `guess` calls it with the right digits hardly more often than with any other ones: trained on that, a
-    model knows the form, and where to look.
+    The split `guess` calls it with the right digits hardly more often than with any other ones:
+    trained on that, a model knows the form, and where to look.
     """
 
     kind = "generative"

@@ -1,4 +1,6 @@
-"""nanochat's gradients in fine-tuning and in reinforcement learning, and the one train step that has to have them."""
+"""nanochat's gradients in fine-tuning and in reinforcement learning, and the one train step that
+has to have them.
+"""
 
 import json
 from dataclasses import replace
@@ -26,8 +28,9 @@ LARGE = 2.0**20  # a gradient times this is hardly rounded when it is added to a
 def check_gradients(batch, expected, *words, complete=None):
     """Whether a batch's gradients, taken out of the train step, are `expected`; returns its loss.
 
-    complete: (set-up, parameters, batch) -> the batch, with what else `words`, more of the config, want in it.
-    expected: nanochat's name of a parameter -> the gradient's norm, and its product with a vector of hashed numbers.
+    complete: (set-up, parameters, batch) -> the batch, with what else `words`, more of the config,
+    want in it. expected: nanochat's name of a parameter -> the gradient's norm, and its product
+    with a vector of hashed numbers.
     """
     fields = GOLDEN["config"]
     rows = len(batch["inputs"])

@@ -1,9 +1,11 @@
-"""What SkyPilot makes of the task files of end_to_end/cloud: run by tests/test_cloud.py with SKYPILOT_PYTHON.
+"""What SkyPilot makes of the task files of end_to_end/cloud: run by tests/test_cloud.py with
+SKYPILOT_PYTHON.
 
     HOME=EMPTY_FOLDER python tests/with_skypilot.py FILE ...
 
-prints one JSON object: for each file what its own parser, its optimizer and its rule for restarts make of it. No cloud,
-no account and no network: the catalog is a few rows with invented prices, where SkyPilot keeps a downloaded one.
+prints one JSON object: for each file what its own parser, its optimizer and its rule for restarts
+make of it. No cloud, no account and no network: the catalog is a few rows with invented prices,
+where SkyPilot keeps a downloaded one.
 """
 
 import contextlib

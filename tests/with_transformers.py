@@ -1,9 +1,11 @@
-"""What `transformers` makes of exported folders: run by tests/test_huggingface.py, perhaps by another Python.
+"""What `transformers` makes of exported folders: run by tests/test_huggingface.py, perhaps by
+another Python.
 
     python tests/with_transformers.py FOLDER ...
 
-Beside each FOLDER lies FOLDER.json with `texts`, `conversation`, `ids` (rows of equal length) and `new_tokens`; the
-answers go to FOLDER.npz and FOLDER.answers.json, and the model, saved anew in small shards, to FOLDER.again.
+Beside each FOLDER lies FOLDER.json with `texts`, `conversation`, `ids` (rows of equal length) and
+`new_tokens`; the answers go to FOLDER.npz and FOLDER.answers.json, and the model, saved anew in
+small shards, to FOLDER.again.
 """
 
 import json

@@ -382,7 +382,7 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(settings, place, hub, 
         ("sft", f"{STEPS} of {place}/runs/downloaded"),
         ("rl", f"4 of {place}/runs/downloaded_sft"),
     ):
-        assert f"starting from step {start}\n" in out
+        assert f"Starting from step {start}\n" in out
         folder = place / f"runs/downloaded_{stage}"
         steps = steps_of(folder)
         assert (

@@ -173,7 +173,7 @@ def test_a_path_names_a_run_too(place):
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["load_from=nowhere"], "nowhere holds no finished checkpoint"),
+        (["load_from=nowhere"], "nowhere has no finished checkpoint"),
         (
             ["load_from=base", "run_name=base"],
             "load_from=base is the folder of this run itself; choose another",

@@ -182,7 +182,9 @@ def read_keys(path: Path) -> dict[str, Key] | None:
 
 
 def _comments(text: str, entries: Mapping[str, tuple[yaml.Node, yaml.Node]]) -> dict[str, str]:
-    """The comment of each key, with the comment lines, indented by 4 or more, that continue it; '' if none."""
+    """The comment of each key, with the comment lines, indented by 4 or more, that continue it; ''
+    if none.
+    """
     lines = text.splitlines()
     comments = {}
     for name, (key, value) in entries.items():

@@ -8,7 +8,8 @@ PLAIN_WIDTH = 120  # columns of a table if stdout is not a terminal
 
 
 def one_line(error: BaseException | str, limit: int | None = None) -> str:
-    """The text of an error, or any text, on one line; the name of the error's type if it has no text.
+    """The text of an error, or any text, on one line; the name of the error's type if it has no
+    text.
 
     A text over `limit` characters loses its middle, because causes are at the end.
     """

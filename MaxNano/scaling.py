@@ -3,7 +3,8 @@
 Pure functions of plain numbers, so that pyconfig can derive a config without JAX.
 
 Source: nanochat@92d63d4 (scripts/base_train.py, nanochat/gpt.py), which cites
-https://arxiv.org/abs/2505.13738 for the batch size and https://arxiv.org/abs/2405.13698 for weight decay.
+https://arxiv.org/abs/2505.13738 for the batch size and https://arxiv.org/abs/2405.13698 for weight
+decay.
 """
 
 import math
@@ -16,8 +17,8 @@ BATCH_EXPONENT = 0.383  # optimal batch size ~ training tokens ** BATCH_EXPONENT
 
 
 # The matrices of a block: part -> name -> logical axes of its inputs and outputs. Parameters are
-# declared, initialized, sharded and counted from this table, and FLOPs follow it. To change the MLP,
-# change its row here and the function `mlp` in models/layers.py.
+# declared, initialized, sharded and counted from this table, and FLOPs follow it. To change the
+# MLP, change its row here and the function `mlp` in models/layers.py.
 BLOCK: dict[str, dict[str, tuple[str, str]]] = {
     "attention": {
         "query": ("embed", "heads"),

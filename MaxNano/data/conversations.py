@@ -175,8 +175,8 @@ class ConversationEncoding:
     """The workers.Encoding of a mixture's conversations.
 
     Reader r of R takes conversations r, r + R, ... of each epoch. Built as
-    `ConversationEncoding(config, tokenizer, split)`. Raises ValueError as Mixture does, and if there
-    are fewer conversations than readers.
+    `ConversationEncoding(config, tokenizer, split)`. Raises ValueError as Mixture does, and if
+    there are fewer conversations than readers.
     """
 
     def __init__(self, config: Any, tokenizer: Any, split: str):

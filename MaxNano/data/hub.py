@@ -1,10 +1,11 @@
-"""Downloads of data sets, chat tasks and the CORE bundle: a file is complete and verified, or missing.
+"""Downloads of data sets, chat tasks and the CORE bundle: a file is complete and verified, or
+missing.
 
 huggingface_hub transfers the files: its cache, tokens (`hf auth login`, HF_TOKEN), HF_ENDPOINT,
-HF_HUB_OFFLINE, HF_HUB_DOWNLOAD_TIMEOUT, xet, and resumption after a lost connection are the library's.
-This module adds what training relies on:
-- A file gets its name only after its length and hash match those that the hub lists.
-- manifest.json lists the files of a data set before the first one arrives, so that training can
+HF_HUB_OFFLINE, HF_HUB_DOWNLOAD_TIMEOUT, xet, and resumption after a lost connection are the
+library's. This module adds what training relies on: - A file gets its name only after its length
+and hash match those that the hub lists. - manifest.json lists the files of a data set before the
+first one arrives, so that training can
   start while later shards download (sources.py waits for them).
 - The same command after an interruption skips complete files and downloads the others.
 Source: nanochat/dataset.py, tasks/common.py and scripts/base_eval.py@92d63d4.
@@ -500,7 +501,8 @@ def _is_whole_split(folder: Path) -> bool:
 def fetch_core(config: Any, say: Say = print_line) -> Path:
     """Download the CORE bundle from its URL, as the archive that core_bundle can name.
 
-    No hash is published for it: the checksums in the archive decide. Raises ValueError with one line.
+    No hash is published for it: the checksums in the archive decide. Raises ValueError with one
+    line.
     """
     path = _local(config.download_path) / CORE_FOLDER / CORE_BUNDLE
     if path.is_file():

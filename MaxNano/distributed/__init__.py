@@ -1,1 +1,3 @@
-"""Devices: start-up, mesh, sharding rules, chip table, compilation cache, preemption. No model, no data."""
+"""Devices: start-up, mesh, sharding rules, chip table, compilation cache, preemption. No model, no
+data.
+"""

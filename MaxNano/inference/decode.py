@@ -1,7 +1,7 @@
 """The model at inference: prefill, and decoding token by token over a KV cache.
 
-Pure functions of weights and of a cache. The model itself is models/transformer.py's `forward`; here
-are the contexts in which it runs, and the loop of decode steps on the device.
+Pure functions of weights and of a cache. The model itself is models/transformer.py's `forward`;
+here are the contexts in which it runs, and the loop of decode steps on the device.
 
 Legend: B slots, R prompts, L length, T tokens, D embed, V vocab.
 """
@@ -61,8 +61,8 @@ def make_plan(
 ) -> Plan:
     """The plan for sequences of at most `max_length` tokens, prompt and completion together.
 
-    scans: whether prefill scans equal groups of layers. None: as scan_layers on a TPU, whose compiler
-    reads a layer of a stack in place; other compilers copy it.
+    scans: whether prefill scans equal groups of layers. None: as scan_layers on a TPU, whose
+    compiler reads a layer of a stack in place; other compilers copy it.
     """
     kinds = transformer.layer_kinds(config)
     period, groups = transformer.repetition(kinds)
@@ -96,10 +96,11 @@ def make_plan(
 
 
 def prepare(plan: Plan, params: dict[str, Any]) -> Weights:
-    """The weights of a parameter tree, with layers apart: `loop` those that prefill scans, and `layers`.
+    """The weights of a parameter tree, with layers apart: `loop` those that prefill scans, and
+    `layers`.
 
-    loop[j] stacks layer j of every group. `head` is (D, V): a CPU's products with few rows take more
-    than twice as long with (V, D).
+    loop[j] stacks layer j of every group. `head` is (D, V): a CPU's products with few rows take
+    more than twice as long with (V, D).
     """
     config = plan.config
     weights = inference_weights.prepare(config, params, plan.dtype)
@@ -139,7 +140,9 @@ def cache_shapes(plan: Plan, mesh: Mesh, slots: int) -> KVCache:
 
 
 def logits_of(plan: Plan, weights: Weights, hidden: jax.Array) -> jax.Array:
-    """Hidden states (T, D) -> soft-capped float32 logits (T, padded V), -inf for ids without a token."""
+    """Hidden states (T, D) -> soft-capped float32 logits (T, padded V), -inf for ids without a
+    token.
+    """
     config = plan.config
     logits = transformer.head(config, hidden, weights["head"].T)
     logits = sharding.constrain(logits, (None, None), config.logical_axis_rules)
@@ -151,7 +154,9 @@ def logits_of(plan: Plan, weights: Weights, hidden: jax.Array) -> jax.Array:
 
 
 class Copies(NamedTuple):
-    """Which prompt is copied to which slot: rows and slots (B,), of which the first `count` () are used."""
+    """Which prompt is copied to which slot: rows and slots (B,), of which the first `count` () are
+    used.
+    """
 
     rows: jax.Array
     slots: jax.Array
@@ -168,7 +173,8 @@ def prefill(
 ) -> tuple[KVCache, jax.Array]:
     """The cache with prompts written to their slots, and the prompts' hidden states (R, L, D).
 
-    tokens (R, L) are prompts padded at the end, lengths (R,). One prompt may be copied to many slots.
+    tokens (R, L) are prompts padded at the end, lengths (R,). One prompt may be copied to many
+    slots.
     """
     rows, length = tokens.shape
     positions = jnp.tile(jnp.arange(length), rows)
@@ -218,7 +224,9 @@ def _context(plan, tokens, positions, attend, previous):
 
 
 class TokenScores(NamedTuple):
-    """Log-probabilities of tokens (...), and of the likeliest ones (..., LARGEST_LOGPROBS) with their ids."""
+    """Log-probabilities of tokens (...), and of the likeliest ones (..., LARGEST_LOGPROBS) with
+    their ids.
+    """
 
     logprobs: jax.Array
     top_logprobs: jax.Array
@@ -228,7 +236,9 @@ class TokenScores(NamedTuple):
 def score(
     plan: Plan, weights: Weights, hidden: jax.Array, targets: jax.Array, with_top: jax.Array
 ) -> TokenScores:
-    """Log-probabilities of targets (R, L) given hidden states (R, L, D), and with_top () of the likeliest."""
+    """Log-probabilities of targets (R, L) given hidden states (R, L, D), and with_top () of the
+    likeliest.
+    """
 
     def chunk(part):
         logits = logits_of(plan, weights, part[0])
@@ -268,8 +278,8 @@ def decode_step(
 ) -> tuple[jax.Array, KVCache]:
     """Logits (B, V) after one token per slot, and the cache with it; the other arguments are (B,).
 
-    A token overwrites one that it cannot see. An idle slot may therefore repeat its last token, or run a
-    token that is still to be decoded, and stays as it is.
+    A token overwrites one that it cannot see. An idle slot may therefore repeat its last token, or
+    run a token that is still to be decoded, and stays as it is.
     """
     rotary = tuple(table[positions] for table in weights["rotary"])
 
@@ -302,7 +312,8 @@ def _unrolled(plan, weights):
 
 
 class Control(NamedTuple):
-    """The host's instructions for each slot in a round of decode steps; arrays (B,), int32 by default.
+    """The host's instructions for each slot in a round of decode steps; arrays (B,), int32 by
+    default.
 
     They are the columns of one array, because each transfer to the devices costs the host time.
     """
@@ -334,7 +345,9 @@ class Control(NamedTuple):
 
     @classmethod
     def of(cls, packed: np.ndarray | jax.Array) -> Self:
-        """The columns of an array (B, CONTROL_COLUMNS + steps) int32; NumPy columns share its memory."""
+        """The columns of an array (B, CONTROL_COLUMNS + steps) int32; NumPy columns share its
+        memory.
+        """
         singles = [name for name in cls._fields if name not in ("seed", "stop", "forced")]
         columns = {name: packed[:, i] for i, name in enumerate(singles)}
         columns |= {
@@ -366,10 +379,10 @@ def decode_round(
 ) -> tuple[KVCache, Round]:
     """Up to `steps` tokens (the width of control.forced) for each slot, in a loop on the device.
 
-    The loop ends early when no slot is active and, if is_eager (), when the first slot stops. A slot stops
-    when it samples a token in `stop`, which is returned too, or when `left` tokens are generated.
-    seen (B, padded V): the tokens that the repetition penalty applies to.
-    The random number for position p of a sample depends only on seed, sample and p.
+    The loop ends early when no slot is active and, if is_eager (), when the first slot stops. A
+    slot stops when it samples a token in `stop`, which is returned too, or when `left` tokens are
+    generated. seen (B, padded V): the tokens that the repetition penalty applies to. The random
+    number for position p of a sample depends only on seed, sample and p.
     """
     slots, steps = control.forced.shape
     is_greedy = ~jnp.any(control.is_sampled | control.is_penalized)
@@ -453,8 +466,8 @@ def _sample(control, logits, uniform, seen, tokens):
         lowest = sampling.lowest_kept(scores, control.top_k, control.top_p)[:, None]
         return jnp.where(scores >= lowest, scores, -jnp.inf)
 
-    # Compared in the branch that computes the threshold: outside of it, the compiler may compute the
-    # scores once more with other rounding, and then no token would reach the threshold.
+    # Compared in the branch that computes the threshold: outside of it, the compiler may compute
+    # the scores once more with other rounding, and then no token would reach the threshold.
     filters = jnp.any((control.top_k > 0) | (control.top_p < 1))
     scores = jax.lax.cond(filters, keep, lambda scores: scores, scores)
     is_kept = scores >= jnp.log(control.min_p)[:, None]

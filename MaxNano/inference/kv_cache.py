@@ -1,11 +1,12 @@
-"""The KV cache: keys and values of the tokens that each layer can still see, written and attended to.
+"""The KV cache: keys and values of the tokens that each layer can still see, written and attended
+to.
 
-A sequence lives in one slot of the cache. A layer with window w sees w + 1 positions, so it keeps that
-many per slot, as a ring buffer: position p is stored at index p mod (w + 1). The buffer is split into
-blocks along its positions, so that a decode step reads only the blocks that are in use.
+A sequence lives in one slot of the cache. A layer with window w sees w + 1 positions, so it keeps
+that many per slot, as a ring buffer: position p is stored at index p mod (w + 1). The buffer is
+split into blocks along its positions, so that a decode step reads only the blocks that are in use.
 
-Legend: B slots, R prompts, L length, K kv_heads, G query heads per kv head, H head_dim, S positions of
-a block.
+Legend: B slots, R prompts, L length, K kv_heads, G query heads per kv head, H head_dim, S positions
+of a block.
 """
 
 from collections.abc import Sequence
@@ -73,7 +74,8 @@ def cache_shapes(
 def prompt_cache(
     layout: CacheLayout, k: jax.Array, v: jax.Array, window: int, lengths: jax.Array
 ) -> LayerCache:
-    """What prompts leave in a layer's cache: blocks (R, K, up to S, H), of which the last may be empty.
+    """What prompts leave in a layer's cache: blocks (R, K, up to S, H), of which the last may be
+    empty.
 
     k, v (R, K, L, H): keys and values of prompts of `lengths` (R,), padded at the end.
     """
@@ -88,7 +90,9 @@ def prompt_cache(
 
 
 def _last_positions(x, lengths, size):
-    """The last `size` positions of x (R, K, L, H) before `lengths` (R,), each at its index mod `size`."""
+    """The last `size` positions of x (R, K, L, H) before `lengths` (R,), each at its index mod
+    `size`.
+    """
     if x.shape[2] <= size:
         return x
     last = lengths[:, None] - 1
@@ -157,8 +161,9 @@ def attend(
 ) -> jax.Array:
     """Attention of one query per slot, q (B, K, G, H) at positions (B,), over a layer's cache.
 
-    Blocks after the longest sequence are skipped, unless `reads_all`. A block without visible positions
-    leaves a slot's numbers unchanged bit for bit, so a slot's result does not depend on other slots.
+    Blocks after the longest sequence are skipped, unless `reads_all`. A block without visible
+    positions leaves a slot's numbers unchanged bit for bit, so a slot's result does not depend on
+    other slots.
     """
     seen = jnp.minimum(positions + 1, layout.size(window))[:, None, None, None]
     heads = q.shape[2]

@@ -1,14 +1,16 @@
 """Scores continuations that share a prefix: the prefix is computed once for all of them.
 
-Each layer sees at most a window of tokens, so a prefix is cut to what all windows together can reach.
-The last layers compute only the tokens that the next layer reads, and only the branches' tokens meet
-the output head. The scores are those of the whole model over whole rows: see tests/test_core.py.
+Each layer sees at most a window of tokens, so a prefix is cut to what all windows together can
+reach. The last layers compute only the tokens that the next layer reads, and only the branches'
+tokens meet the output head. The scores are those of the whole model over whole rows: see
+tests/test_core.py.
 
-Rows are aligned at the end of the prefix and padded on its left, so that windows cover the same columns
-in all rows of a batch. Lengths are rounded up to few sizes, so that few programs are compiled.
+Rows are aligned at the end of the prefix and padded on its left, so that windows cover the same
+columns in all rows of a batch. Lengths are rounded up to few sizes, so that few programs are
+compiled.
 
-Legend: E prefixes, P prefix columns, C branches per prefix, S branch columns, T = P + C x S, D embed,
-K kv_heads, G query heads per kv head, H head_dim.
+Legend: E prefixes, P prefix columns, C branches per prefix, S branch columns, T = P + C x S, D
+embed, K kv_heads, G query heads per kv head, H head_dim.
 """
 
 import collections
@@ -61,10 +63,10 @@ def branch_hidden(
 ) -> jax.Array:
     """Final hidden states (E, C, S, D) of branches (E, C, S), each of which continues its prefix.
 
-    prefix (E, P): its last P tokens, padded on the left; lengths (E,): tokens of the whole prefix, which
-    decide positions and what is padding. P is at most receptive_field(model), or the prefix is cut.
-    scans: equal groups of layers but the last are a scan, over all columns. The layers that remain
-    compute only the columns that the next one reads.
+    prefix (E, P): its last P tokens, padded on the left; lengths (E,): tokens of the whole prefix,
+    which decide positions and what is padding. P is at most receptive_field(model), or the prefix
+    is cut. scans: equal groups of layers but the last are a scan, over all columns. The layers that
+    remain compute only the columns that the next one reads.
     """
     (rows, columns), (_, count, size) = prefix.shape, branches.shape
     offsets = np.concatenate([np.arange(-columns, 0), np.tile(np.arange(size), count)])
@@ -104,7 +106,9 @@ def branch_hidden(
 
 
 def receptive_field(kinds: Sequence[LayerKind]) -> int:
-    """Tokens before a branch that can reach its hidden states: all windows, and one more by the smear."""
+    """Tokens before a branch that can reach its hidden states: all windows, and one more by the
+    smear.
+    """
     return sum(kind.window for kind in kinds) + 1
 
 
@@ -117,7 +121,8 @@ def _widths(kinds: Sequence[LayerKind], columns: int) -> list[int]:
 
 
 def _attend(q, k, v, window: int, lengths, branches: tuple[int, int]) -> jax.Array:
-    """q (E, K, G, Q + C x S, H), k and v (E, K, W + C x S, H), the last columns -> (E, Q + C x S, N x H).
+    """q (E, K, G, Q + C x S, H), k and v (E, K, W + C x S, H), the last columns -> (E, Q + C x S, N
+    x H).
 
     branches: C and S.
     """
@@ -129,7 +134,8 @@ def _attend(q, k, v, window: int, lengths, branches: tuple[int, int]) -> jax.Arr
         prefix = (x[..., :-total, :] for x in (q, k, v))
         parts.append(_attend_prefix(*prefix, window, lengths))
 
-    # The queries of a branch see the end of the prefix, and the columns before them in their branch.
+    # The queries of a branch see the end of the prefix, and the columns before them in their
+    # branch.
     low = max(0, keys - window)
     q, branch_k, branch_v = (
         x[..., -total:, :].reshape(*x.shape[:-2], count, branch, size) for x in (q, k, v)
@@ -195,7 +201,9 @@ def branch_scores(
     *,
     setup: ModelSetup,
 ) -> tuple[jax.Array, jax.Array]:
-    """How each token of branches (E, C, S) predicts the next: loss in nats, and whether it is the likeliest."""
+    """How each token of branches (E, C, S) predicts the next: loss in nats, and whether it is the
+    likeliest.
+    """
     config = setup.config
     scans = transformer.scans_layers(config, setup.numerics.backend)
     hidden = branch_hidden(config, weights, prefix, branches, lengths, scans=scans)
@@ -240,7 +248,9 @@ class PromptBatch(NamedTuple):
 
 
 def round_up(count: int, smallest: int) -> int:
-    """The smallest of `smallest` x 1, 1.25, 1.5, 1.75, 2, 2.5 ... not below `count`; below 128 only doublings."""
+    """The smallest of `smallest` x 1, 1.25, 1.5, 1.75, 2, 2.5 ... not below `count`; below 128 only
+    doublings.
+    """
     size = smallest
     while size * 2 <= max(count, smallest):
         size *= 2
@@ -287,7 +297,8 @@ class CompiledShapes:
 
 
 def plan_batches(shapes: Sequence[BatchShape], tokens: int, shards: int) -> Iterator[PromptBatch]:
-    """All prompts in batches of at most `tokens` tokens, or one prompt, on each of `shards` devices.
+    """All prompts in batches of at most `tokens` tokens, or one prompt, on each of `shards`
+    devices.
 
     Prompts that do not fill a batch join those of the next larger shape, if it holds them.
     """
@@ -310,7 +321,9 @@ def plan_batches(shapes: Sequence[BatchShape], tokens: int, shards: int) -> Iter
 def fill(
     batch: PromptBatch, prompts: Sequence[Prompt], bos_id: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(prefix, branches, lengths) of a batch for branch_hidden; unused rows and branches hold `bos_id`."""
+    """(prefix, branches, lengths) of a batch for branch_hidden; unused rows and branches hold
+    `bos_id`.
+    """
     count, columns, size = batch.shape
     prefix = np.full((batch.rows, columns), bos_id, np.int32)
     branches = np.full((batch.rows, count, size), bos_id, np.int32)

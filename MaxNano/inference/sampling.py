@@ -1,6 +1,8 @@
-"""Sampling tokens from logits: temperature, top-k, top-p, min-p, repetition penalty, log-probabilities.
+"""Sampling tokens from logits: temperature, top-k, top-p, min-p, repetition penalty,
+log-probabilities.
 
-A token depends only on the logits, settings and random number of its row, not on the rest of the batch.
+A token depends only on the logits, settings and random number of its row, not on the rest of the
+batch.
 
 Legend: B rows, V vocab.
 """
@@ -18,8 +20,8 @@ _BITS = 32
 def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
     """Logits (B, V) with those of `seen` (B, V) tokens reduced by penalty (B,).
 
-    A positive logit is divided by the penalty, a negative one multiplied.
-    Source: Keskar et al. 2019, CTRL (https://arxiv.org/abs/1909.05858), as in vLLM and transformers.
+    A positive logit is divided by the penalty, a negative one multiplied. Source: Keskar et al.
+    2019, CTRL (https://arxiv.org/abs/1909.05858), as in vLLM and transformers.
     """
     penalty = penalty[:, None]
     lower = jnp.where(logits > 0, logits / penalty, logits * penalty)
@@ -41,11 +43,12 @@ def scale(logits: jax.Array, temperature: jax.Array) -> jax.Array:
 
 
 def lowest_kept(scores: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """The lowest score (B,) that top-k, and then top-p among the rest, keep; equal scores stay together.
+    """The lowest score (B,) that top-k, and then top-p among the rest, keep; equal scores stay
+    together.
 
-    scores (B, V); top_k (B,), 0 keeps all; top_p (B,), 1 keeps all, else the fewest of the likeliest
-    tokens whose probability is at least top_p.
-    The bits of the score are bisected, which needs no sort and does not limit k.
+    scores (B, V); top_k (B,), 0 keeps all; top_p (B,), 1 keeps all, else the fewest of the
+    likeliest tokens whose probability is at least top_p. The bits of the score are bisected, which
+    needs no sort and does not limit k.
     """
     order = _ordered_bits(scores)
     every = jnp.min(order, axis=1)
@@ -64,10 +67,11 @@ def lowest_kept(scores: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Ar
 
 
 def draw(scores: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Tokens (B,) with probability proportional to exp(scores) (B, V), from random numbers uniform (B,).
+    """Tokens (B,) with probability proportional to exp(scores) (B, V), from random numbers uniform
+    (B,).
 
-    The cumulative sum is inverted at `uniform`, in [0, 1 - 2^-23]: one random number per token, and two
-    short cumulative sums instead of a long one.
+    The cumulative sum is inverted at `uniform`, in [0, 1 - 2^-23]: one random number per token, and
+    two short cumulative sums instead of a long one.
     """
     rows, size = scores.shape
     mass = jnp.exp(jnp.pad(scores, ((0, 0), (0, -size % _SPAN)), constant_values=-jnp.inf))
@@ -83,7 +87,9 @@ def draw(scores: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def _first(passed, possible):
-    """Index (B,) of the first possible entry (B, M) that is passed; the last possible one if rounding passes none."""
+    """Index (B,) of the first possible entry (B, M) that is passed; the last possible one if
+    rounding passes none.
+    """
     index = jnp.arange(possible.shape[1], dtype=jnp.int32)
     last = jnp.max(jnp.where(possible, index, 0), axis=1)
     return jnp.min(jnp.where(passed & possible, index, last[:, None]), axis=1)
@@ -95,7 +101,9 @@ def log_probabilities(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def alternatives(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The likeliest tokens after logits (B, V): log-probabilities and ids, each (B, LARGEST_LOGPROBS)."""
+    """The likeliest tokens after logits (B, V): log-probabilities and ids, each (B,
+    LARGEST_LOGPROBS).
+    """
     count = min(LARGEST_LOGPROBS, logits.shape[1])
     values, tokens = jax.lax.top_k(logits, count)
     padding = ((0, 0), (0, LARGEST_LOGPROBS - count))
@@ -122,7 +130,9 @@ def _float_of(order):
 
 
 def _largest(low, order, holds):
-    """The largest t (B,) for which holds(t), between `low`, which holds, and the highest of `order` (B, V)."""
+    """The largest t (B,) for which holds(t), between `low`, which holds, and the highest of `order`
+    (B, V).
+    """
 
     def halve(_, ends):
         low, high = ends

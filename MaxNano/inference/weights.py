@@ -1,6 +1,7 @@
 """Weights for inference: the parameters cast to the compute dtype, with query, key and value fused.
 
-A tree of weights is named like the tree of parameters, but for what `transformer.fuse_layers` fuses.
+A tree of weights is named like the tree of parameters, but for what `transformer.fuse_layers`
+fuses.
 """
 
 from typing import Any
@@ -29,7 +30,9 @@ _AXES = {
 
 
 def prepare(config: FrozenConfigDict, params: dict[str, Any], dtype: str) -> Weights:
-    """The weights of a parameter tree, layers stacked as in the parameters; vectors keep their dtype."""
+    """The weights of a parameter tree, layers stacked as in the parameters; vectors keep their
+    dtype.
+    """
     cast = {
         name: x.astype(dtype) if x.ndim > 1 else x for name, x in params.items() if name != "layers"
     }
@@ -39,7 +42,8 @@ def prepare(config: FrozenConfigDict, params: dict[str, Any], dtype: str) -> Wei
 def shardings(config: FrozenConfigDict, mesh: Mesh, weights: Weights) -> Weights:
     """Shardings of weights, given as arrays or shapes.
 
-    Each device holds them whole along the data-parallel axes; the rules shard them along the others.
+    Each device holds them whole along the data-parallel axes; the rules shard them along the
+    others.
     """
     rules = config.logical_axis_rules
     others = [axis for axis in mesh.axis_names if axis not in sharding.batch_axes(mesh, rules)]

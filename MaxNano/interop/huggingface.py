@@ -394,7 +394,9 @@ def _added_token(number: int, name: str) -> dict[str, Any]:
 
 
 def _special_names(config: FrozenConfigDict, tokenizer: Tokenizer) -> dict[str, str]:
-    """Name of each special token by field of SpecialIds; foreign tokenizers name <|bos|> differently."""
+    """Name of each special token by field of SpecialIds; foreign tokenizers name <|bos|>
+    differently.
+    """
     pieces = {
         field: tokenizer.decode_bytes([i]).decode()
         for field, i in tokenizer.special._asdict().items()

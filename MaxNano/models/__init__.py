@@ -1,1 +1,3 @@
-"""The model: layers, attention kernels, losses, low-precision products. No files, no printing, no loop."""
+"""The model: layers, attention kernels, losses, low-precision products. No files, no printing, no
+loop.
+"""

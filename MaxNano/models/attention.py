@@ -1,7 +1,8 @@
 """Attention: one table of kernels, KERNELS, and the functions that call them.
 
-To add a kernel, write a function and give it a row in KERNELS: the backends on which it runs, those on
-which `attention=auto` picks it, the layout of queries, keys and values that it takes, and its limits.
+To add a kernel, write a function and give it a row in KERNELS: the backends on which it runs, those
+on which `attention=auto` picks it, the layout of queries, keys and values that it takes, and its
+limits.
 
 Legend: B batch, L length, T tokens, N heads, K kv_heads, G query heads per kv head, H head_dim.
 """
@@ -95,9 +96,9 @@ def attention(
     """Causal attention in which position t sees keys t - window ... t, window + 1 of them.
 
     q (B, N, L, H); k, v (B, K, L, H), N a multiple of K -> (B, N, L, H) in q's dtype. Scores are
-    multiplied by 1 / sqrt(H); softmax is in float32. `rules` say how heads and batch are sharded over
-    the ambient mesh, for kernels that the compiler cannot partition. A kernel that takes fused qkv is
-    replaced by its `separate` kernel. Raises ValueError for an unknown kernel.
+    multiplied by 1 / sqrt(H); softmax is in float32. `rules` say how heads and batch are sharded
+    over the ambient mesh, for kernels that the compiler cannot partition. A kernel that takes fused
+    qkv is replaced by its `separate` kernel. Raises ValueError for an unknown kernel.
     """
     row = _row(kernel)
     if row.separate:
@@ -116,7 +117,8 @@ def attend(
     rules: sharding.Rules,
     value_embed: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
-    """The model's attention over whole sequences: rotary embedding, QK norm, value embeddings, scores.
+    """The model's attention over whole sequences: rotary embedding, QK norm, value embeddings,
+    scores.
 
     qkv (B, L, K x (G + 2) x H), as projected: for each kv head its G query heads, its keys and its
     values. tables: cosines and sines (L, H / 2). value_embed: rows (B, L, K x H) and their gates
@@ -142,8 +144,8 @@ def split_heads(
 
     heads_first=False leaves tokens first, (..., T, N, H), as decoding wants them.
 
-    qkv (..., T, K x (G + 2) x H) as projected; tables: cosines and sines (T, H / 2) or (..., T, H / 2);
-    value_embed: rows (..., T, K x H) and their gates (..., K, T) float32, or None.
+    qkv (..., T, K x (G + 2) x H) as projected; tables: cosines and sines (T, H / 2) or (..., T, H /
+    2); value_embed: rows (..., T, K x H) and their gates (..., K, T) float32, or None.
     """
     group = heads.group
     parts = qkv.reshape(*qkv.shape[:-1], heads.kv_heads, group + 2, heads.head_dim)
@@ -162,7 +164,8 @@ def split_heads(
 
 
 def resolve(kernel: str, device: jax.Device, *, dtype: str, head_dim: int) -> str:
-    """The kernel to use on a device; attention=auto picks the first row of KERNELS that can run there.
+    """The kernel to use on a device; attention=auto picks the first row of KERNELS that can run
+    there.
 
     dtype: of the activations. Raises ValueError if the requested kernel cannot run.
     """
@@ -193,8 +196,8 @@ def _row(kernel: str) -> "Kernel":
 def cudnn_problem(device: jax.Device, dtype: str, head_dim: int) -> str | None:
     """Why cuDNN's attention cannot run on a device, or None.
 
-    Sources: https://docs.nvidia.com/deeplearning/cudnn (fused flash attention), and JAX's own checks in
-    jax/_src/cudnn/fused_attention_stablehlo.py.
+    Sources: https://docs.nvidia.com/deeplearning/cudnn (fused flash attention), and JAX's own
+    checks in jax/_src/cudnn/fused_attention_stablehlo.py.
     """
     if device.platform != "gpu":
         return f"needs an NVIDIA GPU, this is {device.platform}"
@@ -240,10 +243,10 @@ def chunked(q, k, v, window, settings, rules):
 def splash(q, k, v, window, settings, rules):
     """JAX's block-sparse flash kernel for TPU, forward and backward.
 
-    Blocks outside the window are skipped. Lengths are padded at the end to whole tiles, where causality
-    hides the padding from all real positions. The compiler cannot partition a Pallas kernel, so it runs
-    on the local batch and heads of each device.
-    Source: jax.experimental.pallas.ops.tpu.splash_attention.
+    Blocks outside the window are skipped. Lengths are padded at the end to whole tiles, where
+    causality hides the padding from all real positions. The compiler cannot partition a Pallas
+    kernel, so it runs on the local batch and heads of each device. Source:
+    jax.experimental.pallas.ops.tpu.splash_attention.
     """
     length, head_dim = q.shape[2:]
     padding = ((0, 0), (0, 0), (0, -length % _LANES), (0, 0))
@@ -268,7 +271,9 @@ def cudnn(q, k, v, window, settings, rules):
 
 
 def fused_flash(qkv, tables, value_embed, heads, window, settings, rules):
-    """MaxNano's flash kernel, which splits, rotates and normalizes heads itself: see kernels/flash.py."""
+    """MaxNano's flash kernel, which splits, rotates and normalizes heads itself: see
+    kernels/flash.py.
+    """
     embeds = value_embed or ()
 
     def local(qkv, *embeds):
@@ -292,9 +297,10 @@ def fused_flash(qkv, tables, value_embed, heads, window, settings, rules):
 class Kernel(NamedTuple):
     """A row of KERNELS.
 
-    run: (q, k, v, window, settings, rules) -> as `attention`. If `separate` names a kernel, `run` takes
-    the fused projection, (qkv, tables, value_embed, heads, window, settings, rules) -> as `attend`, and
-    the named kernel replaces it where queries, keys and values are separate, as in prefill.
+    run: (q, k, v, window, settings, rules) -> as `attention`. If `separate` names a kernel, `run`
+    takes the fused projection, (qkv, tables, value_embed, heads, window, settings, rules) -> as
+    `attend`, and the named kernel replaces it where queries, keys and values are separate, as in
+    prefill.
     """
 
     run: Callable[..., jax.Array]
@@ -369,9 +375,11 @@ def splash_kernel(length: int, window: int, settings: KernelSettings):
 
 
 def _on_local_blocks(kernel, arrays, logical_axes, out_axes, rules, kv_heads):
-    """kernel(*arrays) on each device's batch and heads, over the axes of the ambient mesh not yet manual.
+    """kernel(*arrays) on each device's batch and heads, over the axes of the ambient mesh not yet
+    manual.
 
-    logical_axes: of each array; out_axes: of the result. Heads are sharded if that divides the kv heads.
+    logical_axes: of each array; out_axes: of the result. Heads are sharded if that divides the kv
+    heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = [

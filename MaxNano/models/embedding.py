@@ -1,7 +1,7 @@
 """Embedding lookup, and the gradient of the tables: the sum of the rows of each token.
 
-The gradient of a table is a scatter of one row per token. On a TPU the rows are sorted by token and a
-Pallas kernel sums them tile by tile. All tables of a batch use the same sorted order.
+The gradient of a table is a scatter of one row per token. On a TPU the rows are sorted by token and
+a Pallas kernel sums them tile by tile. All tables of a batch use the same sorted order.
 
 Legend: T tokens (flat), V vocab, W width of a row, E tables.
 """
@@ -51,7 +51,9 @@ def order(tokens: jax.Array, method: str) -> Order:
 
 
 def rows(tables: jax.Array, index: jax.Array | int, tokens: jax.Array) -> jax.Array:
-    """Rows (..., W) of table `index` of `tables` (E, V, W) for tokens (...), read from the stack in place."""
+    """Rows (..., W) of table `index` of `tables` (E, V, W) for tokens (...), read from the stack in
+    place.
+    """
     return tables.reshape(-1, tables.shape[2])[index * tables.shape[1] + tokens]
 
 
@@ -66,9 +68,9 @@ def lookup(
 ) -> jax.Array:
     """Rows (T, W) of table `index` of `tables` (E, V, W).
 
-    The gradient goes to `table` (V, W), which must be that table and is never read. In a scan over layers
-    the forward pass then reads the stack of tables in place, and the backward pass writes each gradient
-    once.
+    The gradient goes to `table` (V, W), which must be that table and is never read. In a scan over
+    layers the forward pass then reads the stack of tables in place, and the backward pass writes
+    each gradient once.
     """
     return rows(tables, index, tokens.tokens)
 

@@ -66,20 +66,24 @@ def constant(value: float) -> Initializer:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def rms_norm(x: jax.Array, epsilon: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + epsilon) over the last axis, without a learned scale; float32 inside, x's dtype out."""
+    """x / sqrt(mean(x^2) + epsilon) over the last axis, without a learned scale; float32 inside,
+    x's dtype out.
+    """
     return _rms_norm_forward(x, epsilon)[0]
 
 
 def _rms_norm_forward(x, epsilon):
-    # Divided, not multiplied by a reciprocal square root: on some backends that is off by several units in the
-    # last place for all positions alike, which the gradients of the model's scalars feel.
+    # Divided, not multiplied by a reciprocal square root: on some backends that is off by several
+    # units in the last place for all positions alike, which the gradients of the model's scalars
+    # feel.
     x32 = x.astype(jnp.float32)
     rms = jnp.sqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
     return (x32 / rms).astype(x.dtype), (x, rms)
 
 
 def _rms_norm_backward(epsilon, residuals, cotangent):
-    # Written out so that only x and one number a row are kept. The part of the gradient along y is projected out.
+    # Written out so that only x and one number a row are kept. The part of the gradient along y is
+    # projected out.
     x, rms = residuals
     y = x.astype(jnp.float32) / rms
     grad = cotangent.astype(jnp.float32)
@@ -94,8 +98,8 @@ rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 def row_major(x: jax.Array) -> jax.Array:
     """`x`, and in the backward pass its gradient, with the last axis innermost in memory.
 
-    Otherwise the TPU compiler stores the residual stream (T, D) with tokens along lanes, which suits the
-    norms and makes every matrix product between them several times as expensive.
+    Otherwise the TPU compiler stores the residual stream (T, D) with tokens along lanes, which
+    suits the norms and makes every matrix product between them several times as expensive.
     """
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 

@@ -19,7 +19,9 @@ def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
 
 
 def logits(hidden: jax.Array, rows: jax.Array, cap: float) -> jax.Array:
-    """Soft-capped float32 logits (..., V) of hidden states (..., D) for rows (V, D) of the output head."""
+    """Soft-capped float32 logits (..., V) of hidden states (..., D) for rows (V, D) of the output
+    head.
+    """
     rows = rows.astype(hidden.dtype)
     return soft_cap(
         jnp.einsum("...D,VD->...V", hidden, rows, preferred_element_type=jnp.float32), cap
@@ -27,7 +29,9 @@ def logits(hidden: jax.Array, rows: jax.Array, cap: float) -> jax.Array:
 
 
 def vocab_chunk(vocab_size: int, chunk: int | None) -> int:
-    """Vocabulary rows per chunk for a value of `vocab_chunk_size`; null keeps a small vocabulary whole."""
+    """Vocabulary rows per chunk for a value of `vocab_chunk_size`; null keeps a small vocabulary
+    whole.
+    """
     if chunk is None:
         return 0 if vocab_size <= WHOLE_VOCAB else WHOLE_VOCAB
     return min(chunk, vocab_size)
@@ -38,9 +42,9 @@ def token_losses(
 ) -> jax.Array:
     """Negative log-likelihood of each target in nats, float32 (B, L), 0 where the target is -1.
 
-    hidden (B, L, D); head (padded V, D), of which the first `vocab_size` rows count; targets (B, L) int32.
-    `chunk` vocabulary rows are scored at a time, and again in the backward pass, so that no (B, L, V)
-    array exists; 0 scores all at once and keeps the logits.
+    hidden (B, L, D); head (padded V, D), of which the first `vocab_size` rows count; targets (B, L)
+    int32. `chunk` vocabulary rows are scored at a time, and again in the backward pass, so that no
+    (B, L, V) array exists; 0 scores all at once and keeps the logits.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     return _token_losses(flat, head, targets.reshape(-1), vocab_size, cap, chunk).reshape(
@@ -54,16 +58,16 @@ def clipped_policy_losses(
     """PPO's clipped surrogate loss of each token, with ratios clipped to 1 +- clip.
 
     losses: negative log-probabilities under the current policy; drawn: those under the policy that
-    sampled the tokens, nan where unknown, which makes the ratio 1; weights: advantages. At a ratio of 1
-    the gradient is that of losses x weights.
-    Source: https://arxiv.org/abs/1707.06347 (PPO).
+    sampled the tokens, nan where unknown, which makes the ratio 1; weights: advantages. At a ratio
+    of 1 the gradient is that of losses x weights. Source: https://arxiv.org/abs/1707.06347 (PPO).
     """
     ratio = jnp.exp(jnp.where(jnp.isnan(drawn), jax.lax.stop_gradient(losses), drawn) - losses)
     return -jnp.minimum(ratio * weights, jnp.clip(ratio, 1 - clip, 1 + clip) * weights)
 
 
 def divergence(losses: jax.Array, reference: jax.Array) -> jax.Array:
-    """An estimate of the KL divergence from a reference model at each sampled token, in nats, at least 0.
+    """An estimate of the KL divergence from a reference model at each sampled token, in nats, at
+    least 0.
 
     losses, reference: the token's negative log-probabilities under the two models.
     Source: http://joschu.net/blog/kl-approx.html (its k3).

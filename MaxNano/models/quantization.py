@@ -3,16 +3,14 @@
 Both operands are divided by a scale, rounded to 8 bits and multiplied. The sums, in 32 bits, are
 multiplied by the scales. The gradient is a straight-through estimate.
 
-int8, for TPUs, which multiply it twice as fast as bfloat16: one scale per row and per column, so that a
-token with large numbers costs other tokens no precision. The gradient of the activations is quantized
-too; that of the weights, which sums over all tokens, is not.
-fp8, for NVIDIA GPUs: one scale per operand; activations and weights in e4m3, gradients in e5m2; all
-three products in 8 bits.
+int8, for TPUs, which multiply it twice as fast as bfloat16: one scale per row and per column, so
+that a token with large numbers costs other tokens no precision. The gradient of the activations is
+quantized too; that of the weights, which sums over all tokens, is not. fp8, for NVIDIA GPUs: one
+scale per operand; activations and weights in e4m3, gradients in e5m2; all three products in 8 bits.
 
-Legend: T tokens, D inputs, F outputs.
-Source: AQT (https://github.com/google/aqt) as in MaxText's int8 with quantization_local_shard_count=0,
-without its stochastic rounding of gradients; FP8 Formats for Deep Learning,
-https://arxiv.org/abs/2209.05433.
+Legend: T tokens, D inputs, F outputs. Source: AQT (https://github.com/google/aqt) as in MaxText's
+int8 with quantization_local_shard_count=0, without its stochastic rounding of gradients; FP8
+Formats for Deep Learning, https://arxiv.org/abs/2209.05433.
 """
 
 from collections.abc import Sequence
@@ -46,7 +44,9 @@ def matmul(x: jax.Array, w: jax.Array, kind: str) -> jax.Array:
 
 
 def _scale(x: jax.Array, largest: float, axis: int | None) -> jax.Array:
-    """The divisor that makes the largest magnitude of x, along `axis` or overall, `largest`; float32."""
+    """The divisor that makes the largest magnitude of x, along `axis` or overall, `largest`;
+    float32.
+    """
     top = jnp.max(jnp.abs(x), axis=axis, keepdims=True).astype(jnp.float32)
     return jnp.where(top > 0, top / largest, 1.0)
 

@@ -1,13 +1,14 @@
 """The Transformer, nanochat's architecture: the only definition of its forward pass.
 
-Training, prefill, decoding and CORE's shared prefixes all run `forward`. What they do differently is
-in its `Context`: which keys a query sees and where keys and values are kept (`attend`), how rows of
-tables are read, and how matrices multiply. `Transformer` declares the parameters in Flax NNX and runs
-`forward` for whole sequences, as training does.
+Training, prefill, decoding and CORE's shared prefixes all run `forward`. What they do differently
+is in its `Context`: which keys a query sees and where keys and values are kept (`attend`), how rows
+of tables are read, and how matrices multiply. `Transformer` declares the parameters in Flax NNX and
+runs `forward` for whole sequences, as training does.
 
 Every parameter of a layer is stacked on a leading `layers` axis. The forward pass splits the layers
 into equal groups (one period of the window pattern and of the value embeddings), scans over the
-groups, and unrolls the layers that remain. Scanned or unrolled, checkpoints and numbers are the same.
+groups, and unrolls the layers that remain. Scanned or unrolled, checkpoints and numbers are the
+same.
 
 Legend: B batch, L length, T tokens, D embed, N heads, K kv_heads, G query heads per kv head,
 H head_dim, V vocab, C gate channels. `...` is empty in training and decoding, whose tokens are one
@@ -103,10 +104,12 @@ def repetition(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
 class Context(NamedTuple):
     """The differences between training, prefill, decoding and CORE.
 
-    attend(qkv, value_embed, kind, index) -> (y (..., T, N x H), state that the layer leaves, such as its
+    attend(qkv, value_embed, kind, index) -> (y (..., T, N x H), state that the layer leaves, such
+    as its
         KV cache). qkv (..., T, K x (G + 2) x H) is as projected; value_embed may be None; index is the
         layer's number, None inside the scan. It may return fewer tokens: then only the last ones continue.
-    lookup(tables (E, V, W), index, table) -> rows (..., T, W) of table `index` for the tokens, in the
+    lookup(tables (E, V, W), index, table) -> rows (..., T, W) of table `index` for the tokens, in
+    the
         compute dtype. `table` is where the gradient goes: see embedding.lookup.
     previous(x) -> the embeddings of the tokens before those of x (..., T, D).
     is_first: (..., T) whether a token has no token before it.
@@ -125,7 +128,8 @@ class Context(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """A model's layers, as `run_layers` takes them: the first period x groups in a scan, then `tail`.
+    """A model's layers, as `run_layers` takes them: the first period x groups in a scan, then
+    `tail`.
 
     scanned: a tree with a leading axis of groups; layers_of(one group's slice) gives its layers.
     """
@@ -181,8 +185,8 @@ def block(
 ) -> tuple[jax.Array, Any]:
     """One layer: x and the embeddings x0 (..., T, D) -> (x (..., T', D), the state of `attend`).
 
-    value_rows: (..., at least T, K x H), the last T of them used, or None. T' is the number of tokens
-    that `attend` returns.
+    value_rows: (..., at least T, K x H), the last T of them used, or None. T' is the number of
+    tokens that `attend` returns.
     """
     matmul, place = context.matmul, context.place
     x = place(mix(x, layer["resid_lambda"], _last(x0, x), layer["x0_lambda"]))
@@ -210,7 +214,9 @@ def value_gate(config: FrozenConfigDict, gate: jax.Array, h: jax.Array) -> jax.A
 def run_layers(
     config: FrozenConfigDict, weights: dict[str, Any], stack: Stack, x: jax.Array, context: Context
 ) -> tuple[jax.Array, jax.Array, tuple[Any, ...]]:
-    """All layers: the last output, the output of layer num_decoder_layers // 2, and the layers' states."""
+    """All layers: the last output, the output of layer num_decoder_layers // 2, and the layers'
+    states.
+    """
     x0, middle_layer = x, len(stack.kinds) // 2
     in_scan = stack.period * stack.groups
 
@@ -272,8 +278,8 @@ def _mix_forward(x, scale, other, share):
 
 
 def _mix_backward(residuals, cotangent):
-    # The gradients of the scalars sum millions of products of both signs. Dot products are summed in
-    # blocks, which keeps digits that one long running sum in float32 loses.
+    # The gradients of the scalars sum millions of products of both signs. Dot products are summed
+    # in blocks, which keeps digits that one long running sum in float32 loses.
     x, scale, other, share = residuals
 
     def dot(a, b):
@@ -296,7 +302,8 @@ mix.defvjp(_mix_forward, _mix_backward)
 
 
 def fuse_layers(config: FrozenConfigDict, params: Layer, dtype) -> Layer:
-    """The matrices of one layer or of a stack of layers, cast, with query, key and value as one `qkv`.
+    """The matrices of one layer or of a stack of layers, cast, with query, key and value as one
+    `qkv`.
 
     qkv (..., D, K x (G + 2) x H): for each kv head its G query heads, its keys and its values.
     """
@@ -445,7 +452,9 @@ class Transformer(nnx.Module):
 
 
 def training_context(config: FrozenConfigDict, numerics: Numerics, tokens: jax.Array) -> Context:
-    """The context of whole sequences, tokens (B, L), of which every layer has all tokens in one axis."""
+    """The context of whole sequences, tokens (B, L), of which every layer has all tokens in one
+    axis.
+    """
     length = tokens.shape[1]
     order = embedding.order(tokens, numerics.embedding_gradient)
     rotary = tuple(map(jnp.asarray, rotary_tables(length, config.head_dim, config.rope_theta)))
@@ -492,7 +501,9 @@ def training_context(config: FrozenConfigDict, numerics: Numerics, tokens: jax.A
 def split_rows(
     qkv: jax.Array, value_embed: ValueEmbed | None, length: int
 ) -> tuple[jax.Array, ValueEmbed | None]:
-    """Projections (T, W) and value embeddings of flat tokens, with tokens as (B, L), L being `length`."""
+    """Projections (T, W) and value embeddings of flat tokens, with tokens as (B, L), L being
+    `length`.
+    """
     if value_embed is not None:
         rows, gate = value_embed
         gate = gate.reshape(len(gate), -1, length).swapaxes(0, 1)

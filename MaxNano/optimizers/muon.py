@@ -46,7 +46,8 @@ def muon(
     dtype: DTypeLike,
     rules: Rules,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon's update of matrices (..., in, out) with cautious weight decay, before the learning rate.
+    """Muon's update of matrices (..., in, out) with cautious weight decay, before the learning
+    rate.
 
     beta2: decay of NorMuon's second moment, 0 for none. dtype: of everything from row equilibration
     to the Polar Express iterations. rules: they decide which devices compute which matrices; each

@@ -33,7 +33,9 @@ class Series(NamedTuple):
 
 
 def clean(text: str) -> str:
-    """The text with control characters and lone surrogates made visible, except line feeds and tabs."""
+    """The text with control characters and lone surrogates made visible, except line feeds and
+    tabs.
+    """
     text = text.replace("\r\n", "\n").encode("utf-8", "replace").decode()
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufffe\uffff]", _visible, text)
 
@@ -88,7 +90,9 @@ def tick_labels(values: Sequence[float]) -> list[str]:
 
 
 def thin(points: Points, buckets: int = BUCKETS) -> list[tuple[float, float | None]]:
-    """The lowest and the highest point of each bucket, in their order; gaps that fill a bucket remain."""
+    """The lowest and the highest point of each bucket, in their order; gaps that fill a bucket
+    remain.
+    """
     if len(points) <= 2 * buckets:
         return list(points)
     thinned: list[tuple[float, float | None]] = []
@@ -104,7 +108,9 @@ def thin(points: Points, buckets: int = BUCKETS) -> list[tuple[float, float | No
 
 
 def medians(points: Points, buckets: int = 40, least: int = 5) -> list[tuple[float, float]]:
-    """Medians of at most `buckets` parts with at least `least` points each, at the middle of the part."""
+    """Medians of at most `buckets` parts with at least `least` points each, at the middle of the
+    part.
+    """
     known = [point for point in points if point[1] is not None]
     buckets = min(buckets, -(-len(known) // least))
     middles = []

@@ -141,7 +141,9 @@ def _config_lines(text: str) -> Iterator[tuple[str, tuple[str, str]]]:
 
 
 def _rows(path: epath.Path) -> tuple[list[dict[str, Any]], bool]:
-    """(rows of metrics.jsonl, whether one before the last is damaged); the last may be half written."""
+    """(rows of metrics.jsonl, whether one before the last is damaged); the last may be half
+    written.
+    """
     if not path.exists():
         return [], False
     rows = []

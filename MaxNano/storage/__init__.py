@@ -1,1 +1,3 @@
-"""Files on disk and in buckets: atomic writes, gs://, checkpoint folders and the lock of a run. No JAX."""
+"""Files on disk and in buckets: atomic writes, gs://, checkpoint folders and the lock of a run. No
+JAX.
+"""

@@ -79,7 +79,8 @@ _O200K_PATTERN = _either(
 )
 
 # A rank file has neither its split pattern nor its begin-of-text token; published files are
-# recognized by their number of ranks. Source: tiktoken_ext/openai_public.py (tiktoken 0.14), Llama 3.
+# recognized by their number of ranks. Source: tiktoken_ext/openai_public.py (tiktoken 0.14), Llama
+# 3.
 _KNOWN_RANK_FILES = {  # ranks -> (pattern, id that serves as <|bos|>)
     50256: (_GPT2_PATTERN, 50256),  # gpt2, r50k_base
     50280: (_GPT2_PATTERN, 50256),  # p50k_base

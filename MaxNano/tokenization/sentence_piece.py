@@ -25,8 +25,8 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model; its begin-of-sentence symbol serves as <|bos|>.
 
     Its normalization applies: most models prepend a space to a text, which counts as a byte in
-    token_bytes(), and may fold characters. The unknown token counts as 0 bytes. Raises ValueError if
-    the model is damaged.
+    token_bytes(), and may fold characters. The unknown token counts as 0 bytes. Raises ValueError
+    if the model is damaged.
     """
 
     def __init__(self, model: bytes, threads: int = 1):

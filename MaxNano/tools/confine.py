@@ -1,9 +1,10 @@
-"""The first program inside a sandbox: drops its privileges, then runs Python source or a test of it.
+"""The first program inside a sandbox: drops its privileges, then runs Python source or a test of
+it.
 
 sandbox.py passes the text of this file and a call of main to a new interpreter, so it uses only the
 standard library. There are two roles. A *program* is untrusted source; with an entry point it then
-answers calls of that function. A *judge* runs a trusted test; its calls of the function go through a
-pipe to a program in another sandbox, and it reports its nonce only if the test runs to the end.
+answers calls of that function. A *judge* runs a trusted test; its calls of the function go through
+a pipe to a program in another sandbox, and it reports its nonce only if the test runs to the end.
 
 A confined process cannot start or signal another process, open a socket or write a file; its memory
 and CPU time are limited.
@@ -58,8 +59,8 @@ CLONE3, CLONE = (435, 435), (56, 220)
 CLONE_THREAD = 0x10000  # clone with this flag starts a thread, without it a process
 # Calls that are allowed only with these second arguments, and the error for other arguments.
 COMMANDS = {
-    # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC. F_SETOWN with F_SETSIG could send
-    # any signal to any process of the same user.
+    # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC. F_SETOWN with F_SETSIG could
+    # send any signal to any process of the same user.
     "fcntl": ((72, 25), (0, 1, 2, 3, 4, 1030), 1),  # EPERM
     "ioctl": ((16, 29), (0x5421, 0x5450, 0x5451), 25),  # FIONBIO, FIONCLEX, FIOCLEX; ENOTTY
 }
@@ -158,8 +159,8 @@ def _landlock(libc: ctypes.CDLL, readable: list[str]) -> None:
 
 
 # ---- Values between judge and program ----------------------------------------------------------
-# Only plain values cross: an object of the program, such as one that equals everything, cannot reach
-# the test.
+# Only plain values cross: an object of the program, such as one that equals everything, cannot
+# reach the test.
 CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 

@@ -48,7 +48,8 @@ CLOCK_STEPS = 16  # several hosts compare clocks this often: each time costs a r
 
 
 class CheckpointReader:
-    """Restores the checkpoints of the run in `directory` (local or gs://), and changes nothing there.
+    """Restores the checkpoints of the run in `directory` (local or gs://), and changes nothing
+    there.
 
     `tokenizer_fingerprint` is compared with that of a checkpoint; "" is unknown and never compared.
     """

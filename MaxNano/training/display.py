@@ -39,7 +39,9 @@ class Display:
             self.print([line])
 
     def print(self, lines: Iterable[str]) -> None:
-        """Print lines. If stdout is a full disk or a closed pipe, lines are lost and training continues."""
+        """Print lines. If stdout is a full disk or a closed pipe, lines are lost and training
+        continues.
+        """
         with contextlib.suppress(OSError):
             for line in lines:
                 if self._progress:

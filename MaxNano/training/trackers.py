@@ -1,4 +1,6 @@
-"""Experiment trackers: wandb and trackio, in threads, so that they can neither stop nor delay training."""
+"""Experiment trackers: wandb and trackio, in threads, so that they can neither stop nor delay
+training.
+"""
 
 import contextlib
 import queue

@@ -1,12 +1,15 @@
-"""Attention in one Pallas kernel for TPU: rotary embedding, QK norm, causal window and softmax of whole heads.
+"""Attention in one Pallas kernel for TPU: rotary embedding, QK norm, causal window and softmax of
+whole heads.
 
-The kernel reads queries, keys and values from the fused projection, one array (B, L, K x (G + 2) x H):
-for each kv head its query heads, its keys and its values. It writes their gradients in the same layout,
-so no head is ever transposed in HBM. A whole head stays in VMEM, so no partial gradients are summed
-outside the kernel. Queries and keys are normalized, so scores are bounded and need no running maximum.
+The kernel reads queries, keys and values from the fused projection, one array (B, L, K x (G + 2) x
+H): for each kv head its query heads, its keys and its values. It writes their gradients in the same
+layout, so no head is ever transposed in HBM. A whole head stays in VMEM, so no partial gradients
+are summed outside the kernel. Queries and keys are normalized, so scores are bounded and need no
+running maximum.
 
-Legend: B batch, L length, K kv_heads, G query heads per kv head, H head_dim.
-Sources: https://arxiv.org/abs/2205.14135 (FlashAttention) for the softmax without an L x L array and its gradient.
+Legend: B batch, L length, K kv_heads, G query heads per kv head, H head_dim. Sources:
+https://arxiv.org/abs/2205.14135 (FlashAttention) for the softmax without an L x L array and its
+gradient.
 """
 
 import math
@@ -46,11 +49,15 @@ class Head(NamedTuple):
 
     @property
     def log2_scale(self) -> float:
-        """Factor on normalized queries so that their products with normalized keys are scores as powers of two."""
+        """Factor on normalized queries so that their products with normalized keys are scores as
+        powers of two.
+        """
         return self.scale**2 / math.sqrt(self.head_dim) * math.log2(math.e)
 
     def tiles(self, length: int) -> list[tuple[int, int]]:
-        """(first query, first key) of each tile of scores that is computed, a block of queries after the other."""
+        """(first query, first key) of each tile of scores that is computed, a block of queries
+        after the other.
+        """
         return [
             (start, low)
             for start in range(0, length, self.block)
@@ -73,13 +80,15 @@ def attention(
     value_embed=None,
     interpret=False,
 ):
-    """Rotary embedding, QK norm and causal attention in which position t sees keys t - window ... t.
+    """Rotary embedding, QK norm and causal attention in which position t sees keys t - window ...
+    t.
 
-    qkv (B, L, K x (G + 2) x H): for each kv head its `group` = G query heads, then keys, then values, as projected.
-    tables: cosines and sines (L, H / 2) float32. value_embed: rows (B, L, K x H) and their gates (B, K, L) float32,
-    whose product is added to the values; or None. Returns (B, L, K x G x H).
-    `scale` multiplies normalized queries and keys, each. Scores are computed in tiles of `block` x `block`; best is the
-    width of the matrix unit. Raises ValueError for shapes that the kernel cannot take.
+    qkv (B, L, K x (G + 2) x H): for each kv head its `group` = G query heads, then keys, then
+    values, as projected. tables: cosines and sines (L, H / 2) float32. value_embed: rows (B, L, K x
+    H) and their gates (B, K, L) float32, whose product is added to the values; or None. Returns (B,
+    L, K x G x H). `scale` multiplies normalized queries and keys, each. Scores are computed in
+    tiles of `block` x `block`; best is the width of the matrix unit. Raises ValueError for shapes
+    that the kernel cannot take.
     """
     length = qkv.shape[1]
     if head_dim % _LANES or length % block or block % _LANES:
@@ -133,7 +142,8 @@ def _forward(qkv, embeds, cos, sin, head):
         interpret=head.interpret,
         name=f"flash_forward_w{head.window}",
     )(qkv, qkv, qkv, cos, sin, *embeds)
-    # Kept as integers: JAX rounds floats that a remat policy keeps once more, which for a kernel's result is a copy.
+    # Kept as integers: JAX rounds floats that a remat policy keeps once more, which for a kernel's
+    # result is a copy.
     kept = _bits(out)
     kept, lse = (checkpoint_name(x, "attention_out") for x in (kept, _bits(lse)))
     lse = jax.lax.bitcast_convert_type(lse, jnp.float32)
@@ -185,10 +195,11 @@ _attention.defvjp(_forward, _backward)
 
 # ---- Inside the kernels -----------------------------------------------------------------------------------------
 #
-# Queries are columns: prepared queries are (H, queries) and scores are (keys, queries). A query's norm, sum and
-# log-sum-exp are then rows, which broadcast for nothing; halves of a head swap without moving; and a product with H
-# rows keeps the whole of a 256-wide matrix unit busy, which one with H = 128 columns does not. Everything is unrolled,
-# so that the compiler can lay the work of several tiles side by side.
+# Queries are columns: prepared queries are (H, queries) and scores are (keys, queries). A query's
+# norm, sum and log-sum-exp are then rows, which broadcast for nothing; halves of a head swap
+# without moving; and a product with H rows keeps the whole of a 256-wide matrix unit busy, which
+# one with H = 128 columns does not. Everything is unrolled, so that the compiler can lay the work
+# of several tiles side by side.
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, cos_ref, sin_ref, *refs, head):
@@ -229,9 +240,9 @@ def _backward_kernel(
 ):
     """One query head.
 
-    Scratch: prepared keys (L, H) and (H, L); values with their embeds (L, H); gradients of prepared keys and of values
-    of all query heads so far, float32 (H, L). The gradients of a kv head stay in VMEM until its last query
-    head is done.
+    Scratch: prepared keys (L, H) and (H, L); values with their embeds (L, H); gradients of prepared
+    keys and of values of all query heads so far, float32 (H, L). The gradients of a kv head stay in
+    VMEM until its last query head is done.
     """
     *others, keys, keys_t, values, dk, dv = refs
     embeds, (dqkv_ref, *dembeds) = others[: len(others) // 2], others[len(others) // 2 :]
@@ -267,7 +278,8 @@ def _backward_kernel(
         columns[start] = _less(q, lse_ref[0, 0, :, rows]), _less(cotangent, along)
 
     def score(start, low):
-        # The other half of the matrix unit's depth subtracts a number from each column of the product.
+        # The other half of the matrix unit's depth subtracts a number from each column of the
+        # product.
         span = pl.ds(low, block)
         v = values[span] if embeds else v_ref[0, span]
         rows = (jnp.concatenate([x, ones], 1) for x in (keys[span], v))
@@ -319,10 +331,11 @@ def _backward_kernel(
 
 
 def _overlap(head, length, prepare, begin, finish, lead):
-    """For each tile finish(start, low, begin(start, low)), begun `lead` tiles early; each block prepared a block early.
+    """For each tile finish(start, low, begin(start, low)), begun `lead` tiles early; each block
+    prepared a block early.
 
-    The matrix units take up products in the program's order: only those that stand between a product and the use of its
-    result keep them busy meanwhile.
+    The matrix units take up products in the program's order: only those that stand between a
+    product and the use of its result keep them busy meanwhile.
     """
     tiles, blocks, begun = head.tiles(length), list(range(0, length, head.block)), []
     for n in range(len(tiles) + lead):
@@ -346,7 +359,9 @@ def _values(v_ref, embeds, span):
 
 
 def _prepare(x, tables, epsilon, factor=1.0):
-    """Columns x (H, L) rotated, normalized and times `factor`, in float32; and 1 / root mean square of each (1, L)."""
+    """Columns x (H, L) rotated, normalized and times `factor`, in float32; and 1 / root mean square
+    of each (1, L).
+    """
     cos, sin = tables
     x = x.astype(jnp.float32)
     inverse = 1 / jnp.sqrt(jnp.mean(x * x, axis=0, keepdims=True) + epsilon)
@@ -366,7 +381,8 @@ def _prepare_gradient(grad, x, inverse, tables, factor):
 
 
 def _less(x, row):
-    """x (H, L) over rows that sum to -row (1, L), (2 x H, L): [y, ones] times it is y times x, less `row`.
+    """x (H, L) over rows that sum to -row (1, L), (2 x H, L): [y, ones] times it is y times x, less
+    `row`.
 
     Three terms in bfloat16 are as exact as float32.
     """
@@ -382,7 +398,9 @@ def _less(x, row):
 
 
 def _weights(scores, start, low, head):
-    """2 ^ scores (keys, queries) of the tile at (start, low), zero where a query does not see a key."""
+    """2 ^ scores (keys, queries) of the tile at (start, low), zero where a query does not see a
+    key.
+    """
     spans = range(0, head.block, _LANES)
 
     def part(key, query):
@@ -395,7 +413,9 @@ def _weights(scores, start, low, head):
 
 
 def _masked(weights, ahead, window):
-    """Weights whose first query is `ahead` positions, a multiple of their size, ahead of the first key."""
+    """Weights whose first query is `ahead` positions, a multiple of their size, ahead of the first
+    key.
+    """
     size = len(weights)
     if ahead < 0 or ahead - size >= window:
         return jnp.zeros_like(weights)
@@ -459,7 +479,9 @@ def _parameters():
 
 
 def _cost(qkv, head, products, arrays):
-    """FLOPs and exponentials of all tiles that are computed, masked scores included; bytes of `arrays` like queries."""
+    """FLOPs and exponentials of all tiles that are computed, masked scores included; bytes of
+    `arrays` like queries.
+    """
     batch, length, size, grid = head.shape_of(qkv)
     scores = math.prod(grid) * len(head.tiles(length)) * head.block**2
     return pl.CostEstimate(

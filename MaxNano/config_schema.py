@@ -102,7 +102,7 @@ def find_key(name: str, keys: Mapping[str, Key], source: str) -> Key:
     return keys[name]
 
 
-# ---- YAML ----------------------------------------------------------------------------------------
+# ---- YAML ---------------------------------------------------------------------------------------
 
 
 def read_text(path: Path) -> str:
@@ -149,7 +149,7 @@ def _entries(text: str, source: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
     return entries
 
 
-# ---- Declarations in base.yml --------------------------------------------------------------------
+# ---- Declarations in base.yml -------------------------------------------------------------------
 
 
 @functools.cache
@@ -246,7 +246,7 @@ def _parse_programs(
     return tuple(dict.fromkeys(programs)), starred
 
 
-# ---- Values --------------------------------------------------------------------------------------
+# ---- Values -------------------------------------------------------------------------------------
 
 
 class _InvalidValue(Exception):

@@ -44,7 +44,7 @@ from MaxNano.training.state import TrainState
 
 TABLES = ("token_embed", "value_embeds")  # parameters in embedding_dtype; all others are float32
 
-# ---- Import --------------------------------------------------------------------------------------
+# ---- Import -------------------------------------------------------------------------------------
 
 
 class ImportSource(NamedTuple):
@@ -210,7 +210,7 @@ def _cast(array: np.ndarray, dtype: str, path: tuple) -> np.ndarray:
     return cast
 
 
-# ---- Export --------------------------------------------------------------------------------------
+# ---- Export -------------------------------------------------------------------------------------
 
 
 def export_nanochat(config: FrozenConfigDict) -> None:
@@ -257,7 +257,7 @@ def _read_run(
     return saved, params, extra["run"]["step"]
 
 
-# ---- Command -------------------------------------------------------------------------------------
+# ---- Command ------------------------------------------------------------------------------------
 
 
 def main(config: FrozenConfigDict, argv: list[str]) -> None:

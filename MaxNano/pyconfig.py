@@ -34,7 +34,7 @@ XLA_BACKENDS = ("tpu", "gpu", "cpu")  # for xla_flag_groups
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 
-# ---- Layers: base < model < stage < command line -------------------------------------------------
+# ---- Layers: base < model < stage < command line ------------------------------------------------
 
 
 class _Values:
@@ -153,7 +153,7 @@ def _depth_in_name(model: str) -> int | None:
     return int(match[1]) if match else None
 
 
-# ---- Derived values ------------------------------------------------------------------------------
+# ---- Derived values -----------------------------------------------------------------------------
 
 
 def _derive(values: _Values) -> None:
@@ -263,7 +263,7 @@ def start_directory(load_from: str, directory: epath.Path) -> epath.Path:
     return path if "/" in load_from else directory.parent / load_from
 
 
-# ---- Contradictions ------------------------------------------------------------------------------
+# ---- Contradictions -----------------------------------------------------------------------------
 
 
 def _check_shape(values: _Values) -> None:
@@ -404,7 +404,7 @@ def _check_rest(values: _Values) -> None:
         raise values.error(others[0], f"and {first} exclude each other; set one of them")
 
 
-# ---- The config ----------------------------------------------------------------------------------
+# ---- The config ---------------------------------------------------------------------------------
 
 
 def initialize(argv: Sequence[str]) -> FrozenConfigDict:
@@ -487,7 +487,7 @@ def saved_values(path: Path) -> dict[str, Any]:
     return values
 
 
-# ---- Entry points --------------------------------------------------------------------------------
+# ---- Entry points -------------------------------------------------------------------------------
 
 
 def help_text(program: str | None = None, *, show_all: bool = True) -> str:

@@ -86,7 +86,7 @@ light-harvesting antennae, which protects the D1 protein; damaged D1 is replaced
 }
 
 
-# ---- Reading ----------------------------------------------------------------------------------
+# ---- Reading ------------------------------------------------------------------------------------
 
 
 def capped(texts: Iterable[str], characters: int, document_characters: int) -> Iterator[str]:
@@ -130,7 +130,7 @@ def train(config: FrozenConfigDict) -> BpeTokenizer:
     return train_bpe(with_progress(texts, characters), config.vocab_size, config.tokenizer_threads)
 
 
-# ---- Compression ------------------------------------------------------------------------------
+# ---- Compression --------------------------------------------------------------------------------
 
 
 def reference_encodings(names: Sequence[str], seconds: float) -> dict[str, tiktoken.Encoding]:
@@ -189,7 +189,7 @@ def table_texts(config: FrozenConfigDict) -> dict[str, list[str]]:
     return texts
 
 
-# ---- Main -------------------------------------------------------------------------------------
+# ---- Main ---------------------------------------------------------------------------------------
 
 
 def main(config: FrozenConfigDict) -> None:

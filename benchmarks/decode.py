@@ -142,7 +142,7 @@ def prompt_of(config: FrozenConfigDict, length: int) -> tuple[int, ...]:
     return tuple(np.random.default_rng(1).integers(0, config.vocab_size, length).tolist())
 
 
-# ---- Comparison with nanochat ------------------------------------------------------------------
+# ---- Comparison with nanochat -------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -102,7 +102,7 @@ class Layout(NamedTuple):
         return " x ".join(size for size in sizes if not size.endswith(" 1"))
 
 
-# ---- The two kinds of programs ---------------------------------------------------------------------------------------
+# ---- The two kinds of programs ------------------------------------------------------------------
 
 
 def whole_step(config: FrozenConfigDict) -> common.Row:
@@ -187,7 +187,7 @@ def short_step(words: Sequence[str], topology: str, layout: Layout) -> common.Ro
     }
 
 
-# ---- The estimate ----------------------------------------------------------------------------------------------------
+# ---- The estimate -------------------------------------------------------------------------------
 
 
 def estimate(

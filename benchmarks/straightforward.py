@@ -62,7 +62,7 @@ RULES = (("layers", "data"), ("activation_batch", "data"))  # for Muon's moments
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-# ---- The model, from MaxNano's parameters, with the layers unstacked -------------------------------------------------
+# ---- The model, from MaxNano's parameters, with the layers unstacked ----------------------------
 
 
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def mean_loss(
     return jnp.sum(nll * (targets >= 0)) / jnp.maximum(jnp.sum(targets >= 0), 1)
 
 
-# ---- The step --------------------------------------------------------------------------------------------------------
+# ---- The step -----------------------------------------------------------------------------------
 
 
 def set_up(
@@ -297,7 +297,7 @@ def compile_recipe(recipe: Recipe) -> compile_report.Report:
     )
 
 
-# ---- The program -----------------------------------------------------------------------------------------------------
+# ---- The program --------------------------------------------------------------------------------
 
 
 def main(config: FrozenConfigDict) -> None:

@@ -72,7 +72,7 @@ def test_there_are_scripts():
     } <= names
 
 
-# ---- Alternatives: what is kept --------------------------------------------------------------------------------------
+# ---- Alternatives: what is kept -----------------------------------------------------------------
 
 
 def test_alternatives_are_valid_and_differ():
@@ -127,7 +127,7 @@ def test_alternatives_go_on_where_they_were_stopped(tmp_path, monkeypatch, capsy
     assert "too large" in capsys.readouterr().out
 
 
-# ---- Variants compute the same ---------------------------------------------------------------------------------------
+# ---- Variants compute the same ------------------------------------------------------------------
 
 
 def test_the_straightforward_loss_is_the_products():
@@ -183,7 +183,7 @@ def test_all_losses_are_one():
             np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
 
 
-# ---- Past one host ---------------------------------------------------------------------------------------------------
+# ---- Past one host ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -235,7 +235,7 @@ def test_work_on_weights_is_told_from_work_on_tokens():
     )
 
 
-# ---- Measured on this machine ----------------------------------------------------------------------------------------
+# ---- Measured on this machine -------------------------------------------------------------------
 
 
 def test_step_time_takes_steps(monkeypatch, capsys):
@@ -289,7 +289,7 @@ def test_the_input_pipeline_says_what_a_million_tokens_need(tmp_path, monkeypatc
     assert "A million tokens/s needs " in out and "data_workers=" in out
 
 
-# ---- Compiled --------------------------------------------------------------------------------------------------------
+# ---- Compiled -----------------------------------------------------------------------------------
 
 
 @pytest.mark.tpu_compile

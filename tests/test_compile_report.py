@@ -424,7 +424,7 @@ def test_copies_beside_the_computation_are_listed_and_cost_nothing():
     assert [copy.bytes for copy in result.copies] == [4096 * 4, 1024 * 4]
 
 
-# ---- Pallas ----------------------------------------------------------------------------------------------------------
+# ---- Pallas -------------------------------------------------------------------------------------
 
 
 def pallas(attributes):
@@ -473,7 +473,7 @@ def test_splash_counts_the_tiles_of_its_grid():
     assert result.pallas_flops == 4 * (4 * 3) * 512 * 512 * 128 * 2 * 2
 
 
-# ---- FLOPs -----------------------------------------------------------------------------------------------------------
+# ---- FLOPs --------------------------------------------------------------------------------------
 
 
 def flops(*lines):
@@ -583,7 +583,7 @@ def test_flops_count_fusions_and_trips():
     assert walk(text).matmul_flops == 10 * 2 * 64**3
 
 
-# ---- Source lines, whole reports -------------------------------------------------------------------------------------
+# ---- Source lines, whole reports ----------------------------------------------------------------
 
 FRAMES = """
 FileNames

@@ -54,7 +54,7 @@ def assert_same(found, expected):
         assert a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-# ---- Parameters ----------------------------------------------------------------------------------
+# ---- Parameters ---------------------------------------------------------------------------------
 
 
 def test_golden_checkpoint_goes_round():
@@ -136,7 +136,7 @@ def test_misfits_are_named():
         nanochat.from_params({**params, "x0_lambdas": np.ones(3)}, config)
 
 
-# ---- Files ---------------------------------------------------------------------------------------
+# ---- Files --------------------------------------------------------------------------------------
 
 
 def torch_or_skip(suffix: str) -> None:
@@ -248,7 +248,7 @@ def test_foreign_special_tokens_are_refused(tmp_path):
         nanochat.read_tokenizer(path)
 
 
-# ---- The command ---------------------------------------------------------------------------------
+# ---- The command --------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def whole_rows(setup, params, bos_id):
     return core.logits_scorer(padded, bos_id)
 
 
-# ---- Against nanochat -----------------------------------------------------------------------------------------------
+# ---- Against nanochat ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def test_a_scorer_from_logits():
     assert [row.tolist() for row in right] == [[True, False, True], [False]]
 
 
-# ---- Prompts --------------------------------------------------------------------------------------------------------
+# ---- Prompts ------------------------------------------------------------------------------------
 
 
 def task_of(kind, *questions, shots=0, delimiter=" "):
@@ -347,7 +347,7 @@ def test_a_cut_comes_after_the_shuffle():
     assert [question["context"] for question in task.questions(7)] == expected[:7]
 
 
-# ---- Batches --------------------------------------------------------------------------------------------------------
+# ---- Batches ------------------------------------------------------------------------------------
 
 
 @given(
@@ -387,7 +387,7 @@ def test_sizes_waste_little(count, smallest):
     assert size <= smallest or size <= (1.25 * count if size > 160 else 2 * count)
 
 
-# ---- Bundles and scores ---------------------------------------------------------------------------------------------
+# ---- Bundles and scores -------------------------------------------------------------------------
 
 
 def test_the_scores_of_gpt2():
@@ -480,7 +480,7 @@ def test_a_line_that_is_no_question_is_named(line, message):
         task.questions()
 
 
-# ---- The real bundle ------------------------------------------------------------------------------------------------
+# ---- The real bundle ----------------------------------------------------------------------------
 
 
 REAL = Path(os.environ.get("CORE_BUNDLE", ROOT.parent / "shared/data/core_eval_bundle.tar.xz"))

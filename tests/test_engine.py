@@ -114,7 +114,7 @@ def prompt(length, seed=0):
 GREEDY = Request(prompt=prompt(20), max_tokens=12, temperature=0)
 
 
-# ---- The model's own words -------------------------------------------------------------------------------------------
+# ---- The model's own words ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_a_prompt_can_be_scored_alone(served, logits):
     assert other[0].prompt_logprobs == [] and other[0].finish == "length"
 
 
-# ---- Sharing a batch -------------------------------------------------------------------------------------------------
+# ---- Sharing a batch ----------------------------------------------------------------------------
 
 REQUESTS = st.builds(
     Request,
@@ -318,7 +318,7 @@ def test_after_a_failure_all_end_with_an_error_and_the_engine_is_new(served, mon
     assert one(served, GREEDY) == expected and served.running == 0
 
 
-# ---- Settings of a request -------------------------------------------------------------------------------------------
+# ---- Settings of a request ----------------------------------------------------------------------
 
 
 def test_a_stop_id_ends_a_sample_and_is_not_part_of_it(served):
@@ -412,7 +412,7 @@ def test_what_cannot_be_served_is_refused(served, changes, problem):
     assert served.is_idle
 
 
-# ---- Tools -----------------------------------------------------------------------------------------------------------
+# ---- Tools --------------------------------------------------------------------------------------
 
 
 def test_a_call_of_the_calculator_is_answered(served, monkeypatch, logits):
@@ -450,7 +450,7 @@ def test_a_call_without_an_answer_goes_on(served, monkeypatch):
     assert [part.kind for part in completion.parts] == ["python", "text"]
 
 
-# ---- Where it comes from and where it runs ---------------------------------------------------------------------------
+# ---- Where it comes from and where it runs ------------------------------------------------------
 
 
 def test_loads_a_run(config, params, served, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ class ListTask(tasks.Task):
         return conversation["messages"][-1]["content"] in completion
 
 
-# ---- Without a model ------------------------------------------------------------------------------------------------
+# ---- Without a model ----------------------------------------------------------------------------
 
 
 def problems_of(folder, name):  # noqa: F811
@@ -172,7 +172,7 @@ def test_what_cannot_be_asked_is_one_line(folder):  # noqa: F811
         del tasks.TASKS["none"]
 
 
-# ---- evaluate.py ----------------------------------------------------------------------------------------------------
+# ---- evaluate.py --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

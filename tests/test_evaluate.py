@@ -275,7 +275,7 @@ def test_bits_per_byte_are_of_all_batches_together():
     assert bits_per_byte(lambda batch: (0.0, 0.0), range(1)) == math.inf
 
 
-# ---- In training ----------------------------------------------------------------------------------------------------
+# ---- In training --------------------------------------------------------------------------------
 
 
 class Preemption:

@@ -142,7 +142,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# ---- Out and back ----------------------------------------------------------------------------------------------------
+# ---- Out and back -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -265,7 +265,7 @@ def test_large_models_are_cut_into_files(models, tokenizer, tmp_path, monkeypatc
     assert_same(found, tensors)
 
 
-# ---- Tokenizer -------------------------------------------------------------------------------------------------------
+# ---- Tokenizer ----------------------------------------------------------------------------------
 
 TEXT = st.text(
     st.characters(codec="utf-8", exclude_categories=["Cn"])
@@ -375,7 +375,7 @@ def test_a_folder_older_than_an_architecture_key_has_the_keys_implied_value(mode
         huggingface.check_exportable(newer)
 
 
-# ---- What is refused -------------------------------------------------------------------------------------------------
+# ---- What is refused ----------------------------------------------------------------------------
 
 
 def test_a_folder_is_only_replaced_when_told_and_only_its_own_kind(models, tokenizer, tmp_path):
@@ -479,7 +479,7 @@ def test_the_command_line_says_so_in_one_line(models, tmp_path):
     assert "already has a model" in error_of(f"to_huggingface={folder}", "run_name=nothing")
 
 
-# ---- In transformers -------------------------------------------------------------------------------------------------
+# ---- In transformers ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

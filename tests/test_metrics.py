@@ -386,7 +386,7 @@ def test_the_end_waits_for_a_tracker_but_not_for_ever(tmp_path, monkeypatch, cap
     released.set()
 
 
-# ---- Disks and stores that fail ------------------------------------------------------------------
+# ---- Disks and stores that fail -----------------------------------------------------------------
 
 
 def test_what_cannot_be_written_stops_nothing(config, tmp_path, caplog):

@@ -36,7 +36,7 @@ def paths(tree):
     return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
 
 
-# ---- nanochat's own step --------------------------------------------------------------------------------------------
+# ---- nanochat's own step ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_first_step_is_nanochats(golden):
         )
 
 
-# ---- Muon against an independent reading of its definition, in float64 ----------------------------------------------
+# ---- Muon against an independent reading of its definition, in float64 --------------------------
 
 
 class ReferenceMuon:
@@ -270,7 +270,7 @@ def test_parts_of_muon_can_be_left_out(key):
     assert different["layers"]["mlp"]["wi"] > 1e-6
 
 
-# ---- AdamW ----------------------------------------------------------------------------------------------------------
+# ---- AdamW --------------------------------------------------------------------------------------
 
 
 def test_adamw_over_several_steps():
@@ -330,7 +330,7 @@ def test_bfloat16_tables_are_computed_in_float32_and_rounded_once():
     assert [leaf.dtype for leaf in moments] == [jnp.bfloat16, jnp.bfloat16]
 
 
-# ---- Groups ---------------------------------------------------------------------------------------------------------
+# ---- Groups -------------------------------------------------------------------------------------
 
 
 def every_parameter():
@@ -430,7 +430,7 @@ def test_empty_groups_are_not_counted():
     assert groups.count_parameters({"lm_head": jnp.ones((4, 2))}, rows) == {"lm_head": 8}
 
 
-# ---- Layout ---------------------------------------------------------------------------------------------------------
+# ---- Layout -------------------------------------------------------------------------------------
 
 
 def test_layers_cut_over_devices_need_no_communication():

@@ -44,7 +44,7 @@ def model_folder(tmp_path, text, name="mine"):
     return str(base)
 
 
-# ---- Layers and origins ------------------------------------------------------------------------
+# ---- Layers and origins -------------------------------------------------------------------------
 
 
 def test_command_line_wins_over_stage_over_model_over_base(tmp_path):
@@ -154,7 +154,7 @@ def test_replace_keeps_the_rest_and_names_its_origin():
         pyconfig.replace(config, "backend", dtypo="float32")
 
 
-# ---- Horizon -----------------------------------------------------------------------------------
+# ---- Horizon ------------------------------------------------------------------------------------
 
 
 def test_steps_win_over_flops_and_flops_over_ratio():
@@ -204,7 +204,7 @@ def test_recorded_runs(model):
     assert windows == (*[min(windows)] * 3, 2048) * 6
 
 
-# ---- What YAML would get wrong -----------------------------------------------------------------
+# ---- What YAML would get wrong ------------------------------------------------------------------
 
 
 def test_exponents_without_a_dot_are_numbers(tmp_path):
@@ -245,7 +245,7 @@ def test_nothing_behind_the_equals_sign_is_not_null():
     assert "steps='' is not an int: it is empty" in refusal("steps=")
 
 
-# ---- Refusals ----------------------------------------------------------------------------------
+# ---- Refusals -----------------------------------------------------------------------------------
 
 BAD_TEXT = """
 steps=abc steps=1.5 steps=-1 steps=1e-4 steps=true steps=[1] steps={a:1} steps='"3"' steps=1_
@@ -477,7 +477,7 @@ def test_numbers_survive_the_command_line(number, seed):
     assert (config.matrix_lr, config.seed) == (number, seed)
 
 
-# ---- Saving and help ---------------------------------------------------------------------------
+# ---- Saving and help ----------------------------------------------------------------------------
 
 
 def values(config):
@@ -565,7 +565,7 @@ def test_a_config_that_an_earlier_version_saved_is_a_first_argument(tmp_path, mo
     assert "download_attempts" not in config and len(config.logical_axis_rules) == 3
 
 
-# ---- Stages ------------------------------------------------------------------------------------
+# ---- Stages -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])
@@ -604,7 +604,7 @@ def test_a_batch_of_rollouts_is_all_answers_of_a_step():
     )
 
 
-# ---- The grammar of base.yml -------------------------------------------------------------------
+# ---- The grammar of base.yml --------------------------------------------------------------------
 
 
 def keys_of_text(tmp_path, text):
@@ -676,7 +676,7 @@ def test_a_base_file_that_lacks_a_key_is_refused(tmp_path):
     assert "does not have the key adam_epsilon" in refusal(first=str(tmp_path / "base.yml"))
 
 
-# ---- Entry points ------------------------------------------------------------------------------
+# ---- Entry points -------------------------------------------------------------------------------
 
 
 def test_launch_tells_user_errors_from_faults(capsys):

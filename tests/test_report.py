@@ -33,7 +33,7 @@ V6E = {"kind": "TPU v6 lite", "count": 8, "processes": 2, "host_cores": 180}
 PROBLEM = {"problem": 0, "messages": [{"role": "user", "content": "2 + 2?"}], "answer": "4"}
 
 
-# ---- Made-up runs ----------------------------------------------------------------------------------------------------
+# ---- Made-up runs -------------------------------------------------------------------------------
 
 
 def rows_of(steps, **more):
@@ -195,7 +195,7 @@ class Tags(HTMLParser):
         self.text.append(data)
 
 
-# ---- What is in it ---------------------------------------------------------------------------------------------------
+# ---- What is in it ------------------------------------------------------------------------------
 
 
 def test_the_whole_way(chain):
@@ -342,7 +342,7 @@ def test_scores_of_gpt2():
     assert gpt2.core() == pytest.approx((float(score["gpt2"]), float(score["gpt2-xl"])), abs=1e-6)
 
 
-# ---- What is not there -----------------------------------------------------------------------------------------------
+# ---- What is not there --------------------------------------------------------------------------
 
 
 def test_a_run_that_has_only_begun(tmp_path):
@@ -418,7 +418,7 @@ def test_runs_that_start_from_each_other_end(tmp_path):
     assert [run.name for run in runs] == ["b", "a"] and "started from a, which itself" in problem
 
 
-# ---- No text becomes markup ------------------------------------------------------------------------------------------
+# ---- No text becomes markup ---------------------------------------------------------------------
 
 NASTY = st.one_of(
     st.text(st.characters(codec=None), max_size=40),
@@ -550,7 +550,7 @@ def test_every_text_of_a_run_is_escaped(text):
     assert odd.tags == plain.tags and odd.attributes == plain.attributes
 
 
-# ---- Charts ----------------------------------------------------------------------------------------------------------
+# ---- Charts -------------------------------------------------------------------------------------
 
 NUMBERS = st.one_of(
     st.none(), st.floats(-1e12, 1e12), st.floats(-2, 2), st.sampled_from([0.0, 1e-12, 1e-300, 3.0])
@@ -626,7 +626,7 @@ def test_a_spike_does_not_hide_the_rest():
     assert charts.y_range([Series("a", points)], False)[1] > 1e6
 
 
-# ---- The command -----------------------------------------------------------------------------------------------------
+# ---- The command --------------------------------------------------------------------------------
 
 
 def run_report(*arguments, before=""):
@@ -698,7 +698,7 @@ def test_a_run_that_does_not_exist(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-# ---- In a browser ----------------------------------------------------------------------------------------------------
+# ---- In a browser -------------------------------------------------------------------------------
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -35,7 +35,7 @@ TOKENIZER = BpeTokenizer(NANOCHAT_PATTERN, {bytes([i]): i for i in range(256)})
 END = TOKENIZER.special.assistant_end
 
 
-# ---- Batches --------------------------------------------------------------------------------------------------------
+# ---- Batches ------------------------------------------------------------------------------------
 
 
 def golden_batch(length):
@@ -168,7 +168,7 @@ def test_pass_at_k_is_one_right_among_the_first_k():
     assert rollouts.pass_at_k(records, 3) == {"pass@1": 0.25, "pass@2": 0.5, "pass@3": 0.5}
 
 
-# ---- Whole runs -----------------------------------------------------------------------------------------------------
+# ---- Whole runs ---------------------------------------------------------------------------------
 
 
 def words_of(place, *more):

@@ -114,7 +114,7 @@ def config_of(*words):
     return pyconfig.initialize([str(pyconfig.BASE), *words])
 
 
-# ---- Several processes ---------------------------------------------------------------------------
+# ---- Several processes --------------------------------------------------------------------------
 
 BY_KEYS = ("coordinator_address=10.0.0.1:8476", "num_processes=4", "process_id=2")
 BY_ENVIRONMENT = {
@@ -283,7 +283,7 @@ def test_a_taken_port_is_told():
     assert not jax.distributed.is_initialized()
 
 
-# ---- Compiler flags ------------------------------------------------------------------------------
+# ---- Compiler flags -----------------------------------------------------------------------------
 
 
 def test_flags_of_the_named_groups_and_the_backend():
@@ -359,7 +359,7 @@ def test_the_tpu_compiler_takes_every_flag_group():
     assert "No such compile option: 'xla_tpu_no_such_flag'" in refusal
 
 
-# ---- Numbers and memory --------------------------------------------------------------------------
+# ---- Numbers and memory -------------------------------------------------------------------------
 
 
 def test_dtypes_follow_the_config():

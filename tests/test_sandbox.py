@@ -73,7 +73,7 @@ def nothing_remains():
     assert memory_mb("VmHWM") - before <= 64
 
 
-# ---- Escapes ---------------------------------------------------------------------------------------------------------
+# ---- Escapes ------------------------------------------------------------------------------------
 # Each tries to do something to the world outside and raises where it is not let. VICTIM is a
 # process of the same user, SECRET and FOLDER a file and a folder of the host, PORT a listening
 # socket.
@@ -233,7 +233,7 @@ def test_no_escape(mechanism, world, subtests):
         server.accept()
 
 
-# ---- Exhaustion ------------------------------------------------------------------------------------------------------
+# ---- Exhaustion ---------------------------------------------------------------------------------
 EXHAUSTING = {  # source, the statuses it may end with
     "one large object": ("bytearray(1 << 34)", {"failed"}),
     "many small objects": ("a = []\nwhile True: a.append(bytearray(1 << 20))", {"failed"}),
@@ -306,7 +306,7 @@ def test_dies_with_its_parent(mechanism, tmp_path):
     assert survivors() == []
 
 
-# ---- What is allowed -------------------------------------------------------------------------------------------------
+# ---- What is allowed ----------------------------------------------------------------------------
 def test_programs_run(mechanism):
     source = """
         import asyncio, collections, dataclasses, datetime, decimal, hashlib, math, random, re, sys, threading
@@ -346,7 +346,7 @@ def test_off_the_main_thread(mechanism):
     assert results == {n: f"{n}\n" for n in range(4)}
 
 
-# ---- Verdicts --------------------------------------------------------------------------------------------------------
+# ---- Verdicts -----------------------------------------------------------------------------------
 TEST = """
 import math
 def check(candidate):
@@ -512,7 +512,7 @@ def test_plain_values_cross_unchanged(value):
     assert shape(crossed) == shape(value)
 
 
-# ---- Refusal ---------------------------------------------------------------------------------------------------------
+# ---- Refusal ------------------------------------------------------------------------------------
 @pytest.fixture
 def afresh():
     """The faults of mechanisms are found again, in this test and after it."""

@@ -46,7 +46,7 @@ def server():
         yield running
 
 
-# ---- What clients get ----------------------------------------------------------------------------
+# ---- What clients get ---------------------------------------------------------------------------
 
 
 def test_chat(server):
@@ -297,7 +297,7 @@ def test_the_page_and_what_every_answer_carries(server):
     assert "content-security-policy" in server.request("GET", "/nothing")[1]
 
 
-# ---- Who is refused --------------------------------------------------------------------------------
+# ---- Who is refused -----------------------------------------------------------------------------
 
 USER = {"role": "user", "content": "hi"}
 DEEP = b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
@@ -589,7 +589,7 @@ def test_other_sites_only_where_the_config_says():
         assert "access-control-allow-origin" not in other[1]
 
 
-# ---- Load, leaving and ends ------------------------------------------------------------------------
+# ---- Load, leaving and ends ---------------------------------------------------------------------
 
 
 def test_a_client_that_leaves_frees_its_slot_within_a_second():

@@ -142,7 +142,7 @@ def losses_of(place, run_name):
     return [(r["step"], r["loss"], r["bpb"]) for r in rows_of(place, run_name) if "event" not in r]
 
 
-# ---- The start from another run -------------------------------------------------------------------------------------
+# ---- The start from another run -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("load_optimizer", [True, False])
@@ -235,7 +235,7 @@ def test_a_run_that_goes_on_need_not_be_told_again_where_it_started(place, tmp_p
     assert start_from.with_start(again).load_from == "base"
 
 
-# ---- Whole runs -----------------------------------------------------------------------------------------------------
+# ---- Whole runs ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +328,7 @@ def test_passes_decide_the_steps(place):
     assert with_horizon(asked) is asked
 
 
-# ---- nanochat's gradients -------------------------------------------------------------------------------------------
+# ---- nanochat's gradients -----------------------------------------------------------------------
 
 
 def test_gradients_are_nanochats():

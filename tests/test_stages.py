@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 BETA = 0.5
 
 
-# ---- The stage: pairs of rows, of which the first is preferred -------------------------------------------------------
+# ---- The stage: pairs of rows, of which the first is preferred ----------------------------------
 
 
 class Pairs:
@@ -97,7 +97,7 @@ DPO = Stage(
 )
 
 
-# ---- The evaluation --------------------------------------------------------------------------------------------------
+# ---- The evaluation -----------------------------------------------------------------------------
 
 
 class HeadNorm:
@@ -122,7 +122,7 @@ class HeadNorm:
         return ResultTable("head", ("metric", "value"), list(self.measure(results).items()))
 
 
-# ---- Rows added ------------------------------------------------------------------------------------------------------
+# ---- Rows added ---------------------------------------------------------------------------------
 
 
 @pytest.fixture

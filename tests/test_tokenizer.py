@@ -102,7 +102,7 @@ def tokenizers(paths):
     return {kind: load_tokenizer_from(kind, path, threads=3) for kind, path in paths.items()}
 
 
-# ---- Ids --------------------------------------------------------------------------------------
+# ---- Ids ----------------------------------------------------------------------------------------
 
 
 def test_ids_worked_out_by_hand():
@@ -136,7 +136,7 @@ def test_too_little_text_and_too_small_vocabularies_say_what_to_change():
     assert train_bpe([], 265).vocab_size == 265
 
 
-# ---- Where text is cut ------------------------------------------------------------------------
+# ---- Where text is cut --------------------------------------------------------------------------
 
 
 def cut(pattern: str, text: str) -> list[str]:
@@ -211,7 +211,7 @@ def test_only_pathological_texts_are_cut():
     assert len(pieces) == 2 and "".join(pieces) == text + " " * 60_000 + "b"
 
 
-# ---- Every type -------------------------------------------------------------------------------
+# ---- Every type ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -292,7 +292,7 @@ def test_an_unknown_id_is_refused(tokenizers, kind, bad):
         tokenizers[kind].decode([1, bad])
 
 
-# ---- Foreign vocabularies ---------------------------------------------------------------------
+# ---- Foreign vocabularies -----------------------------------------------------------------------
 
 
 def test_an_unknown_rank_file_is_cut_as_nanochat_does(tokenizers):
@@ -476,7 +476,7 @@ def test_a_missing_library_is_one_line(paths, monkeypatch):
         load_tokenizer_from("huggingface", paths["huggingface"])
 
 
-# ---- Files ------------------------------------------------------------------------------------
+# ---- Files --------------------------------------------------------------------------------------
 
 
 def assert_refused(kind, path):
@@ -627,7 +627,7 @@ def test_load_reads_the_config(paths):
     assert t.vocab_size == 337
 
 
-# ---- Chat -------------------------------------------------------------------------------------
+# ---- Chat ---------------------------------------------------------------------------------------
 
 BOS, USER, USER_END, ASSISTANT, ASSISTANT_END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = range(
     256, 265

@@ -55,7 +55,7 @@ def report(tmp_path, *words, **own):
     return out, json.loads((tmp_path / "report.json").read_text())
 
 
-# ---- Names of slices -------------------------------------------------------------------------------------------------
+# ---- Names of slices ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_wrong_name_is_one_line_and_status_2(tmp_path):
     assert err.startswith("error: compile_topology=v6e-7") and err.count("\n") == 1, err
 
 
-# ---- Compiling -------------------------------------------------------------------------------------------------------
+# ---- Compiling ----------------------------------------------------------------------------------
 
 
 @pytest.mark.tpu_compile

@@ -61,7 +61,7 @@ def test_references_that_hang_are_left_out(monkeypatch):
     release.set()
 
 
-# ---- The command ------------------------------------------------------------------------------
+# ---- The command --------------------------------------------------------------------------------
 
 
 def run(*words, script=True):

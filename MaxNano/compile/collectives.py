@@ -125,7 +125,7 @@ def _span(text: str) -> int:
     return int(last or first) - int(first) + 1
 
 
-# ---- Mesh axes -------------------------------------------------------------------------------------------------------
+# ---- Mesh axes ----------------------------------------------------------------------------------
 
 
 def _axes_of(group: Sequence[int], mesh: Mesh | None) -> tuple[tuple[str, ...], str]:

@@ -26,7 +26,7 @@ from MaxNano.compile.collectives import (
 )
 from MaxNano.distributed import hardware
 
-# ---- Assumptions about what the compiler does not cost ---------------------------------------------------------------
+# ---- Assumptions about what the compiler does not cost ------------------------------------------
 
 # The compiler writes numbers near 2^63 beside operations that it does not cost.
 UNKNOWN_CYCLES = 2**62
@@ -53,7 +53,7 @@ ASSUMPTIONS = (
     "asynchronous copies are listed and do not count",
 )
 
-# ---- Values ----------------------------------------------------------------------------------------------------------
+# ---- Values -------------------------------------------------------------------------------------
 
 CLASSES = (
     "matmul",
@@ -140,7 +140,7 @@ class Walk(NamedTuple):
         return Walk(*repeated, self.matmul_flops * count, self.pallas_flops * count)
 
 
-# ---- The walk --------------------------------------------------------------------------------------------------------
+# ---- The walk -----------------------------------------------------------------------------------
 
 
 def walk(
@@ -410,7 +410,7 @@ def _holds(array: hlo.Array, matrices: Iterable[Sequence[int]]) -> bool:
     return array.dtype[0] not in "su" and any(Counter(matrix) <= axes for matrix in matrices)
 
 
-# ---- Splash attention ------------------------------------------------------------------------------------------------
+# ---- Splash attention ---------------------------------------------------------------------------
 
 SPLASH_PRODUCTS = {
     "fwd": 2,  # scores; output

@@ -129,7 +129,7 @@ class Module(NamedTuple):
                 yield instruction
 
 
-# ---- Parsing ---------------------------------------------------------------------------------------------------------
+# ---- Parsing ------------------------------------------------------------------------------------
 
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _INSTRUCTION = re.compile(r"^  (ROOT )?%?([\w.\-]+) = ")
@@ -214,7 +214,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
     return tuple(arrays)
 
 
-# ---- Source lines ----------------------------------------------------------------------------------------------------
+# ---- Source lines -------------------------------------------------------------------------------
 
 
 def _frames(tables: dict[str, dict[int, str]]) -> dict[int, Frame]:
@@ -249,7 +249,7 @@ def source_line(module: Module, instruction: Instruction, package: str = "MaxNan
     return f"{frame.file.rpartition('/')[2]}:{frame.line}"
 
 
-# ---- Loops -----------------------------------------------------------------------------------------------------------
+# ---- Loops --------------------------------------------------------------------------------------
 
 
 def trip_count(module: Module, loop: Instruction) -> int:
@@ -285,7 +285,7 @@ def branches(conditional: Instruction) -> list[str]:
     return [conditional.attribute(f"{truth}_computation") for truth in ("true", "false")]
 
 
-# ---- FLOPs -----------------------------------------------------------------------------------------------------------
+# ---- FLOPs --------------------------------------------------------------------------------------
 
 
 def matmul_flops(module: Module, computation: Computation) -> int:
@@ -341,7 +341,7 @@ def _convolution_flops(instruction: Instruction, lhs: Array, rhs: Array) -> int:
     return 2 * batch * kernel["o"] * kernel["i"] * products
 
 
-# ---- Collectives -----------------------------------------------------------------------------------------------------
+# ---- Collectives --------------------------------------------------------------------------------
 
 
 MESH_GROUPS = (

@@ -93,7 +93,7 @@ def _compile(setup: RunSetup, program: str) -> jax.stages.Compiled:
         ) from error
 
 
-# ---- The programs ----------------------------------------------------------------------------------------------------
+# ---- The programs -------------------------------------------------------------------------------
 
 
 def _train_work(setup: RunSetup) -> ProgramWork:

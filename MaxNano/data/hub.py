@@ -65,7 +65,7 @@ class _Stopped(Exception):
     """The program is ending: a transfer stops at its next chunk."""
 
 
-# ---- The hub -----------------------------------------------------------------------------------
+# ---- The hub ------------------------------------------------------------------------------------
 
 
 def _open_client() -> httpx2.Client:
@@ -179,7 +179,7 @@ def _first_line(error: Exception) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-# ---- Verified transfers ------------------------------------------------------------------------
+# ---- Verified transfers -------------------------------------------------------------------------
 
 
 class _Progress:
@@ -413,7 +413,7 @@ def fetch_files(
     _run_jobs(jobs, workers, progress, say, heartbeat)
 
 
-# ---- Data sets, chat tasks and CORE ------------------------------------------------------------
+# ---- Data sets, chat tasks and CORE -------------------------------------------------------------
 
 
 def fetch_dataset(config: Any, say: Say = print_line) -> Path:

@@ -19,7 +19,7 @@ POLL_SECONDS = 1.0  # between checks for a file that has not arrived
 REMIND_SECONDS = 30.0  # between messages about it
 
 
-# ---- Positions ---------------------------------------------------------------------------------
+# ---- Positions ----------------------------------------------------------------------------------
 
 
 class StreamPosition(NamedTuple):
@@ -104,7 +104,7 @@ def position_from_json(source: Source, saved: Mapping[str, Any]) -> SourcePositi
     return StreamPosition(saved["epoch"], file, saved["group"], saved["row"])
 
 
-# ---- Documents of one reader -------------------------------------------------------------------
+# ---- Documents of one reader --------------------------------------------------------------------
 
 
 def read_lists(
@@ -191,7 +191,7 @@ def check_readers(source: Source, readers: int) -> None:
         )
 
 
-# ---- All documents once ------------------------------------------------------------------------
+# ---- All documents once -------------------------------------------------------------------------
 
 
 def iterate_texts(config: Any, split: str) -> Iterator[str]:
@@ -227,7 +227,7 @@ def _texts_of_mixture(source: MixtureSource) -> Iterator[str]:
             yield text
 
 
-# ---- Waiting for downloads ---------------------------------------------------------------------
+# ---- Waiting for downloads ----------------------------------------------------------------------
 
 
 class Patience:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import FrozenConfigDict
 
-# ---- Chips ---------------------------------------------------------------------------------------
+# ---- Chips --------------------------------------------------------------------------------------
 
 
 class Chip(NamedTuple):
@@ -69,7 +69,7 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
     return None if None in chips else sum(c.peak_flops for c in chips)
 
 
-# ---- Memory --------------------------------------------------------------------------------------
+# ---- Memory -------------------------------------------------------------------------------------
 
 
 def memory_limit_bytes() -> int | None:
@@ -111,7 +111,7 @@ def _read(path: Path) -> str:
         return ""
 
 
-# ---- Choices by backend --------------------------------------------------------------------------
+# ---- Choices by backend -------------------------------------------------------------------------
 
 
 def compute_dtype(config: FrozenConfigDict, backend: str) -> str:

@@ -124,7 +124,7 @@ def freeze_gc() -> None:
     gc.freeze()
 
 
-# ---- Several processes ---------------------------------------------------------------------------
+# ---- Several processes --------------------------------------------------------------------------
 
 
 def gather_json(value: Any) -> list[Any]:
@@ -291,7 +291,7 @@ def _int_from_environment(name: str) -> int | None:
     return int(text)
 
 
-# ---- CPU devices ---------------------------------------------------------------------------------
+# ---- CPU devices --------------------------------------------------------------------------------
 
 
 def tile_small_products() -> None:
@@ -346,7 +346,7 @@ def cpu_devices(*, cores: int, rows: int, parallelism: Sequence[int | None]) -> 
     return fixed * left
 
 
-# ---- Compilation cache ---------------------------------------------------------------------------
+# ---- Compilation cache --------------------------------------------------------------------------
 
 
 def cache_folder(config: FrozenConfigDict) -> str:

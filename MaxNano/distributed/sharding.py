@@ -82,7 +82,7 @@ def constrain(x: jax.Array, axes: Axes, rules: Rules) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding.spec)
 
 
-# ---- Inside shard_map: gather sharded parameters, reduce-scatter their gradients -----------------
+# ---- Inside shard_map: gather sharded parameters, reduce-scatter their gradients ----------------
 
 
 def manual_spec(spec: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:

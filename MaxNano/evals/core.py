@@ -32,7 +32,7 @@ from MaxNano.training.context import RunContext
 
 PROBE_QUESTIONS = 8  # of each task, whose prompts give an estimate of the task's tokens
 
-# ---- Scoring ----------------------------------------------------------------------------------------------------
+# ---- Scoring ------------------------------------------------------------------------------------
 
 
 def logits_scorer(forward: Callable[[np.ndarray], Any], bos_id: int) -> Scorer:
@@ -63,7 +63,7 @@ def logits_scorer(forward: Callable[[np.ndarray], Any], bos_id: int) -> Scorer:
     return score
 
 
-# ---- Answers ----------------------------------------------------------------------------------------------------
+# ---- Answers ------------------------------------------------------------------------------------
 
 
 class CoreAnswer(NamedTuple):
@@ -159,7 +159,7 @@ def evaluate(
         pool.shutdown(cancel_futures=True)
 
 
-# ---- The evaluation ---------------------------------------------------------------------------------------------
+# ---- The evaluation -----------------------------------------------------------------------------
 
 
 class CoreEval:

@@ -36,7 +36,7 @@ QUESTIONS_AT_ONCE = 256  # tokenized together
 Question = Mapping[str, Any]
 
 
-# ---- The bundle -----------------------------------------------------------------------------------------------------
+# ---- The bundle ---------------------------------------------------------------------------------
 
 
 class CoreTask(NamedTuple):
@@ -186,7 +186,7 @@ def _files_of_archive(content: bytes) -> Iterator[tuple[str, bytes]]:
                     yield str(PurePosixPath(member.name)), archive.extractfile(member).read()
 
 
-# ---- Prompts --------------------------------------------------------------------------------------------------------
+# ---- Prompts ------------------------------------------------------------------------------------
 
 
 def draw_shots(index: int, count: int, shots: int) -> list[int]:

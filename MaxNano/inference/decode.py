@@ -28,7 +28,7 @@ SCORED = 256  # tokens of a prompt whose logits are computed at a time
 STOP_IDS = 16  # the largest number of token ids at which a slot stops
 
 
-# ---- The plan ------------------------------------------------------------------------------------
+# ---- The plan -----------------------------------------------------------------------------------
 
 
 class Plan(NamedTuple):
@@ -92,7 +92,7 @@ def make_plan(
     )
 
 
-# ---- Weights and cache ---------------------------------------------------------------------------
+# ---- Weights and cache --------------------------------------------------------------------------
 
 
 def prepare(plan: Plan, params: dict[str, Any]) -> Weights:
@@ -150,7 +150,7 @@ def logits_of(plan: Plan, weights: Weights, hidden: jax.Array) -> jax.Array:
     return logits if logits.shape[1] == config.vocab_size else jnp.where(known, logits, -jnp.inf)
 
 
-# ---- Prefill -------------------------------------------------------------------------------------
+# ---- Prefill ------------------------------------------------------------------------------------
 
 
 class Copies(NamedTuple):
@@ -265,7 +265,7 @@ def _top(logits, wanted):
     )
 
 
-# ---- Decode ----------------------------------------------------------------------------------------------------------
+# ---- Decode -------------------------------------------------------------------------------------
 
 
 def decode_step(

@@ -49,7 +49,7 @@ class ScoringLimits(NamedTuple):
 LIMITS = {"cpu": ScoringLimits(2048, 4096), "other": ScoringLimits(16384, 2**20)}
 
 
-# ---- The forward pass ----------------------------------------------------------------------------
+# ---- The forward pass ---------------------------------------------------------------------------
 
 
 def branch_hidden(
@@ -219,7 +219,7 @@ def branch_scores(
         return jax.lax.map(score, (hidden, targets))
 
 
-# ---- Batches -------------------------------------------------------------------------------------
+# ---- Batches ------------------------------------------------------------------------------------
 
 
 class BatchShape(NamedTuple):

@@ -174,7 +174,7 @@ class EnginePrograms:
         )
 
 
-# ---- Compile report ----------------------------------------------------------------------------
+# ---- Compile report -----------------------------------------------------------------------------
 
 
 def report_programs(setup: ModelSetup) -> EnginePrograms:
@@ -223,7 +223,7 @@ def decode_costs(programs: EnginePrograms, context: int) -> tuple[float, float]:
     return total_bytes / setup.mesh.size, forward_flops * programs.slots
 
 
-# ---- Weights and cache on the devices ----------------------------------------------------------
+# ---- Weights and cache on the devices -----------------------------------------------------------
 
 
 class ModelRunner:

@@ -68,7 +68,7 @@ RENAMED = {
 UNSUPPORTED: frozenset[str] = frozenset()
 
 
-# ---- The folder ----------------------------------------------------------------------------------
+# ---- The folder ---------------------------------------------------------------------------------
 
 
 class FolderContent(NamedTuple):
@@ -226,7 +226,7 @@ def _generation_json(config: FrozenConfigDict, tokenizer: Tokenizer) -> dict[str
     }
 
 
-# ---- Tensors -------------------------------------------------------------------------------------
+# ---- Tensors ------------------------------------------------------------------------------------
 
 
 def _write_tensors(folder: epath.Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -261,7 +261,7 @@ def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
     return shards
 
 
-# ---- Tokenizer -----------------------------------------------------------------------------------
+# ---- Tokenizer ----------------------------------------------------------------------------------
 
 
 def tokenizer_json(config: FrozenConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:

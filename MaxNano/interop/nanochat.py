@@ -68,7 +68,7 @@ FIXED = {
 }
 
 
-# ---- Parameters ----------------------------------------------------------------------------------
+# ---- Parameters ---------------------------------------------------------------------------------
 
 
 def to_params(arrays: Mapping[str, np.ndarray], config: FrozenConfigDict) -> dict:
@@ -131,7 +131,7 @@ def check_exportable(config: FrozenConfigDict) -> None:
         raise ValueError("nanochat cannot run this model: its short windows have another length")
 
 
-# ---- Files ---------------------------------------------------------------------------------------
+# ---- Files --------------------------------------------------------------------------------------
 
 
 def check_target(path: epath.PathLike) -> epath.Path:
@@ -194,7 +194,7 @@ def _meta_path(path: epath.Path) -> epath.Path:
     return path.with_name(f"meta_{path.stem.removeprefix('model_')}.json")
 
 
-# ---- Tokenizer -----------------------------------------------------------------------------------
+# ---- Tokenizer ----------------------------------------------------------------------------------
 
 
 class _EncodingState:

@@ -46,7 +46,7 @@ ValueEmbed = tuple[jax.Array, jax.Array]
 """Rows of a table of value embeddings (..., T, K x H), and their gates (..., K, T) in float32."""
 
 
-# ---- Kinds of layers -----------------------------------------------------------------------------
+# ---- Kinds of layers ----------------------------------------------------------------------------
 
 
 class Numerics(NamedTuple):
@@ -98,7 +98,7 @@ def repetition(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
     return best, groups_of(best)
 
 
-# ---- The forward pass ----------------------------------------------------------------------------
+# ---- The forward pass ---------------------------------------------------------------------------
 
 
 class Context(NamedTuple):
@@ -298,7 +298,7 @@ def _mix_backward(residuals, cotangent):
 mix.defvjp(_mix_forward, _mix_backward)
 
 
-# ---- Weights -------------------------------------------------------------------------------------
+# ---- Weights ------------------------------------------------------------------------------------
 
 
 def fuse_layers(config: FrozenConfigDict, params: Layer, dtype) -> Layer:
@@ -448,7 +448,7 @@ class Transformer(nnx.Module):
         return head(self.config, hidden, self.lm_head[...][: self.config.vocab_size])
 
 
-# ---- Whole sequences, with gradients -------------------------------------------------------------
+# ---- Whole sequences, with gradients ------------------------------------------------------------
 
 
 def training_context(config: FrozenConfigDict, numerics: Numerics, tokens: jax.Array) -> Context:

@@ -142,7 +142,7 @@ class Tokenizer(abc.ABC):
         return [*ids, self.special.assistant_start]
 
 
-# ---- What the types share ------------------------------------------------------------------------
+# ---- What the types share -----------------------------------------------------------------------
 
 
 def place_specials(given: Mapping[str, int], size: int, used: Iterable[int]) -> SpecialIds:
@@ -222,7 +222,7 @@ def bytes_of_piece(piece: str) -> bytes:
     return piece.replace(_SPACE_MARK, " ").encode()
 
 
-# ---- Loading ----------------------------------------------------------------------------------
+# ---- Loading ------------------------------------------------------------------------------------
 
 # type -> (module, function), imported on use: the modules import this one, and their libraries.
 _LOADERS = {

@@ -26,7 +26,7 @@ READY = b"ready\n"
 MAX_FRAME = 1 << 24  # bytes of one message between judge and program
 ENDED = "the program ended before it answered"
 
-# ---- Allowed system calls ----------------------------------------------------------------------
+# ---- Allowed system calls -----------------------------------------------------------------------
 # name: number on (x86_64, aarch64); None if the architecture does not have the call. All others are
 # refused: fork, exec, kill, ptrace, network sockets, and calls that change a file or a namespace.
 # fmt: off
@@ -96,7 +96,7 @@ def system_call_filter(machine: str) -> bytes:
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
 
 
-# ---- Dropping privileges -----------------------------------------------------------------------
+# ---- Dropping privileges ------------------------------------------------------------------------
 
 
 def confine(
@@ -158,7 +158,7 @@ def _landlock(libc: ctypes.CDLL, readable: list[str]) -> None:
     os.close(ruleset)
 
 
-# ---- Values between judge and program ----------------------------------------------------------
+# ---- Values between judge and program -----------------------------------------------------------
 # Only plain values cross: an object of the program, such as one that equals everything, cannot
 # reach the test.
 CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
@@ -218,7 +218,7 @@ def receive(pipe: io.BufferedReader) -> object:
     return json.loads(body)
 
 
-# ---- The two roles -----------------------------------------------------------------------------
+# ---- The two roles ------------------------------------------------------------------------------
 
 
 def run(source: str, filename: str) -> dict[str, object]:

@@ -47,7 +47,7 @@ class Rollout(NamedTuple):
     logprobs: Sequence[float] | None = None  # of each token when it was sampled
 
 
-# ---- Problems -------------------------------------------------------------------------------------------------------
+# ---- Problems -----------------------------------------------------------------------------------
 
 
 class ProblemPosition(NamedTuple):
@@ -106,7 +106,7 @@ def steps_of_passes(config: FrozenConfigDict) -> int:
     return max(1, int(config.chat_epochs * (len(open_task(config)) // config.rl_problems)))
 
 
-# ---- Batches --------------------------------------------------------------------------------------------------------
+# ---- Batches ------------------------------------------------------------------------------------
 
 
 def make_batch(groups: Sequence[Sequence[Rollout]], length: int, end_id: int) -> Batch:
@@ -292,7 +292,7 @@ def _load_reference(run: RunContext) -> dict[str, Any] | None:
     return load_start_params(run.setup, run.tokenizer.fingerprint())
 
 
-# ---- Loss and validation --------------------------------------------------------------------------------------------
+# ---- Loss and validation ------------------------------------------------------------------------
 
 
 def batch_columns(config: FrozenConfigDict) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def _backward(head, residuals, cotangent):
 _attention.defvjp(_forward, _backward)
 
 
-# ---- Inside the kernels -----------------------------------------------------------------------------------------
+# ---- Inside the kernels -------------------------------------------------------------------------
 #
 # Queries are columns: prepared queries are (H, queries) and scores are (keys, queries). A query's
 # norm, sum and log-sum-exp are then rows, which broadcast for nothing; halves of a head swap
@@ -435,7 +435,7 @@ def _dot(a, b, contracting):
     )
 
 
-# ---- Around the kernels -----------------------------------------------------------------------------------------
+# ---- Around the kernels -------------------------------------------------------------------------
 
 
 class _Specs(NamedTuple):

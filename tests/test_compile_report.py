@@ -612,8 +612,8 @@ StackFrames
     "frame,line",
     [
         (1, "benchmark.py:5"),
-        (2, "model.py:77"),
-        (3, "model.py:77"),
+        (2, "transformer.py:77"),
+        (3, "transformer.py:77"),
         (4, "benchmark.py:5"),
         (5, "numpy.py:900"),
     ],

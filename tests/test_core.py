@@ -458,7 +458,7 @@ def test_a_damaged_bundle_is_refused_in_one_line(what, tmp_path):
 
 
 def test_a_missing_bundle_is_told():
-    with pytest.raises(ValueError, match="there is no core_bundle=nowhere"):
+    with pytest.raises(ValueError, match="core_bundle=nowhere does not exist"):
         core_tasks.load_bundle("nowhere")
 
 
@@ -467,10 +467,10 @@ def test_a_missing_bundle_is_told():
     [
         ("{", "is no JSON"),
         ("[]", "is no question"),
-        ('{"query": "q", "gold": 0}', "lacks 'choices'"),
+        ('{"query": "q", "gold": 0}', "has no 'choices'"),
         ('{"query": "q", "choices": [], "gold": 0}', "has no list of choices"),
         ('{"query": "q", "choices": ["a"], "gold": 1}', "has gold 1"),
-        ('{"query": 3, "choices": ["a"], "gold": 0}', "holds something else than texts"),
+        ('{"query": 3, "choices": ["a"], "gold": 0}', "has a value that is no text"),
     ],
 )
 def test_a_line_that_is_no_question_is_named(line, message):

@@ -41,7 +41,7 @@ from MaxNano.models.layers import (
 )
 
 Layer = dict[str, Any]
-"""One layer's arrays: attention {qkv, out}, mlp, the two lambdas, and value {gate, index} if it has one."""
+"""One layer's arrays: attention {qkv, out}, mlp, two lambdas, and value {gate, index} if any."""
 ValueEmbed = tuple[jax.Array, jax.Array]
 """Rows of a table of value embeddings (..., T, K x H), and their gates (..., K, T) in float32."""
 
@@ -104,13 +104,12 @@ def repetition(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
 class Context(NamedTuple):
     """The differences between training, prefill, decoding and CORE.
 
-    attend(qkv, value_embed, kind, index) -> (y (..., T, N x H), state that the layer leaves, such
-    as its
-        KV cache). qkv (..., T, K x (G + 2) x H) is as projected; value_embed may be None; index is the
-        layer's number, None inside the scan. It may return fewer tokens: then only the last ones continue.
+    attend(qkv, value_embed, kind, index) -> (y (..., T, N x H), the state that the layer leaves,
+        such as its KV cache). qkv (..., T, K x (G + 2) x H) is as projected; value_embed may be
+        None; index is the layer's number, None inside the scan. It may return fewer tokens: then
+        only the last ones continue.
     lookup(tables (E, V, W), index, table) -> rows (..., T, W) of table `index` for the tokens, in
-    the
-        compute dtype. `table` is where the gradient goes: see embedding.lookup.
+        the compute dtype. `table` is where the gradient goes: see embedding.lookup.
     previous(x) -> the embeddings of the tokens before those of x (..., T, D).
     is_first: (..., T) whether a token has no token before it.
     matmul(x, w): the product of x (..., T, D) and a matrix.

@@ -116,7 +116,7 @@ def test_both_programs_compile_for_a_slice(tmp_path):
     ):
         assert words in out, words
     assert values["topology"] == "v6e-8" and values["versions"]["libtpu"]
-    assert (values["rows_a_device"], values["micro_steps"]) == (8, 4)
+    assert (values["micro_batch_rows"], values["accumulation_steps"]) == (8, 4)
     train, evaluate = values["programs"]["train"], values["programs"]["evaluate"]
     for program in (train, evaluate):
         assert program["chips"] == 8

@@ -144,7 +144,7 @@ def logits_of(plan: Plan, weights: Weights, hidden: jax.Array) -> jax.Array:
     token.
     """
     config = plan.config
-    logits = transformer.head(config, hidden, weights["head"].T)
+    logits = transformer.head(config, hidden, weights["head"], columns=True)
     logits = sharding.constrain(logits, (None, None), config.logical_axis_rules)
     known = jnp.arange(logits.shape[1]) < config.vocab_size
     return logits if logits.shape[1] == config.vocab_size else jnp.where(known, logits, -jnp.inf)

@@ -19,13 +19,10 @@ def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
 
 
 def logits(hidden: jax.Array, rows: jax.Array, cap: float) -> jax.Array:
-    """Soft-capped float32 logits (..., V) of hidden states (..., D) for rows (V, D) of the output
-    head.
-    """
+    """Soft-capped float32 logits (..., V) of hidden states (..., D) for head rows (V, D)."""
     rows = rows.astype(hidden.dtype)
-    return soft_cap(
-        jnp.einsum("...D,VD->...V", hidden, rows, preferred_element_type=jnp.float32), cap
-    )
+    product = jnp.einsum("...D,VD->...V", hidden, rows, preferred_element_type=jnp.float32)
+    return soft_cap(product, cap)
 
 
 def vocab_chunk(vocab_size: int, chunk: int | None) -> int:

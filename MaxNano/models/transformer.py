@@ -156,8 +156,16 @@ def forward(
     return rms_norm(x, config.norm_epsilon), states
 
 
-def head(config: FrozenConfigDict, hidden: jax.Array, lm_head: jax.Array) -> jax.Array:
-    """Soft-capped float32 logits (..., V) of hidden states (..., D); lm_head (V, D)."""
+def head(
+    config: FrozenConfigDict, hidden: jax.Array, lm_head: jax.Array, *, columns: bool = False
+) -> jax.Array:
+    """Soft-capped float32 logits (..., V) of hidden states (..., D).
+
+    lm_head (V, D), or (D, V) if `columns`: the layout in which decoding stores it.
+    """
+    if columns:
+        product = jnp.matmul(hidden, lm_head, preferred_element_type=jnp.float32)
+        return losses.soft_cap(product, config.logits_soft_cap)
     return losses.logits(hidden, lm_head, config.logits_soft_cap)
 
 

@@ -12,8 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests compile for minutes and run for seconds. Programs that tests start inherit these flags.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_use_fusion_emitters=false",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
 )
 # The compilation cache of the programs that tests start, shared by all workers of one session.
 os.environ.setdefault("MAXNANO_TEST_CACHE", tempfile.mkdtemp(prefix="maxnano_test_cache_"))

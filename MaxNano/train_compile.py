@@ -31,7 +31,7 @@ from ml_collections import FrozenConfigDict
 from MaxNano import pyconfig
 from MaxNano.compile.costs import ASSUMPTIONS
 from MaxNano.compile.programs import PROGRAMS, OutOfMemory, compile_program, largest_micro_batch
-from MaxNano.compile.report import Report
+from MaxNano.compile.report import CostReport
 from MaxNano.compile.topologies import slice_devices
 from MaxNano.console import print_table
 from MaxNano.storage import files
@@ -45,7 +45,7 @@ def report_path(config: FrozenConfigDict) -> epath.Path:
     return files.run_directory(config) / "compile_report.json"
 
 
-def to_json(setup: RunSetup, reports: dict[str, Report]) -> dict[str, Any]:
+def to_json(setup: RunSetup, reports: dict[str, CostReport]) -> dict[str, Any]:
     """The reports by program, and the set-up and versions that they are for."""
     config, plan = setup.config, setup.plan
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}

@@ -52,7 +52,7 @@ def compile_step(config: FrozenConfigDict) -> Row:
     return row | costs(report)
 
 
-def costs(report: compile_report.Report) -> Row:
+def costs(report: compile_report.CostReport) -> Row:
     """Sums up a report: cycles by class in millions and memory in GiB, per chip."""
     row: Row = {"all": report.cycles / 1e6}
     row |= {kind: cycles / 1e6 for kind, cycles in report.cycles_by_class.items()}

@@ -261,7 +261,7 @@ def jit_step(recipe: Recipe):
     )
 
 
-def compile_recipe(recipe: Recipe) -> compile_report.Report:
+def compile_recipe(recipe: Recipe) -> compile_report.CostReport:
     """The report of the recipe's step. Raises jax.errors.JaxRuntimeError if it does not fit."""
     config, plan, mesh = recipe.config, recipe.plan, recipe.mesh
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -325,7 +325,7 @@ def main(config: FrozenConfigDict) -> None:
     print(json.dumps({"model": config.model, "ratio": ratio, "rows": rows}))
 
 
-def print_report(name: str, report: compile_report.Report) -> None:
+def print_report(name: str, report: compile_report.CostReport) -> None:
     """Print all tables of a report."""
     for title, header, rows in report.tables():
         console.print_table(f"{name}: {title}", header, rows)

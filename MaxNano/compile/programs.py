@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from MaxNano import pyconfig
-from MaxNano.compile.report import ProgramWork, Report, analyze
+from MaxNano.compile.report import CostReport, ProgramWork, analyze
 from MaxNano.distributed import hardware
 from MaxNano.inference import programs as engine_programs
 from MaxNano.training.setup import RunSetup, flops_per_token
@@ -28,7 +28,7 @@ class OutOfMemory(ValueError):
     """A program does not fit in the memory of a chip."""
 
 
-def compile_program(setup: RunSetup, program: str) -> tuple[RunSetup, Report]:
+def compile_program(setup: RunSetup, program: str) -> tuple[RunSetup, CostReport]:
     """Compile one of PROGRAMS; returns the set-up that it was compiled for, and its report.
 
     As in train.py, the train step is compiled with smaller micro-batches if it does not fit and

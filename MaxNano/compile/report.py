@@ -43,7 +43,7 @@ class ProgramWork(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class CostReport:
     """The cost of one step of a program, per chip unless said otherwise; None if unknown."""
 
     chips: int
@@ -174,7 +174,7 @@ def analyze(
     work: ProgramWork | None = None,
     compile_seconds: float | None = None,
     top: int = 10,
-) -> Report:
+) -> CostReport:
     """The report of a compiled function on `chip`, with the `top` most expensive operations and
     source lines.
 
@@ -192,7 +192,7 @@ def analyze(
         by_source[operation.source] += operation.total
     by_class = result.by_class()
     by_basis["bytes"] += by_class["collective"]
-    return Report(
+    return CostReport(
         chips=chips,
         memory=_memory_of(compiled, chip),
         compile_seconds=compile_seconds,

@@ -22,7 +22,8 @@ class StageConfig(NamedTuple):
     """How a stage fills and checks a config. Each function receives the values by key."""
 
     name: str
-    # The values of dataset_type that the stage reads. Empty: any that no other stage reads.
+    # The values of dataset_type that the stage reads. Empty: every type that no other
+    # stage lists.
     dataset_types: tuple[str, ...]
     # What the stage trains on, in words, for the start-up table and the report.
     describe_data: Callable[[Values], str]

@@ -1,4 +1,4 @@
-"""The house holds: imports point down, host code starts without JAX, entry points start from
+"""Architecture rules: imports point down, host code starts without JAX, entry points start from
 anywhere.
 """
 

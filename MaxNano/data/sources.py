@@ -489,7 +489,7 @@ class _SyntheticBlocks:
 class MixtureSource:
     """Several data sets at once, each with a share of the text.
 
-    Each part has its own position and epochs. The next list is from the part that is furthest below
+    Each part has its own position and epochs. The next documents come from the part furthest below
     its share, so the order follows from the characters read so far and no random state is saved.
     """
 

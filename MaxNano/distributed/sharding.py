@@ -17,7 +17,7 @@ BATCH_AXES: Axes = ("activation_batch", "activation_length")
 
 
 def partition_spec(axes: Axes, rules: Rules, mesh_axes: Sequence[str]) -> PartitionSpec:
-    """The PartitionSpec of logical axes: the mesh axes of each rule; the first use of one wins."""
+    """The PartitionSpec of logical axes. A mesh axis goes to the first dimension that asks for it."""
     table = {rule[0]: rule[1:] for rule in rules}
     used: set[str] = set()
     parts = []

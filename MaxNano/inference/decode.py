@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     settings: attention.KernelSettings
     heads: attention.Heads
     cache: CacheLayout
-    is_full: bool = False  # loops run as long as they ever can: to be costed, not to be run
+    is_full: bool = False  # loops run to their maximum length: only for cost estimates
 
     @property
     def max_length(self) -> int:

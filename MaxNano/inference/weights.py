@@ -1,7 +1,7 @@
 """Weights for inference: the parameters cast to the compute dtype, with query, key and value fused.
 
-A tree of weights is named like the tree of parameters, but for what `transformer.fuse_layers`
-fuses.
+A tree of weights has the names of the parameters, except that query, key and value become `qkv`
+(transformer.fuse_layers).
 """
 
 from typing import Any

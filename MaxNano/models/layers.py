@@ -73,17 +73,16 @@ def rms_norm(x: jax.Array, epsilon: float) -> jax.Array:
 
 
 def _rms_norm_forward(x, epsilon):
-    # Divided, not multiplied by a reciprocal square root: on some backends that is off by several
-    # units in the last place for all positions alike, which the gradients of the model's scalars
-    # feel.
+    # A division and not a product with a reciprocal square root: that is off by a few ulps in the
+    # same direction at every position on some backends, which changes the gradients of the scalars.
     x32 = x.astype(jnp.float32)
     rms = jnp.sqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
     return (x32 / rms).astype(x.dtype), (x, rms)
 
 
 def _rms_norm_backward(epsilon, residuals, cotangent):
-    # Written out so that only x and one number a row are kept. The part of the gradient along y is
-    # projected out.
+    # A custom backward pass: it saves only x and one number per row, and removes the component of
+    # the gradient along y.
     x, rms = residuals
     y = x.astype(jnp.float32) / rms
     grad = cotangent.astype(jnp.float32)

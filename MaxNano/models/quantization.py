@@ -4,7 +4,7 @@ Both operands are divided by a scale, rounded to 8 bits and multiplied. The sums
 multiplied by the scales. The gradient is a straight-through estimate.
 
 int8, for TPUs, which multiply it twice as fast as bfloat16: one scale per row and per column, so
-that a token with large numbers costs other tokens no precision. The gradient of the activations is
+that one token with large values does not reduce the precision of the others. The gradient of the activations is
 quantized too; that of the weights, which sums over all tokens, is not. fp8, for NVIDIA GPUs: one
 scale per operand; activations and weights in e4m3, gradients in e5m2; all three products in 8 bits.
 

@@ -80,7 +80,7 @@ def scans_layers(config: FrozenConfigDict, backend: str) -> bool:
 
 
 def repetition(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
-    """(period, groups) of the loop over equal groups that leaves the fewest layers to compile.
+    """The (period, groups) of the scan over equal groups that compiles the fewest layers.
 
     The first period x groups layers repeat the first `period`; the layers that remain are unrolled.
     """
@@ -192,8 +192,8 @@ def block(
 ) -> tuple[jax.Array, Any]:
     """One layer: x and the embeddings x0 (..., T, D) -> (x (..., T', D), the state of `attend`).
 
-    value_rows: (..., at least T, K x H), the last T of them used, or None. T' is the number of
-    tokens that `attend` returns.
+    value_rows: None, or at least T rows of value embeddings (..., T, K x H), the last T of which
+    are used. `attend` may return fewer tokens: T'.
     """
     matmul, place = context.matmul, context.place
     x = place(mix(x, layer["resid_lambda"], _last(x0, x), layer["x0_lambda"]))

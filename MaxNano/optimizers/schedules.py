@@ -1,4 +1,4 @@
-"""Schedules: learning rate, Muon momentum and weight decay as functions of the step.
+"""The learning rate schedule, and those of Muon's momentum and of weight decay, by step.
 
 `step` counts updates from 0 and is a Python int or a traced array; the other arguments are plain
 numbers, fixed when the train step is compiled. Results are float32 scalars.

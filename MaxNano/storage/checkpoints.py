@@ -1,8 +1,8 @@
 """The checkpoints in a run's folder: which are finished, which are intact, which to delete.
 
 Each is a folder `checkpoints/<step>/`. `MANIFEST.json` in it, written last, lists the size and the
-SHA-256 of every other file. A checkpoint counts from the moment its manifest exists, so a process
-that dies at any point leaves the previous checkpoint in force. The manifest also detects damage:
+SHA-256 of every other file. A checkpoint counts from the moment its manifest exists, so if a
+process dies before that, the previous checkpoint still counts. The manifest also detects damage:
 orbax restores most bit flips silently as wrong weights. Retention is done here and not by orbax,
 which deletes the old checkpoint before the new one has its manifest.
 

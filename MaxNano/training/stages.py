@@ -101,7 +101,7 @@ def open_text_batches(run: RunContext, state: Mapping[str, Any] | None) -> Devic
 
 
 def count_text_bits(run: RunContext) -> Callable[[Mapping], tuple[jax.Array, jax.Array]]:
-    """batch of this host -> (nats, bytes) of the global batch, with the parameters of now."""
+    """batch of this host -> (nats, bytes) of the global batch, with the current parameters."""
     params, rows = run.params, run.rows_sharding
     return lambda batch: run.programs.evaluate(params, put_global(batch, rows))
 

@@ -250,7 +250,7 @@ def test_a_damaged_file_of_results_is_written_anew(tmp_path, capsys):
     again = Results(tmp_path, 1)
     assert again.get("core", {"of": (1,)}) == {"core": 0.5}
     assert again.get("core", {"of": [2]}) is None
-    assert Results(tmp_path, 1, run="another").get("core", {"of": [1]}) is None
+    assert Results(tmp_path, 1, run_id="another").get("core", {"of": [1]}) is None
     assert "is damaged" in capsys.readouterr().err
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 

@@ -728,6 +728,7 @@ def test_the_core_bundle_is_intact_or_missing(server, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=expected):
             hub.fetch_core(config, say=lambda line: None)
         assert visible(tmp_path / "core") == []
+    monkeypatch.setattr(hub, "ATTEMPTS", 5)
     server.script = iter([cut(5000), stall(7000)])
     path = hub.fetch_core(config, say=lambda line: None)
     assert path.read_bytes() == bundle()

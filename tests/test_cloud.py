@@ -129,7 +129,7 @@ def test_the_cpu_task_stops_with_75_and_the_next_machine_resumes(settings, place
     second = start(task, settings, **more)
     out, _ = second.communicate(timeout=250)
     assert second.returncode == 0, out
-    assert re.search(r"Resuming \S+ from step", out) and "Training a tokenizer" not in out
+    assert re.search(r"Resuming .+ from step", out) and "Training a tokenizer" not in out
     assert scripts.steps_of(folder) == list(range(steps))
 
 
@@ -168,7 +168,7 @@ def test_a_slice_trains_one_run_stops_as_one_and_resumes(settings, place):
     hosts = start_slice(task, settings, **more)
     said = [host.communicate(timeout=250)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], said
-    assert all(re.search(r"Resuming \S+ from step", out) for out in said)
+    assert all(re.search(r"Resuming .+ from step", out) for out in said)
     assert scripts.steps_of(folder) == list(range(steps))
 
 

@@ -186,7 +186,7 @@ def test_a_model_that_cannot_fit_is_refused_before_anything_is_allocated(monkeyp
     """d24 on a CPU host of 24 GB; d4 fits there."""
     monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 24 * 10**9)
     before = len(jax.live_arrays())
-    with pytest.raises(ValueError, match=r"d24 needs at least .* GB .* and 24.0 GB are there"):
+    with pytest.raises(ValueError, match=r"d24 needs at least .* GB .* of 24.0 GB: choose"):
         check_memory(set_up(make_config("model=d24"), jax.devices()[:1]))
     check_memory(set_up(make_config("model=d4"), jax.devices()[:1]))
     assert len(jax.live_arrays()) == before
@@ -209,9 +209,10 @@ def test_rows_that_do_not_fit_into_memory_are_halved(monkeypatch, capsys):
     monkeypatch.setattr(step_module, "lower_train", Lowered)
     setup, step = compile_train(set_up(make_config(*TINY), jax.devices()[:1]))
     assert step == "step" and compiled == [8, 4, 2] and setup.plan == (1, 4, 2)
-    assert "8 rows a device do not fit into memory, compiling for 4" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "8 rows per device do not fit in memory\nCompiling for 4 rows per device" in out
     asked = set_up(make_config(*TINY, "per_device_batch_size=4"), jax.devices()[:1])
-    with pytest.raises(ValueError, match="a step with 4 rows on each device does not fit"):
+    with pytest.raises(ValueError, match="a step with 4 rows per device does not fit"):
         compile_train(asked)
 
 
@@ -223,7 +224,7 @@ def test_parameters_left_whole_on_every_device_are_refused():
     optimizer = groups.make_optimizer(odd, dtype="float32")
     abstract = train_state.abstract_state(odd, model, optimizer, mesh)
     with pytest.raises(
-        ValueError, match=r"100% of the parameters would lie whole on each of 3 devices"
+        ValueError, match=r"100% of the parameters would be replicated on each of 3 devices"
     ):
         check_sharding(odd, mesh, abstract)
     check_sharding(

@@ -32,7 +32,7 @@ RESOURCES = {
 }
 RESOURCES.add("job_recovery")
 
-place, cache, settings = scripts.place, scripts.cache, scripts.settings  # fixtures
+place, settings = scripts.place, scripts.settings  # fixtures
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the scripts are for bash")
 

@@ -127,7 +127,7 @@ def test_every_answer_is_nanochats(small, few_shapes, limit):
         for answer, losses in zip(answers, expected.get("losses", []), strict=False):
             np.testing.assert_allclose(answer.losses, losses, atol=1e-4, err_msg=task.label)
     assert right.keys() == set(core_tasks.FIELDS), (
-        "a kind of which no answer is right tests nothing"
+        "a kind without a right answer tests nothing"
     )
 
 

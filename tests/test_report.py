@@ -391,7 +391,7 @@ def test_what_is_damaged_or_of_another_run_is_told_or_left_out(tmp_path):
     (folder / "evals" / "step_000050.json").write_text("{")
     made = report_of(folder)
     missing = missing_of(made)
-    assert missing[0].startswith("odd was started from gone, of which nothing is known: ")
+    assert missing[0].startswith("odd was started from gone, which cannot be read: ")
     assert missing[1:3] == [
         "metrics.jsonl of odd is damaged from line 5 on",
         "step_000050.json of odd is damaged",

@@ -362,7 +362,7 @@ def _from_text(text: str, dtype: str) -> np.ndarray:
 
 
 def put_global(batch: Batch, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    """Global arrays with `sharding`, of which `batch` has this host's rows."""
+    """Global arrays with `sharding`, from this host's rows, `batch`."""
     return {
         name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
     }

@@ -154,9 +154,7 @@ def logits_of(plan: Plan, weights: Weights, hidden: jax.Array) -> jax.Array:
 
 
 class Copies(NamedTuple):
-    """Which prompt is copied to which slot: rows and slots (B,), of which the first `count` () are
-    used.
-    """
+    """Which prompt is copied to which slot: the first `count` () entries of rows and slots (B,)."""
 
     rows: jax.Array
     slots: jax.Array

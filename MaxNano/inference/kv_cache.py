@@ -74,8 +74,7 @@ def cache_shapes(
 def prompt_cache(
     layout: CacheLayout, k: jax.Array, v: jax.Array, window: int, lengths: jax.Array
 ) -> LayerCache:
-    """What prompts leave in a layer's cache: blocks (R, K, up to S, H), of which the last may be
-    empty.
+    """The part of a layer's cache that prompts fill: blocks (R, K, up to S, H); the last may be empty.
 
     k, v (R, K, L, H): keys and values of prompts of `lengths` (R,), padded at the end.
     """

@@ -61,7 +61,7 @@ def branch_hidden(
     *,
     scans: bool,
 ) -> jax.Array:
-    """Final hidden states (E, C, S, D) of branches (E, C, S), each of which continues its prefix.
+    """Final hidden states (E, C, S, D) of branches (E, C, S) that continue a shared prefix.
 
     prefix (E, P): its last P tokens, padded on the left; lengths (E,): tokens of the whole prefix,
     which decide positions and what is padding. P is at most receptive_field(model), or the prefix

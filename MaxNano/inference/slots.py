@@ -17,7 +17,7 @@ from MaxNano.tools import calculator
 
 
 class QueuedRequest:
-    """A request of which not every sample has a slot yet."""
+    """A request that still has samples without a slot."""
 
     def __init__(self, number: int, request: Request, max_tokens: int):
         self.number = number

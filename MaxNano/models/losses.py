@@ -39,7 +39,7 @@ def token_losses(
 ) -> jax.Array:
     """Negative log-likelihood of each target in nats, float32 (B, L), 0 where the target is -1.
 
-    hidden (B, L, D); head (padded V, D), of which the first `vocab_size` rows count; targets (B, L)
+    hidden (B, L, D); head (padded V, D); rows from `vocab_size` on are padding; targets (B, L)
     int32. `chunk` vocabulary rows are scored at a time, and again in the backward pass, so that no
     (B, L, V) array exists; 0 scores all at once and keeps the logits.
     """

@@ -192,8 +192,8 @@ def block(
 ) -> tuple[jax.Array, Any]:
     """One layer: x and the embeddings x0 (..., T, D) -> (x (..., T', D), the state of `attend`).
 
-    value_rows: None, or at least T rows of value embeddings (..., T, K x H), the last T of which
-    are used. `attend` may return fewer tokens: T'.
+    value_rows: None, or value embeddings (..., T or more, K x H); the last T are used. `attend`
+    may return fewer tokens: T'.
     """
     matmul, place = context.matmul, context.place
     x = place(mix(x, layer["resid_lambda"], _last(x0, x), layer["x0_lambda"]))
@@ -328,7 +328,7 @@ def fuse_layers(config: FrozenConfigDict, params: Layer, dtype) -> Layer:
 def stack_layers(
     config: FrozenConfigDict, params: dict[str, Any], period: int, groups: int, tables: bool = False
 ) -> Stack:
-    """The layers of a parameter tree, of which the first period x groups are scanned.
+    """The layers of a parameter tree; the first period x groups are scanned.
 
     tables: each layer carries its table of value embeddings, for its gradient.
     """
@@ -459,9 +459,7 @@ class Transformer(nnx.Module):
 
 
 def training_context(config: FrozenConfigDict, numerics: Numerics, tokens: jax.Array) -> Context:
-    """The context of whole sequences, tokens (B, L), of which every layer has all tokens in one
-    axis.
-    """
+    """The context of whole sequences, tokens (B, L); layers have all B x L tokens in one axis."""
     length = tokens.shape[1]
     order = embedding.order(tokens, numerics.embedding_gradient)
     rotary = tuple(map(jnp.asarray, rotary_tables(length, config.head_dim, config.rope_theta)))

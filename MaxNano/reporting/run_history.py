@@ -87,7 +87,7 @@ def read_chain(folder: epath.Path) -> tuple[list[Run], str | None]:
         try:
             runs.insert(0, read_run(previous))
         except ValueError as error:
-            return runs, begin + f"of which nothing is known: {error}"
+            return runs, begin + f"which cannot be read: {error}"
     return runs, None
 
 

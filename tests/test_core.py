@@ -126,9 +126,7 @@ def test_every_answer_is_nanochats(small, few_shapes, limit):
         right[task.kind] += found.count("1")
         for answer, losses in zip(answers, expected.get("losses", []), strict=False):
             np.testing.assert_allclose(answer.losses, losses, atol=1e-4, err_msg=task.label)
-    assert right.keys() == set(core_tasks.FIELDS), (
-        "a kind without a right answer tests nothing"
-    )
+    assert right.keys() == set(core_tasks.FIELDS), "a kind without a right answer tests nothing"
 
 
 def test_the_recorded_score_is_that_of_the_recorded_answers():

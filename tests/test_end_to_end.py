@@ -90,9 +90,16 @@ def start(script, settings, *arguments, **more):
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def power_off(process):
+    """Kills a script with everything that it started here, so that no late connection follows."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def run(script, settings, *arguments, status=0, **more):
@@ -991,7 +998,7 @@ def test_after_its_hours_the_machine_saves_and_deletes_itself(training):
     process = start("tpu/launch.sh", training.settings, MAX_HOURS="3")
     watched = training_began(training, process)
     wait_until((watched / "until").exists)
-    process.kill()
+    power_off(process)
     assert 3 * 3600 - 100 < int((watched / "until").read_text()) - time.time() < 3 * 3600 + 61
     time.sleep(1)
     assert training.left() == ["us-east5-a/maxnano-d24"]
@@ -1036,8 +1043,7 @@ def test_killed_launch_finds_its_machine_again(training):
     training.play({"us-east5-a": [ACTIVE]})
     process = start("tpu/launch.sh", training.settings)
     training_began(training, process)
-    process.kill()
-    process.wait()
+    power_off(process)
     process = start("tpu/launch.sh", training.settings)
     wait_until(lambda: len(training.calls("ssh")) > 6, process)
     (training.folder / "finish").touch()
@@ -1052,8 +1058,7 @@ def test_a_machine_that_comes_when_nobody_waits_any_more_deletes_itself(quick):
     quick.play({"us-east5-a": [{"states": ["WAITING_FOR_RESOURCES"] * 40 + ["ACTIVE"]}]})
     process = start("tpu/launch.sh", quick.settings, IDLE_SECONDS="1")
     wait_until(lambda: quick.left(), process)
-    process.kill()
-    process.communicate()
+    power_off(process)
     for _ in range(42):
         if quick.left():
             quick.gcloud(
@@ -1073,7 +1078,7 @@ def test_a_machine_that_may_not_delete_itself_shuts_down(training):
     training.play({"us-east5-a": [{**ACTIVE, "startup": False}]}, may_not=["delete"])
     process = start("tpu/launch.sh", training.settings)
     watched = training_began(training, process)
-    process.kill()
+    power_off(process)
     wait_until((watched / "lock").exists)
     (watched / "until").write_text("0")
     world = training.folder / "world.json"

@@ -3,9 +3,9 @@ missing.
 
 huggingface_hub transfers the files: its cache, tokens (`hf auth login`, HF_TOKEN), HF_ENDPOINT,
 HF_HUB_OFFLINE, HF_HUB_DOWNLOAD_TIMEOUT, xet, and resumption after a lost connection are the
-library's. This module adds what training relies on: - A file gets its name only after its length
-and hash match those that the hub lists. - manifest.json lists the files of a data set before the
-first one arrives, so that training can
+library's. This module adds what training relies on:
+- A file gets its name only after its length and hash match those that the hub lists.
+- manifest.json lists the files of a data set before the first one arrives, so that training can
   start while later shards download (sources.py waits for them).
 - The same command after an interruption skips complete files and downloads the others.
 Source: nanochat/dataset.py, tasks/common.py and scripts/base_eval.py@92d63d4.

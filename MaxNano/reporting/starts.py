@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from MaxNano.config_schema import shorten
-from MaxNano.reporting.blocks import Block, Heading, Missing, Section, Table
+from MaxNano.reporting.blocks import Block, Heading, Note, Section, Table
 from MaxNano.reporting.run_history import Run
 from MaxNano.reporting.words import or_dash, stage_of
 
@@ -21,7 +21,7 @@ def section(runs: Sequence[Run]) -> Section:
             blocks.append(Table(HEADER, _rows(run.history), numeric=False))
         elif run.steps:
             blocks.append(
-                Missing(f"{run.name} was trained by a version that did not record its starts.")
+                Note(f"{run.name} was trained by a version that did not record its starts.")
             )
     return Section("History", blocks)
 

@@ -127,12 +127,7 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
                 arrived = logger.step(step, metrics, run.batches.position())
                 if arrived:
                     skipped_in_a_row = skipped_in_a_row + 1 if arrived["skipped"] else 0
-                if skipped_in_a_row >= config.max_nonfinite_steps:
-                    raise ValueError(
-                        f"loss or gradient was not finite in {skipped_in_a_row} steps in a row, "
-                        f"up to step {step - 1}; their updates were skipped. Lower the learning "
-                        f"rates or check the data, and resume from the checkpoints in {directory}"
-                    )
+                check_finite(run, skipped_in_a_row, step - 1)
         except Preempted:
             # Raised only between steps, or within an evaluation: the state is that of `step`.
             if config.enable_checkpointing:
@@ -170,6 +165,16 @@ def is_complete(run: RunContext, record: RunRecord) -> bool:
         return False
     run.say(f"Run already complete ({step} of {config.steps} steps)")
     return True
+
+
+def check_finite(run: RunContext, skipped_in_a_row: int, step: int) -> None:
+    """Raise ValueError if max_nonfinite_steps updates in a row, up to `step`, were skipped."""
+    if skipped_in_a_row >= run.config.max_nonfinite_steps:
+        raise ValueError(
+            f"loss or gradient was not finite in {skipped_in_a_row} steps in a row, up to step "
+            f"{step}; their updates were skipped. Lower the learning rates or check the data, and "
+            f"resume from the checkpoints in {run.directory}"
+        )
 
 
 def start_state(run: RunContext, checkpointer: Checkpointer, record: RunRecord) -> dict[str, Any]:

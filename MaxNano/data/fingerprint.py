@@ -21,7 +21,7 @@ import pyarrow.fs as pafs
 from etils import epath
 
 from MaxNano import console, tasks
-from MaxNano.data.sources import SOURCES, MixtureSource, TfdsSource, open_source
+from MaxNano.data.sources import SOURCES, MixtureSource, TfdsSource, mixture_parts, open_source
 
 WHOLE_BYTES = 1 << 20  # files up to this size are read whole
 BLOCK_BYTES = 1 << 12
@@ -63,8 +63,10 @@ def contents_of_source(config: Any, source: Any) -> Contents:
     if isinstance(source, MixtureSource):
         return {
             f"part {number}: {name}": digest
-            for number, part in enumerate(source.parts, start=1)
-            for name, digest in contents_of_source(config, part).items()
+            for number, (part, (_, values)) in enumerate(
+                zip(source.parts, mixture_parts(config), strict=True), start=1
+            )
+            for name, digest in contents_of_source(values, part).items()
         }
     if isinstance(source, TfdsSource):
         return _contents_of_tfds(config)

@@ -144,7 +144,10 @@ def check_processes(config: FrozenConfigDict) -> None:
     identity = checkpoint_identity.describe(config, "")
     values = {name: value for name, value in identity["config"].items() if name not in HOST_KEYS}
     _compare("config", runtime.gather_json(values))
-    _compare("versions", runtime.gather_json(identity["versions"]))
+    versions = runtime.gather_json(identity["versions"])
+    if len({each["source"] for each in versions}) == 1:  # a copy of the code may have no commit
+        versions = [{**each, "commit": None} for each in versions]
+    _compare("versions", versions)
     problem, contents = None, {}
     try:
         contents["tokenizer"] = {"tokenizer": load_tokenizer(config).fingerprint()}

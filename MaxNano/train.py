@@ -196,8 +196,11 @@ def start_state(run: RunContext, checkpointer: Checkpointer, record: RunRecord) 
 
 
 def make_logger(run: RunContext, start: int, state: Mapping[str, Any] | None) -> MetricLogger:
-    """Open the run's metrics; state: from the logger of an earlier process."""
-    config = run.config
+    """Save the config and open the run's metrics; state: from the logger of an earlier process."""
+    config, is_main = run.config, jax.process_index() == 0
+    if is_main:  # a change is allowed once, and later stages read this file
+        saved = pyconfig.replace(config, "base", allow_config_change=False)
+        pyconfig.save(saved, run.directory / "config.yml")
     return MetricLogger(
         config,
         run.directory,
@@ -206,7 +209,7 @@ def make_logger(run: RunContext, start: int, state: Mapping[str, Any] | None) ->
         tokens_per_step=config.global_batch_tokens,
         flops_per_token=flops_per_token(config),
         peak_flops=hardware.peak_flops(list(run.setup.mesh.devices.flat)),
-        is_main=jax.process_index() == 0,
+        is_main=is_main,
         state=state,
     )
 

@@ -9,7 +9,7 @@ import jax
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import config_schema, console, pyconfig
+from MaxNano import config_schema, console
 from MaxNano.config_schema import BASE
 from MaxNano.data import fingerprint
 from MaxNano.distributed import runtime
@@ -93,10 +93,6 @@ class RunRecord:
             facts["start"] = self._source
         self._append("start", facts)
         self._is_started = True
-        if jax.process_index() == 0:
-            # Later stages read this file, and a change is allowed only once.
-            config = pyconfig.replace(self._config, "base", allow_config_change=False)
-            pyconfig.save(config, self._directory / "config.yml")
 
     def finish(self, step: int, run_id: str, measured: Mapping[str, int | None]) -> None:
         """Note that all steps are done, and at which step each evaluation was measured last."""

@@ -54,6 +54,11 @@ def test_keys_that_change_numbers_are_refused_and_others_are_free():
     assert "\n" not in str(caught.value)
 
 
+def test_what_was_imported_may_be_trained_on_in_any_way():
+    extra = saved(config_of()) | {"metrics": None, "imported_from": "model.pt"}
+    assert config_changes.check_resume(config_of("seed=3"), extra, {}) == {}
+
+
 def test_a_longer_horizon_is_another_schedule():
     with pytest.raises(ConfigChanged, match="steps=20 instead of 10"):
         config_changes.check_resume(config_of("steps=20"), saved(config_of("steps=10")), {})

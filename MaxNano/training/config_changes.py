@@ -127,6 +127,8 @@ def check_resume(
     fingerprint.contents_of_run; "load_from": that another run is there now.
     Raises ConfigChanged if there are any, unless allow_config_change.
     """
+    if not extra.get("metrics"):  # imported: it was not trained with this config
+        return {}
     found: dict[str, Any] = result_changes(extra["run"]["config"], config)
     saved = extra.get("inputs", {}).get("data")
     problem = fingerprint.run_difference(saved, contents) if saved and contents else None

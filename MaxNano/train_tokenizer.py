@@ -133,7 +133,8 @@ def train(config: FrozenConfigDict) -> tuple[BpeTokenizer, dict[str, Any]]:
     texts = capped(source.texts(), characters, config.tokenizer_train_document_characters)
     texts = with_progress(texts, characters)
     trained = train_bpe(texts, config.vocab_size, config.tokenizer_threads)
-    return trained, {**_keys_of(config), "files": source.contents(config)}
+    read, is_all = source.contents(config)
+    return trained, {**_keys_of(config), "files": read, "all_files": is_all}
 
 
 # ---- What a tokenizer was trained on ------------------------------------------------------------
@@ -164,10 +165,13 @@ class _Opened:
         is_mixture = isinstance(self._source, sources.MixtureSource)
         return stream.texts_of(self._source if is_mixture else self)
 
-    def contents(self, config: FrozenConfigDict) -> dict[str, str]:
-        """The fingerprints of the opened files: later shards do not matter. All of a mixture."""
+    def contents(self, config: FrozenConfigDict) -> tuple[dict[str, str], bool]:
+        """(fingerprints of the opened files, whether these are all): shards after the characters
+        to train on do not matter. A mixture counts as opened.
+        """
         contents = fingerprint.contents_of_source(config, self._source)
-        return dict(list(contents.items())[: self._count or None])
+        opened = dict(list(contents.items())[: self._count or None])
+        return opened, len(opened) == len(contents)
 
 
 def _keys_of(config: FrozenConfigDict) -> dict[str, Any]:
@@ -190,8 +194,8 @@ def check_inputs(config: FrozenConfigDict) -> None:
     if not problems:
         source = sources.open_source(config, "train")
         contents = fingerprint.contents_of_source(config, source)
-        first = dict(list(contents.items())[: len(saved["files"])])
-        problem = fingerprint.difference(saved["files"], first)
+        count = None if saved["all_files"] else len(saved["files"])
+        problem = fingerprint.difference(saved["files"], dict(list(contents.items())[:count]))
         problems += [problem] if problem else []
     if problems:
         raise ValueError(

@@ -204,6 +204,10 @@ def test_a_tokenizer_knows_what_it_was_trained_on(tmp_path):
     train_tokenizer.check_inputs(config)
     (folder / "4.jsonl").write_text((folder / "3.jsonl").read_text())  # one more shard is fine
     train_tokenizer.check_inputs(config)
+    path.write_text(json.dumps(inputs | {"all_files": True}))  # it would have read that shard
+    with pytest.raises(ValueError, match=r"2\.jsonl is new"):
+        train_tokenizer.check_inputs(config)
+    path.write_text(json.dumps(inputs))
     with pytest.raises(ValueError, match="tokenizer_train_characters=300 instead of 200"):
         train_tokenizer.check_inputs(config_of(*words, "tokenizer_train_characters=300"))
     replace_bytes(folder / "1.jsonl", 12, b"X")

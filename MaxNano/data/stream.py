@@ -199,10 +199,11 @@ def iterate_texts(config: Any, split: str) -> Iterator[str]:
 
     The parts of a mixture keep their shares as long as all parts last; then the others follow.
     """
-    return _texts_of(open_source(config, split))
+    return texts_of(open_source(config, split))
 
 
-def _texts_of(source: Source) -> Iterator[str]:
+def texts_of(source: Source) -> Iterator[str]:
+    """Every document of a source once, as iterate_texts."""
     if isinstance(source, MixtureSource):
         yield from _texts_of_mixture(source)
         return
@@ -215,7 +216,7 @@ def _texts_of(source: Source) -> Iterator[str]:
 
 
 def _texts_of_mixture(source: MixtureSource) -> Iterator[str]:
-    texts, weights = [_texts_of(part) for part in source.parts], list(source.weights)
+    texts, weights = [texts_of(part) for part in source.parts], list(source.weights)
     characters = [0] * len(texts)
     while texts:
         turn = _furthest_below(characters, weights)

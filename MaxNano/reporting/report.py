@@ -8,7 +8,7 @@ import yaml
 
 from MaxNano import pyconfig, scaling
 from MaxNano.distributed import hardware
-from MaxNano.reporting import charts, evaluations
+from MaxNano.reporting import charts, evaluations, starts
 from MaxNano.reporting.blocks import (
     Block,
     Curves,
@@ -55,6 +55,7 @@ def make_report(runs: Sequence[Run], problem: str | None = None) -> Report:
             _time_and_price(runs),
             _curve_section(runs),
             *evaluations.sections(runs),
+            starts.section(runs),
             _config_section(runs),
         ],
     )
@@ -106,7 +107,8 @@ def _describe_model(run: Run) -> str:
 
 def _describe_software(run: Run) -> str:
     versions = run.saved.get("versions", {}).items()
-    return ", ".join(f"{name} {text}" for name, text in versions if text and name != "commit")
+    hidden = ("commit", "source")
+    return ", ".join(f"{name} {text}" for name, text in versions if text and name not in hidden)
 
 
 # Row of the table -> its cell for a run. Empty: not known.

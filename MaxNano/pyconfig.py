@@ -297,6 +297,12 @@ def _check_lists(values: _Values) -> None:
             raise values.error(name, "must have two elements")
         if name.endswith("_betas") and max(value[name]) >= 1:
             raise values.error(name, "must be below 1")
+    traced = value["profile_steps"]
+    if traced and (len(traced) != 2 or traced[0] >= traced[1]):
+        raise values.error("profile_steps", "is not [first, end] with first below end")
+    if traced and not horizon_is_open({**value, ORIGIN: values.origin}):
+        if traced[0] >= value["steps"]:
+            raise values.error("profile_steps", f"begins after the last of steps={value['steps']}")
 
 
 def _check_layout(values: _Values) -> None:

@@ -33,7 +33,7 @@ from ml_collections import FrozenConfigDict
 from MaxNano import config_schema, pyconfig
 from MaxNano.console import print_table
 from MaxNano.reporting import charts, comparison, leaderboard, render
-from MaxNano.reporting.blocks import Curves, Report, Table
+from MaxNano.reporting.blocks import Curves, Heading, Missing, Report, Table
 from MaxNano.reporting.run_history import Run, read_run, start_folder
 from MaxNano.storage import files
 
@@ -267,9 +267,14 @@ def write_comparison(
 ) -> None:
     """Print the results of arms, and write them with a row per run."""
     report = comparison.compare(config.run_name, arms, problems)
-    tables = [block for block in report.sections[0].blocks if isinstance(block, Table)]
-    for table in tables:
-        print_table("", table.header, table.rows)
+    title = ""
+    for block in report.sections[0].blocks:
+        if isinstance(block, Heading):
+            title = block.text
+        elif isinstance(block, Table):
+            print_table(title, block.header, block.rows)
+        elif isinstance(block, Missing):
+            print(block.text)
     folder = comparison_folder(config)
     write(report, folder, "compare")
     runs = [run for arm in arms for run in arm.runs.values()]

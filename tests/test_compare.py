@@ -214,8 +214,8 @@ def test_an_unreadable_run_is_a_line_of_the_leaderboard(tmp_path):
     make_run(tmp_path / "good", rows=rows_of(30))
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "config.yml").write_text("- 1")
-    found, problems = leaderboard.read_runs(epath.Path(tmp_path))
-    assert [run.name for run in found] == ["good"]
+    finished, problems = leaderboard.read_runs(epath.Path(tmp_path))
+    assert [run.name for run in finished] == ["good"]
     assert len(problems) == 1 and "bad" in problems[0]
 
 
@@ -426,8 +426,8 @@ def test_several_runs_at_once_have_devices_of_their_own(trainer, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("place")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
     (folder / "text").mkdir()
     texts = [f"{n} times {n % 7} is {n * (n % 7)}. " * (1 + n % 5) for n in range(400)]
     for name in "ab":
@@ -436,7 +436,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def command_of(place, *words):
+def command_of(folder, *words):
     return [
         sys.executable,
         str(ROOT / "MaxNano/compare.py"),
@@ -445,9 +445,9 @@ def command_of(place, *words):
         *"max_target_length=32 short_window_multiple=16 global_batch_tokens=256".split(),
         *"data_readers=2 num_cpu_devices=1 eval_interval=4 eval_tokens=512".split(),
         *"sample_interval=0 warmup_steps=2 checkpoint_interval_steps=3".split(),
-        f"dataset_path={place}/text",
-        f"tokenizer_path={place}/tokenizer",
-        f"base_output_directory={place}/runs",
+        f"dataset_path={folder}/text",
+        f"tokenizer_path={folder}/tokenizer",
+        f"base_output_directory={folder}/runs",
         f"jax_cache_dir={os.environ['MAXNANO_TEST_CACHE']}",
         *words,
     ]
@@ -459,26 +459,26 @@ def run(*command, status=0):
     return result.stdout
 
 
-def losses_of(place, name):
-    lines = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()
+def losses_of(folder, name):
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
     return [row["loss"] for row in map(json.loads, lines) if "event" not in row]
 
 
-def test_two_arms_are_trained_and_compared(place, monkeypatch, capsys):
+def test_two_arms_are_trained_and_compared(folder, monkeypatch, capsys):
     command = command_of(
-        place, "run_name=two", "--arm", "matrix_lr=0.02", "--arm", "matrix_lr=0.2", "--seeds=1"
+        folder, "run_name=two", "--arm", "matrix_lr=0.02", "--arm", "matrix_lr=0.2", "--seeds=1"
     )
     out = run(*command)
     assert "==== run 2 of 2: two_matrix-lr-0.2_s42" in out and "step 12/12" in out
     table = out[out.index("difference") :].splitlines()
     assert table[1].startswith("matrix_lr=0.02") and table[2].startswith("matrix_lr=0.2 ")
-    first, second = (losses_of(place, f"two_matrix-lr-{rate}_s42") for rate in ("0.02", "0.2"))
+    first, second = (losses_of(folder, f"two_matrix-lr-{rate}_s42") for rate in ("0.02", "0.2"))
     assert first[0] == second[0] and first[-1] != second[-1], "the same start and the same batch"
     monkeypatch.setattr(compare, "train_all", lambda jobs, *_: dict.fromkeys(jobs, 1))
     assert command_in_process(command[2:]) == 0, "both are complete"
     runs = "--runs=two_matrix-lr-0.2_s42,two_matrix-lr-0.02_s42"
     capsys.readouterr()
-    assert command_in_process(command_of(place, runs, "run_name=again")[2:]) == 0
+    assert command_in_process(command_of(folder, runs, "run_name=again")[2:]) == 0
     out = capsys.readouterr().out
     again = out[out.index("difference") :].splitlines()
     assert again[1].split()[:3] == ["matrix_lr=0.2", "1", table[2].split()[2]]
@@ -490,16 +490,16 @@ def command_in_process(arguments):
 
 
 @pytest.mark.long
-def test_stopped_again_and_again_a_comparison_has_the_same_numbers(place):
+def test_stopped_again_and_again_a_comparison_has_the_same_numbers(folder):
     arms = ["--arm", "", "--arm", "matrix_lr=0.2", "--seeds", "2"]
-    run(*command_of(place, "run_name=whole", *arms))
+    run(*command_of(folder, "run_name=whole", *arms))
     for number, seconds in ((signal.SIGTERM, 8), (signal.SIGINT, 14), (signal.SIGTERM, 20)):
-        process = subprocess.Popen(command_of(place, "run_name=stopped", *arms))
+        process = subprocess.Popen(command_of(folder, "run_name=stopped", *arms))
         time.sleep(seconds)
         process.send_signal(number)
         assert process.wait(timeout=120) == 75
-    run(*command_of(place, "run_name=stopped", *arms))
+    run(*command_of(folder, "run_name=stopped", *arms))
     for arm in ("unchanged", "matrix-lr-0.2"):
         for seed in (42, 43):
             name = f"{arm}_s{seed}"
-            assert losses_of(place, f"stopped_{name}") == losses_of(place, f"whole_{name}")
+            assert losses_of(folder, f"stopped_{name}") == losses_of(folder, f"whole_{name}")

@@ -90,17 +90,28 @@ TRACES = {
 
 @pytest.mark.parametrize("backend", TRACES)
 def test_the_most_expensive_operations_of_a_trace(backend):
-    found = profile.operations(trace_of(*TRACES[backend]), PROGRAM, steps=2, devices=1)
-    first, second = found
+    listed = profile.operations(trace_of(*TRACES[backend]), PROGRAM, steps=2, devices=1)
+    first, second = listed
     assert (first.name, first.scope, first.source) == ("fusion.1", "layer/mlp add", "layers.py:7")
     assert (first.seconds, first.calls, first.share) == pytest.approx((3e-6, 1, 0.75))
     assert (second.name, second.scope, second.source) == ("copy.3", "", "")
-    assert "0.003" in profile.table(found) and "layers.py:7" in profile.table(found)
+    assert "0.003" in profile.table(listed) and "layers.py:7" in profile.table(listed)
+
+
+def test_kernels_of_a_gpu_that_name_no_operation_count_too():
+    """Those of a CUDA graph: a kernel of XLA has the name of its operation, one of cuBLAS has not."""
+    kernels = [("fusion_1", {}, 4), ("cutlass_gemm", {}, 12)]
+    trace = trace_of("/device:GPU:0", "Stream #13(Compute)", kernels)
+    listed = profile.operations(trace, PROGRAM, steps=1, devices=1)
+    assert [(row.name, row.share, row.scope) for row in listed] == [
+        ("cutlass_gemm", pytest.approx(0.75), ""),
+        ("fusion.1", pytest.approx(0.25), "layer/mlp add"),
+    ]
 
 
 def test_times_are_per_step_and_device():
-    found = profile.operations(trace_of(*TRACES["gpu"]), PROGRAM, steps=1, devices=2)
-    assert (found[0].seconds, found[0].calls) == pytest.approx((3e-6, 1))
+    listed = profile.operations(trace_of(*TRACES["gpu"]), PROGRAM, steps=1, devices=2)
+    assert (listed[0].seconds, listed[0].calls) == pytest.approx((3e-6, 1))
 
 
 def test_lines_that_repeat_operations_of_a_tpu_are_not_counted():
@@ -111,8 +122,8 @@ def test_lines_that_repeat_operations_of_a_tpu_are_not_counted():
 
 def test_a_program_whose_text_cannot_be_parsed_still_has_times():
     text = "HloModule jit_train_step"
-    found = profile.operations(trace_of(*TRACES["cpu"]), text, steps=2, devices=1)
-    assert [(one.name, one.scope, one.source) for one in found] == [
+    listed = profile.operations(trace_of(*TRACES["cpu"]), text, steps=2, devices=1)
+    assert [(operation.name, operation.scope, operation.source) for operation in listed] == [
         ("fusion.1", "", ""),
         ("copy.3", "", ""),
     ]

@@ -7,9 +7,9 @@ the compiled program.
 import re
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 from absl import logging
@@ -52,7 +52,7 @@ def operations(trace: bytes, program: str, *, steps: int, devices: int) -> list[
     """
     try:
         module = hlo.parse(program)
-    except hlo.HloError:  # without it there are no scopes and no source lines
+    except (ValueError, LookupError, TypeError):  # then there are no scopes and no source lines
         module = hlo.Module({}, "", {})
     known = {
         name: instruction
@@ -62,7 +62,7 @@ def operations(trace: bytes, program: str, *, steps: int, devices: int) -> list[
     seconds: dict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()
     header = re.match(r"HloModule ([\w.\-]+)", program)
-    for name, duration in _events(trace, header[1] if header else ""):
+    for name, duration in _events(trace, header[1] if header else "", known):
         opcode = known[name].opcode if name in known else name.partition(".")[0]
         if opcode not in CONTAINERS:
             seconds[name] += duration
@@ -78,21 +78,27 @@ def operations(trace: bytes, program: str, *, steps: int, devices: int) -> list[
     ]
 
 
-def _events(trace: bytes, module_name: str) -> Iterator[tuple[str, float]]:
+def _events(
+    trace: bytes, module_name: str, known: Mapping[str, Any]
+) -> Iterator[tuple[str, float]]:
     """(name of an HLO operation, seconds) of each event of a module.
 
-    CPUs and GPUs name operation and module in the statistics of an event. On a TPU the event's name
-    is the text of the instruction, on the line "XLA Ops".
+    CPUs and GPUs name operation and module in the statistics of an event; a kernel of a GPU that
+    does not has the operation's name without dots, or its library's. On a TPU the event's name is
+    the text of the instruction, on the line "XLA Ops".
     """
+    kernels = {re.sub(r"\W", "_", name): name for name in known}
     for plane in jax.profiler.ProfileData.from_serialized_xspace(trace).planes:
-        is_tpu = plane.name.startswith("/device:TPU")
+        is_tpu, is_gpu = (plane.name.startswith(f"/device:{kind}") for kind in ("TPU", "GPU"))
         for line in plane.lines:
-            if is_tpu and line.name != "XLA Ops":
+            if (is_tpu and line.name != "XLA Ops") or (is_gpu and "Stream" not in line.name):
                 continue
             for event in line.events:
                 stats = dict(event.stats)
                 text = re.match(r"%?([\w.\-]+) = ", event.name)
                 name = stats.get("hlo_op") or (text[1] if text else None)
+                if is_gpu and not name:
+                    name = kernels.get(event.name, event.name)
                 if name and stats.get("hlo_module", module_name) == module_name:
                     yield name, 1e-9 * event.duration_ns
 

@@ -25,6 +25,7 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
+from MaxNano.compile.profile import StepProfiler
 from MaxNano.data.loader import merge_states
 from MaxNano.distributed import compile_cache, hardware, runtime
 from MaxNano.distributed.preemption import EXIT_PREEMPTED, Preempted, Preemption
@@ -90,6 +91,7 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
         cleanup.callback(logger.close)
         cleanup.callback(compile_cache.finish)
         run.say = logger.message
+        profiler = cleanup.enter_context(StepProfiler(run, compiled, logger))
         if start:
             logger.message(f"Resuming {directory} from step {start}")
 
@@ -109,6 +111,7 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
             for step in itertools.count(start):
                 last = step >= config.steps
                 preemption.check(step)
+                profiler.stop(step)
                 evaluate_if_due(run, evaluations, measured, logger, step, record)
                 is_new = config.enable_checkpointing and step != start
                 if is_new and (last or checkpointer.should_save(step)):
@@ -119,6 +122,7 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
                 with preemption.at_once(), logger.waiting():  # for data, maybe long
                     run.batches.fill()
                 batch = next(run.batches)
+                profiler.start(step)
                 run.state, metrics = run.programs.train(run.state, batch)
                 if step == start:
                     runtime.freeze_gc()

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import object_store
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from tensorboardX.record_writer import RecordWriter, masked_crc32c
 
 from MaxNano import console, pyconfig
@@ -299,6 +300,34 @@ def test_tensorboard_has_the_curves(tmp_path):
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert curve([file.read_bytes()], "train/loss") == [(0, 2.0), (1, 2.0), (2, 2.0)]
     assert curve([file.read_bytes()], "validation/bpb") == [(3, 1.25)]
+
+
+def test_tensorboard_has_hyperparameters_and_absolute_learning_rates(tmp_path):
+    config = make_config("tensorboard=true", "matrix_lr=0.04", "seed=7", "learning_rate_scale=0.5")
+    logger = start(config, tmp_path)
+    run(logger, [0], lr_multiplier=0.25)
+    run(logger, [1], lr_multiplier=1.0)
+    logger.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    content = file.read_bytes()
+    # 0.3 is embedding_lr at width 768, which d4's width of 256 raises.
+    width = (256 / 768) ** -0.5
+    for group, rate in (("muon", 0.02), ("token_embed", 0.15 * width), ("smear", 0.2)):
+        points = curve([content], f"learning_rate/{group}")
+        assert points == [(0, pytest.approx(rate / 4)), (1, pytest.approx(rate))]
+    shown = {
+        value.tag: HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        for event in events_of(content)
+        for value in event.summary.value
+        if value.metadata.plugin_data.plugin_name == "hparams"
+    }
+    values = shown["_hparams_/session_start_info"].session_start_info.hparams
+    assert (values["matrix_lr"].number_value, values["seed"].number_value) == (0.04, 7)
+    assert values["model"].string_value == "d4" and values["use_backout"].bool_value is True
+    assert values["embedding_betas"].string_value == "[0.8, 0.995]"
+    assert not {"prompt", "dataset_path"} & set(values)
+    experiment = shown["_hparams_/experiment"].experiment
+    assert [info.name.tag for info in experiment.metric_infos] == ["validation/bpb", "train/loss"]
 
 
 def events_of(content):

@@ -1,7 +1,9 @@
 """train.py through its real command line: train, stop, go on, refuse."""
 
+import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -96,7 +98,7 @@ def losses_of(place, run_name):
 @pytest.fixture(scope="module")
 def whole(place):
     """A run that nothing interrupted."""
-    out, _ = run(*words_of(place, "whole"))
+    out, _ = run(*words_of(place, "whole", "profile_steps=[3,5]"))
     return out
 
 
@@ -157,6 +159,31 @@ def test_a_run_started_again_with_other_values_is_refused_with_the_difference(pl
     changed = {path.name for path in after if after[path] != before.get(path)}
     assert changed == {"history.jsonl"}
     assert [entry["event"] for entry in history_of(place, "whole")] == ["start", "end", "refused"]
+
+
+def test_a_profile_shows_where_the_time_of_its_steps_is_spent(place, whole):
+    table = whole[whole.index("most expensive operations") :].splitlines()
+    rows, last = table[2:12], table[12]
+    assert last == f"Saved the trace of 2 steps in {place}/runs/whole/tensorboard"
+    times = [float(row.split()[0]) for row in rows]
+    assert times == sorted(times, reverse=True) and times[-1] > 0
+    assert any(re.search(r"\b(layer|loss|optimizer)/\w+", row) for row in rows)
+    sources = [match for row in rows if (match := re.search(r"(\w+\.py):(\d+)", row))]
+    assert len(sources) >= 5
+    for match in sources:
+        (path,) = (ROOT / "MaxNano").rglob(match[1])
+        assert int(match[2]) <= len(path.read_text().splitlines())
+    folder = place / "runs/whole/tensorboard/plugins/profile"
+    assert len(list(folder.glob("*/*.xplane.pb"))) == 1
+    (events,) = folder.glob("*/*.trace.json.gz")
+    names = {event.get("name") for event in json.loads(gzip.open(events).read())["traceEvents"]}
+    assert rows[0].split()[-1] in names
+
+
+def test_a_finished_run_started_again_has_nothing_to_do(place, whole):
+    before = losses_of(place, "whole")
+    run(*words_of(place, "whole"))
+    assert losses_of(place, "whole") == before
 
 
 def test_the_saved_config_runs_again_from_another_folder(place, whole, tmp_path):

@@ -57,6 +57,11 @@ class Run(NamedTuple):
         """Optimizer steps until the last row."""
         return self.steps[-1]["step"] + 1 if self.steps else 0
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps are done."""
+        return 0 < self.config["steps"] <= self.steps_done
+
     def events_of(self, name: str) -> list[dict[str, Any]]:
         """The rows of one kind of event, such as validation."""
         return [row for row in self.events if row["event"] == name]

@@ -34,7 +34,7 @@ from MaxNano import config_schema, pyconfig
 from MaxNano.console import print_table
 from MaxNano.reporting import charts, comparison, leaderboard, render
 from MaxNano.reporting.blocks import Curves, Heading, Missing, Report, Table
-from MaxNano.reporting.run_history import Run, read_run, start_folder
+from MaxNano.reporting.run_history import Run, read_run
 from MaxNano.storage import files
 
 EXIT_STOPPED = 75  # as train.py exits after SIGTERM: the same command resumes
@@ -309,7 +309,7 @@ def main(config: FrozenConfigDict, words: Sequence[str], options: argparse.Names
         return 0
     if options.runs is not None:
         folder = files.run_directory(config)
-        runs = [read_run(start_folder(name, folder)) for name in options.runs.split(",")]
+        runs = [read_run(pyconfig.start_directory(name, folder)) for name in options.runs.split(",")]
         unfinished = [run for run in runs if not run.is_finished]
         if unfinished:
             run = unfinished[0]

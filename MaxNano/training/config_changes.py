@@ -53,7 +53,7 @@ FREE_KEYS = frozenset(
     dataset_path tokenizer_path core_bundle chat_data chat_word_list download_path
     download_connections hub_url data_wait_seconds data_workers prefetch_batches tokenizer_threads
     enable_checkpointing checkpoint_interval_steps checkpoint_interval_minutes checkpoint_keep
-    async_checkpointing log_interval tensorboard trackers tracker_project max_nonfinite_steps
+    async_checkpointing log_interval tensorboard trackers tracker_project profile_steps max_nonfinite_steps
     eval_interval sample_interval sample_tokens core_interval core_batch_tokens chat_interval
     chat_slots stream_interval prefill_rows
     per_device_batch_size num_cpu_devices jax_cache_dir ici_data_parallelism ici_fsdp_parallelism

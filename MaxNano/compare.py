@@ -309,7 +309,9 @@ def main(config: FrozenConfigDict, words: Sequence[str], options: argparse.Names
         return 0
     if options.runs is not None:
         folder = files.run_directory(config)
-        runs = [read_run(pyconfig.start_directory(name, folder)) for name in options.runs.split(",")]
+        runs = [
+            read_run(pyconfig.start_directory(name, folder)) for name in options.runs.split(",")
+        ]
         unfinished = [run for run in runs if not run.is_finished]
         if unfinished:
             run = unfinished[0]

@@ -466,7 +466,7 @@ def test_two_arms_are_trained_and_compared(folder, monkeypatch, capsys):
         folder, "run_name=two", "--arm", "matrix_lr=0.02", "--arm", "matrix_lr=0.2", "--seeds=1"
     )
     out = run(*command)
-    assert "==== run 2 of 2: two_matrix-lr-0.2_s42" in out and "step 12/12" in out
+    assert "==== run 2 of 2: two_matrix-lr-0.2_s42" in out and "step 11/12" in out
     table = out[out.index("difference") :].splitlines()
     assert table[1].startswith("matrix_lr=0.02") and table[2].startswith("matrix_lr=0.2 ")
     first, second = (losses_of(folder, f"two_matrix-lr-{rate}_s42") for rate in ("0.02", "0.2"))

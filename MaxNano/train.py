@@ -107,9 +107,7 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
                 if last:
                     break
 
-                with preemption.at_once():  # waiting for data may take long
-                    run.batches.fill()
-                batch = next(run.batches)
+                batch = next_batch(run)
                 run.state, metrics = run.programs.train(run.state, batch)
                 if step == start:
                     runtime.freeze_gc()
@@ -124,15 +122,35 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
                         f"up to step {step - 1}; their updates were skipped. Lower the learning "
                         f"rates or check the data, and resume from the checkpoints in {directory}"
                     )
-        except Preempted:
+        except (Preempted, NoBatch) as stop:
             # Raised only between steps, or within an evaluation: the state is that of `step`.
-            if config.enable_checkpointing:
+            is_preempted = isinstance(stop, Preempted)
+            # One of several processes cannot save alone.
+            if config.enable_checkpointing and (
+                is_preempted or is_new and jax.process_count() == 1
+            ):
                 save(step)
                 checkpointer.wait()
                 logger.message(f"Saved checkpoint at step {step}; the same command resumes the run")
+            if not is_preempted:
+                raise stop.__cause__ from None
             return EXIT_PREEMPTED
         checkpointer.wait()
     return 0
+
+
+class NoBatch(Exception):
+    """The next batch cannot be made, for the reason in __cause__; the state is that of the step."""
+
+
+def next_batch(run: RunContext) -> dict[str, jax.Array]:
+    """The batch of the next step. Raises NoBatch, or Preempted while it waits for data."""
+    try:
+        with run.at_once():  # waiting for data may take long
+            run.batches.fill()
+    except (ValueError, OSError, RuntimeError) as error:
+        raise NoBatch from error
+    return next(run.batches)
 
 
 def start_state(run: RunContext, checkpointer: Checkpointer) -> dict[str, Any]:

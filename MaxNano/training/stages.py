@@ -127,6 +127,7 @@ def describe_split(config: FrozenConfigDict, split: str) -> list[Any]:
         config.dataset_path,
         config.dataset_name,
         list(config.dataset_splits),
+        *([] if config.long_documents == "crop" else [config.long_documents]),
     ]
 
 

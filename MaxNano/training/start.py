@@ -84,12 +84,19 @@ def check_windows(config: FrozenConfigDict, saved: Mapping[str, Any]) -> None:
 
 
 def with_start(config: FrozenConfigDict) -> FrozenConfigDict:
-    """The config with the load_from that a run to resume was started with, if none is given."""
+    """The config with what a run to resume was started with and no later command changes by chance:
+    its load_from, if none is given, and its long_documents, unless the command line sets it.
+    """
     saved = run_directory(config) / "config.yml"
-    if config.load_from is not None or not config.enable_checkpointing or not saved.exists():
+    if not config.enable_checkpointing or not saved.exists():
         return config
-    load_from = pyconfig.saved_values(saved).get("load_from")
-    return config if load_from is None else pyconfig.replace(config, "the run", load_from=load_from)
+    before = pyconfig.IMPLIED_VALUES | pyconfig.saved_values(saved)
+    if config.load_from is None and before.get("load_from") is not None:
+        config = pyconfig.replace(config, "the run", load_from=before["load_from"])
+    is_asked = config[pyconfig.ORIGIN]["long_documents"] == pyconfig.COMMAND_LINE
+    if not is_asked and config.long_documents != before["long_documents"]:
+        config = pyconfig.replace(config, "the run", long_documents=before["long_documents"])
+    return config
 
 
 def check_start(config: FrozenConfigDict, saved: Mapping[str, Any]) -> None:

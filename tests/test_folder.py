@@ -6,7 +6,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_sources import make_config, shards, write_parquet  # noqa: F401 (a fixture)
+from test_sources import make_config, write_parquet
 
 from MaxNano.data import folder, sources, stream, summary
 
@@ -179,10 +179,11 @@ def test_test_files_of_a_hub_layout_are_never_trained_on(tmp_path, layout):
     }
 
 
-def test_files_that_are_not_read_are_said(shards):
-    (shards / "more").mkdir()
-    write_parquet(shards / "more" / "shard_7.parquet", ["never read"])
-    config = make_config("parquet", shards)
+def test_files_that_are_not_read_are_said(tmp_path):
+    (tmp_path / "more").mkdir()
+    for name in ("shard_0", "shard_1", "shard_2", "more/shard_7"):
+        write_parquet(tmp_path / f"{name}.parquet", ["text"])
+    config = make_config("parquet", tmp_path)
     assert summary.describe_files(config) == {
         "training files": "shard_0.parquet, shard_1.parquet",
         "validation files": "shard_2.parquet",
@@ -190,5 +191,5 @@ def test_files_that_are_not_read_are_said(shards):
     }
     with pytest.raises(ValueError, match=r"has 0 \.jsonl .*dataset_type=parquet reads its"):
         sources.JsonlSource(config, "train")
-    missing = summary.describe_files(make_config("parquet", shards / "none"))
+    missing = summary.describe_files(make_config("parquet", tmp_path / "none"))
     assert missing["training files"].startswith("none yet: dataset_path=")

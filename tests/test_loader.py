@@ -326,7 +326,7 @@ def test_a_mixture_goes_on_exactly_with_any_number_of_workers(shards, tmp_path):
     with open_loader(make_config(shards, **values)) as batches:
         whole = take(batches, 12)
         reached = batches.position()
-    assert set(reached) == {"epoch", "file", "row_group"}
+    assert set(reached) == {"epoch", "file", "row_group", "discarded_share"}
     state = None
     for begin, end, count in ((0, 5, 1), (5, 6, 0), (6, 12, 2)):
         with open_loader(make_config(shards, **values, data_workers=count), state=state) as batches:
@@ -337,11 +337,12 @@ def test_a_mixture_goes_on_exactly_with_any_number_of_workers(shards, tmp_path):
 
 def test_the_position_is_that_of_the_batches_handed_out(shards):
     with open_loader(make_config(shards, data_readers=1), batch_rows=1) as batches:
-        assert batches.position() == {"epoch": 1, "file": 0, "row_group": 0}
+        start = {"epoch": 1, "file": 0, "row_group": 0, "discarded_share": 0.0}
+        assert batches.position() == start
         reached = []
         for _ in range(80):
             take(batches, 1)
-            reached.append(tuple(batches.position().values()))
+            reached.append(tuple(batches.position().values())[:3])
     assert reached == sorted(reached)
     assert reached[0] == (1, 0, 0)
     assert {(1, 0, 3), (1, 1, 0), (1, 1, 4), (2, 0, 0)} <= set(reached)

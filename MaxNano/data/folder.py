@@ -5,6 +5,7 @@ manifest lists the files, and those that are missing have not arrived yet.
 """
 
 import contextlib
+import json
 import os
 import re
 import time
@@ -44,7 +45,7 @@ def naming(where: str) -> Iterator[None]:
     """
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
         is_access = isinstance(error, OSError) and (
             error.errno is not None or _SERVICE_ERROR.search(line)

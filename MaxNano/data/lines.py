@@ -238,12 +238,13 @@ def cut_lines(text: str) -> Iterator[str]:
 
 
 def cut_text(text: str) -> Iterator[str]:
-    """Pieces of at most TEXT_DOCUMENT_MAX_CHARACTERS, in order, that together are the text.
-
-    They end where the text allows it best: see _TEXT_ENDS.
+    """Pieces that together are the text, in order: the whole text, or if it is longer than
+    TEXT_DOCUMENT_MAX_CHARACTERS, pieces of TEXT_DOCUMENT_CHARACTERS or a little more, which end
+    where the text allows it best. See _TEXT_ENDS.
     """
     begin = 0
-    while len(text) - begin > TEXT_DOCUMENT_MAX_CHARACTERS:
+    is_long = len(text) > TEXT_DOCUMENT_MAX_CHARACTERS
+    while is_long and len(text) - begin > 2 * TEXT_DOCUMENT_CHARACTERS:
         window = begin + TEXT_DOCUMENT_CHARACTERS, begin + TEXT_DOCUMENT_MAX_CHARACTERS
         matches = (pattern.search(text, *window) for pattern in _TEXT_ENDS)
         end = next((match.end() for match in matches if match), window[1])

@@ -49,7 +49,7 @@ def split_document(ids: np.ndarray, row_tokens: int) -> Iterator[Document]:
 
     Each begins with the document's first token, <|bos|>, because every row begins with it.
     """
-    yield cut_document(ids, row_tokens)
+    yield cut_document(ids[:row_tokens], row_tokens)
     for begin in range(row_tokens, len(ids), row_tokens - 1):
         yield _continuation(ids[0], ids[begin : begin + row_tokens - 1])
 

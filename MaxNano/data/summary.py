@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from MaxNano.data import packing, sources, workers
+from MaxNano.data import packing, sources, stream
 
 # The estimate packs the documents of about this many rows, and no more text than this.
 ESTIMATE_ROWS = 256
@@ -60,18 +60,31 @@ def estimate_discarded(config: Any, tokenizer: Any) -> str:
 
 
 def _first_documents(config: Any, source: sources.Source, tokenizer: Any) -> list[packing.Document]:
-    """The first documents of the first reader; not of a file that has not arrived, and none twice."""
-    row_tokens = config.max_target_length + 1
-    encoding = workers.TextEncoding(
-        source, tokenizer, config.data_readers, config.tokenize_batch_documents, row_tokens
+    """The first documents of the first reader; not of a file that has not arrived, and none twice.
+
+    Of a document that is longer than all text that is read here, the length is an estimate too.
+    """
+    row_tokens, readers = config.max_target_length + 1, config.data_readers
+    left = min(ESTIMATE_CHARACTERS, ESTIMATE_ROWS * row_tokens * _CHARACTERS_PER_TOKEN)
+    longest, documents = left, []
+    lists = stream.read_lists(
+        source,
+        0,
+        readers,
+        config.tokenize_batch_documents,
+        stream.start_position(source, 0),
+        characters=longest,
+        skip_damaged=config.skip_corrupt_data,
     )
-    characters = min(ESTIMATE_CHARACTERS, ESTIMATE_ROWS * row_tokens * _CHARACTERS_PER_TOKEN)
-    documents: list[packing.Document] = []
-    for item in encoding.lists(0, encoding.start_position(0)):
+    for item in lists:
         if isinstance(item, sources.NotArrived) or item[0].epoch > 1:
             break
-        documents += item[1]
-        if sum(d.length for d in documents) * _CHARACTERS_PER_TOKEN >= characters:
+        encoded = tokenizer.encode_batch([text[:longest] for text in item[1]], bos=True)
+        for text, ids in zip(item[1], encoded, strict=True):
+            length = round(len(ids) * max(1, len(text) / longest))
+            documents.append(packing.Document(length, np.asarray(ids[:row_tokens], np.int32)))
+        left -= sum(map(len, item[1]))
+        if left <= 0:
             break
     return documents
 

@@ -224,6 +224,10 @@ class Folder:
         with naming(path), open_file(self.filesystem, path) as file:
             return listed_files(file.read(), path)
 
+    def listed(self) -> dict[str, dict[str, Any]]:
+        """The facts that the manifest has of each file; {} without a manifest."""
+        return self._manifest() if self._listed else {}
+
     def path_of(self, file: int) -> str | NotArrived:
         """The path of a file. Raises ValueError if it was downloaded and is missing now."""
         name = self.files[file]

@@ -281,10 +281,11 @@ def iterate_texts(config: Any, split: str) -> Iterator[str]:
 
     The parts of a mixture keep their shares as long as all parts last; then the others follow.
     """
-    return _texts_of(open_source(config, split), config.skip_corrupt_data)
+    return texts_of(open_source(config, split), config.skip_corrupt_data)
 
 
-def _texts_of(source: Source, skip_damaged: bool) -> Iterator[str]:
+def texts_of(source: Source, skip_damaged: bool = False) -> Iterator[str]:
+    """Every document of a source once, as iterate_texts."""
     if isinstance(source, MixtureSource):
         yield from _texts_of_mixture(source, skip_damaged)
         return
@@ -298,7 +299,7 @@ def _texts_of(source: Source, skip_damaged: bool) -> Iterator[str]:
 
 
 def _texts_of_mixture(source: MixtureSource, skip_damaged: bool) -> Iterator[str]:
-    texts = [_texts_of(part, skip_damaged) for part in source.parts]
+    texts = [texts_of(part, skip_damaged) for part in source.parts]
     weights = list(source.weights)
     characters = [0] * len(texts)
     while texts:

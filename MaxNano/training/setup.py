@@ -198,8 +198,10 @@ def _describe_text(config: FrozenConfigDict) -> Iterator[tuple[str, str]]:
     """Rows about the text of a run: its files, and at its start what packing will discard."""
     if config.dataset_type not in SOURCES:
         return
-    yield from summary.describe_files(config).items()
-    if not (run_directory(config) / "checkpoints").exists():  # else the step line has the share
+    files = summary.describe_files(config)
+    yield from files.items()
+    # A run that is resumed has the share in its step line.
+    if "validation files" in files and not (run_directory(config) / "checkpoints").exists():
         try:
             discarded = summary.estimate_discarded(config, load_tokenizer(config))
         except ValueError:

@@ -52,7 +52,7 @@ def estimate_discarded(config: Any, tokenizer: Any) -> str:
     except ValueError as error:
         return f"unknown: {error}"
     if not documents:
-        return "unknown before the first file has arrived"
+        return "unknown: no document has arrived"
     packed, discarded = _pack(config, documents)
     share = discarded / max(1, packed + discarded)
     hint = "; long_documents=split uses all" if share >= _MUCH_DISCARDED else ""
@@ -74,7 +74,7 @@ def _first_documents(config: Any, source: sources.Source, tokenizer: Any) -> lis
         config.tokenize_batch_documents,
         stream.start_position(source, 0),
         characters=longest,
-        skip_damaged=config.skip_corrupt_data,
+        skip_damaged=True,  # the run itself may not get so far
     )
     for item in lists:
         if isinstance(item, sources.NotArrived) or item[0].epoch > 1:

@@ -70,7 +70,7 @@ def test_rows_are_those_of_a_plain_search_also_after_a_restart(
             row_tokens, buffer_documents, next_documents, buffered, counts=counts
         )
 
-    packer, packed, discarded = new_packer(), 0, 0
+    packer, taken_lengths = new_packer(), 0
     expected = rows_by_plain_search(lengths, row_tokens, buffer_documents, list_documents)
     for index, pieces in enumerate(expected):
         if index == cut:
@@ -79,9 +79,11 @@ def test_rows_are_those_of_a_plain_search_also_after_a_restart(
         packer.fill(row)
         whole = np.concatenate([1000 * n + np.arange(taken) for n, taken in pieces])
         np.testing.assert_array_equal(row, whole)
-        packed += row_tokens
-        discarded += sum(lengths[n] - taken for n, taken in pieces)
-        assert packer.counts == (packed, discarded)
+        taken_lengths += sum(lengths[n] for n, _ in pieces)
+        buffered = packer.documents
+        assert packer.counts.read == taken_lengths + sum(d.length for d in buffered)
+        kept = (index + 1) * row_tokens + sum(len(d.tokens) for d in buffered)
+        assert packer.counts.discarded == packer.counts.read - kept
     with pytest.raises(EOFError):
         packer.fill(np.empty(row_tokens, np.int32))
 
@@ -114,7 +116,8 @@ def test_documents_that_are_split_lose_no_token(lengths, row_tokens, buffer_docu
             rows.append(row.copy())
             assert row[0] == 0
             row[:] = 0
-    assert packer.counts == (len(rows) * row_tokens, 0)
+    pieces = [piece for ids in encoded for piece in packing.split_document(ids, row_tokens)]
+    assert packer.counts == (sum(piece.length for piece in pieces), 0)
     # In full rows, in the row that was begun, and in the buffer.
     held = np.concatenate([*rows, row, *(document.tokens for document in packer.documents)])
     expected = np.concatenate([ids[1:] for ids in encoded])

@@ -203,7 +203,7 @@ class Loader:
                 str(reader): {
                     **self._encoding.position_to_json(saved.position),
                     **_documents_to_text(saved.documents),
-                    "tokens_packed": saved.counts.packed,
+                    "tokens_read": saved.counts.read,
                     "tokens_discarded": saved.counts.discarded,
                 }
                 for reader, saved in snapshot.readers.items()
@@ -213,14 +213,14 @@ class Loader:
     def position(self, snapshot: _Snapshot | None = None) -> dict[str, float]:
         """The progress of this host's readers, as metrics for the step line.
 
-        discarded_share: the share of the tokens read so far that long_documents=crop left out.
+        discarded_share: the share of the tokens read so far that long_documents=crop discards.
         """
         readers = (self.snapshot if snapshot is None else snapshot).readers.values()
         progress = self._encoding.progress([saved.position for saved in readers])
         if self._encoding.padding is not None:
             return progress
-        packed, discarded = map(sum, zip(*(saved.counts for saved in readers), strict=True))
-        return {**progress, "discarded_share": discarded / max(1, packed + discarded)}
+        read, discarded = map(sum, zip(*(saved.counts for saved in readers), strict=True))
+        return {**progress, "discarded_share": discarded / max(1, read)}
 
     def close(self) -> None:
         if self._rows is not None:
@@ -351,11 +351,12 @@ def _restore(
             raise ValueError(
                 f"the saved data position has no reader {reader}; merge the states of all hosts"
             )
-        restored[reader] = ReaderState(
-            encoding.position_from_json(saved),
-            _documents_from_text(saved),
-            packing.Counts(saved.get("tokens_packed", 0), saved.get("tokens_discarded", 0)),
-        )
+        documents = _documents_from_text(saved)
+        counts = packing.Counts(saved.get("tokens_read", 0), saved.get("tokens_discarded", 0))
+        if "tokens_read" not in saved:  # of an earlier version: count from here on
+            lost = (document.length - len(document.tokens) for document in documents)
+            counts = packing.Counts(sum(document.length for document in documents), sum(lost))
+        restored[reader] = ReaderState(encoding.position_from_json(saved), documents, counts)
     return _Snapshot(restored)
 
 

@@ -30,9 +30,13 @@ class Document(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """The tokens that a packer has put into rows, without padding, and those that it discarded."""
+    """The tokens of all documents that a packer has received, and those of them that no row gets.
 
-    packed: int = 0
+    What is beyond the first row of a document counts as discarded at once, the remainder of a
+    document that is cut when it is cut.
+    """
+
+    read: int = 0
     discarded: int = 0
 
 
@@ -62,7 +66,7 @@ class BestFitPacker:
     """Fills rows from a buffer of at least `buffer_documents` documents.
 
     `next_documents` returns the next list of documents, each of at least one token. `documents` are
-    those already buffered, in order of arrival, and `counts` those of the rows filled before.
+    those already buffered, in order of arrival, and `counts` include them.
     `padding` is the token that fills the rest of a row into which no document fits (documents may
     then be no longer than a row); None: cut a document. `split`: buffer the remainder of a document
     that is cut, instead of discarding it; documents may be no longer than a row either.
@@ -96,10 +100,10 @@ class BestFitPacker:
 
     def fill(self, row: np.ndarray) -> None:
         """Fill `row`, int32 (row_tokens,)."""
-        begin, discarded = 0, 0
+        begin = 0
         while begin < self.row_tokens:
             while len(self._keys) < self._target:
-                self._add(self._next_documents())
+                self._receive(self._next_documents())
             space = self.row_tokens - begin
             # Keys before `fits` fit; take the longest document, the first to arrive if several.
             fits = bisect_left(self._keys, (space + 1) << _ARRIVAL_BITS)
@@ -108,19 +112,25 @@ class BestFitPacker:
                 tokens = self._take(bisect_left(self._keys, longest, 0, fits)).tokens
             elif self._padding is not None:
                 row[begin:] = self._padding
-                break
+                return
             else:
                 shortest = self._take(0)
                 tokens = shortest.tokens[:space]
                 if self._split:
                     self._add([_continuation(tokens[0], shortest.tokens[space:])])
                 else:
-                    discarded += shortest.length - space
+                    self._count(0, len(shortest.tokens) - space)
             end = begin + len(tokens)
             row[begin:end] = tokens
             begin = end
-        packed_before, discarded_before = self.counts
-        self.counts = Counts(packed_before + begin, discarded_before + discarded)
+
+    def _receive(self, documents: Sequence[Document]) -> None:
+        self._add(documents)
+        for length, tokens in documents:
+            self._count(length, length - len(tokens))
+
+    def _count(self, read: int, discarded: int) -> None:
+        self.counts = Counts(self.counts.read + read, self.counts.discarded + discarded)
 
     def _add(self, documents: Sequence[Document]) -> None:
         for document in documents:

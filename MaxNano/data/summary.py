@@ -53,8 +53,8 @@ def estimate_discarded(config: Any, tokenizer: Any) -> str:
         return f"unknown: {error}"
     if not documents:
         return "unknown: no document has arrived"
-    packed, discarded = _pack(config, documents)
-    share = discarded / max(1, packed + discarded)
+    read, discarded = _pack(config, documents)
+    share = discarded / max(1, read)
     hint = "; long_documents=split uses all" if share >= _MUCH_DISCARDED else ""
     return f"{100 * share:.0f} % (estimate from the first {len(documents):,} documents{hint})"
 

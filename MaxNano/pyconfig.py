@@ -302,6 +302,12 @@ def _check_lists(values: _Values) -> None:
             raise values.error(name, "must have two elements")
         if name.endswith("_betas") and max(value[name]) >= 1:
             raise values.error(name, "must be below 1")
+    traced = value["profile_steps"]
+    if traced and (len(traced) != 2 or traced[0] >= traced[1]):
+        raise values.error("profile_steps", "is not [first, end] with first below end")
+    if traced and not horizon_is_open({**value, ORIGIN: values.origin}):
+        if traced[0] >= value["steps"]:
+            raise values.error("profile_steps", f"begins after the last of steps={value['steps']}")
 
 
 def _check_layout(values: _Values) -> None:
@@ -551,19 +557,23 @@ def check_command_line() -> None:
 
 
 def launch(
-    main: Callable[[FrozenConfigDict], int | None], argv: Sequence[str] | None = None
+    main: Callable[[FrozenConfigDict], int | None],
+    argv: Sequence[str] | None = None,
+    *,
+    options: str = "",
 ) -> int:
     """Runs an entry point and returns its exit status: `sys.exit(pyconfig.launch(main))`.
 
     --help prints the common keys, --help=all all keys. A ValueError raised in this package is a
     user error: one line on stderr and status 2. A ValueError raised in a library is a bug and keeps
-    its traceback.
+    its traceback. options: the help of what is no key, for --help.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
         for word in HELP_WORDS.keys() & set(argv):
             program = Path(sys.argv[0])
             print(f"usage: python {program} configs/base.yml [key=value ...]")
+            print(options, end="")
             print(help_text(program.stem, show_all=HELP_WORDS[word]), end="")
             return 0
         return main(initialize(argv)) or 0

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import random
+import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -155,6 +157,42 @@ def test_text_that_will_not_do_is_one_line(tmp_path, monkeypatch, capsys, conten
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
     assert not (tmp_path / "text").exists()
+
+
+def test_the_quickstart_on_another_folder_is_another_run(tmp_path):
+    """It ended at once with the first folder's model. A folder that was moved is the same text."""
+    root = tmp_path / "maxnano"
+    (root / "end_to_end/cpu").mkdir(parents=True)
+    (root / ".venv/bin").mkdir(parents=True)
+    shutil.copy(PATH.with_name("quickstart.sh"), root / "end_to_end/cpu")
+    (root / "setup.sh").touch()
+    python = root / ".venv/bin/python"
+    python.write_text(
+        f"""#!/bin/bash
+case "$*" in
+  *--id*) exec {sys.executable} {PATH} "${{@:2}}" ;;
+  *train.py*) echo "$*" ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+
+    def run(folder):
+        script = root / "end_to_end/cpu/quickstart.sh"
+        out = subprocess.run(["bash", script, folder], capture_output=True, text=True, check=True)
+        (line,) = [line for line in out.stdout.splitlines() if "train.py" in line]
+        return dict(word.split("=") for word in line.split()[2:])
+
+    names = ("a", "b")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "book.txt").write_text(f"text {name}")
+    first, second = (run(tmp_path / name) for name in names)
+    for key in ("run_name", "dataset_path", "tokenizer_path"):
+        assert first[key] != second[key] and "own_t" in first[key]
+    assert run((tmp_path / "a").rename(tmp_path / "c")) == first
+    (tmp_path / "c/book.txt").write_text("text b")
+    assert run(tmp_path / "c") == second
 
 
 def test_without_an_index_the_way_out_is_told(tmp_path, monkeypatch, capsys):

@@ -89,6 +89,24 @@ def write_whole(path: Any, content: str | bytes) -> None:
         raise
 
 
+def append(path: Any, line: str) -> None:
+    """Append a line to a file, and create it and its folder. Raises OSError.
+
+    In a bucket, which cannot append, the file is written again. A line that a killed process left
+    half written stays a line of its own.
+    """
+    if is_remote(path):
+        before = path.read_text() if path.exists() else ""
+        write_whole(path, before + line)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else "\n" + line
+        file.write(line.encode())
+
+
 @contextlib.contextmanager
 def replace_folder(folder: epath.PathLike, last: str) -> Iterator[Path]:
     """An empty local folder to fill, which replaces `folder` when the block ends without an error.

@@ -9,6 +9,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+SHOWN_WAIT = 0.1  # the line shows a wait for the batch above this share of the step
+
 
 class Display:
     """Prints lines; on a terminal the latest step stays below them with a progress bar."""
@@ -57,17 +59,22 @@ class Display:
 
 
 def step_line(row: Mapping[str, Any], position: Mapping[str, int], total_steps: int) -> str:
-    """A row of metrics.jsonl as a line; the last step of a 500-step run is `step 500/500`."""
-    parts = [f"step {row['step'] + 1:>{len(str(total_steps))}}/{total_steps}"]
+    """A row of metrics.jsonl as a line; steps count from 0, as there."""
+    parts = [f"step {row['step']:>{len(str(total_steps))}}/{total_steps}"]
+    if row.get("loss") is not None:
+        parts.append(f"loss {row['loss']:.4f}")
     if row["smoothed_loss"] is not None:
-        parts.append(f"loss {row['smoothed_loss']:.4f}")
+        parts.append(f"smoothed {row['smoothed_loss']:.4f}")
     if "bpb" in row:
         parts.append(f"bpb {row['bpb']:.4f}")
     if "reward" in row:
         parts.append(f"reward {row['reward']:.3f}")
     if "lr_multiplier" in row:
         parts.append(f"lr x{row['lr_multiplier']:.2f}")
-    parts.append(f"{row['milliseconds']:,.0f} ms")
+    digits = 0 if row["milliseconds"] >= 10 else 3
+    parts.append(f"{row['milliseconds']:,.{digits}f} ms")
+    if row.get("batch_wait_milliseconds", 0.0) > SHOWN_WAIT * row["milliseconds"]:
+        parts.append(f"waiting {row['batch_wait_milliseconds']:,.0f} ms")
     parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
     if "mfu" in row:
         parts.append(f"MFU {100 * row['mfu']:.1f}%")

@@ -10,6 +10,7 @@ articles are held out in the last shard, for validation. A complete folder is no
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import random
@@ -217,13 +218,20 @@ def read_whole(folder: Path, source: Any) -> dict[str, Any] | None:
 # ---- Main ---------------------------------------------------------------------------------------
 
 
+def sources_of(texts_folder: Path) -> dict[str, str]:
+    """{path in the folder: SHA-256} of its text files. Raises TextError."""
+    return {
+        str(path.relative_to(texts_folder)): files.sha256(path) for path in text_files(texts_folder)
+    }
+
+
 def prepare(folder: Path, texts_folder: Path | None) -> tuple[dict[str, Any], bool]:
     """(manifest, whether the folder was complete before). Raises TextError."""
     source: Any
     if texts_folder is None:
         source = [package._asdict() for package in (SPEECHES, ARTICLES)]
     else:
-        source = {str(path.resolve()): path.stat().st_size for path in text_files(texts_folder)}
+        source = sources_of(texts_folder)
     manifest = read_whole(folder, source)
     if manifest is not None:
         return manifest, True
@@ -255,17 +263,24 @@ def main() -> int:
     parser.add_argument(
         "texts", metavar="FOLDER", type=Path, nargs="?", help="a folder with your own text files"
     )
+    parser.add_argument(
+        "--id", action="store_true", help="print a fingerprint of FOLDER's files, write nothing"
+    )
     arguments = parser.parse_args()
     try:
+        if arguments.id:
+            source = json.dumps(sources_of(arguments.texts), sort_keys=True)
+            print(hashlib.sha256(source.encode()).hexdigest()[:8])
+            return 0
         manifest, already = prepare(arguments.folder, arguments.texts)
     except (TextError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    files = manifest["files"].values()
+    shards = manifest["files"].values()
     print(
         f"{arguments.folder}{' is already there' if already else ''}: "
-        f"{sum(file['documents'] for file in files):,} documents, "
-        f"{sum(file['characters'] for file in files):,} characters in {len(files)} shards, "
+        f"{sum(shard['documents'] for shard in shards):,} documents, "
+        f"{sum(shard['characters'] for shard in shards):,} characters in {len(shards)} shards, "
         "the last one for validation"
     )
     return 0

@@ -29,6 +29,10 @@ ORIGIN = "origin"  # the only entry of a config that is not a key: key -> origin
 DERIVED = "derived"
 SAVED_HEADER = "# A resolved config"  # first words of a file that `save` wrote
 
+# Values that the saved config of an earlier version implies beside scaling.ARCHITECTURE_KEYS: its
+# runs resume with the documents that they began with.
+IMPLIED_VALUES = {"long_documents": "crop"}
+
 XLA_BACKENDS = ("tpu", "gpu", "cpu")  # for xla_flag_groups
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
@@ -117,7 +121,7 @@ def _read_first_file(path: Path, keys: Mapping[str, Key]) -> dict[str, Any]:
     """The values of a first file without declarations.
 
     A file that an earlier version saved may have keys that no longer exist, which are ignored, and
-    may not have newer architecture keys, which then have the value that its checkpoints imply.
+    may not have newer keys, which then have the value that its checkpoints imply.
     """
     text = config_schema.read_text(path)
     if not text.startswith(SAVED_HEADER):
@@ -126,7 +130,7 @@ def _read_first_file(path: Path, keys: Mapping[str, Key]) -> dict[str, Any]:
     implied = {
         name: value for name, value in scaling.ARCHITECTURE_KEYS.items() if value is not None
     }
-    return implied | saved
+    return implied | IMPLIED_VALUES | saved
 
 
 def _override_file(folder: Path, what: str, values: _Values) -> Path | None:
@@ -197,6 +201,7 @@ def _derive(values: _Values) -> None:
     fill("learning_rate_scale", lambda: scaling.learning_rate_scale(batch))
     fill("weight_decay_scale", lambda: scaling.weight_decay_scale(batch, size, reference, ratio))
     fill("steps", lambda: _steps(values, shape, size))
+    fill("long_documents", lambda: "split" if value["dataset_type"] == "text" else "crop")
 
 
 def _set_stage_batch(values: _Values) -> None:

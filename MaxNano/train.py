@@ -119,9 +119,7 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
                 if last:
                     break
 
-                with preemption.at_once(), logger.waiting():  # for data, maybe long
-                    run.batches.fill()
-                batch = next(run.batches)
+                batch = next_batch(run, logger)
                 profiler.start(step)
                 run.state, metrics = run.programs.train(run.state, batch)
                 if step == start:
@@ -132,17 +130,38 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
                 if arrived:
                     skipped_in_a_row = skipped_in_a_row + 1 if arrived["skipped"] else 0
                 check_finite(run, skipped_in_a_row, step - 1)
-        except Preempted:
+        except (Preempted, NoBatch) as stop:
             # Raised only between steps, or within an evaluation: the state is that of `step`.
-            if config.enable_checkpointing:
+            if config.enable_checkpointing and (step > start or isinstance(stop, Preempted)):
                 save(step)
                 checkpointer.wait()
                 logger.message(f"Saved checkpoint at step {step}; the same command resumes the run")
+            if isinstance(stop, NoBatch):
+                raise stop.__cause__ from None
             record.preempt(step, EXIT_PREEMPTED)
             return EXIT_PREEMPTED
         checkpointer.wait()
         record.finish(step, logger.run_id, measured)
     return 0
+
+
+class NoBatch(Exception):
+    """The next batch cannot be made, for the reason in __cause__; the state is that of the step."""
+
+
+def next_batch(run: RunContext, logger: MetricLogger) -> dict[str, jax.Array]:
+    """The batch of the next step. Raises NoBatch, or Preempted while it waits for data.
+
+    One of several processes cannot save alone: there, the error itself is raised.
+    """
+    try:
+        with run.at_once(), logger.waiting():  # for data, maybe long
+            run.batches.fill()
+    except (ValueError, OSError, RuntimeError) as error:
+        if jax.process_count() > 1:
+            raise
+        raise NoBatch from error
+    return next(run.batches)
 
 
 def is_complete(run: RunContext, record: RunRecord) -> bool:

@@ -130,7 +130,8 @@ def train(config: FrozenConfigDict) -> tuple[BpeTokenizer, dict[str, Any]]:
     """(the tokenizer trained on the config's training documents, its inputs); saves nothing."""
     characters = config.tokenizer_train_characters
     source = _Opened(sources.open_source(config, "train"))
-    texts = capped(source.texts(), characters, config.tokenizer_train_document_characters)
+    texts = source.texts(config.skip_corrupt_data)
+    texts = capped(texts, characters, config.tokenizer_train_document_characters)
     texts = with_progress(texts, characters)
     trained = train_bpe(texts, config.vocab_size, config.tokenizer_threads)
     read, is_all = source.contents(config)
@@ -160,10 +161,10 @@ class _Opened:
         self._count = max(self._count, file + 1)
         return self._source.open(file)
 
-    def texts(self) -> Iterator[str]:
+    def texts(self, skip_damaged: bool) -> Iterator[str]:
         """Every document once."""
         is_mixture = isinstance(self._source, sources.MixtureSource)
-        return stream.texts_of(self._source if is_mixture else self)
+        return stream.texts_of(self._source if is_mixture else self, skip_damaged)
 
     def contents(self, config: FrozenConfigDict) -> tuple[dict[str, str], bool]:
         """(fingerprints of the opened files, whether these are all): shards after the characters

@@ -217,6 +217,21 @@ def test_cutting_keeps_every_paragraph_in_order(paragraphs):
     assert all(documents)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n \n", "\f", " "])
+def test_a_file_without_blank_lines_is_many_documents(tmp_path, end):
+    """A file in one line, or with a line per paragraph, was one document."""
+    own = tmp_path / "own"
+    own.mkdir()
+    text = end.join(f"{number} all work and no play makes a text. " * 3 for number in range(20_000))
+    (own / "a.txt").write_bytes(text.encode("utf-8-sig"))
+    prepare_text.prepare(tmp_path / "text", own)
+    documents = [document for shard in read_shards(tmp_path / "text") for document in shard]
+    assert max(map(len, documents)) <= 2 * prepare_text.DOCUMENT_CHARACTERS
+    assert sorted(" ".join(documents).split()) == sorted(text.split())
+    ends = sum(document.endswith(".") for document in documents)
+    assert ends == len(documents)
+
+
 def test_the_split_does_not_depend_on_the_run():
     texts = [[f"{number}"] for number in range(100)]
     first, second = (prepare_text.split([texts], random.Random(1)) for _ in range(2))

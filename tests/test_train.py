@@ -276,6 +276,45 @@ def test_dry_run_shows_the_plan_and_writes_nothing(place):
     assert not (place / "runs/dry").exists()
 
 
+def test_damaged_data_stop_a_run_that_is_saved_and_can_leave_them_out(place):
+    """A corrupt row group after hours ended the run unsaved, and the same command stopped again."""
+    (place / "damaged").mkdir()
+    for shard in range(3):
+        texts = pq.read_table(place / "text" / f"shard_{shard}.parquet")["text"].to_pylist()
+        texts[5] = None
+        options = {"row_group_size": 10, "write_page_checksum": True, "use_dictionary": False}
+        path = place / "damaged" / f"{('train-0', 'train-1', 'test-0')[shard]}.parquet"
+        pq.write_table(pa.table({"text": texts}), path, **options)
+    path = place / "damaged" / "train-0.parquet"
+    column = pq.ParquetFile(path).metadata.row_group(8).column(0)
+    content = bytearray(path.read_bytes())
+    content[column.data_page_offset + column.total_compressed_size - 3] ^= 0xFF
+    path.write_bytes(content)
+    values = ["checkpoint_interval_steps=0", "packing_buffer_documents=5", "eval_interval=0"]
+    words = words_of(
+        place, "damaged", f"dataset_path={place}/damaged", *values, "sample_interval=0"
+    )
+    out, err = run(*words, status=2)
+    saved = next(line for line in out.splitlines() if line.startswith("Saved checkpoint at step"))
+    step = int(saved.split()[4].rstrip(";"))
+    assert 0 < step < 14
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert "train-0.parquet, row group 8: cannot be read" in line
+    assert "skip_corrupt_data=true" in line
+    for shown in ("training files    train-0.parquet, train-1.parquet", "test-0.parquet"):
+        assert shown in out
+    assert re.search(r"discarded tokens +\d+ % \(estimate from the first \d+ documents", out)
+    before = losses_of(place, "damaged")
+    assert [row[0] for row in before] == list(range(step))
+    out, _ = run(*words, "skip_corrupt_data=true")
+    assert f"from step {step}" in out
+    assert re.search(r"rows without text \d damaged parts 1 discarded \d+\.\d% \|", out)
+    assert losses_of(place, "damaged")[:step] == before
+    last = rows_of(place, "damaged")[-1]
+    assert last["step"] == 13 and last["damaged_parts"] == 1 and last["rows_without_text"] > 0
+    assert 0 < last["discarded_share"] < 1
+
+
 def test_three_updates_that_are_not_finite_stop_the_run(place):
     out, err = run(*words_of(place, "spoilt", "matrix_lr=1e38", "embedding_lr=1e38"), status=2)
     assert err.startswith("error: loss or gradient was not finite in 3 steps in a row")

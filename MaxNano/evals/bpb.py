@@ -17,8 +17,8 @@ from MaxNano.training.validation import bits_per_byte
 # The keys that, with the files, decide the rows.
 KEYS = (
     "dataset_type dataset_splits text_column dataset_mixture seed global_batch_tokens data_readers"
-    " tokenize_batch_documents packing_buffer_documents chat_train_mixture chat_validation_mixture"
-    " chat_mixture_unit"
+    " tokenize_batch_documents packing_buffer_documents long_documents skip_corrupt_data"
+    " chat_train_mixture chat_validation_mixture chat_mixture_unit"
 ).split()
 
 

@@ -112,6 +112,18 @@ def _describe_software(run: Run) -> str:
     return ", ".join(f"{name} {text}" for name, text in versions if text and name not in hidden)
 
 
+def _describe_left_out(run: Run) -> str:
+    """What of the data was read and not trained on, as counted until the last step."""
+    last = run.steps[-1] if run.steps else {}
+    parts = (
+        [f"{percent(last['discarded_share'])} of the tokens"] if "discarded_share" in last else []
+    )
+    for name in ("rows_without_text", "damaged_parts", "conversations_left_out"):
+        if last.get(name):
+            parts.append(f"{last[name]:,} {name.replace('_', ' ')}")
+    return ", ".join(parts)
+
+
 # Row of the table -> its cell for a run. Empty: not known.
 FACTS: dict[str, Callable[[Run], str]] = {
     "run": lambda run: run.name,
@@ -121,6 +133,7 @@ FACTS: dict[str, Callable[[Run], str]] = {
     "vocabulary": lambda run: f"{run.config['vocab_size']:,} tokens",
     "context": lambda run: f"{run.config['max_target_length']:,} tokens",
     "data": lambda run: stage_config(run.config).describe_data(run.config),
+    "data left out": _describe_left_out,
     "batch": lambda run: f"{run.config['global_batch_tokens']:,} tokens",
     "done": status,
     "tokens": lambda run: f"{tokens_done(run):,}" if run.steps else "",

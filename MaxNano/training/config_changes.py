@@ -27,7 +27,7 @@ RESULT_KEYS = frozenset(
     embed_init_std head_init_std mlp_init_scale gate_init_max resid_lambda_init x0_lambda_init
     backout_lambda_init
     dataset_type dataset_name dataset_splits text_column dataset_mixture data_readers
-    tokenize_batch_documents packing_buffer_documents tokenizer_type
+    tokenize_batch_documents packing_buffer_documents long_documents tokenizer_type
     global_batch_tokens steps target_flops target_param_data_ratio
     matrix_lr embedding_lr unembedding_lr scalar_lr value_embed_lr_factor resid_lr_factor smear_lr
     learning_rate_scale weight_decay_scale warmup_steps warmdown_ratio final_lr_fraction
@@ -51,7 +51,7 @@ FREE_KEYS = frozenset(
     """
     model run_name base_output_directory load_from dry_run allow_config_change
     dataset_path tokenizer_path core_bundle chat_data chat_word_list download_path
-    download_connections hub_url data_wait_seconds data_workers prefetch_batches tokenizer_threads
+    download_connections hub_url skip_corrupt_data data_wait_seconds data_workers prefetch_batches tokenizer_threads
     enable_checkpointing checkpoint_interval_steps checkpoint_interval_minutes checkpoint_keep
     async_checkpointing log_interval tensorboard trackers tracker_project profile_steps max_nonfinite_steps
     eval_interval sample_interval sample_tokens core_interval core_batch_tokens chat_interval

@@ -81,7 +81,7 @@ def step_line(row: Mapping[str, Any], position: Mapping[str, int], total_steps: 
     if row["skipped_in_all"]:
         parts.append(f"skipped {row['skipped_in_all']}")
     if position:
-        parts.append(" ".join(f"{_words(key)} {value}" for key, value in position.items()))
+        parts.append(" ".join(_amount(key, value) for key, value in position.items()))
     times = _duration(row["elapsed_seconds"])
     if row["seconds_left"] is not None:
         times += f", {_duration(row['seconds_left'])} left"
@@ -99,6 +99,12 @@ def event_lines(step: int, name: str, values: Mapping[str, float | str]) -> list
         if isinstance(value, str):
             lines.append("  " + f"{key} ->{value}".replace("\n", "\\n"))
     return lines
+
+
+def _amount(key: str, value: float) -> str:
+    if key.endswith("_share"):
+        return f"{_words(key.removesuffix('_share'))} {100 * value:.1f}%"
+    return f"{_words(key)} {value}"
 
 
 def _words(key: str) -> str:

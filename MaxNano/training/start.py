@@ -87,19 +87,25 @@ def check_windows(config: FrozenConfigDict, saved: Mapping[str, Any]) -> None:
 
 
 def with_start(config: FrozenConfigDict) -> FrozenConfigDict:
-    """The config with the load_from and load_optimizer that a run to resume was started with, if
-    no load_from is given.
+    """The config with what a run to resume was started with and no later command changes by chance:
+    its load_from and load_optimizer, if no load_from is given, and its long_documents. A key on the
+    command line stays.
     """
     saved = run_directory(config) / "config.yml"
-    if config.load_from is not None or not config.enable_checkpointing or not saved.exists():
+    if not config.enable_checkpointing or not saved.exists():
         return config
-    before = pyconfig.saved_values(saved)
-    if before.get("load_from") is None:
-        return config
-    values = {key: before[key] for key in ("load_from", "load_optimizer") if key in before}
-    if config.origin["load_optimizer"] == COMMAND_LINE:
-        values.pop("load_optimizer", None)
-    return pyconfig.replace(config, "the run", **values)
+    before = pyconfig.IMPLIED_VALUES | pyconfig.saved_values(saved)
+    keys = ["long_documents"]
+    if config.load_from is None and before.get("load_from") is not None:
+        keys += ["load_from", "load_optimizer"]
+    values = {
+        key: before[key]
+        for key in keys
+        if key in before
+        and before[key] != config[key]
+        and (key == "load_from" or config.origin[key] != COMMAND_LINE)
+    }
+    return pyconfig.replace(config, "the run", **values) if values else config
 
 
 def check_start(config: FrozenConfigDict, saved: Mapping[str, Any]) -> None:

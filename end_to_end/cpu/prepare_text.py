@@ -11,6 +11,7 @@ articles are held out in the last shard, for validation. A complete folder is no
 
 import argparse
 import hashlib
+import itertools
 import json
 import random
 import subprocess
@@ -26,6 +27,7 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from MaxNano.data.lines import cut_text  # noqa: E402
 from MaxNano.storage import files  # noqa: E402
 
 DOCUMENT_CHARACTERS = 4000  # long texts are cut between paragraphs into documents of this size
@@ -113,16 +115,20 @@ def read_files(paths: Iterable[Path]) -> list[list[str]]:
     texts = []
     for path in paths:
         try:
-            texts.append(cut(path.read_text(encoding="utf-8")))
+            texts.append(cut(path.read_text(encoding="utf-8-sig")))
         except UnicodeDecodeError:
             raise TextError(f"{path} is not UTF-8 text; convert or remove it") from None
     return [text for text in texts if text]
 
 
 def cut(text: str) -> list[str]:
-    """Cut a text into documents of about DOCUMENT_CHARACTERS and whole paragraphs."""
+    """Cut a text into documents of about DOCUMENT_CHARACTERS and whole paragraphs.
+
+    A paragraph that is much longer, such as a file in one line, is cut where its text allows it.
+    """
     documents: list[str] = []
-    for paragraph in text.replace("\r\n", "\n").split("\n\n"):
+    paragraphs = text.replace("\r\n", "\n").split("\n\n")
+    for paragraph in itertools.chain.from_iterable(map(cut_text, paragraphs)):
         paragraph = paragraph.strip()
         if not paragraph:
             continue

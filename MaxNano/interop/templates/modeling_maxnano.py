@@ -12,8 +12,13 @@ Legend: B batch, L length, P positions that are known (cached ones and L new one
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
+
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 57):
+    raise ImportError(f"this model needs transformers 4.57 or newer, not {transformers.__version__}")
+
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -195,6 +200,11 @@ class MaxNanoModel(MaxNanoPreTrainedModel):
             past_key_values = DynamicCache(config=config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         known = past + input_ids.shape[1]
+        if attention_mask is not None and attention_mask.shape[1] != known:
+            # A cache that did not arrive would otherwise generate other text.
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} positions, cache and input_ids {known}: pass use_cache=False"
+            )
         if position_ids is None:
             if attention_mask is None:
                 position_ids = torch.arange(past, known, device=input_ids.device)[None]

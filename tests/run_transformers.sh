@@ -11,8 +11,8 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/maxnano/transformers
 read -r torch oldest newest < <(PYTHONPATH=. "$python" -c 'from MaxNano.interop.huggingface import \
 TESTED, TESTED_TORCH; print(TESTED_TORCH, TESTED[0], TESTED[-1])')
 
-# Creates the environment $1 with the packages that follow, or skips the tests if they cannot be
-# installed. The last package's file is the mark of a complete environment.
+# Creates the environment $1 with what follows, arguments of pip install, or skips the tests if that
+# cannot be installed. The file `complete` is written last.
 create() {
   local folder=$cache/$1
   shift
@@ -20,8 +20,7 @@ create() {
   echo "Installing $* in $folder"
   rm -rf "$folder"
   "$python" -m venv "$folder"
-  if ! "$folder/bin/pip" install --quiet --retries 1 --timeout 30 \
-    --extra-index-url https://download.pytorch.org/whl/cpu "$@"; then
+  if ! "$folder/bin/pip" install --quiet --retries 1 --timeout 30 "$@"; then
     echo "Skipped the tests in transformers: could not install $*" >&2
     exit 0
   fi
@@ -30,7 +29,8 @@ create() {
 
 # torch is large and installed once; the versions of transformers see it through a .pth file.
 build=$([ "$(uname)" = Darwin ] || echo +cpu)
-create "torch-$torch" "torch==$torch$build" numpy
+create "torch-$torch" "torch==$torch$build" numpy \
+  --extra-index-url https://download.pytorch.org/whl/cpu
 packages=$("$cache/torch-$torch/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 for version in "$oldest" "$newest"; do
   create "$version" "transformers==$version"

@@ -487,7 +487,12 @@ def pythons() -> list[str]:
     return [sys.executable] if find_spec("torch") and find_spec("transformers") else []
 
 
-@pytest.fixture(scope="module", params=pythons() or [""], ids=lambda path: Path(path).parts[-3:][0])
+def environment(python: str) -> str:
+    """Its folder's name, for a test's id: run_transformers.sh names it after the version."""
+    return Path(python).parts[-3] if python else "none"
+
+
+@pytest.fixture(scope="module", params=pythons() or [""], ids=environment)
 def python_with_transformers(request) -> str:
     """A Python with torch and transformers."""
     if not request.param:

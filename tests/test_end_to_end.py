@@ -235,6 +235,7 @@ def wait_for_step(folder, step, process):
     raise AssertionError(f"never saw step {step}: {process.communicate()}")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_speedrun_starts_a_preempted_training_again_by_itself_and_skips_what_is_done(
     settings, place
@@ -464,6 +465,7 @@ def test_smoke_then_resume_after_preemption(settings, place):
         assert result.returncode == 1 and reason in result.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_miniseries_ends_with_a_table(settings, place):
     more = {"DEPTHS": "1 2", "RATIO": "0.2", "NUM_ITERATIONS": ""}
@@ -627,7 +629,8 @@ def losses_of(metrics):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preemptions", [2, pytest.param(5, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("preemptions", [2, 5])
 def test_preemptions_at_random_leave_the_losses_of_an_unbroken_run(
     cloud_with_bucket, place, settings, preemptions
 ):

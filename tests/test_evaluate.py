@@ -178,6 +178,7 @@ def killed_after(name, folder, *words):
     return process.communicate()[0]
 
 
+@pytest.mark.long
 def test_killed_twice_and_on_other_devices_it_has_the_same_numbers(place, capsys):
     """On two devices it is killed within CORE and, gone on, within the chat tasks; then this
     process goes on.

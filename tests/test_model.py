@@ -137,6 +137,9 @@ LAYOUTS = {
 }
 
 
+IN_SHORT = ("a tail of 2", "grouped heads", "nothing extra")  # the others are behind -m long
+
+
 def test_layers_are_unrolled_on_a_gpu_unless_the_config_says_otherwise():
     for value, expected in {
         "null": [True, False, True],
@@ -153,7 +156,13 @@ def test_layers_are_unrolled_on_a_gpu_unless_the_config_says_otherwise():
     assert "scan[" in jaxpr["cpu"] and "scan[" not in jaxpr["gpu"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        layout if layout in IN_SHORT else pytest.param(layout, marks=pytest.mark.long)
+        for layout in LAYOUTS
+    ],
+)
 def test_scanned_equals_unrolled(layout):
     """One parameter layout for both, and the same loss and gradients."""
     tokens = np.arange(2 * 64).reshape(2, 64) % 47

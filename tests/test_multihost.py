@@ -198,6 +198,7 @@ def test_two_processes_told_by_keys_give_the_losses_of_one(place, one):
     assert "loss" not in other_out, "only process 0 speaks"
 
 
+@pytest.mark.long
 def test_tensor_parallelism_over_the_processes_gives_the_losses_of_one(place, one):
     """The axis that spans the processes does not shard the batch, so both read all of it."""
     layout = ("num_cpu_devices=4", "dcn_tensor_parallelism=2")
@@ -206,6 +207,7 @@ def test_tensor_parallelism_over_the_processes_gives_the_losses_of_one(place, on
     assert_same_losses(place, "tensor")
 
 
+@pytest.mark.long
 def test_two_processes_go_on_where_one_stopped(place, one):
     copy_of_first_checkpoint(place, "one", "one_then_two")
     (out, _), _ = finish(start_two(words_of(place, "one_then_two", *TWO), by="environment"))

@@ -259,7 +259,8 @@ def losses(devices, *overrides):
     return result
 
 expected = losses(jax.devices()[:1])
-for name, overrides in t.LAYOUTS.items():
+for name in sys.argv[2:]:
+    overrides = t.LAYOUTS[name]
     got = losses(jax.devices(), *overrides)
     worst = max(abs(a / b - 1) for a, b in zip(got, expected))
     print(name, worst)
@@ -268,8 +269,15 @@ print("equal")
 """
 
 
-def test_every_layout_gives_the_losses_of_one_device():
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ("fsdp 8", "data 2 x fsdp 2 x tensor 2"),
+        pytest.param(("data 8", "fsdp 2 x tensor 4"), marks=pytest.mark.long),
+    ],
+)
+def test_every_layout_gives_the_losses_of_one_device(layouts):
     """Ten steps on eight virtual devices within 1e-5."""
-    command = [sys.executable, "-c", TEN_LOSSES, str(ROOT)]
+    command = [sys.executable, "-c", TEN_LOSSES, str(ROOT), *layouts]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.endswith("equal\n"), done.stdout + done.stderr

@@ -7,6 +7,7 @@ stages/<stage>.yml < command line. Keys that follow from others are then derived
 are refused. This module does not import JAX, so that a mistyped key is reported at once.
 """
 
+import errno
 import os
 import re
 import sys
@@ -30,6 +31,16 @@ DERIVED = "derived"
 SAVED_HEADER = "# A resolved config"  # first words of a file that `save` wrote
 
 XLA_BACKENDS = ("tpu", "gpu", "cpu")  # for xla_flag_groups
+
+# What to do about errors of the system that no program can mend.
+DISK_ERRORS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space or choose another folder"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions or choose another folder"
+    ),
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EIO: "check the disk",
+}
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
@@ -551,9 +562,10 @@ def launch(
     """Runs an entry point and returns its exit status: `sys.exit(pyconfig.launch(main))`.
 
     --help prints the common keys, --help=all all keys. A ValueError raised in this package is a
-    user error: one line on stderr and status 2. A ValueError raised in a library is a bug and keeps
-    its traceback.
+    user error: one line on stderr and status 2. So is an error of the disk (DISK_ERRORS), whoever
+    raised it. A ValueError raised in a library is a bug and keeps its traceback.
     """
+    console.keep_output()
     argv = sys.argv[1:] if argv is None else argv
     try:
         for word in HELP_WORDS.keys() & set(argv):
@@ -567,4 +579,9 @@ def launch(
         if Path(__file__).resolve().parent not in raised_in.parents:
             raise
         print(f"error: {console.one_line(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"error: {console.one_line(error)}; {DISK_ERRORS[error.errno]}", file=sys.stderr)
         return 2

@@ -182,7 +182,7 @@ def evaluate_if_due(
     for name, evaluation in evaluations.items():
         if measured.get(name) != step and is_due(evaluation, run.config, step):
             logger.flush()  # a step's time does not include evaluation
-            results = Results(run.directory, step, logger.state()["run_id"])
+            results = Results(run.directory, step, logger.state()["run_id"], is_training=True)
             logger.event(step, evaluation.event, evaluation.measure(results))
             measured[name] = step
 

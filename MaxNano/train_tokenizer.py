@@ -23,6 +23,7 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
 from MaxNano.data import sources, stream
+from MaxNano.storage import files
 from MaxNano.tokenization.bpe import BpeTokenizer, cut_long_space, train_bpe
 from MaxNano.tokenization.tokenizer import Tokenizer, valid_unicode
 
@@ -198,6 +199,7 @@ def main(config: FrozenConfigDict) -> None:
             f"tokenizer_type={config.tokenizer_type} cannot be trained; set tokenizer_type=bpe"
         )
     where = sources.open_source(config, "train").where
+    files.check_writable(config.tokenizer_path, "set tokenizer_path to another folder")
     print(f"Training a tokenizer of {config.vocab_size:,} tokens on {where}")
     start = time.monotonic()
     trained = train(config)

@@ -146,8 +146,14 @@ class _Worker:
         self._process = context.Process(
             target=_serve, args=(child, encoding, positions), name="maxnano-data", daemon=True
         )
-        with _without_main():
-            self._process.start()
+        # Signals to stop are for the trainer, which saves a checkpoint and then closes the pipe. The
+        # worker inherits the mask: a closing terminal or SLURM signals all processes at once.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            with _without_main():
+                self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         child.close()  # otherwise the pipe would stay open after the worker's death
         # At exit, before multiprocessing waits for the worker to end.
         multiprocessing.util.Finalize(self, self._connection.close, exitpriority=10)
@@ -184,9 +190,6 @@ class _Worker:
 
 def _serve(connection: Connection, encoding: Encoding, positions: Mapping[int, Any]) -> None:
     """The worker process: answers (reader, reply) for every reader number until the pipe closes."""
-    # Ctrl-C and SIGTERM are for the trainer, which saves a checkpoint and then closes the pipe.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     lists = {r: encoding.lists(r, at) for r, at in positions.items()}
     with contextlib.suppress(EOFError, ConnectionError):
         while True:

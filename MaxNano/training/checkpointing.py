@@ -258,7 +258,11 @@ class Checkpointer(CheckpointReader):
     def _own_run(self) -> None:
         """In process 0: become the owner, and clean up after a process that died."""
         self._lock = take_run(self._folder.run, self._folder.root)
-        self._folder.remove_unfinished()
+        try:
+            self._folder.remove_unfinished()
+        except BaseException:
+            self._lock.release()
+            raise
 
     def _report(self) -> None:
         reason = self._saver.take_failure()

@@ -226,6 +226,7 @@ def prepare(folder: Path, texts_folder: Path | None) -> tuple[dict[str, Any], bo
             f"{folder} has files of other programs: move them away, or train on them with "
             f"dataset_path={folder}"
         )
+    files.check_writable(folder.parent, "name another folder")
     if texts_folder is None:
         with tempfile.TemporaryDirectory() as scratch:
             kinds = [
@@ -252,7 +253,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         manifest, already = prepare(arguments.folder, arguments.texts)
-    except (TextError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     files = manifest["files"].values()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import ctypes
 import json
 import multiprocessing
 import os
@@ -192,6 +193,8 @@ class Start:
     def _become(self, program: Callable[..., Any], words: list[str]) -> None:
         status = 1
         try:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: ends with its parent
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
             log = os.open(self._log, flags, 0o644)
             os.dup2(log, 1), os.dup2(log, 2)
@@ -437,6 +440,8 @@ class Disk:
     def __init__(self, folder: Path, size: str = "8m") -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        if folder.is_mount():  # left by a killed process
+            self.close()
         mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
         subprocess.run(mount, check=True)
 
@@ -455,6 +460,9 @@ class Disk:
         subprocess.run(["umount", "-l", str(self.folder)], check=True)
 
 
+train_tokenizer.REFERENCES = ()  # would be downloaded
+
+
 class DiskCase(NamedTuple):
     """A kind of file whose disk is full at the start, or from some moment on."""
 
@@ -462,16 +470,16 @@ class DiskCase(NamedTuple):
     ends: bool  # whether the run ends, with one line, rather than going on without the file
     program: Callable[..., Any] = train.main
     words: tuple[str, ...] = ()
-    fill_after: float = 0.0  # seconds
-    free_after: float | None = None  # seconds
+    fills_later: bool = False  # at the first row of metrics.jsonl
+    frees_later: bool = False  # 2 s after the start
 
 
 DISKS = {
     "tensorboard/": DiskCase("tensorboard", ends=False),
-    "tensorboard/, room again": DiskCase("tensorboard", ends=False, free_after=2.0),
+    "tensorboard/, room again": DiskCase("tensorboard", ends=False, frees_later=True),
     "metrics.jsonl": DiskCase("metrics", ends=False),
     "checkpoints/": DiskCase("checkpoints", ends=True),
-    "checkpoints/, in the middle": DiskCase("checkpoints", ends=True, fill_after=2.0),
+    "checkpoints/, in the middle": DiskCase("checkpoints", ends=True, fills_later=True),
     "the run's folder": DiskCase("", ends=True),
     "compiled programs": DiskCase("cache", ends=False, words=("jax_cache_dir={disk}",)),
     "output": DiskCase("output", ends=False),
@@ -502,13 +510,16 @@ def fill_disk(stress: Stress, kind: str, trial: int) -> Trial:
             (run / "metrics.jsonl").symlink_to(disk.folder / "metrics.jsonl")
         words = [word.format(disk=disk.folder) for word in case.words]
         output = Path("/dev/full") if case.folder == "output" else None
-        if not case.fill_after:
+        if not case.fills_later:
             disk.fill()
         start = Start(stress, "pretraining", "full", *words, program=case.program, output=output)
-        for after, act in ((case.fill_after, disk.fill), (case.free_after, disk.free)):
-            if after:
-                time.sleep(after)
-                act()
+        if case.fills_later:
+            while not rows_of(run):
+                time.sleep(0.01)
+            disk.fill()
+        if case.frees_later:
+            time.sleep(2.0)
+            disk.free()
         status = start.wait()
         first = start.output() if output is None else ""
         lines = [line for line in first.splitlines() if line.startswith("error:")]
@@ -547,7 +558,7 @@ def time_first_rows(stress: Stress, stages: set[str]) -> None:
             continue
         shutil.rmtree(stress.runs / "timed", ignore_errors=True)
         start = Start(stress, stage, "timed")
-        while start.status() is None and not rows_of(stress.runs / "timed"):
+        while not rows_of(stress.runs / "timed"):
             time.sleep(0.005)
         path.write_text(str(time.monotonic() - start.began))
         start.wait()
@@ -610,6 +621,7 @@ def main(words: list[str] | None = None) -> int:
         kinds.remove("disk")
     counts = {kind: -int(-COUNTS[kind] * arguments.share // 1) for kind in kinds}
     stages = {kind.split("/")[0] for kind in kinds if "/" in kind} | {"pretraining"}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # unmounts disks
     stress = Stress(arguments.folder)
     stress.prepare(stages)
     time_first_rows(stress, stages)

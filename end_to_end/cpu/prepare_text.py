@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from MaxNano import console  # noqa: E402
 from MaxNano.storage import files  # noqa: E402
 
 DOCUMENT_CHARACTERS = 4000  # long texts are cut between paragraphs into documents of this size
@@ -243,6 +244,7 @@ def prepare(folder: Path, texts_folder: Path | None) -> tuple[dict[str, Any], bo
 
 
 def main() -> int:
+    console.keep_output()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

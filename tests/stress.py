@@ -15,6 +15,7 @@ import argparse
 import collections
 import ctypes
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -92,10 +93,8 @@ class Stress:
         for stage in ["pretraining", *sorted(stages - {"pretraining"})]:
             if not (self.runs / stage / "done").exists():
                 shutil.rmtree(self.runs / stage, ignore_errors=True)
-                for attempt in range(2):  # compiled by the first one, which is thrown away
-                    shutil.rmtree(self.runs / stage, ignore_errors=True)
-                    start = Start(self, stage, stage)
-                    assert start.wait() == 0, (stage, attempt, start.output())
+                start = Start(self, stage, stage)
+                assert start.wait() == 0, start.output()
                 (self.runs / stage / "done").touch()
 
     def words(self, stage: str, run_name: str) -> list[str]:
@@ -613,14 +612,14 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="folder of the runs and results")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after this time")
     parser.add_argument("--share", type=float, default=1.0, help="of the number of trials")
-    parser.add_argument("--only", default=",".join(COUNTS), help=f"kinds: {', '.join(COUNTS)}")
+    parser.add_argument("--only", default=",".join(COUNTS), help="kinds, or KIND=TRIALS")
     arguments = parser.parse_args(words)
-    kinds = arguments.only.split(",")
-    if os.geteuid() and "disk" in kinds:
+    wanted = dict(word.partition("=")[::2] for word in arguments.only.split(","))
+    if os.geteuid() and wanted.pop("disk", None) is not None:
         print("Full disks are left out: mounting them needs root")
-        kinds.remove("disk")
-    counts = {kind: -int(-COUNTS[kind] * arguments.share // 1) for kind in kinds}
-    stages = {kind.split("/")[0] for kind in kinds if "/" in kind} | {"pretraining"}
+    shares = {kind: math.ceil(COUNTS[kind] * arguments.share) for kind in wanted}
+    counts = {kind: int(wanted[kind] or share) for kind, share in shares.items()}
+    stages = {kind.split("/")[0] for kind in counts if "/" in kind} | {"pretraining"}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # unmounts disks
     stress = Stress(arguments.folder)
     stress.prepare(stages)

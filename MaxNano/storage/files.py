@@ -75,11 +75,12 @@ def names(folder: epath.Path) -> list[str]:
 def sizes(folder: epath.Path) -> dict[str, int]:
     """{relative name: bytes} of all files below a folder, sorted; one listing for a bucket.
 
-    Raises OSError if a folder cannot be listed.
+    A missing folder is empty. Raises OSError if a folder cannot be listed.
     """
 
     def fail(error: OSError) -> None:
-        raise error
+        if not isinstance(error, FileNotFoundError):
+            raise error
 
     if is_remote(folder):
         root = os.fspath(folder).rstrip("/") + "/"

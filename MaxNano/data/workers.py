@@ -9,6 +9,7 @@ bound. A worker ends when its pipe closes, even if its parent was killed.
 import collections
 import contextlib
 import multiprocessing
+import multiprocessing.resource_tracker
 import multiprocessing.util
 import signal
 import sys
@@ -146,14 +147,8 @@ class _Worker:
         self._process = context.Process(
             target=_serve, args=(child, encoding, positions), name="maxnano-data", daemon=True
         )
-        # Signals to stop are for the trainer, which saves a checkpoint and then closes the pipe. The
-        # worker inherits the mask: a closing terminal or SLURM signals all processes at once.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            with _without_main():
-                self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        with _signals_blocked(), _without_main():
+            self._process.start()
         child.close()  # otherwise the pipe would stay open after the worker's death
         # At exit, before multiprocessing waits for the worker to end.
         multiprocessing.util.Finalize(self, self._connection.close, exitpriority=10)
@@ -202,6 +197,23 @@ def _serve(connection: Connection, encoding: Encoding, positions: Mapping[int, A
                 # As text: not every exception can be pickled.
                 reply = RuntimeError(f"a data worker failed:\n{traceback.format_exc()}")
             connection.send((reader, reply))
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Start processes that never see a signal to stop.
+
+    It is for the trainer, which saves a checkpoint and then closes the pipe; but a closing terminal
+    and SLURM signal all processes at once. A new process inherits the mask of the thread.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        # Starts at the first process, and then unblocks SIGINT and SIGTERM in this thread.
+        multiprocessing.resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def start(words: list[str], folder: str) -> dict[str, float]:
         if "first step" in seconds and saved.exists():
             process.kill()
     if process.wait() > 0 or "first step" not in seconds:
-        raise ValueError(f"train.py ended with status {process.returncode}")
+        sys.exit(process.returncode or "error: steps is too small")  # train.py has said why
     return seconds
 
 

@@ -27,6 +27,7 @@ PROGRAMS = (
     "serve",
     "convert",
     "report",
+    "compare",
     "train_compile",
     "download",
 )

@@ -72,6 +72,11 @@ class _LossyFile(io.FileIO):
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a table to stdout; cells may be of any type."""
+    print(format_table(title, header, rows), end="\n\n", flush=True)
+
+
+def format_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table as text, as wide as stdout if that is a terminal; cells may be of any type."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -88,4 +93,4 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]
         table.add_row(*(Text(str(cell)) for cell in row))
     with console.capture() as capture:
         console.print(table)
-    print("\n".join(line.rstrip() for line in capture.get().splitlines()), end="\n\n", flush=True)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())

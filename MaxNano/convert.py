@@ -52,6 +52,7 @@ class ImportSource(NamedTuple):
 
     path: str
     format: str  # the origin of the config's values
+    version: str  # of the format, as printed
     names: parameters.TensorNames
     values: dict[str, Any]  # config keys that the checkpoint decides
     arrays: dict[str, np.ndarray]
@@ -91,6 +92,7 @@ def import_run(config: FrozenConfigDict, argv: list[str]) -> None:
     with Checkpointer(config, run, tokenizer_fingerprint=fingerprint) as checkpointer:
         start = {"data": None, "metrics": None, "evaluated_step": None}  # of a new run
         checkpointer.save(int(state.step), state, {**start, "imported_from": source.path})
+    print(f"Recognized {source.version}: {_listed(source.values)}")
     print(f"Imported {source.path} as {run}, step {state.step}")
     if not tokenizer:
         print("Found no tokenizer near it: set tokenizer_path to the model's tokenizer")
@@ -101,11 +103,19 @@ def _nanochat_source(config: FrozenConfigDict) -> ImportSource:
     path = config.from_nanochat
     meta = nanochat.read_meta(path)
     arrays = nanochat.without_prefix(read_tensors(path))
-    values = nanochat.config_values(meta, arrays)
+    given = {key: config[key] for key, by in config.origin.items() if by == pyconfig.COMMAND_LINE}
+    values = nanochat.config_values(meta, arrays, given)
+    version = f"nanochat of {nanochat.era_of(arrays).dates}"
     pickled = nanochat.find_tokenizer(path)
     tokenizer = nanochat.read_tokenizer(pickled) if pickled else None
     step = nanochat.step_of(meta, path)
-    return ImportSource(path, "nanochat", nanochat.NAMES, values, arrays, tokenizer, step)
+    return ImportSource(path, "nanochat", version, nanochat.NAMES, values, arrays, tokenizer, step)
+
+
+def _listed(values: Mapping) -> str:
+    """The architecture in a checkpoint's values, as it is written on the command line."""
+    keys = (key for key in (*scaling.ARCHITECTURE_KEYS, *scaling.CONTEXT_KEYS) if key in values)
+    return " ".join(f"{key}={values[key]}" for key in keys)
 
 
 def _huggingface_source(config: FrozenConfigDict) -> ImportSource:
@@ -120,9 +130,20 @@ def _huggingface_source(config: FrozenConfigDict) -> ImportSource:
         tokenizer = huggingface.read_tokenizer(folder) or load_tokenizer_from(
             "huggingface", folder / FILE_NAME
         )
-    names = huggingface.NAMES
+    values = dict(content.values)
+    if content.names is not huggingface.NAMES and (
+        config.origin["chat_turns"] == pyconfig.COMMAND_LINE
+    ):
+        del values["chat_turns"]  # only a guess
     return ImportSource(
-        str(folder), "huggingface", names, content.values, arrays, tokenizer, content.step
+        str(folder),
+        "huggingface",
+        content.version,
+        content.names,
+        values,
+        arrays,
+        tokenizer,
+        content.step,
     )
 
 

@@ -5,7 +5,8 @@
 
 Config values are those of the run, unless the command line sets them. Results go to
 `evals/step_<step>.json` in the run's folder after every task. The same command resumes an
-interrupted evaluation; tasks with a result for the same questions, tokenizer and dtype are skipped.
+interrupted evaluation; tasks with a result for the same parameters, questions, tokenizer and keys
+are skipped.
 """
 
 import sys
@@ -30,11 +31,12 @@ from MaxNano import pyconfig
 from MaxNano.console import print_table
 from MaxNano.distributed import runtime
 from MaxNano.evals.base import EVALS
-from MaxNano.evals.results import Results, run_id
+from MaxNano.evals.results import Results
 from MaxNano.storage import files
 from MaxNano.storage.files import run_directory
 from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
+from MaxNano.training.config_changes import parameters_id
 from MaxNano.training.context import RunContext, say
 from MaxNano.training.setup import set_up
 from MaxNano.training.state import TrainState
@@ -81,7 +83,7 @@ def evaluate(config: FrozenConfigDict) -> None:
         step = extra["run"]["step"]
         run.state = TrainState(step=step, params=params, opt_state=None)
         run.programs = build_programs(run.setup, None, run.tokenizer.token_bytes())
-        results = Results(directory, step, run_id(extra))
+        results = Results(directory, step, parameters_id(extra))
         say(
             f"Evaluating step {step} of {directory} on {mesh.size} x {mesh.devices.flat[0].device_kind}"
         )

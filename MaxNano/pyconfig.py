@@ -7,7 +7,6 @@ stages/<stage>.yml < command line. Keys that follow from others are then derived
 are refused. This module does not import JAX, so that a mistyped key is reported at once.
 """
 
-import errno
 import os
 import re
 import sys
@@ -30,17 +29,11 @@ ORIGIN = "origin"  # the only entry of a config that is not a key: key -> origin
 DERIVED = "derived"
 SAVED_HEADER = "# A resolved config"  # first words of a file that `save` wrote
 
-XLA_BACKENDS = ("tpu", "gpu", "cpu")  # for xla_flag_groups
+# Values that the saved config of an earlier version implies beside scaling.ARCHITECTURE_KEYS: its
+# runs resume with the documents that they began with.
+IMPLIED_VALUES = {"long_documents": "crop"}
 
-# What to do about errors of the system that no program can mend.
-DISK_ERRORS = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space or choose another folder"),
-    **dict.fromkeys(
-        (errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions or choose another folder"
-    ),
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
-    errno.EIO: "check the disk",
-}
+XLA_BACKENDS = ("tpu", "gpu", "cpu")  # for xla_flag_groups
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
@@ -128,7 +121,7 @@ def _read_first_file(path: Path, keys: Mapping[str, Key]) -> dict[str, Any]:
     """The values of a first file without declarations.
 
     A file that an earlier version saved may have keys that no longer exist, which are ignored, and
-    may not have newer architecture keys, which then have the value that its checkpoints imply.
+    may not have newer keys, which then have the value that its checkpoints imply.
     """
     text = config_schema.read_text(path)
     if not text.startswith(SAVED_HEADER):
@@ -137,7 +130,7 @@ def _read_first_file(path: Path, keys: Mapping[str, Key]) -> dict[str, Any]:
     implied = {
         name: value for name, value in scaling.ARCHITECTURE_KEYS.items() if value is not None
     }
-    return implied | saved
+    return implied | IMPLIED_VALUES | saved
 
 
 def _override_file(folder: Path, what: str, values: _Values) -> Path | None:
@@ -208,6 +201,7 @@ def _derive(values: _Values) -> None:
     fill("learning_rate_scale", lambda: scaling.learning_rate_scale(batch))
     fill("weight_decay_scale", lambda: scaling.weight_decay_scale(batch, size, reference, ratio))
     fill("steps", lambda: _steps(values, shape, size))
+    fill("long_documents", lambda: "split" if value["dataset_type"] == "text" else "crop")
 
 
 def _set_stage_batch(values: _Values) -> None:
@@ -308,6 +302,12 @@ def _check_lists(values: _Values) -> None:
             raise values.error(name, "must have two elements")
         if name.endswith("_betas") and max(value[name]) >= 1:
             raise values.error(name, "must be below 1")
+    traced = value["profile_steps"]
+    if traced and (len(traced) != 2 or traced[0] >= traced[1]):
+        raise values.error("profile_steps", "is not [first, end] with first below end")
+    if traced and not horizon_is_open({**value, ORIGIN: values.origin}):
+        if traced[0] >= value["steps"]:
+            raise values.error("profile_steps", f"begins after the last of steps={value['steps']}")
 
 
 def _check_layout(values: _Values) -> None:
@@ -557,13 +557,17 @@ def check_command_line() -> None:
 
 
 def launch(
-    main: Callable[[FrozenConfigDict], int | None], argv: Sequence[str] | None = None
+    main: Callable[[FrozenConfigDict], int | None],
+    argv: Sequence[str] | None = None,
+    *,
+    options: str = "",
 ) -> int:
     """Runs an entry point and returns its exit status: `sys.exit(pyconfig.launch(main))`.
 
     --help prints the common keys, --help=all all keys. A ValueError raised in this package is a
-    user error: one line on stderr and status 2. So is an error of the disk (DISK_ERRORS), whoever
-    raised it. A ValueError raised in a library is a bug and keeps its traceback.
+    user error: one line on stderr and status 2. So is an error of the disk (files.DISK_ERRORS), whoever
+    raised it. A ValueError raised in a library is a bug and keeps its traceback. options: the help
+    of what is no key, for --help.
     """
     console.keep_output()
     argv = sys.argv[1:] if argv is None else argv
@@ -571,6 +575,7 @@ def launch(
         for word in HELP_WORDS.keys() & set(argv):
             program = Path(sys.argv[0])
             print(f"usage: python {program} configs/base.yml [key=value ...]")
+            print(options, end="")
             print(help_text(program.stem, show_all=HELP_WORDS[word]), end="")
             return 0
         return main(initialize(argv)) or 0
@@ -581,7 +586,8 @@ def launch(
         print(f"error: {console.one_line(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in files.DISK_ERRORS:
             raise
-        print(f"error: {console.one_line(error)}; {DISK_ERRORS[error.errno]}", file=sys.stderr)
+        remedy = files.DISK_ERRORS[error.errno]
+        print(f"error: {console.one_line(error)}; {remedy}", file=sys.stderr)
         return 2

@@ -25,19 +25,22 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
+from MaxNano.compile.profile import StepProfiler
 from MaxNano.data.loader import merge_states
 from MaxNano.distributed import compile_cache, hardware, runtime
 from MaxNano.distributed.preemption import EXIT_PREEMPTED, Preempted, Preemption
-from MaxNano.evals.base import Eval, is_due, measured_steps, open_evals
+from MaxNano.evals.base import EVALS, Eval, is_due, measured_steps, open_evals
 from MaxNano.evals.results import Results
 from MaxNano.storage.files import run_directory
 from MaxNano.tokenization.tokenizer import load_tokenizer
+from MaxNano.training import checkpoint_identity
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.context import RunContext
 from MaxNano.training.metrics import MetricLogger
+from MaxNano.training.run_record import RunRecord, check_processes
 from MaxNano.training.setup import RunSetup, check_memory, flops_per_token, print_plan, set_up
 from MaxNano.training.stages import with_horizon
-from MaxNano.training.start import check_start, load_start, with_start
+from MaxNano.training.start import load_start, with_start
 from MaxNano.training.state import initialize
 from MaxNano.training.step import build_programs, compile_train
 
@@ -45,6 +48,7 @@ from MaxNano.training.step import build_programs, compile_train
 def main(config: FrozenConfigDict) -> int:
     """Set up, show the plan, train; returns the exit status."""
     runtime.initialize(config)
+    check_processes(config)
     config = with_horizon(with_start(config))
     setup = set_up(config)
     if jax.process_index() == 0:
@@ -65,15 +69,20 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
     tokenizer = load_tokenizer(config)
     run = RunContext(setup, tokenizer, is_training=True, at_once=preemption.at_once)
     run.progress = lambda done=None, total=None: preemption.check()
+    record = RunRecord(config, directory)
+    if is_complete(run, record):
+        return 0
     evaluations = open_evals(run)
 
     with contextlib.ExitStack() as cleanup:
         # ---- State, programs, data, metrics
+        cleanup.enter_context(record)
         checkpointer = cleanup.enter_context(
             Checkpointer(config, directory, tokenizer_fingerprint=tokenizer.fingerprint())
         )
-        extra = start_state(run, checkpointer)
+        extra = start_state(run, checkpointer, record)
         start, measured = int(run.state.step), measured_steps(extra)
+        record.start(start)
         run.setup, compiled = compile_train(setup)
         run.programs = build_programs(run.setup, compiled, tokenizer.token_bytes())
         run.batches = setup.stage.open_batches(run, extra.get("data"))
@@ -82,6 +91,7 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
         cleanup.callback(logger.close)
         cleanup.callback(compile_cache.finish)
         run.say = logger.message
+        profiler = cleanup.enter_context(StepProfiler(run, compiled, logger))
         if start:
             logger.message(f"Resuming {directory} from step {start}")
 
@@ -90,6 +100,7 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
                 "data": merge_states(runtime.gather_json(run.batches.state())),
                 "metrics": logger.state(),
                 "measured_steps": measured,
+                "inputs": record.inputs(),
             }
             checkpointer.save(step, run.state, extra)
             logger.flush()  # restarts the clock: the next step's time does not include saving
@@ -100,16 +111,16 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
             for step in itertools.count(start):
                 last = step >= config.steps
                 preemption.check(step)
-                evaluate_if_due(run, evaluations, measured, logger, step)
+                profiler.stop(step)
+                evaluate_if_due(run, evaluations, measured, logger, step, record)
                 is_new = config.enable_checkpointing and step != start
                 if is_new and (last or checkpointer.should_save(step)):
                     save(step)
                 if last:
                     break
 
-                with preemption.at_once():  # waiting for data may take long
-                    run.batches.fill()
-                batch = next(run.batches)
+                batch = next_batch(run, logger)
+                profiler.start(step)
                 run.state, metrics = run.programs.train(run.state, batch)
                 if step == start:
                     runtime.freeze_gc()
@@ -118,34 +129,88 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
                 arrived = logger.step(step, metrics, run.batches.position())
                 if arrived:
                     skipped_in_a_row = skipped_in_a_row + 1 if arrived["skipped"] else 0
-                if skipped_in_a_row >= config.max_nonfinite_steps:
-                    raise ValueError(
-                        f"loss or gradient was not finite in {skipped_in_a_row} steps in a row, "
-                        f"up to step {step - 1}; their updates were skipped. Lower the learning "
-                        f"rates or check the data, and resume from the checkpoints in {directory}"
-                    )
-        except Preempted:
+                check_finite(run, skipped_in_a_row, step - 1)
+        except (Preempted, NoBatch) as stop:
             # Raised only between steps, or within an evaluation: the state is that of `step`.
-            if config.enable_checkpointing:
+            if config.enable_checkpointing and (step > start or isinstance(stop, Preempted)):
                 save(step)
                 checkpointer.wait()
                 logger.message(f"Saved checkpoint at step {step}; the same command resumes the run")
+            if isinstance(stop, NoBatch):
+                raise stop.__cause__ from None
+            record.preempt(step, EXIT_PREEMPTED)
             return EXIT_PREEMPTED
         checkpointer.wait()
+        record.finish(step, logger.run_id, measured)
     return 0
 
 
-def start_state(run: RunContext, checkpointer: Checkpointer) -> dict[str, Any]:
+class NoBatch(Exception):
+    """The next batch cannot be made, for the reason in __cause__; the state is that of the step."""
+
+
+def next_batch(run: RunContext, logger: MetricLogger) -> dict[str, jax.Array]:
+    """The batch of the next step. Raises NoBatch, or Preempted while it waits for data.
+
+    One of several processes cannot save alone: there, the error itself is raised.
+    """
+    try:
+        with run.at_once(), logger.waiting():  # for data, maybe long
+            run.batches.fill()
+    except (ValueError, OSError, RuntimeError) as error:
+        if jax.process_count() > 1:
+            raise
+        raise NoBatch from error
+    return next(run.batches)
+
+
+def is_complete(run: RunContext, record: RunRecord) -> bool:
+    """Whether the run has all of its steps and evaluations, which is then printed.
+
+    Raises ValueError if it was trained with another config, tokenizer or data.
+    """
+    config, fingerprint = run.config, run.tokenizer.fingerprint()
+    if not config.enable_checkpointing:
+        return False
+    with Checkpointer(
+        config, run.directory, tokenizer_fingerprint=fingerprint, writer=False
+    ) as reader:
+        if (reader.latest_step() or 0) < max(1, config.steps):
+            return False
+        extra = reader.read_extra()
+    step = extra["run"]["step"]
+    if step < config.steps:  # a later checkpoint is damaged
+        return False
+    checkpoint_identity.check(extra["run"], config, fingerprint, run.directory)
+    record.check(extra)
+    measured = measured_steps(extra) | record.measured_at_end(extra)
+    if any(row.interval(config) and measured.get(name) != step for name, row in EVALS.items()):
+        return False
+    run.say(f"Run already complete ({step} of {config.steps} steps)")
+    return True
+
+
+def check_finite(run: RunContext, skipped_in_a_row: int, step: int) -> None:
+    """Raise ValueError if max_nonfinite_steps updates in a row, up to `step`, were skipped."""
+    if skipped_in_a_row >= run.config.max_nonfinite_steps:
+        raise ValueError(
+            f"loss or gradient was not finite in {skipped_in_a_row} steps in a row, up to step "
+            f"{step}; their updates were skipped. Lower the learning rates or check the data, and "
+            f"resume from the checkpoints in {run.directory}"
+        )
+
+
+def start_state(run: RunContext, checkpointer: Checkpointer, record: RunRecord) -> dict[str, Any]:
     """Set run.state: from the run's latest checkpoint, from another run's, or initialized.
 
     Returns what was saved with the run's checkpoint, {} at the start of a run.
     """
     config, setup, extra = run.config, run.setup, {}
     if config.enable_checkpointing and checkpointer.latest_step() is not None:
-        run.state, extra = checkpointer.restore(setup.abstract)
-        check_start(config, extra["run"]["config"])
+        run.state, extra = checkpointer.restore(setup.abstract, check=record.check)
     elif config.load_from is not None:
-        run.state = load_start(setup, run.tokenizer.fingerprint())
+        run.state, source = load_start(setup, run.tokenizer.fingerprint())
+        record.start_from(source)
     else:
         run.state = initialize(config, setup.numerics, setup.optimizer, setup.abstract)
     if config.enable_checkpointing:
@@ -156,8 +221,9 @@ def start_state(run: RunContext, checkpointer: Checkpointer) -> dict[str, Any]:
 def make_logger(run: RunContext, start: int, state: Mapping[str, Any] | None) -> MetricLogger:
     """Save the config and open the run's metrics; state: from the logger of an earlier process."""
     config, is_main = run.config, jax.process_index() == 0
-    if is_main:
-        pyconfig.save(config, run.directory / "config.yml")
+    if is_main:  # a change is allowed once, and later stages read this file
+        saved = pyconfig.replace(config, "base", allow_config_change=False)
+        pyconfig.save(saved, run.directory / "config.yml")
     return MetricLogger(
         config,
         run.directory,
@@ -177,12 +243,14 @@ def evaluate_if_due(
     measured: dict[str, int | None],
     logger: MetricLogger,
     step: int,
+    record: RunRecord,
 ) -> None:
     """Measure and log the evaluations that are due at `step` and were not yet measured there."""
     for name, evaluation in evaluations.items():
         if measured.get(name) != step and is_due(evaluation, run.config, step):
             logger.flush()  # a step's time does not include evaluation
-            results = Results(run.directory, step, logger.state()["run_id"], is_training=True)
+            run_id = record.parameters_id(logger.run_id)
+            results = Results(run.directory, step, run_id, is_training=True)
             logger.event(step, evaluation.event, evaluation.measure(results))
             measured[name] = step
 

@@ -14,15 +14,18 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # not MaxNano/, which hides libraries
 
 import itertools
+import json
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import tiktoken
+from etils import epath
 from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
-from MaxNano.data import sources, stream
+from MaxNano.data import fingerprint, sources, stream
 from MaxNano.storage import files
 from MaxNano.tokenization.bpe import BpeTokenizer, cut_long_space, train_bpe
 from MaxNano.tokenization.tokenizer import Tokenizer, valid_unicode
@@ -123,12 +126,83 @@ def with_progress(texts: Iterable[str], characters: int) -> Iterator[str]:
     show()
 
 
-def train(config: FrozenConfigDict) -> BpeTokenizer:
-    """Train the config's tokenizer on its training documents; does not save it."""
+def train(config: FrozenConfigDict) -> tuple[BpeTokenizer, dict[str, Any]]:
+    """(the tokenizer trained on the config's training documents, its inputs); saves nothing."""
     characters = config.tokenizer_train_characters
-    texts = stream.iterate_texts(config, split="train")
+    source = _Opened(sources.open_source(config, "train"))
+    texts = source.texts(config.skip_corrupt_data)
     texts = capped(texts, characters, config.tokenizer_train_document_characters)
-    return train_bpe(with_progress(texts, characters), config.vocab_size, config.tokenizer_threads)
+    texts = with_progress(texts, characters)
+    trained = train_bpe(texts, config.vocab_size, config.tokenizer_threads)
+    read, is_all = source.contents(config)
+    return trained, {**_keys_of(config), "files": read, "all_files": is_all}
+
+
+# ---- What a tokenizer was trained on ------------------------------------------------------------
+
+INPUTS = "trained_on.json"  # in the tokenizer's folder
+KEYS = (
+    "vocab_size",
+    "dataset_type",
+    "text_column",
+    "tokenizer_train_characters",
+    "tokenizer_train_document_characters",
+)
+
+
+class _Opened:
+    """A source that knows how many of its files were opened."""
+
+    def __init__(self, source: Any) -> None:
+        self._source, self._count = source, 0
+        self.files = source.files
+
+    def open(self, file: int) -> Any:
+        self._count = max(self._count, file + 1)
+        return self._source.open(file)
+
+    def texts(self, skip_damaged: bool) -> Iterator[str]:
+        """Every document once."""
+        is_mixture = isinstance(self._source, sources.MixtureSource)
+        return stream.texts_of(self._source if is_mixture else self, skip_damaged)
+
+    def contents(self, config: FrozenConfigDict) -> tuple[dict[str, str], bool]:
+        """(fingerprints of the opened files, whether these are all): shards after the characters
+        to train on do not matter. A mixture counts as opened.
+        """
+        contents = fingerprint.contents_of_source(config, self._source)
+        opened = dict(list(contents.items())[: self._count or None])
+        return opened, len(opened) == len(contents)
+
+
+def _keys_of(config: FrozenConfigDict) -> dict[str, Any]:
+    return {"keys": {key: config[key] for key in KEYS}}
+
+
+def check_inputs(config: FrozenConfigDict) -> None:
+    """Raise ValueError if the tokenizer in tokenizer_path was trained on other text, or with other
+    values, than this config has. A tokenizer that does not say so passes.
+    """
+    path = epath.Path(config.tokenizer_path).expanduser() / INPUTS
+    if config.tokenizer_type != "bpe" or not path.exists():
+        return
+    saved = json.loads(path.read_text())
+    problems = [
+        f"{key}={config[key]} instead of {value}"
+        for key, value in saved["keys"].items()
+        if config[key] != value
+    ]
+    if not problems:
+        source = sources.open_source(config, "train")
+        contents = fingerprint.contents_of_source(config, source)
+        count = None if saved["all_files"] else len(saved["files"])
+        problem = fingerprint.difference(saved["files"], dict(list(contents.items())[:count]))
+        problems += [problem] if problem else []
+    if problems:
+        raise ValueError(
+            f"the tokenizer in {config.tokenizer_path} was trained on other text or with other "
+            f"values: {', '.join(problems)}; set another tokenizer_path, or remove it"
+        )
 
 
 # ---- Compression --------------------------------------------------------------------------------
@@ -202,8 +276,11 @@ def main(config: FrozenConfigDict) -> None:
     files.check_writable(config.tokenizer_path, "set tokenizer_path to another folder")
     print(f"Training a tokenizer of {config.vocab_size:,} tokens on {where}")
     start = time.monotonic()
-    trained = train(config)
+    trained, inputs = train(config)
+    path = epath.Path(config.tokenizer_path).expanduser() / INPUTS
+    path.unlink(missing_ok=True)  # before the tokenizer: it may be another's
     trained.save(config.tokenizer_path)
+    files.write_whole(path, json.dumps(inputs, indent=1) + "\n")
     print(f"Trained in {time.monotonic() - start:.1f} s")
     print(f"Saved {config.tokenizer_path} (fingerprint {trained.fingerprint()[:16]})")
 

@@ -60,7 +60,7 @@ RULES = (
     "[activation_batch,data,fsdp],[activation_heads,tensor]]"
 )
 # The named scopes of train_step that run once per step.
-PER_STEP = ("gather", "reduce", "update")
+PER_STEP = ("gather", "reduce", "optimizer")
 
 
 class Layout(NamedTuple):

@@ -236,10 +236,16 @@ stage_data() {
 
 # On a slice of several hosts this script runs on each host. Host 0 trains the tokenizer for all.
 stage_tokenizer() {
-  local deadline=$((SECONDS + 3600))
-  if results tokenizer 2>/dev/null; then
-    return
-  elif [ "$HOST_INDEX" = 0 ]; then
+  local deadline=$((SECONDS + 3600)) status=0 reason
+  reason=$(results tokenizer 2>&1) || status=$?
+  case $status in
+    0)
+      echo "$reason"
+      return
+      ;;
+    2) fail "$(tail -n 1 <<<"$reason")" ;; # one that was trained on other text
+  esac
+  if [ "$HOST_INDEX" = 0 ]; then
     program train_tokenizer.py
     return
   fi
@@ -255,7 +261,10 @@ stage_training() {
   local state
   state=$(results state)
   case $state in
-    finished) echo "$OUTPUT/$RUN_NAME is finished" ;;
+    finished)
+      results inputs # a run of another config or other data is refused
+      echo "$OUTPUT/$RUN_NAME is finished"
+      ;;
     new) train ;;
     *)
       say "resuming from step $state"
@@ -481,7 +490,13 @@ check_chat() {
 }
 
 check_tokenizer() {
-  results tokenizer 2>/dev/null || echo "will be trained into $TOKENIZER_PATH"
+  local status=0 reason
+  reason=$(results tokenizer 2>&1) || status=$?
+  case $status in
+    1) echo "will be trained into $TOKENIZER_PATH" ;;
+    *) echo "$reason" ;;
+  esac
+  [ "$status" -lt 2 ]
 }
 
 # Checks everything that can be checked for free: no training, no compilation, and no writes except a

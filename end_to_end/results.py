@@ -6,6 +6,7 @@
     core                          checks the CORE tasks
     chat                          checks the conversations and the chat tasks
     tokenizer                     checks the tokenizer
+    inputs                        checks that the run was trained with this config and these data
     state                         prints new, finished, or the step from which the run resumes
     saved --run=RUN               prints the saved config of RUN
     summary [--chips= --price=]   prints loss, bits per byte, throughput and price of the run
@@ -144,6 +145,7 @@ def check_chat(config: FrozenConfigDict, options: dict[str, str]) -> None:
 
 
 def check_tokenizer(config: FrozenConfigDict, options: dict[str, str]) -> None:
+    from MaxNano import train_tokenizer
     from MaxNano.tokenization.tokenizer import load_tokenizer
 
     try:
@@ -154,7 +156,22 @@ def check_tokenizer(config: FrozenConfigDict, options: dict[str, str]) -> None:
         raise CheckFailed(
             f"{config.tokenizer_path} has {tokenizer.vocab_size} tokens, not {config.vocab_size}"
         )
+    train_tokenizer.check_inputs(config)
     print(f"{config.tokenizer_path} is complete")
+
+
+def check_run_inputs(config: FrozenConfigDict, options: dict[str, str]) -> None:
+    from MaxNano.data import fingerprint
+    from MaxNano.storage.checkpoints import newest_extra
+    from MaxNano.training import config_changes
+
+    folder = files.run_directory(config)
+    extra = newest_extra(folder)
+    if pyconfig.horizon_is_open(config):  # the data set the steps
+        steps = extra["run"]["config"]["steps"]
+        config = pyconfig.replace(config, "the run", steps=steps)
+    config_changes.check_resume(config, extra, fingerprint.contents_of_run(config))
+    print(f"{folder} has this config and these data")
 
 
 def print_state(config: FrozenConfigDict, options: dict[str, str]) -> None:
@@ -327,6 +344,7 @@ COMMANDS: dict[str, Callable[[FrozenConfigDict, dict[str, str]], None]] = {
     "core": check_core,
     "chat": check_chat,
     "tokenizer": check_tokenizer,
+    "inputs": check_run_inputs,
     "state": print_state,
     "saved": print_saved,
     "summary": print_summary,

@@ -228,7 +228,7 @@ def test_work_on_weights_is_told_from_work_on_tokens():
     def operation(kind, op_name):
         return costs.Operation("x", kind, 1.0, 1, "compiler", "", "", op_name)
 
-    assert pods.unit_of(operation("matmul", "jit(train_step)/update/dot_general")) == "step"
+    assert pods.unit_of(operation("matmul", "jit(train_step)/optimizer/dot_general")) == "step"
     assert pods.unit_of(operation("table", "jit(train_step)/add")) == "micro-batch"
     assert (
         pods.unit_of(operation("matmul", "jit(train_step)/shard_map/loss/dot_general")) == "token"

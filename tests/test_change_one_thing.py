@@ -39,10 +39,10 @@ def model_of(*words):
 
 def hidden_of(setup):
     import jax
-    leaves, tree = jax.tree.flatten(setup.model.shapes)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    values = [0.1 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves)]
-    params = jax.tree.unflatten(tree, values)
+    rng = np.random.default_rng(0)
+    def draw(x):
+        return jax.numpy.asarray(0.1 * rng.standard_normal(x.shape), x.dtype)
+    params = jax.tree.map(draw, setup.model.shapes)
     tokens = np.arange(32, dtype=np.int32)[None]
     return jax.jit(lambda params: setup.model.bind(params)(tokens))(params)
 """

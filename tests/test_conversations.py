@@ -234,6 +234,7 @@ def test_rows_that_are_no_conversations_are_left_out_and_counted():
         [{"role": "tool", "content": "x"}, *dialogue("a", "b")],
         [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "x"}],
     ]
+    strange += [None, [None], [{"role": "user", "content": None}, *dialogue("a", "b")]]
     LISTS["strange"], LISTS["mixed"] = strange, [*strange, dialogue("Hi", "Hello")]
     config = make_config([["list:mixed", 1]], max_target_length=32)
     with loader.make_loader(config, TOKENIZER, "train", batch_rows=1) as batches:

@@ -108,7 +108,7 @@ def small(tmp_path_factory):
     return setup, tokenizer, params
 
 
-@pytest.mark.parametrize("limit", [7, pytest.param(None, marks=pytest.mark.long)])
+@pytest.mark.parametrize("limit", [3, pytest.param(None, marks=pytest.mark.long)])
 def test_every_answer_is_nanochats(small, few_shapes, limit):
     """All 22 tasks; of each the first questions, with examples from all of them."""
     setup, tokenizer, params = small
@@ -487,7 +487,7 @@ REAL = Path(os.environ.get("CORE_BUNDLE", ROOT.parent / "shared/data/core_eval_b
 @pytest.mark.skipif(
     not REAL.exists(), reason="the real bundle is not there: CORE_BUNDLE=PATH says where it is"
 )
-@pytest.mark.parametrize("limit", [4, pytest.param(None, marks=pytest.mark.long)])
+@pytest.mark.parametrize("limit", [2, pytest.param(None, marks=pytest.mark.long)])
 def test_every_answer_on_the_real_bundle_is_nanochats(limit, tmp_path, monkeypatch):
     """All 22 tasks, of each the first questions of a cut to 60: answers, and losses also of texts
     to go on with.

@@ -109,6 +109,17 @@ def test_the_oldest_turns_go_first_and_the_system_message_stays():
     assert trim(TOKENIZER, messages, 40)[0] == [system, messages[-1]]
 
 
+def test_turns_of_several_messages_go_together():
+    system = [{"role": "system", "content": "x"}, {"role": "system", "content": "y"}]
+    greeting = {"role": "assistant", "content": "g" * 30}
+    first = [{"role": "user", "content": "a" * 20}, *turn("b" * 20), greeting]
+    messages = [*system, greeting, *first, {"role": "user", "content": "c"}]
+    whole = len(dialogue.prompt_ids(TOKENIZER, messages))
+    assert trim(TOKENIZER, messages, whole - 1)[0] == [*system, *first, messages[-1]]
+    shorter = len(dialogue.prompt_ids(TOKENIZER, [*system, *first, messages[-1]]))
+    assert trim(TOKENIZER, messages, shorter - 1)[0] == [*system, messages[-1]]
+
+
 def test_one_message_that_is_too_long_is_told():
     with pytest.raises(ValueError, match=r"prompt has 104 tokens, at most 64 fit"):
         trim(TOKENIZER, [*turn("a"), {"role": "user", "content": "x" * 100}], 64)

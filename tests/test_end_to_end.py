@@ -197,6 +197,7 @@ def test_the_preflight_says_what_is_missing_and_trains_nothing(settings, place):
         "disk",
         "devices",
         "data",
+        "tokenizer",
         "core",
         "chat",
         "run",
@@ -234,6 +235,7 @@ def wait_for_step(folder, step, process):
     raise AssertionError(f"never saw step {step}: {process.communicate()}")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_speedrun_starts_a_preempted_training_again_by_itself_and_skips_what_is_done(
     settings, place
@@ -255,6 +257,16 @@ def test_speedrun_starts_a_preempted_training_again_by_itself_and_skips_what_is_
         "neither tokenizer nor training once more"
     )
     assert re.search(r"^price +1 chips x \d+\.\d\d h x 0.5 USD = ", again, re.MULTILINE)
+
+    # With another value, other text or another tokenizer the results are refused.
+    out = run("gpu/d12_speedrun.sh", settings, status=2, EXTRA=f"{settings['EXTRA']} matrix_lr=0.5")
+    assert "matrix_lr=0.5 instead of 0.02" in out.splitlines()[-1] and "tokens" not in out
+    other = place / "other text"
+    shutil.copytree(place / "text", other)
+    (other / "0.parquet").write_bytes((place / "text/1.parquet").read_bytes())
+    out = run("gpu/d12_speedrun.sh", settings, status=2, DATASET_PATH=str(other))
+    assert "was trained on other text" in out.splitlines()[-1], out
+    assert "0.parquet has changed" in out.splitlines()[-1], out
 
 
 class Hub(http.server.SimpleHTTPRequestHandler):
@@ -453,6 +465,7 @@ def test_smoke_then_resume_after_preemption(settings, place):
         assert result.returncode == 1 and reason in result.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_miniseries_ends_with_a_table(settings, place):
     more = {"DEPTHS": "1 2", "RATIO": "0.2", "NUM_ITERATIONS": ""}
@@ -616,7 +629,8 @@ def losses_of(metrics):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preemptions", [2, pytest.param(5, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("preemptions", [2, 5])
 def test_preemptions_at_random_leave_the_losses_of_an_unbroken_run(
     cloud_with_bucket, place, settings, preemptions
 ):

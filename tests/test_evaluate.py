@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -177,6 +178,7 @@ def killed_after(name, folder, *words):
     return process.communicate()[0]
 
 
+@pytest.mark.long
 def test_killed_twice_and_on_other_devices_it_has_the_same_numbers(place, capsys):
     """On two devices it is killed within CORE and, gone on, within the chat tasks; then this
     process goes on.
@@ -221,6 +223,38 @@ def test_killed_twice_and_on_other_devices_it_has_the_same_numbers(place, capsys
     for label in TASKS:
         here, there = (found[f"core {label}"]["values"]["accuracy"] for found in (one, two))
         assert here == there, label
+
+
+def test_results_of_other_inputs_are_measured_again(place, capsys):
+    """Other text under the same and another path, other keys of sampling."""
+
+    def bpb():
+        assert run(place, "evals=bpb", f"dataset_path={text}") == 0
+        return {
+            split: results(place)[f"bpb {split}"]["values"] for split in ("train", "validation")
+        }
+
+    text = place / "other"
+    shutil.copytree(place / "text", text)
+    first = bpb()
+    assert bpb() == first, "kept, with its time"
+    text = text.rename(place / "moved")
+    assert bpb() == first
+    line = (text / "b.jsonl").read_text()
+    (text / "b.jsonl").write_text(line.replace("bucket", "carton"))
+    second = bpb()
+    assert second["train"] == first["train"]
+    assert second["validation"]["bpb"] != first["validation"]["bpb"]
+    text = place / "text"
+    assert bpb()["validation"]["bpb"] == first["validation"]["bpb"]
+
+    words = ("evals=chat", "chat_tasks=[SpellingBee/train]", "chat_max_per_task=2")
+    words += ("max_new_tokens=1", "chat_slots=2", "chat_temperature=1.0")
+    assert run(place, *words) == 0 and run(place, *words) == 0
+    assert capsys.readouterr().out.count("SpellingBee/train is already done") == 1
+    for other in ("top_k=1", "seed=7"):
+        assert run(place, *words, other) == 0
+        assert "already done" not in capsys.readouterr().out, other
 
 
 @pytest.mark.parametrize(

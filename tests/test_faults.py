@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import gc
 import grp
 import json
+import logging
 import os
 import pwd
 import subprocess
@@ -65,7 +67,7 @@ def test_a_program_goes_on_without_the_lines_that_its_output_does_not_take(
         assert done.stdout.count("na?ve ??\n") == 3000
 
 
-@pytest.mark.parametrize("number", sorted(pyconfig.DISK_ERRORS))
+@pytest.mark.parametrize("number", sorted(files.DISK_ERRORS))
 def test_an_error_of_the_disk_is_one_line_that_names_the_file(tmp_path, number, capsys):
     def write(config):
         files.write_whole(FullFile(tmp_path / "config.yml", number), "text")
@@ -74,7 +76,7 @@ def test_an_error_of_the_disk_is_one_line_that_names_the_file(tmp_path, number, 
     line = capsys.readouterr().err
     assert line.startswith("error: ") and line.count("\n") == 1
     assert str(tmp_path / "config.yml") in line
-    assert line.strip().endswith(pyconfig.DISK_ERRORS[number])
+    assert line.strip().endswith(files.DISK_ERRORS[number])
     with pytest.raises(OSError, match="something else"):
         pyconfig.launch(lambda config: fail(errno.ECHILD, "something else"), ["configs/base.yml"])
 
@@ -268,6 +270,19 @@ def test_on_a_full_disk_a_run_goes_on_and_writes_again_when_there_is_room(
         logger.close()
         assert [row["step"] for row in rows_of(directory)] == [*range(10), *range(20, 40)]
         assert Results(directory, 1).get("core", {}) == {"core": 0.5}
+    gc.collect()  # asyncio tells of errors that nobody read when their tasks are deleted
     err = capfd.readouterr().err
     assert err.count("could not be written") == 2 and "Traceback" not in err
     assert "No space left" in err
+
+
+def test_asyncio_tells_no_second_time_of_a_save_that_failed(saved, caplog):
+    """At exit it printed a traceback for every array but the one whose error was reported."""
+    lines = [
+        f"Task exception was never retrieved\nfuture: <Task coro=<write() at {path}/checkpoint.py:1>>"
+        for path in ("/lib/orbax", "/lib/server")
+    ]
+    with Checkpointer(make_config(), saved):
+        for line in lines:
+            logging.getLogger("asyncio").error(line)
+    assert [record.getMessage() for record in caplog.records] == lines[1:]

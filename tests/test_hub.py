@@ -543,12 +543,25 @@ def test_a_part_of_a_repository_can_be_named(server, tmp_path):
     assert visible(folder) == ["data--train-0.parquet", "data--train-1.parquet", "manifest.json"]
     folder = get(server, tmp_path, dataset_name="hf:someone/texts/data")
     assert folder.name == "someone--texts--data" and len(visible(folder)) == 4
-    with pytest.raises(ValueError, match="has 1 parquet files on the hub; at least 2"):
+    with pytest.raises(ValueError, match="has 1 parquet files on the hub, 0 of them to train"):
         get(server, tmp_path, dataset_name="hf:someone/texts/other")
     server.files["../../../evil.parquet"] = shard
     with pytest.raises(ValueError, match="gave up|'..' path segment"):
         get(server, tmp_path / "new")
     assert not list(tmp_path.rglob("evil*"))
+
+
+def test_the_hubs_splits_decide_what_trains(server, tmp_path):
+    """`test-*` was trained on, and the last `train-*` was held out beside a validation split."""
+    shard = next(iter(SHARDS.values()))
+    names = ("train-0", "train-1", "train-2", "validation-0", "test-0")
+    server.files = {f"data/{name}.parquet": shard for name in names}
+    folder = get(server, tmp_path, download_shards=2)
+    training = ["data--train-0.parquet", "data--train-1.parquet"]
+    assert visible(folder) == [*training, "data--validation-0.parquet", "manifest.json"]
+    config = make_config(server, tmp_path)
+    assert sources.HubSource(config, "train").files == training
+    assert sources.HubSource(config, "validation").files == ["data--validation-0.parquet"]
 
 
 def test_a_file_that_changed_on_the_hub_is_refused(server, tmp_path):

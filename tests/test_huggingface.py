@@ -11,17 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_convert import assert_same, random_params
+from test_convert import assert_same, logits_of, random_params
 
 from MaxNano import convert, pyconfig, scaling
 from MaxNano.interop import huggingface, parameters, tensor_files
-from MaxNano.models.setup import architecture
-from MaxNano.models.transformer import Numerics
 from MaxNano.tokenization.bpe import NANOCHAT_PATTERN, BpeTokenizer, train_bpe
 from MaxNano.tokenization.tokenizer import (
     SPECIAL_TOKENS,
@@ -227,6 +224,7 @@ def test_names_shapes_and_files(models):
         and generation["do_sample"] is False
     )
     assert sorted(contents(folder)) == [
+        "README.md",
         "config.json",
         "configuration_maxnano.py",
         "generation_config.json",
@@ -482,17 +480,24 @@ def test_the_command_line_says_so_in_one_line(models, tmp_path):
 # ---- In transformers ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def python_with_transformers() -> str:
-    """This Python if it has torch and transformers, or the one that TRANSFORMERS_PYTHON names."""
-    if find_spec("torch") and find_spec("transformers"):
-        return sys.executable
-    named = os.environ.get("TRANSFORMERS_PYTHON")
-    if not named:
-        pytest.skip(
-            "needs torch and transformers: here, or in the Python that TRANSFORMERS_PYTHON names"
-        )
-    return named
+def pythons() -> list[str]:
+    """Those that TRANSFORMERS_PYTHON names, or this one if it has torch and transformers."""
+    if named := os.environ.get("TRANSFORMERS_PYTHON"):
+        return named.split(os.pathsep)
+    return [sys.executable] if find_spec("torch") and find_spec("transformers") else []
+
+
+def environment(python: str) -> str:
+    """Its folder's name, for a test's id: run_transformers.sh names it after the version."""
+    return Path(python).parts[-3] if python else "none"
+
+
+@pytest.fixture(scope="module", params=pythons() or [""], ids=environment)
+def python_with_transformers(request) -> str:
+    """A Python with torch and transformers."""
+    if not request.param:
+        pytest.skip("needs torch and transformers: bash tests/run_transformers.sh installs them")
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -510,6 +515,7 @@ def answers(models, python_with_transformers, tmp_path_factory):
         ids = rng.integers(0, config.vocab_size, size=(2, config.max_target_length)).tolist()
         asked = {"texts": texts, "conversation": CONVERSATION, "ids": ids, "new_tokens": 40}
         Path(f"{folder}.json").write_text(json.dumps(asked))
+        shutil.rmtree(f"{folder}.again", ignore_errors=True)
     folders = [folder for _, _, folder in models.values()]
     command = [python_with_transformers, ROOT / "tests/with_transformers.py", *folders]
     home = tmp_path_factory.mktemp("home")  # where transformers copies the code that travels
@@ -534,18 +540,26 @@ def answers(models, python_with_transformers, tmp_path_factory):
     return {name: of(folder) for name, (_, _, folder) in models.items()}
 
 
-def own_logits(config, params, rows):
-    model = architecture(config, Numerics("float32", "float32", "reference", "scatter", "cpu"))
-    bound = model.bind(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params))
-    return np.asarray(bound.logits(bound(jnp.asarray(rows))))
+@pytest.fixture(scope="module")
+def logits(models):
+    """(name of a model, token ids) -> our logits, computed once for all versions."""
+    computed = {}
+
+    def compute(name, rows):
+        key = name, np.asarray(rows).tobytes()
+        if key not in computed:
+            computed[key] = logits_of(*models[name][:2], rows)
+        return computed[key]
+
+    return compute
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_transformers_has_our_logits(models, answers, name):
-    config, params, _ = models[name]
+def test_transformers_has_our_logits(models, answers, logits, name):
+    config = models[name][0]
     asked, found, arrays = answers[name]
     rows = np.asarray(asked["ids"])
-    expected = own_logits(config, params, rows)
+    expected = logits(name, rows)
     assert arrays["logits"].shape == expected.shape and np.ptp(expected) > 2
     np.testing.assert_allclose(arrays["logits"], expected, atol=1e-4, rtol=0)
     np.testing.assert_allclose(arrays["cached"], expected, atol=1e-4, rtol=0)
@@ -561,35 +575,49 @@ def test_transformers_has_our_logits(models, answers, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_transformers_generates_what_we_do(models, answers, name):
+def test_transformers_generates_what_we_do(answers, logits, name):
     """Greedily, over its cache and without, padded or not: our logits' best token, and the
     engine's.
     """
-    config, params, folder = models[name]
     asked, _, arrays = answers[name]
     rows = np.asarray(asked["ids"])[:, :8]
     np.testing.assert_array_equal(arrays["greedy"], arrays["uncached"])
     np.testing.assert_array_equal(arrays["beams"], arrays["uncached_beams"])
     np.testing.assert_array_equal(arrays["padded_greedy"][0, 5 : 5 + 48], arrays["greedy"][0])
-    best = own_logits(config, params, arrays["greedy"]).argmax(axis=-1)
+    best = logits(name, arrays["greedy"]).argmax(axis=-1)
     np.testing.assert_array_equal(arrays["greedy"][:, 8:], best[:, 7:-1])
     assert arrays["greedy"].shape == (2, 48) and len(np.unique(arrays["greedy"][:, 8:])) > 3
     np.testing.assert_array_equal(arrays["greedy"][:, :8], rows)
 
 
-def test_the_engine_says_the_same(models, answers, tmp_path):
-    from MaxNano.inference.requests import Request
+@pytest.fixture(scope="module")
+def engine(models, tmp_path_factory):
+    """The engine of the model `groups`, imported from its folder."""
     from MaxNano.training.loading import load_engine
 
-    _, _, folder = models["groups"]
+    place = tmp_path_factory.mktemp("engine")
+    base = f"base_output_directory={place}"
+    run_command(f"from_huggingface={models['groups'][2]}", base, "run_name=a", "num_cpu_devices=1")
+    config = pyconfig.initialize([str(place / "a/config.yml"), "decode_slots=2"])
+    return load_engine(config, slots=2, max_length=64)
+
+
+def test_the_engine_says_the_same(answers, engine):
+    from MaxNano.inference.requests import Request
+
     asked, _, arrays = answers["groups"]
-    place = f"base_output_directory={tmp_path}"
-    run_command(f"from_huggingface={folder}", place, "run_name=a", "num_cpu_devices=1")
-    config = pyconfig.initialize([str(tmp_path / "a/config.yml"), "decode_slots=2"])
-    engine = load_engine(config, slots=2, max_length=64)
     prompts = [Request(prompt=tuple(row[:8]), max_tokens=40, temperature=0) for row in asked["ids"]]
     said = [list(completions[0].tokens) for completions in engine.generate(prompts)]
     np.testing.assert_array_equal(said, arrays["greedy"][:, 8:])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_refuses_what_would_be_other_text(answers, name):
+    """A cache by an unknown name or of an unknown kind, and one that did not arrive."""
+    unknown, static, also_static, lost = answers[name][1]["refusals"]
+    assert "one cache, as cache or past_key_values, not ['memory']" in unknown
+    assert "takes a DynamicCache, not a StaticCache" in static and static == also_static
+    assert "attention_mask has 64 positions, cache and input_ids 1" in lost
 
 
 @pytest.mark.parametrize("name", MODELS)

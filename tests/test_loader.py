@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from MaxNano import pyconfig
-from MaxNano.data import loader, manifest, packing, sources, stream
+from MaxNano.data import loader, manifest, packing, sources, stream, summary
 from MaxNano.distributed.preemption import Preempted, Preemption
+from MaxNano.training import start
 
 READERS = 4
 ROWS = 8
@@ -37,6 +38,10 @@ def shards(tmp_path_factory):
         texts = [f"{name}{n} ".ljust(length, "x")[:length] for n, length in enumerate(lengths)]
         pq.write_table(pa.table({"text": texts}), folder / f"{name}.parquet", row_group_size=12)
     return folder
+
+
+# So little is buffered that some batches need no more than the first file.
+PROMPT = {"data_readers": 1, "packing_buffer_documents": 2}
 
 
 def make_config(folder, **values):
@@ -194,6 +199,122 @@ def test_a_state_goes_on_under_another_number_of_hosts(shards, expected):
         open_loader(config, state=states[0])
 
 
+def discarded_share(folder, rows, **values):
+    with open_loader(make_config(folder, **values)) as batches:
+        take(batches, rows)
+        return batches.position()["discarded_share"]
+
+
+def test_discarded_tokens_are_counted_and_none_are_with_split(tmp_path):
+    """Of 40 books only the first row each was trained on, and nothing said so."""
+    for name in "ab":
+        texts = [f"{number} " + "words of a book " * 130 for number in range(40)]
+        pq.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet", row_group_size=10)
+    length = len(texts[11]) + 1
+    for rows in (1, 20):  # from the first step on
+        share = discarded_share(tmp_path, rows)
+        assert share == pytest.approx(1 - 33 / length, abs=1e-3)
+    assert discarded_share(tmp_path, 20, long_documents="split") == 0
+    for kind, tokens in (("crop", 33), ("split", length)):
+        plan = summary.estimate_discarded(
+            make_config(tmp_path, long_documents=kind), ByteTokenizer()
+        )
+        percent = f"{100 * (1 - tokens / length):.0f} %"
+        assert plan.startswith("none" if kind == "split" else percent), plan
+    assert "estimate from the first 10 documents; long_documents=split uses all" in (
+        summary.estimate_discarded(make_config(tmp_path), ByteTokenizer())
+    )
+
+
+@pytest.mark.parametrize("kind", ["crop", "split"])
+def test_long_documents_and_their_counts_resume_exactly_on_any_hosts_and_workers(shards, kind):
+    values = {"long_documents": kind, "max_target_length": 16}
+    with open_loader(make_config(shards, **values)) as batches:
+        whole, positions = take(batches, 8), []
+        positions.append(batches.position())
+        whole = np.concatenate([whole, take(batches, 12)])
+        positions.append(batches.position())
+    assert (positions[1]["discarded_share"] > 0) == (kind == "crop")
+    states = []
+    for host in range(2):
+        options = {"host_index": host, "host_count": 2}
+        with open_loader(make_config(shards, **values, data_workers=host), **options) as batches:
+            take(batches, 8)
+            states.append(batches.state())
+    state = json.loads(json.dumps(loader.merge_states(states)))
+    with open_loader(make_config(shards, **values, data_workers=2), state=state) as batches:
+        assert batches.position() == positions[0]
+        np.testing.assert_array_equal(take(batches, 12), whole[8:])
+        assert batches.position() == positions[1]
+    other = {"crop": "split", "split": "crop"}[kind]
+    with pytest.raises(ValueError, match=f"has long_documents={kind} but the run has {other}"):
+        open_loader(make_config(shards, **values | {"long_documents": other}), state=state)
+
+
+def test_a_state_of_an_earlier_version_resumes_exactly(shards, expected):
+    """Without long_documents and counts: its documents were cropped."""
+    with open_loader(make_config(shards)) as batches:
+        take(batches, 7)
+        state = json.loads(json.dumps(batches.state()))
+    del state["long_documents"]
+    for reader in state["readers"].values():
+        for name in ("tokens_read", "tokens_discarded", "rows_without_text", "damaged_parts"):
+            del reader[name]
+    with open_loader(make_config(shards), state=state) as batches:
+        np.testing.assert_array_equal(take(batches, 10), expected[7:17])
+        assert 0 < batches.position()["discarded_share"] < 1
+
+
+def test_long_documents_follow_the_data_and_a_run_keeps_its_own(tmp_path):
+    def config(*words):
+        base = ["configs/base.yml", "model=d2", f"base_output_directory={tmp_path}"]
+        return pyconfig.initialize([*base, *words])
+
+    assert config().long_documents == "crop"
+    assert config("dataset_type=text").long_documents == "split"
+    assert config("dataset_type=text", "long_documents=crop").long_documents == "crop"
+    assert config("model=d4_quickstart").long_documents == "split"
+    # A run of an earlier version has no such key: it resumes and is evaluated as it began.
+    saved = tmp_path / "d2" / "config.yml"
+    text = pyconfig.to_yaml(config("dataset_type=text"))
+    earlier = [line for line in text.splitlines() if not line.startswith("long_documents")]
+    saved.parent.mkdir()
+    saved.write_text("\n".join(earlier))
+    assert start.with_start(config("dataset_type=text")).long_documents == "crop"
+    asked = config("dataset_type=text", "long_documents=split")
+    assert start.with_start(asked).long_documents == "split"
+    assert pyconfig.initialize([str(saved)]).long_documents == "crop"
+    saved.write_text(text)
+    assert start.with_start(config("dataset_type=text")).long_documents == "split"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_part_ends_the_loader_with_its_state_or_is_skipped(shards, tmp_path, workers):
+    for name in "abc":
+        table = pq.read_table(shards / f"{name}.parquet")
+        options = {"row_group_size": 12, "write_page_checksum": True, "use_dictionary": False}
+        pq.write_table(table, tmp_path / f"{name}.parquet", **options)
+    column = pq.ParquetFile(tmp_path / "b.parquet").metadata.row_group(3).column(0)
+    content = bytearray((tmp_path / "b.parquet").read_bytes())
+    content[column.data_page_offset + column.total_compressed_size - 3] ^= 0xFF
+    (tmp_path / "b.parquet").write_bytes(content)
+    config = make_config(tmp_path, **PROMPT, data_workers=workers)
+    done = []
+    with open_loader(config) as batches:
+        with pytest.raises(sources.DamagedData, match="b.parquet, row group 3: .*CRC"):
+            while True:
+                done.append(take(batches, 1)[0])
+        state = json.loads(json.dumps(batches.state()))
+    assert done
+    skipping = {**PROMPT, "skip_corrupt_data": "true"}
+    with open_loader(make_config(tmp_path, **skipping)) as batches:
+        whole = take(batches, len(done) + 30)
+    np.testing.assert_array_equal(done, whole[: len(done)])
+    with open_loader(make_config(tmp_path, **skipping, data_workers=workers), state=state) as rest:
+        np.testing.assert_array_equal(take(rest, 30), whole[len(done) :])
+        assert rest.position()["damaged_parts"] > 0
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_change_nothing(shards, expected, workers):
     config = make_config(shards, data_workers=workers)
@@ -206,10 +327,6 @@ def test_worker_processes_change_nothing(shards, expected, workers):
     with open_loader(config, state=state) as batches:
         np.testing.assert_array_equal(take(batches, 5), expected[15:20])
     assert not multiprocessing.active_children()
-
-
-# So little is buffered that some batches need no more than the first file.
-PROMPT = {"data_readers": 1, "packing_buffer_documents": 2}
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +443,7 @@ def test_a_mixture_goes_on_exactly_with_any_number_of_workers(shards, tmp_path):
     with open_loader(make_config(shards, **values)) as batches:
         whole = take(batches, 12)
         reached = batches.position()
-    assert set(reached) == {"epoch", "file", "row_group"}
+    assert set(reached) == {"epoch", "file", "row_group", "discarded_share"}
     state = None
     for begin, end, count in ((0, 5, 1), (5, 6, 0), (6, 12, 2)):
         with open_loader(make_config(shards, **values, data_workers=count), state=state) as batches:
@@ -337,11 +454,12 @@ def test_a_mixture_goes_on_exactly_with_any_number_of_workers(shards, tmp_path):
 
 def test_the_position_is_that_of_the_batches_handed_out(shards):
     with open_loader(make_config(shards, data_readers=1), batch_rows=1) as batches:
-        assert batches.position() == {"epoch": 1, "file": 0, "row_group": 0}
+        start = {"epoch": 1, "file": 0, "row_group": 0, "discarded_share": 0.0}
+        assert batches.position() == start
         reached = []
         for _ in range(80):
             take(batches, 1)
-            reached.append(tuple(batches.position().values()))
+            reached.append(tuple(batches.position().values())[:3])
     assert reached == sorted(reached)
     assert reached[0] == (1, 0, 0)
     assert {(1, 0, 3), (1, 1, 0), (1, 1, 4), (2, 0, 0)} <= set(reached)
@@ -384,10 +502,11 @@ def test_an_error_beside_training_is_raised_as_it_was_and_ends_everything(
 ):
     for name in "abc":
         (tmp_path / f"{name}.parquet").write_bytes((shards / f"{name}.parquet").read_bytes())
-    pq.write_table(pa.table({"text": ["x", None] * 24}), tmp_path / "b.parquet", row_group_size=12)
+    texts = pa.table({"text": [b"x", b"\xff"] * 24})
+    pq.write_table(texts, tmp_path / "b.parquet", row_group_size=12)
     threads = threading.active_count()
     batches = open_loader(make_config(tmp_path, data_workers=workers))
-    with pytest.raises(ValueError, match=r"b\.parquet: row group . has rows without text"):
+    with pytest.raises(ValueError, match=r"b\.parquet, row group .: cannot be read"):
         take(batches, 40)
     assert threading.active_count() == threads
     assert not multiprocessing.active_children()

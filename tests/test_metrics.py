@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import object_store
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from tensorboardX.record_writer import RecordWriter, masked_crc32c
 
 from MaxNano import console, pyconfig
@@ -137,6 +138,48 @@ def test_what_is_no_training_counts_in_no_step(config, tmp_path, monkeypatch, wa
     assert steps[-1]["seconds_left"] == pytest.approx(6 * 2.0)
 
 
+@pytest.mark.parametrize("is_ready", [[True], [False], [False, True], [False, True, True]])
+def test_a_loader_slower_than_the_device_makes_no_step_of_0_ms(
+    config, tmp_path, monkeypatch, capsys, is_ready
+):
+    """A step takes 1 s of waiting for its batch and 1 ms on the device, which is done when the step
+    is handed over or, where `is_ready` says no, just after.
+    """
+    now, computing = [100.0], [False]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(metrics, "_is_ready", lambda value: not computing[0])
+    logger = start(config, tmp_path)
+    for step in range(12):
+        with logger.waiting():
+            now[0] += 1.0
+            computing[0] = False
+        now[0] += 0.001
+        computing[0] = not is_ready[step % len(is_ready)]
+        logger.step(step, {"loss": 1.0}, {})
+    logger.close()
+    rows = rows_of(tmp_path)
+    assert [row["milliseconds"] for row in rows[1:-1]] == pytest.approx([1001.0] * 10)
+    # The first waits for its own batch and the next one, the last for none.
+    assert rows[0]["milliseconds"] == pytest.approx(2001.0)
+    assert rows[0]["batch_wait_milliseconds"] == pytest.approx(2000.0)
+    assert sum(row["milliseconds"] for row in rows) == pytest.approx(12 * 1001.0)
+    assert sum(row["batch_wait_milliseconds"] for row in rows) == pytest.approx(12_000)
+    assert max(row["tokens_per_second"] for row in rows) < 2e6
+    assert "1,001 ms | waiting 1,000 ms | 999 tok/s" in capsys.readouterr().out
+
+
+def test_the_line_and_the_row_of_a_step_agree(config, tmp_path, capsys):
+    logger = start(config, tmp_path)
+    for step, loss in enumerate([4.0, 3.0, 1.0]):
+        logger.step(step, {"loss": jnp.float32(loss), "skipped": 0}, {})
+    logger.close()
+    lines = capsys.readouterr().out.splitlines()
+    for line, row in zip(lines, rows_of(tmp_path), strict=True):
+        shown = f"step {row['step']:>2}/20 | loss {row['loss']:.4f} | smoothed {row['smoothed_loss']:.4f} |"
+        assert line.startswith(shown)
+    assert "loss 1.0000 | smoothed 2.5609" in lines[-1]
+
+
 def test_no_mfu_where_the_peak_is_unknown(config, tmp_path, capsys):
     logger = start(config, tmp_path, peak_flops=None)
     run(logger, [0])
@@ -210,9 +253,10 @@ def test_lines_for_people_outside_a_terminal(tmp_path, capsys):
     logger.message("saved")
     logger.close()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" |")[0] for line in lines[:2]] == ["step  1/20", "step  4/20"]
+    assert [line.split(" |")[0] for line in lines[:2]] == ["step  0/20", "step  4/20"]
     assert re.fullmatch(
-        r"step  4/20 \| loss 2\.0000 \| bpb 1\.2500 \| lr x0\.50 \| [\d,]+ ms \| [\d,]+ tok/s"
+        r"step  4/20 \| loss 2\.0000 \| smoothed 2\.0000 \| bpb 1\.2500 \| lr x0\.50 \| [\d.]+ ms"
+        r" \| [\d,]+ tok/s"
         r" \| MFU [\d.]+% \| epoch 0 file 3 \| 0m00s, 0m00s left",
         lines[1],
     )
@@ -234,7 +278,7 @@ def test_a_terminal_gets_a_live_line_and_is_left_clean(config, tmp_path, capsys,
     out = capsys.readouterr().out
     assert "\x1b[?25l" in out  # the cursor is hidden ...
     assert out.rindex("\x1b[?25h") > out.rindex("\x1b[?25l")  # ... and comes back
-    assert "step  3/20" in out and "One [plain] prompt -> and [/its] text" in out
+    assert "step  2/20" in out and "One [plain] prompt -> and [/its] text" in out
 
 
 def test_only_the_main_process_prints_and_writes(config, tmp_path, capsys):
@@ -256,6 +300,34 @@ def test_tensorboard_has_the_curves(tmp_path):
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert curve([file.read_bytes()], "train/loss") == [(0, 2.0), (1, 2.0), (2, 2.0)]
     assert curve([file.read_bytes()], "validation/bpb") == [(3, 1.25)]
+
+
+def test_tensorboard_has_hyperparameters_and_absolute_learning_rates(tmp_path):
+    config = make_config("tensorboard=true", "matrix_lr=0.04", "seed=7", "learning_rate_scale=0.5")
+    logger = start(config, tmp_path)
+    run(logger, [0], lr_multiplier=0.25)
+    run(logger, [1], lr_multiplier=1.0)
+    logger.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    content = file.read_bytes()
+    # 0.3 is embedding_lr at width 768, which d4's width of 256 raises.
+    width = (256 / 768) ** -0.5
+    for group, rate in (("muon", 0.02), ("token_embed", 0.15 * width), ("smear", 0.2)):
+        points = curve([content], f"learning_rate/{group}")
+        assert points == [(0, pytest.approx(rate / 4)), (1, pytest.approx(rate))]
+    shown = {
+        value.tag: HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        for event in events_of(content)
+        for value in event.summary.value
+        if value.metadata.plugin_data.plugin_name == "hparams"
+    }
+    values = shown["_hparams_/session_start_info"].session_start_info.hparams
+    assert (values["matrix_lr"].number_value, values["seed"].number_value) == (0.04, 7)
+    assert values["model"].string_value == "d4" and values["use_backout"].bool_value is True
+    assert values["embedding_betas"].string_value == "[0.8, 0.995]"
+    assert not {"prompt", "dataset_path"} & set(values)
+    experiment = shown["_hparams_/experiment"].experiment
+    assert [info.name.tag for info in experiment.metric_infos] == ["validation/bpb", "train/loss"]
 
 
 def events_of(content):

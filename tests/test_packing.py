@@ -65,20 +65,75 @@ def test_rows_are_those_of_a_plain_search_also_after_a_restart(
             raise EOFError
         return some
 
-    def new_packer(buffered=()):
-        return packing.BestFitPacker(row_tokens, buffer_documents, next_documents, buffered)
+    def new_packer(buffered=(), counts=packing.NO_TOKENS):
+        return packing.BestFitPacker(
+            row_tokens, buffer_documents, next_documents, buffered, counts=counts
+        )
 
-    packer = new_packer()
+    packer, taken_lengths = new_packer(), 0
     expected = rows_by_plain_search(lengths, row_tokens, buffer_documents, list_documents)
     for index, pieces in enumerate(expected):
         if index == cut:
-            packer = new_packer(packer.documents)
+            packer = new_packer(packer.documents, packer.counts)
         row = np.empty(row_tokens, np.int32)
         packer.fill(row)
         whole = np.concatenate([1000 * n + np.arange(taken) for n, taken in pieces])
         np.testing.assert_array_equal(row, whole)
+        taken_lengths += sum(lengths[n] for n, _ in pieces)
+        buffered = packer.documents
+        assert packer.counts.read == taken_lengths + sum(d.length for d in buffered)
+        kept = (index + 1) * row_tokens + sum(len(d.tokens) for d in buffered)
+        assert packer.counts.discarded == packer.counts.read - kept
     with pytest.raises(EOFError):
         packer.fill(np.empty(row_tokens, np.int32))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=40),
+    row_tokens=st.integers(2, 25),
+    buffer_documents=st.integers(1, 20),
+    cut=st.integers(0, 60),
+)
+def test_documents_that_are_split_lose_no_token(lengths, row_tokens, buffer_documents, cut):
+    """Every token but the repeated <|bos|> is in the rows once, those of a document in order."""
+    encoded = [
+        np.array([0, *(1000 * n + np.arange(length))]) for n, length in enumerate(lengths, 1)
+    ]
+    lists = iter([list(packing.split_document(ids, row_tokens)) for ids in encoded])
+
+    def new_packer(buffered=(), counts=packing.NO_TOKENS):
+        return packing.BestFitPacker(
+            row_tokens, buffer_documents, lambda: next(lists), buffered, None, True, counts
+        )
+
+    packer, rows = new_packer(), []
+    row = np.zeros(row_tokens, np.int32)
+    with pytest.raises(StopIteration):
+        while True:
+            if len(rows) == cut:  # a restart
+                packer = new_packer(packer.documents, packer.counts)
+            packer.fill(row)
+            rows.append(row.copy())
+            assert row[0] == 0
+            row[:] = 0
+    pieces = [piece for ids in encoded for piece in packing.split_document(ids, row_tokens)]
+    assert packer.counts == (sum(piece.length for piece in pieces), 0)
+    # In full rows, in the row that was begun, and in the buffer.
+    held = np.concatenate([*rows, row, *(document.tokens for document in packer.documents)])
+    expected = np.concatenate([ids[1:] for ids in encoded])
+    np.testing.assert_array_equal(np.sort(held[held > 0]), expected)
+
+
+def test_splitting_keeps_all_tokens_of_a_document_in_pieces_that_begin_with_bos():
+    ids = np.arange(7, 107)
+    pieces = list(packing.split_document(ids, 33))
+    assert [piece.length for piece in pieces] == [33, 33, 33, 4]
+    assert all(piece.tokens[0] == 7 and len(piece.tokens) == piece.length for piece in pieces)
+    assert pieces[0].tokens.tolist() == ids[:33].tolist()
+    rest = np.concatenate([piece.tokens[1:] for piece in pieces])
+    np.testing.assert_array_equal(rest, ids[1:])
+    (whole,) = packing.split_document(ids, 100)
+    np.testing.assert_array_equal(whole.tokens, ids)
 
 
 def test_a_document_keeps_its_length_but_only_a_row_of_its_tokens():

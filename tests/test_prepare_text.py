@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import random
+import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -157,6 +159,42 @@ def test_text_that_will_not_do_is_one_line(tmp_path, monkeypatch, capsys, conten
     assert not (tmp_path / "text").exists()
 
 
+def test_the_quickstart_on_another_folder_is_another_run(tmp_path):
+    """It ended at once with the first folder's model. A folder that was moved is the same text."""
+    root = tmp_path / "maxnano"
+    (root / "end_to_end/cpu").mkdir(parents=True)
+    (root / ".venv/bin").mkdir(parents=True)
+    shutil.copy(PATH.with_name("quickstart.sh"), root / "end_to_end/cpu")
+    (root / "setup.sh").touch()
+    python = root / ".venv/bin/python"
+    python.write_text(
+        f"""#!/bin/bash
+case "$*" in
+  *--id*) exec {sys.executable} {PATH} "${{@:2}}" ;;
+  *train.py*) echo "$*" ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+
+    def run(folder):
+        script = root / "end_to_end/cpu/quickstart.sh"
+        out = subprocess.run(["bash", script, folder], capture_output=True, text=True, check=True)
+        (line,) = [line for line in out.stdout.splitlines() if "train.py" in line]
+        return dict(word.split("=") for word in line.split()[2:])
+
+    names = ("a", "b")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "book.txt").write_text(f"text {name}")
+    first, second = (run(tmp_path / name) for name in names)
+    for key in ("run_name", "dataset_path", "tokenizer_path"):
+        assert first[key] != second[key] and "own_t" in first[key]
+    assert run((tmp_path / "a").rename(tmp_path / "c")) == first
+    (tmp_path / "c/book.txt").write_text("text b")
+    assert run(tmp_path / "c") == second
+
+
 def test_without_an_index_the_way_out_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     for name, value in {"NO_INDEX": "1", "FIND_LINKS": "", "EXTRA_INDEX_URL": ""}.items():
@@ -177,6 +215,21 @@ def test_cutting_keeps_every_paragraph_in_order(paragraphs):
         first = following.split("\n\n")[0]
         assert len(document) + 2 + len(first) > prepare_text.DOCUMENT_CHARACTERS
     assert all(documents)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n \n", "\f", " "])
+def test_a_file_without_blank_lines_is_many_documents(tmp_path, end):
+    """A file in one line, or with a line per paragraph, was one document."""
+    own = tmp_path / "own"
+    own.mkdir()
+    text = end.join(f"{number} all work and no play makes a text. " * 3 for number in range(20_000))
+    (own / "a.txt").write_bytes(text.encode("utf-8-sig"))
+    prepare_text.prepare(tmp_path / "text", own)
+    documents = [document for shard in read_shards(tmp_path / "text") for document in shard]
+    assert max(map(len, documents)) <= 2 * prepare_text.DOCUMENT_CHARACTERS
+    assert sorted(" ".join(documents).split()) == sorted(text.split())
+    ends = sum(document.endswith(".") for document in documents)
+    assert ends == len(documents)
 
 
 def test_the_split_does_not_depend_on_the_run():

@@ -361,7 +361,9 @@ def test_a_run_that_has_only_begun(tmp_path):
 
 def test_a_run_on_a_cpu_that_is_under_way(tmp_path):
     devices = {"kind": "cpu", "count": 2, "processes": 1, "host_cores": 2}
-    folder = make_run(tmp_path / "cpu", rows=[validation(0, 3.0), *rows_of(12)], devices=devices)
+    left_out = {"discarded_share": 0.263, "rows_without_text": 1200, "damaged_parts": 0}
+    rows = [validation(0, 3.0), *rows_of(12, **left_out)]
+    folder = make_run(tmp_path / "cpu", rows=rows, devices=devices)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "lo')  # is being written
     (folder / "checkpoints" / "40" / "extra").mkdir(parents=True)  # never finished
@@ -371,6 +373,7 @@ def test_a_run_on_a_cpu_that_is_under_way(tmp_path):
     assert "No price of cpu: the chip table has none for cpu." in missing
     assert "No MFU of cpu: the chip table has no peak FLOP/s of cpu; tokens/s are shown." in missing
     assert "2 x cpu (2 cores)" in texts_of(made)["What ran"]
+    assert "26.3 % of the tokens, 1,200 rows without text" in texts_of(made)["What ran"]
     assert not any("damaged" in line for line in missing)
 
 

@@ -152,7 +152,7 @@ def test_a_run_starts_with_another_ones_checkpoint(base, load_optimizer):
         place, "stage=sft", "load_from=base", f"load_optimizer={load_optimizer}"
     )
     assert config.run_name == "d2_sft"
-    state = start_from.load_start(setup, load_tokenizer(config).fingerprint())
+    state, _ = start_from.load_start(setup, load_tokenizer(config).fingerprint())
     assert int(state.step) == 0
     jax.tree.map(np.testing.assert_array_equal, state.params, fresh.params)
     jax.tree.map(
@@ -167,7 +167,7 @@ def test_a_run_starts_with_another_ones_checkpoint(base, load_optimizer):
 
 def test_a_path_names_a_run_too(place):
     config, setup = make_setup(place, f"load_from={place}/runs/base", "run_name=other")
-    assert int(start_from.load_start(setup, "").step) == 0
+    assert int(start_from.load_start(setup, "")[0].step) == 0
 
 
 @pytest.mark.parametrize(

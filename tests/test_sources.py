@@ -68,7 +68,7 @@ def test_reader_takes_every_rth_row_group_of_each_file(shards):
     lists = stream.read_lists(source, 1, 2, 3, stream.StreamPosition(1, 0, 1, 0))
     read = [next(lists) for _ in range(4)]
     # Reader 1 of 2 has group 1 of file 0 and group 1 of file 1; lists do not cross groups.
-    assert [position for position, _ in read] == [
+    assert [position[:4] for position, _ in read] == [
         (1, 0, 1, 3),
         (1, 0, 1, 4),
         (1, 1, 1, 3),
@@ -405,7 +405,6 @@ def flip_a_byte(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: write_parquet(path, ["x", None, "y"]), "rows without text"),
         (lambda path: write_parquet(path, ["x"], column="body"), "set text_column to one of body"),
         (lambda path: write_parquet(path, [1, 2]), "holds int64, not text"),
         (lambda path: path.write_bytes(b"PAR1 and then nothing"), "cannot be read"),
@@ -426,83 +425,10 @@ def test_missing_folder_and_missing_validation_file_are_told(tmp_path):
     with pytest.raises(ValueError, match="dataset_path=.*nowhere"):
         sources.ParquetSource(make_config("parquet", tmp_path / "nowhere"), "train")
     write_parquet(tmp_path / "only.parquet", ["x"])
-    with pytest.raises(ValueError, match=r"has 1 \.parquet files; at least 2"):
+    with pytest.raises(
+        ValueError, match=r"has 1 \.parquet files, 0 of them to train on; at least 2"
+    ):
         sources.ParquetSource(make_config("parquet", tmp_path), "train")
-
-
-# Lines of all lengths around the block's, with characters of several bytes.
-LINES = st.lists(st.text("aé\U0001f600 ", max_size=12), min_size=1, max_size=30)
-
-
-@settings(max_examples=100)
-@given(lines=LINES, block=st.integers(1, 40))
-def test_blocks_of_lines_have_every_document_once_and_in_order(tmp_path_factory, lines, block):
-    folder = tmp_path_factory.mktemp("jsonl")
-    rows = [json.dumps({"text": line}, ensure_ascii=False) for line in lines]
-    (folder / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    (folder / "b.jsonl").write_text("")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "BLOCK_BYTES", block)
-        found = documents_of(sources.JsonlSource(make_config("jsonl", folder), "train"))
-    assert [text for _, _, text in found] == lines
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": "cut off', "line at byte 15: cannot be read"),
-        ('{"body": "x"}', "no text in field 'text'"),
-        ('{"text": 5}', "no text in field 'text'"),
-        ('["text"]', "no text in field 'text'"),
-    ],
-)
-def test_a_bad_jsonl_line_is_named(tmp_path, line, message):
-    (tmp_path / "a.jsonl").write_text('{"text": "ok"}\n' + line)
-    (tmp_path / "b.jsonl").write_text("")
-    with pytest.raises(ValueError, match=message) as caught:
-        list(stream.iterate_texts(make_config("jsonl", tmp_path), "train"))
-    assert "a.jsonl" in str(caught.value)
-
-
-@settings(max_examples=50)
-@given(
-    lines=st.lists(st.sampled_from(["", "word", "some words", "x" * 50]), max_size=60),
-    block=st.integers(1, 200),
-)
-def test_text_files_lose_nothing_and_yield_no_empty_document(tmp_path_factory, lines, block):
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "a.txt").write_text("\n".join(lines))
-    (folder / "b.txt").write_text("")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "BLOCK_BYTES", block)
-        patch.setattr(sources, "TEXT_DOCUMENT_CHARACTERS", 40)
-        patch.setattr(sources, "TEXT_DOCUMENT_MAX_CHARACTERS", 100)
-        texts = [
-            text
-            for _, _, text in documents_of(sources.TextSource(make_config("text", folder), "train"))
-        ]
-    assert all(texts)
-    assert " ".join(texts).split() == " ".join(lines).split()
-
-
-def test_text_is_cut_at_blank_lines_and_serves_many_readers(tmp_path):
-    paragraph = "one sentence of many words. " * 40
-    text = "\n\n".join(f"{n} {paragraph}" for n in range(1000))
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_text(text)
-    source = sources.TextSource(make_config("text", tmp_path), "train")
-    stream.check_readers(source, 8)
-    found = documents_of(source)
-    whole = [text for _, _, text in found if len(text) >= sources.TEXT_DOCUMENT_CHARACTERS]
-    assert len(whole) > 0.9 * len(found)
-    assert all(text[0].isdigit() and text.endswith("words.") for text in whole)
-
-
-def test_text_that_is_not_utf8_is_named(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "b.txt").write_text("")
-    with pytest.raises(ValueError, match="a.txt: cannot be read .*utf-8"):
-        list(stream.iterate_texts(make_config("text", tmp_path), "train"))
 
 
 def test_synthetic_documents_follow_seed_and_split():

@@ -228,14 +228,14 @@ def test_a_conversation_may_be_changed_without_harm(tmp_path):
         ('{"text": "x"}', "line 3: a conversation must be"),
         ('["Hi"]', "line 3: message 0 must be"),
         ('[{"role": "user"}]', "line 3: message 0 must be"),
-        (json.dumps(HELLO[1:]), "line 3: message 0 is from 'assistant' but must be from 'user'"),
-        (json.dumps([*HELLO, HELLO[1]]), "line 3: message 2 is from 'assistant'"),
+        (json.dumps([{**HELLO[0], "role": "tool"}]), "line 3: message 0 is from 'tool' but must"),
         (
             json.dumps([HELLO[0], {"role": "assistant", "content": 5}]),
             "line 3: .* message 1 must be a text",
         ),
         (json.dumps(HELLO[:1]), "line 3: no message is from 'assistant'"),
         ("[" * 100_000, "line 3: nested too deeply"),
+        ("9" * 5000, "line 3: not JSON: Exceeds the limit"),
     ],
 )
 def test_an_error_names_the_line(tmp_path, line, problem):
@@ -248,7 +248,7 @@ def test_an_error_names_the_line(tmp_path, line, problem):
 def test_an_error_in_a_list_names_the_conversation_or_the_line(tmp_path):
     path = tmp_path / "a.json"
     for content, problem in (
-        (json.dumps([HELLO, HELLO[1:]]), "conversation 2: message 0 is from"),
+        (json.dumps([HELLO, HELLO[:1]]), "conversation 2: no message is from"),
         ("[\n[],\n}", "line 3: not JSON"),
         ('{"messages": []}', "must be a list of conversations; or name it .jsonl"),
     ):
@@ -276,7 +276,62 @@ def test_any_json_is_a_conversation_or_an_error_with_its_line(tmp_path_factory, 
     except ValueError as error:
         assert str(error).startswith(f"{path}, line 1: ")
     else:
-        assert turns(conversation)
+        messages = conversation["messages"]
+        assert messages is None or None in messages or turns(conversation)
+
+
+SHARED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+SHAPES = [
+    {"messages": HELLO},
+    {"messages": json.dumps(HELLO)},
+    {"conversations": SHARED},
+    {"conversation": json.dumps(SHARED)},
+    {"messages": [{"role": "human", "content": "Hi"}, {"role": "model", "content": "Hello"}]},
+    {"messages": [{**HELLO[0], "name": None, "tool_calls": None}, {**HELLO[1], "weight": 1}]},
+]
+
+
+@pytest.mark.parametrize("row", SHAPES)
+def test_conversations_in_the_shapes_of_other_data_sets_are_read(tmp_path, row):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row), "utf-8-sig")
+    (conversation,) = conversations_of(open_task(f"json:{path}"))
+    assert conversation["messages"] == HELLO
+    folder = tmp_path / "a--b" / "default" / "train"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([row]), folder / "00000.parquet")
+    assert conversations_of(open_task("chat:a/b/default/train", tmp_path)) == [{"messages": HELLO}]
+
+
+MALFORMED = [
+    None,
+    [None],
+    [HELLO[0], None, HELLO[1]],
+    [],
+    "no JSON",
+    [{**HELLO[0], "content": None}],
+]
+
+
+@pytest.mark.parametrize("messages", MALFORMED)
+def test_a_row_that_is_no_conversation_is_refused_only_when_it_is_rendered(tmp_path, messages):
+    """`messages` null and a null message ended the run with a TypeError."""
+    folder = tmp_path / "a--b" / "default" / "train"
+    folder.mkdir(parents=True)
+    kind = pa.string()
+    if not isinstance(messages, str):
+        kind = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+    pq.write_table(pa.table({"messages": pa.array([messages], kind)}), folder / "0.parquet")
+    (conversation,) = conversations_of(open_task("chat:a/b/default/train", tmp_path))
+    with pytest.raises(ValueError):
+        turns(conversation)
+
+
+@pytest.mark.parametrize("messages", MALFORMED[:3])
+def test_null_messages_in_a_file_of_ones_own_are_left_for_training_to_count(tmp_path, messages):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{json.dumps({'messages': messages})}\n{json.dumps(HELLO)}")
+    assert len(open_task(f"json:{path}")) == 2
 
 
 # ---- Errors -------------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
 """train.py through its real command line: train, stop, go on, refuse."""
 
+import gzip
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,7 +98,7 @@ def losses_of(place, run_name):
 @pytest.fixture(scope="module")
 def whole(place):
     """A run that nothing interrupted."""
-    out, _ = run(*words_of(place, "whole"))
+    out, _ = run(*words_of(place, "whole", "profile_steps=[3,5]"))
     return out
 
 
@@ -112,7 +115,7 @@ def test_a_run_trains_evaluates_and_says_so(place, whole):
         "muon",
         "command line",
         "derived",
-        "14/14",
+        "13/14",
         "tok/s",
         "bpb",
         "left",
@@ -121,6 +124,60 @@ def test_a_run_trains_evaluates_and_says_so(place, whole):
         assert word in whole, word
     assert (place / "runs/whole/checkpoints/14/MANIFEST.json").exists()
     assert len(list((place / "runs/whole/checkpoints").iterdir())) == 2, "checkpoint_keep"
+
+
+def history_of(place, run_name):
+    lines = (place / "runs" / run_name / "history.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def contents_of(folder):
+    """The bytes and the time of the last change of every file."""
+    return {
+        path: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def test_a_finished_run_started_again_says_so_and_changes_nothing(place, whole):
+    before = contents_of(place / "runs/whole")
+    out, _ = run(*words_of(place, "whole", "log_interval=7", "num_cpu_devices=2"))
+    assert "Run already complete (14 of 14 steps)" in out and "Resuming" not in out
+    assert contents_of(place / "runs/whole") == before
+
+
+def test_a_run_started_again_with_other_values_is_refused_with_the_difference(place, whole):
+    before = contents_of(place / "runs/whole")
+    out, err = run(*words_of(place, "whole", "matrix_lr=0.5", "seed=7"), status=2)
+    assert (
+        "trained to step 14 with other values: seed=7 instead of 42, matrix_lr=0.5 instead of"
+        in err
+    )
+    assert "allow_config_change=true" in err and err.count("\n") == 1 and "tok/s" not in out
+    after = contents_of(place / "runs/whole")
+    changed = {path.name for path in after if after[path] != before.get(path)}
+    assert changed == {"history.jsonl"}
+    assert [entry["event"] for entry in history_of(place, "whole")] == ["start", "end", "refused"]
+
+
+def test_a_profile_shows_where_the_time_of_its_steps_is_spent(place, whole):
+    table = whole[whole.index("most expensive operations") :].splitlines()
+    rows, last = table[2:12], table[12]
+    assert last == f"Saved the trace of 2 steps in {place}/runs/whole/tensorboard"
+    times = [float(row.split()[0]) for row in rows]
+    assert times == sorted(times, reverse=True) and times[-1] > 0
+    assert any(re.search(r"\b(layer|loss|optimizer)/\w+", row) for row in rows)
+    sources = [match for row in rows if (match := re.search(r"(\w+\.py):(\d+)", row))]
+    assert len(sources) >= 5
+    for match in sources:
+        (path,) = (ROOT / "MaxNano").rglob(match[1])
+        assert int(match[2]) <= len(path.read_text().splitlines())
+    folder = place / "runs/whole/tensorboard/plugins/profile"
+    assert len(list(folder.glob("*/*.xplane.pb"))) == 1
+    (events,) = folder.glob("*/*.trace.json.gz")
+    names = {event.get("name") for event in json.loads(gzip.open(events).read())["traceEvents"]}
+    assert rows[0].split()[-1] in names
 
 
 def test_a_finished_run_started_again_has_nothing_to_do(place, whole):
@@ -174,6 +231,12 @@ def test_asked_to_stop_it_saves_and_leaves_with_75(place, whole, number):
     out, _ = run(*words_of(place, name, "checkpoint_interval_steps=0"))
     assert "Resuming" in out
     assert losses_of(place, name) == losses_of(place, "whole")
+    first, stopped, second, finished = history_of(place, name)
+    assert [first["event"], stopped["event"]] == ["start", "end"]
+    assert first["changes"]["steps"] == [None, 14] and second["changes"] == {}
+    assert stopped["status"] == "preempted" and stopped["exit_status"] == 75
+    assert second["step"] == stopped["step"] > first["step"] == 0
+    assert finished["status"] == "finished" and finished["step"] == 14
 
 
 def test_it_goes_on_with_other_devices_and_workers(place, whole):
@@ -182,7 +245,12 @@ def test_it_goes_on_with_other_devices_and_workers(place, whole):
     wait_for_step(place, "moved", 6, stop)
     stop.send_signal(signal.SIGKILL)
     stop.communicate()
-    run(*words_of(place, "moved", "num_cpu_devices=4", "data_workers=1"))
+    # Neither where the data are nor when something is logged changes a number.
+    copy = place / "copy of text"
+    shutil.copytree(place / "text", copy)
+    free = ["num_cpu_devices=4", "data_workers=1", f"dataset_path={copy}", "eval_interval=14"]
+    run(*words_of(place, "moved", *free, "log_interval=5", "per_device_batch_size=1"))
+    assert history_of(place, "moved")[1]["changes"]["num_cpu_devices"] == [1, 4]
     for got, expected in zip(losses_of(place, "moved"), losses_of(place, "whole"), strict=True):
         assert got == pytest.approx(expected, rel=1e-4)
 
@@ -209,6 +277,45 @@ def test_dry_run_shows_the_plan_and_writes_nothing(place):
     for word in ("parameters", "FLOPs", "memory", "14 steps", "256 tokens", "parquet, "):
         assert word in out, word
     assert not (place / "runs/dry").exists()
+
+
+def test_damaged_data_stop_a_run_that_is_saved_and_can_leave_them_out(place):
+    """A corrupt row group after hours ended the run unsaved, and the same command stopped again."""
+    (place / "damaged").mkdir()
+    for shard in range(3):
+        texts = pq.read_table(place / "text" / f"shard_{shard}.parquet")["text"].to_pylist()
+        texts[5] = None
+        options = {"row_group_size": 10, "write_page_checksum": True, "use_dictionary": False}
+        path = place / "damaged" / f"{('train-0', 'train-1', 'test-0')[shard]}.parquet"
+        pq.write_table(pa.table({"text": texts}), path, **options)
+    path = place / "damaged" / "train-0.parquet"
+    column = pq.ParquetFile(path).metadata.row_group(8).column(0)
+    content = bytearray(path.read_bytes())
+    content[column.data_page_offset + column.total_compressed_size - 3] ^= 0xFF
+    path.write_bytes(content)
+    values = ["checkpoint_interval_steps=0", "packing_buffer_documents=5", "eval_interval=0"]
+    words = words_of(
+        place, "damaged", f"dataset_path={place}/damaged", *values, "sample_interval=0"
+    )
+    out, err = run(*words, status=2)
+    saved = next(line for line in out.splitlines() if line.startswith("Saved checkpoint at step"))
+    step = int(saved.split()[4].rstrip(";"))
+    assert 0 < step < 14
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert "train-0.parquet, row group 8: cannot be read" in line
+    assert "skip_corrupt_data=true" in line
+    for shown in ("training files    train-0.parquet, train-1.parquet", "test-0.parquet"):
+        assert shown in out
+    assert re.search(r"discarded tokens +\d+ % \(estimate from the first \d+ documents", out)
+    before = losses_of(place, "damaged")
+    assert [row[0] for row in before] == list(range(step))
+    out, _ = run(*words, "skip_corrupt_data=true")
+    assert f"from step {step}" in out
+    assert re.search(r"rows without text \d damaged parts 1 discarded \d+\.\d% \|", out)
+    assert losses_of(place, "damaged")[:step] == before
+    last = rows_of(place, "damaged")[-1]
+    assert last["step"] == 13 and last["damaged_parts"] == 1 and last["rows_without_text"] > 0
+    assert 0 < last["discarded_share"] < 1
 
 
 def test_three_updates_that_are_not_finite_stop_the_run(place):
@@ -267,8 +374,36 @@ def test_a_second_run_on_the_same_folder_is_refused(place):
     assert err.startswith("error: ") and err.count("\n") == 1
 
 
+def test_a_change_that_is_allowed_is_recorded(place, whole):
+    """In the middle of a run: another rate, and other text under the same path."""
+    shutil.copytree(place / "text", place / "edited")
+    shutil.copytree(place / "runs/whole", place / "runs/changed")
+    shutil.rmtree(place / "runs/changed/checkpoints/14")
+    (place / "runs/changed/evals/step_000014.json").unlink(missing_ok=True)
+    shard = place / "edited/shard_1.parquet"
+    shard.write_bytes((place / "text/shard_0.parquet").read_bytes())
+    words = words_of(place, "changed", "matrix_lr=0.04", f"dataset_path={place}/edited")
+    _, err = run(*words, status=2)
+    assert "matrix_lr=0.04 instead of 0.02; in the training data shard_1.parquet has changed" in err
+    saved = (place / "runs/changed/config.yml").read_text()
+    assert "matrix_lr: 0.02" in saved, "what the run used"
+
+    run(*words, "allow_config_change=true")
+    refused, started, ended = history_of(place, "changed")[-3:]
+    assert (refused["event"], ended["status"]) == ("refused", "finished")
+    assert started["step"] == 12 and started["allowed"] == ["data", "matrix_lr"]
+    assert started["changes"]["matrix_lr"] == [0.02, 0.04]
+    assert started["versions"]["source"] and started["devices"]["kind"] == "cpu"
+    saved = (place / "runs/changed/config.yml").read_text()
+    assert "matrix_lr: 0.04" in saved and "allow_config_change: false" in saved
+    out, _ = run(*words)
+    assert "Run already complete (14 of 14 steps)" in out
+    _, err = run(*words_of(place, "changed"), status=2)
+    assert "matrix_lr=0.02 instead of 0.04" in err
+
+
 def test_another_tokenizer_cannot_go_on_with_a_run(place, whole):
     other = place / "other"
     train_bpe([" ".join(reversed(WORDS)) + " some other words altogether"] * 9, 300).save(other)
-    _, err = run(*words_of(place, "whole", f"tokenizer_path={other}", "steps=20"), status=2)
+    _, err = run(*words_of(place, "whole", f"tokenizer_path={other}"), status=2)
     assert "tokenizer" in err and err.count("\n") == 1, err

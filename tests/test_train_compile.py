@@ -193,6 +193,7 @@ def test_prefill_and_decode_compile_for_a_slice(tmp_path):
         assert program["run_seconds"] is None
 
 
+@pytest.mark.long
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(900)
 def test_decoding_finds_the_cache_as_it_wants_it(tmp_path):
@@ -209,6 +210,7 @@ def test_decoding_finds_the_cache_as_it_wants_it(tmp_path):
     assert 0 < cycles["weight"] < 0.1 * cycles["matmul"]
 
 
+@pytest.mark.long
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(900)
 def test_two_slices_talk_over_the_data_center_network(tmp_path):
@@ -248,7 +250,8 @@ def test_too_much_for_the_memory_is_one_line_with_a_batch_that_fits(tmp_path):
 
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("model", ["d4", "d12", pytest.param("d24", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["d4", "d12", "d24"])
 def test_the_real_models_fit_a_v6e_8(tmp_path, model):
     """d4 and d12 with the compiler's least effort: slower code of the same memory, collectives and
     flags.

@@ -14,9 +14,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
 torch.set_num_threads(1)  # the models are tiny
+
+
+def refusals(model, rows) -> list[str]:
+    """What the model says to caches that it does not know, and to one that did not arrive."""
+    length = rows.shape[1]
+    static = StaticCache(config=model.config, max_cache_len=length)
+    said = []
+    for arguments in (
+        {"memory": DynamicCache(config=model.config)},
+        {"cache": static},
+        {"past_key_values": static},
+        {"attention_mask": torch.ones(len(rows), length)},
+    ):
+        try:
+            model(rows[:, :1], **arguments)
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+    return said
 
 
 def answer(folder: Path) -> None:
@@ -32,11 +51,12 @@ def answer(folder: Path) -> None:
         output = model(rows, labels=rows)
         found["logits"], found["loss"] = output.logits, output.loss
         # By one token, then two, then the rest of the row at a time, over the cache.
+        name = "cache" if "cache" in output else "past_key_values"  # the former since 5.24
         parts, cache = [], None
         for start, end in ((0, 1), (1, 3), (3, length)):
-            step = model(rows[:, start:end], past_key_values=cache, use_cache=True)
+            step = model(rows[:, start:end], **{name: cache}, use_cache=True)
             parts.append(step.logits)
-            cache = step.past_key_values
+            cache = step[name]
         found["cached"] = torch.cat(parts, dim=1)
         # The first row shortened and padded before.
         short = torch.cat([torch.zeros(1, 5, dtype=torch.long), rows[:1, : length - 5]], dim=1)
@@ -70,6 +90,7 @@ def answer(folder: Path) -> None:
             asked["conversation"][:-1], add_generation_prompt=True, return_dict=False
         ),
         "windows": model.config.windows,
+        "refusals": refusals(model, rows),
         "eos": tokenizer.eos_token,
         "half": {name: str(p.dtype) for name, p in half.named_parameters() if p.dim() == 1},
         "half_loss": float(half(rows, labels=rows).loss),

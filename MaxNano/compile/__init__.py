@@ -1,4 +1,4 @@
-"""Programs compiled for a TPU without a TPU: HLO, estimated cost, report, slices.
+"""What programs cost: compiled for a TPU without a TPU (HLO, estimate, report, slices), or traced.
 
-Everything that runs on a device is elsewhere.
+Everything else that runs on a device is elsewhere.
 """

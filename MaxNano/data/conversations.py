@@ -183,6 +183,7 @@ class ConversationEncoding:
         self.mixture = Mixture(config, split)
         self.readers = config.data_readers
         self.row_tokens = config.max_target_length + 1
+        self.splits = False
         self.padding = ~tokenizer.bos_id
         self._tokenizer = tokenizer
         self._list_documents = config.tokenize_batch_documents

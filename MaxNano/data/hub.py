@@ -36,6 +36,7 @@ from huggingface_hub.utils._http import default_client_factory
 from huggingface_hub.utils.tqdm import tqdm
 
 from MaxNano.data import sources
+from MaxNano.data.folder import split_files
 from MaxNano.data.manifest import MANIFEST, Manifest
 from MaxNano.storage import files as storage
 
@@ -417,7 +418,7 @@ def fetch_files(
 
 
 def fetch_dataset(config: Any, say: Say = print_line) -> Path:
-    """Download a parquet data set: its first `download_shards` files, and its last for validation.
+    """Download a parquet data set: its first `download_shards` files, and those that validate.
 
     Returns the folder that dataset_type=hf reads. Raises ValueError with one line.
     """
@@ -433,14 +434,15 @@ def fetch_dataset(config: Any, say: Say = print_line) -> Path:
         listed = [file for file in repository.list_files() if name.includes(file.path)]
         # A flat folder; a dot would hide the file.
         shards = {file.path.replace("/", "--").lstrip("."): file for file in listed}
-        *training, validation = sorted(shards) or [None]
-        if not training:
+        splits = split_files(shards)
+        if not (splits.train and splits.validation):
             raise ValueError(
-                f"{source} has {len(shards)} parquet files on the hub; at least 2 are needed, the "
-                "last is for validation"
+                f"{source} has {len(shards)} parquet files on the hub, {len(splits.train)} of them "
+                "to train on; at least 2 are needed, because those of the validation split, or "
+                "the last one, are held out"
             )
         # Validation first: training evaluates before its first step.
-        wanted = [validation, *training[: config.download_shards]]
+        wanted = [*splits.validation, *splits.train[: config.download_shards]]
         facts = {
             shard: (shards[shard].size, shards[shard].lfs and shards[shard].lfs.sha256)
             for shard in wanted

@@ -15,7 +15,7 @@ import collections
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -24,8 +24,14 @@ import numpy as np
 from MaxNano.data import conversations, packing, sources, stream, workers
 
 Batch = dict[str, np.ndarray]
-# A reader's position and its documents that are not packed yet, in order of arrival.
-ReaderState = tuple[Any, tuple[packing.Document, ...]]
+
+
+class ReaderState(NamedTuple):
+    """What resumes a reader."""
+
+    position: Any
+    documents: tuple[packing.Document, ...] = ()  # not packed yet, in order of arrival
+    counts: packing.Counts = packing.NO_TOKENS
 
 
 class _Snapshot:
@@ -81,23 +87,29 @@ class _PackedRowsIterator(grain.DatasetIterator):
     def get_state(self) -> dict[str, _Snapshot]:
         return {
             "snapshot": _Snapshot(
-                {r: (self._positions[r], packer.documents) for r, packer in self._packers.items()}
+                {
+                    r: ReaderState(self._positions[r], packer.documents, packer.counts)
+                    for r, packer in self._packers.items()
+                }
             )
         }
 
     def set_state(self, state: dict[str, _Snapshot]) -> None:
         self.close()
         self._closed = False
-        self._positions = {r: position for r, (position, _) in state["snapshot"].readers.items()}
+        readers = state["snapshot"].readers
+        self._positions = {reader: saved.position for reader, saved in readers.items()}
         self._packers = {
             reader: packing.BestFitPacker(
                 self._dataset.encoding.row_tokens,
                 self._dataset.buffer_documents,
                 lambda reader=reader: self._next_documents(reader),
-                documents,
+                saved.documents,
                 self._dataset.encoding.padding,
+                self._dataset.encoding.splits,
+                saved.counts,
             )
-            for reader, (_, documents) in state["snapshot"].readers.items()
+            for reader, saved in readers.items()
         }
 
     def __next__(self) -> np.ndarray:
@@ -186,19 +198,29 @@ class Loader:
         return {
             "data_readers": self._encoding.readers,
             "row_tokens": self._encoding.row_tokens,
+            "long_documents": _long_documents(self._encoding),
             "readers": {
                 str(reader): {
-                    **self._encoding.position_to_json(position),
-                    **_documents_to_text(documents),
+                    **self._encoding.position_to_json(saved.position),
+                    **_documents_to_text(saved.documents),
+                    "tokens_read": saved.counts.read,
+                    "tokens_discarded": saved.counts.discarded,
                 }
-                for reader, (position, documents) in snapshot.readers.items()
+                for reader, saved in snapshot.readers.items()
             },
         }
 
-    def position(self, snapshot: _Snapshot | None = None) -> dict[str, int]:
-        """The progress of this host's readers, as metrics for the step line."""
-        snapshot = self.snapshot if snapshot is None else snapshot
-        return self._encoding.progress([position for position, _ in snapshot.readers.values()])
+    def position(self, snapshot: _Snapshot | None = None) -> dict[str, float]:
+        """The progress of this host's readers, as metrics for the step line.
+
+        discarded_share: the share of the tokens read so far that long_documents=crop discards.
+        """
+        readers = (self.snapshot if snapshot is None else snapshot).readers.values()
+        progress = self._encoding.progress([saved.position for saved in readers])
+        if self._encoding.padding is not None:
+            return progress
+        read, discarded = map(sum, zip(*(saved.counts for saved in readers), strict=True))
+        return {**progress, "discarded_share": discarded / max(1, read)}
 
     def close(self) -> None:
         if self._rows is not None:
@@ -264,13 +286,15 @@ def _make_encoding(config: Any, tokenizer: Any, split: str) -> workers.Encoding:
     if config.dataset_type in ENCODINGS:
         return ENCODINGS[config.dataset_type](config, tokenizer, split)
     source = sources.open_source(config, split)
-    stream.check_readers(source, config.data_readers)
+    stream.check_readers(source, config.data_readers, config.skip_corrupt_data)
     return workers.TextEncoding(
         source=source,
         tokenizer=tokenizer,
         readers=config.data_readers,
         list_documents=config.tokenize_batch_documents,
         row_tokens=config.max_target_length + 1,
+        splits=config.long_documents == "split",
+        skips_damaged=config.skip_corrupt_data,
     )
 
 
@@ -307,12 +331,18 @@ def _restore(
     encoding: workers.Encoding, opened: range, state: Mapping[str, Any] | None
 ) -> _Snapshot:
     if state is None:
-        return _Snapshot({reader: (encoding.start_position(reader), ()) for reader in opened})
-    for key, now in (("data_readers", encoding.readers), ("row_tokens", encoding.row_tokens)):
-        if state[key] != now:
+        return _Snapshot({r: ReaderState(encoding.start_position(r)) for r in opened})
+    required = {
+        "data_readers": encoding.readers,
+        "row_tokens": encoding.row_tokens,
+        "long_documents": _long_documents(encoding),
+    }
+    for key, now in required.items():
+        saved = state.get(key, "crop")  # earlier versions had no long_documents
+        if saved != now:
             raise ValueError(
-                f"the saved data position has {key}={state[key]} but the run has {now}; "
-                "resume with the same data_readers and max_target_length"
+                f"the saved data position has {key}={saved} but the run has {now}; "
+                "resume with the same data_readers, max_target_length and long_documents"
             )
     restored = {}
     for reader in opened:
@@ -321,9 +351,17 @@ def _restore(
             raise ValueError(
                 f"the saved data position has no reader {reader}; merge the states of all hosts"
             )
-        position = encoding.position_from_json(saved)
-        restored[reader] = (position, _documents_from_text(saved))
+        documents = _documents_from_text(saved)
+        counts = packing.Counts(saved.get("tokens_read", 0), saved.get("tokens_discarded", 0))
+        if "tokens_read" not in saved:  # of an earlier version: count from here on
+            lost = (document.length - len(document.tokens) for document in documents)
+            counts = packing.Counts(sum(document.length for document in documents), sum(lost))
+        restored[reader] = ReaderState(encoding.position_from_json(saved), documents, counts)
     return _Snapshot(restored)
+
+
+def _long_documents(encoding: workers.Encoding) -> str:
+    return "split" if encoding.splits else "crop"
 
 
 def _documents_to_text(documents: Sequence[packing.Document]) -> dict[str, str]:
@@ -399,7 +437,7 @@ class DevicePrefetch:
     def state(self) -> dict[str, Any]:
         return self._loader.state(self._snapshot)
 
-    def position(self) -> dict[str, int]:
+    def position(self) -> dict[str, float]:
         return self._loader.position(self._snapshot)
 
     def close(self) -> None:

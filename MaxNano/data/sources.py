@@ -1,22 +1,16 @@
 """Document sources: the data set formats, all with the same interface.
 
 A source is a sorted list of files, a file is a sequence of row groups, and a row group is a short
-run of documents; stream.py reads them. To add a format, write a class and a row of SOURCES.
-
-A folder with a manifest.json of its files (hub.py writes one) can be read while they download: the
-manifest lists the files, and those that are missing have not arrived yet.
+run of documents; stream.py reads them. folder.py decides which files train. To add a format, write
+a class and a row of SOURCES.
 """
 
-import contextlib
 import fnmatch
-import io
-import json
 import math
 import os
 import re
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -26,34 +20,24 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from MaxNano import pyconfig
-from MaxNano.data.manifest import MANIFEST, listed_files
+from MaxNano.data.folder import DamagedData, Folder, NotArrived, decode, naming, open_file
+from MaxNano.data.lines import JsonlSource, TextSource
+from MaxNano.data.manifest import MANIFEST
 
-BUCKET_RETRY_SECONDS = 120  # time limit for retries of a failed request to a bucket
-
-# Row groups of formats that have none. These sizes and the next two decide which documents a reader
-# gets and where they begin: other values would change the order of the data.
-BLOCK_BYTES = 1 << 17
+# Documents of a row group where the format has none. Another size would change the order of the
+# data.
 BLOCK_DOCUMENTS = 1024
-# Running text is cut at the first blank line after this many characters, and at any line after the
-# maximum, because packing drops the part of a document that is longer than a row.
-TEXT_DOCUMENT_CHARACTERS = 4_000
-TEXT_DOCUMENT_MAX_CHARACTERS = 16_000
-
-
-class NotArrived(NamedTuple):
-    """Stands for a file that the manifest lists and that is still being downloaded."""
-
-    path: str
-    quiet_seconds: float  # since the download last received anything
-    limit_seconds: float  # timeout for the silence and for the wait
 
 
 class RowGroups(Protocol):
-    """One opened file: its number of row groups, and the documents of each, one at a time."""
+    """One opened file: its number of row groups, and the documents of each, one at a time.
+
+    A row without text is None, and a damaged one DamagedData; other damage is raised.
+    """
 
     def __len__(self) -> int: ...
 
-    def documents(self, group: int) -> Iterator[str]: ...
+    def documents(self, group: int) -> Iterator[str | None | DamagedData]: ...
 
 
 class Source(Protocol):
@@ -81,117 +65,10 @@ def open_source(config: Any, split: str) -> Source:
     return SOURCES[config.dataset_type](config, split)
 
 
-@contextlib.contextmanager
-def _naming(where: str) -> Iterator[None]:
-    """Turn the error of a damaged file into one line that names it."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{where}: cannot be read ({line})") from None
-
-
-def _decode(text: bytes) -> str:
-    return text.decode("utf-8")  # strict: damaged text stops the run instead of being trained on
-
-
-def _with_time_limit(where: str) -> str:
-    """A bucket's URL with a time limit of BUCKET_RETRY_SECONDS; pyarrow's default is 15 minutes.
-
-    Source: https://arrow.apache.org/docs/python/generated/pyarrow.fs.GcsFileSystem.html, and
-    GcsOptions::FromUri in Arrow's C++.
-    """
-    if not where.startswith(("gs://", "gcs://")) or "?" in where:
-        return where
-    return f"{where}?retry_limit_seconds={BUCKET_RETRY_SECONDS}"
-
-
-def _open(filesystem: pafs.FileSystem, path: str) -> pa.NativeFile:
-    """Open a file to read. Raises OSError."""
-    file = filesystem.open_input_file(path)
-    if file.closed:  # pyarrow's answer if the bucket does not respond
-        raise OSError(f"the bucket did not answer for {BUCKET_RETRY_SECONDS} s")
-    return file
-
-
-class _Folder:
-    """The files with one ending in a local folder or a bucket; the last is held out for validation.
-
-    A manifest in the folder decides: a file that it does not list is refused, and a missing file
-    that it lists as not done has not arrived yet.
-    """
-
-    ending: str
-
-    def __init__(self, config: Any, split: str, folder: str | None = None):
-        self.where = folder or config.dataset_path
-        self.column = config.text_column
-        self._config = config
-        with _naming(f"dataset_path={self.where}"):
-            if "://" in self.where:
-                self.filesystem, folder = pafs.FileSystem.from_uri(_with_time_limit(self.where))
-            else:
-                self.filesystem = pafs.LocalFileSystem()
-                folder = os.path.expanduser(self.where)
-            infos = self.filesystem.get_file_info(pafs.FileSelector(folder))
-        present = {info.base_name for info in infos if info.type == pafs.FileType.File}
-        self._folder = folder.rstrip("/")
-        self._listed = MANIFEST in present and bool(self._of_this_kind(self._manifest()))
-        files = self._of_this_kind(self._manifest() if self._listed else present)
-        unlisted = set(self._of_this_kind(present)) - set(files)
-        if unlisted:
-            raise ValueError(
-                f"{self.where}/{min(unlisted)} is not in {MANIFEST}, which lists the files of this "
-                "data set; move the file or the manifest away"
-            )
-        if len(files) < 2:
-            raise ValueError(
-                f"dataset_path={self.where} has {len(files)} {self.ending} files; "
-                "at least 2 are needed, the last in sorted order is held out for validation"
-            )
-        self.files = files[:-1] if split == "train" else files[-1:]
-
-    def _of_this_kind(self, names: Iterable[str]) -> list[str]:
-        return sorted(
-            name for name in names if name.endswith(self.ending) and not name.startswith(".")
-        )
-
-    def _manifest(self) -> dict[str, Any]:
-        path = f"{self._folder}/{MANIFEST}"
-        with _naming(path), _open(self.filesystem, path) as file:
-            return listed_files(file.read(), path)
-
-    def path_of(self, file: int) -> str | NotArrived:
-        """The path of a file. Raises ValueError if it was downloaded and is missing now."""
-        name = self.files[file]
-        path = f"{self._folder}/{name}"
-        if not self._listed or self._exists(path):
-            return path
-        is_coming = self._manifest().get(name, {}).get("done") is False
-        if self._exists(path):  # it arrived between the two checks
-            return path
-        if not is_coming:
-            raise ValueError(
-                f"{path} is missing, but {MANIFEST} lists it; put it back or download it again"
-            )
-        touched = self.filesystem.get_file_info(f"{self._folder}/{MANIFEST}").mtime_ns
-        return NotArrived(path, time.time() - touched / 1e9, self._config.data_wait_seconds)
-
-    def _exists(self, path: str) -> bool:
-        return self.filesystem.get_file_info(path).type == pafs.FileType.File
-
-    def open(self, file: int) -> RowGroups | NotArrived:
-        path = self.path_of(file)
-        return path if isinstance(path, NotArrived) else self.open_path(path)
-
-    def open_path(self, path: str) -> RowGroups:
-        raise NotImplementedError
-
-
-class ParquetSource(_Folder):
+class ParquetSource(Folder):
     """Parquet shards with one document per row of `text_column`; page checksums are verified."""
 
-    ending = ".parquet"
+    endings = (".parquet",)
 
     def open_path(self, path: str) -> RowGroups:
         return _ParquetRowGroups(self.filesystem, path, self.column)
@@ -205,7 +82,7 @@ class HubName(NamedTuple):
 
     def includes(self, path: str) -> bool:
         """Whether a file of the repository belongs to the data set."""
-        if not path.endswith(HubSource.ending):
+        if not path.endswith(HubSource.endings):
             return False
         return (
             self.pattern is None
@@ -254,20 +131,33 @@ class HubSource(ParquetSource):
         super().__init__(config, split, folder)
 
 
+_TEXT_TYPES = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_binary,  # not annotated as text: read as UTF-8
+    pa.types.is_large_binary,
+    pa.types.is_binary_view,
+)
+
+
 class _ParquetRowGroups:
     def __init__(self, filesystem: pafs.FileSystem, path: str, column: str):
         self._path, self._column = path, column
-        with _naming(path):
-            self._file = pq.ParquetFile(_open(filesystem, path), page_checksum_verification=True)
+        with naming(path):
+            self._file = pq.ParquetFile(
+                open_file(filesystem, path), page_checksum_verification=True
+            )
         schema = self._file.schema_arrow
-        if column not in schema.names:
+        if schema.names.count(column) != 1:
+            problem = "two columns" if column in schema.names else "no column"
             raise ValueError(
-                f"{path}: no column {column!r}; set text_column to one of {', '.join(schema.names)}"
+                f"{path}: {problem} {column!r}; set text_column to one of {', '.join(schema.names)}"
             )
         kind = schema.field(column).type
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if not any(is_text(kind) for is_text in _TEXT_TYPES):
             raise ValueError(
                 f"{path}: column {column!r} holds {kind}, not text; set text_column to another one"
             )
@@ -275,110 +165,14 @@ class _ParquetRowGroups:
     def __len__(self) -> int:
         return self._file.num_row_groups
 
-    def documents(self, group: int) -> Iterator[str]:
+    def documents(self, group: int) -> Iterator[str | None]:
         # In batches: a row group may be larger than memory.
-        with _naming(self._path):
+        with naming(f"{self._path}, row group {group}"):
             for batch in self._file.iter_batches(
                 batch_size=BLOCK_DOCUMENTS, row_groups=[group], columns=[self._column]
             ):
-                texts = batch.column(0)
-                if texts.null_count:
-                    raise ValueError(
-                        f"{self._path}: row group {group} has rows without text "
-                        f"(null in {self._column!r}); drop them"
-                    )
-                yield from texts.to_pylist()
-
-
-class _LineBlocks:
-    """A file of lines, cut into blocks of BLOCK_BYTES; a block has the lines that begin in it.
-
-    A block can be reached without reading the file up to it.
-    """
-
-    def __init__(self, filesystem: pafs.FileSystem, path: str):
-        self.path = path
-        with _naming(path):
-            self._file = io.BufferedReader(_open(filesystem, path), BLOCK_BYTES)
-            self._size = self._file.seek(0, os.SEEK_END)
-
-    def __len__(self) -> int:
-        return (self._size + BLOCK_BYTES - 1) // BLOCK_BYTES
-
-    def lines(self, group: int) -> Iterator[tuple[int, str]]:
-        """(offset in bytes, line) of every line that begins in the block."""
-        begin, end = group * BLOCK_BYTES, (group + 1) * BLOCK_BYTES
-        with _naming(self.path):
-            # From the byte before: if that one ends a line, the line at `begin` is ours.
-            offset = self._file.seek(max(0, begin - 1))
-            if begin:
-                offset += len(self._file.readline())
-            while offset < end:
-                line = self._file.readline()
-                if not line:
-                    return
-                yield offset, _decode(line)
-                offset += len(line)
-
-
-class JsonlSource(_Folder):
-    """One JSON object per line; its field `text_column` is the document. Empty lines are skipped."""
-
-    ending = ".jsonl"
-
-    def open_path(self, path: str) -> RowGroups:
-        return _JsonlBlocks(self.filesystem, path, self.column)
-
-
-class _JsonlBlocks(_LineBlocks):
-    def __init__(self, filesystem: pafs.FileSystem, path: str, field: str):
-        super().__init__(filesystem, path)
-        self._field = field
-
-    def documents(self, group: int) -> Iterator[str]:
-        for offset, line in self.lines(group):
-            if not line.strip():
-                continue
-            with _naming(f"{self.path}, line at byte {offset}"):
-                record = json.loads(line)
-            text = record.get(self._field) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"{self.path}, line at byte {offset}: no text in field {self._field!r}; "
-                    "set text_column to the field that holds it"
-                )
-            yield text
-
-
-class TextSource(_Folder):
-    """Running text, cut at blank lines into documents of a few thousand characters.
-
-    A file is not one document: packing keeps at most one row of each document, which would be the
-    first page of a book.
-    """
-
-    ending = ".txt"
-
-    def open_path(self, path: str) -> RowGroups:
-        return _TextBlocks(self.filesystem, path)
-
-
-class _TextBlocks(_LineBlocks):
-    def documents(self, group: int) -> Iterator[str]:
-        lines, characters = [], 0
-        for _, line in self.lines(group):
-            lines.append(line)
-            characters += len(line)
-            at_blank = not line.strip() and characters >= TEXT_DOCUMENT_CHARACTERS
-            if at_blank or characters >= TEXT_DOCUMENT_MAX_CHARACTERS:
-                yield from _stripped(lines)
-                lines, characters = [], 0
-        yield from _stripped(lines)
-
-
-def _stripped(lines: list[str]) -> list[str]:
-    text = "".join(lines).strip()
-    return [text] if text else []
+                for text in batch.column(0).to_pylist():
+                    yield decode(text) if isinstance(text, bytes) else text
 
 
 class TfdsSource:
@@ -438,8 +232,8 @@ class _TfdsBlocks:
                     f"{self._where}: feature {self._feature!r} is not text; "
                     "set text_column to another one"
                 )
-            with _naming(f"{self._where}, record {index}"):
-                yield _decode(text) if isinstance(text, bytes) else text
+            with naming(f"{self._where}, record {index}"):
+                yield decode(text) if isinstance(text, bytes) else text
 
 
 class SyntheticSource:

@@ -13,22 +13,30 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from MaxNano.data.sources import MixtureSource, NotArrived, Source, open_source
+from MaxNano.data.folder import DamagedData, NotArrived
+from MaxNano.data.sources import MixtureSource, RowGroups, Source, open_source
 
 POLL_SECONDS = 1.0  # between checks for a file that has not arrived
 REMIND_SECONDS = 30.0  # between messages about it
+
+_END = object()  # of the rows of a row group; None is a row
 
 
 # ---- Positions ----------------------------------------------------------------------------------
 
 
 class StreamPosition(NamedTuple):
-    """A reader has read `row` documents of row group `group` of file `file`. Epochs count from 1."""
+    """A reader has read `row` rows of row group `group` of file `file`. Epochs count from 1.
+
+    The counts are of all epochs.
+    """
 
     epoch: int
     file: int
     group: int
     row: int
+    rows_without_text: int = 0
+    damaged_parts: int = 0  # left out with skip_corrupt_data
 
 
 class MixturePosition(NamedTuple):
@@ -49,6 +57,15 @@ class MixturePosition(NamedTuple):
     @property
     def group(self) -> int:
         return self.parts[0].group
+
+    @property
+    def rows_without_text(self) -> int:
+        """The counts are of all parts."""
+        return sum(part.rows_without_text for part in self.parts)
+
+    @property
+    def damaged_parts(self) -> int:
+        return sum(part.damaged_parts for part in self.parts)
 
 
 SourcePosition = StreamPosition | MixturePosition
@@ -101,37 +118,55 @@ def position_from_json(source: Source, saved: Mapping[str, Any]) -> SourcePositi
             "for this split; put the file back"
         )
     file = list(source.files).index(saved["file"])
-    return StreamPosition(saved["epoch"], file, saved["group"], saved["row"])
+    counts = (saved.get(name, 0) for name in ("rows_without_text", "damaged_parts"))
+    return StreamPosition(saved["epoch"], file, saved["group"], saved["row"], *counts)
 
 
 # ---- Documents of one reader --------------------------------------------------------------------
 
 
 def read_lists(
-    source: Source, reader: int, readers: int, size: int, position: SourcePosition
+    source: Source,
+    reader: int,
+    readers: int,
+    size: int,
+    position: SourcePosition,
+    *,
+    characters: float = math.inf,
+    skip_damaged: bool = False,
 ) -> Iterator[tuple[SourcePosition, list[str]] | NotArrived]:
     """Endless lists of up to `size` documents of one reader, each with the position after it.
 
-    Lists never cross a row group. Given a position that it yielded, it resumes after that list.
-    Yields NotArrived, once per next(), until the file of the next list has arrived. Raises
-    ValueError if a whole epoch has no document for this reader.
+    Lists never cross a row group, end at `characters`, and may be empty. Given a position that it
+    yielded, it resumes after that list. Rows without text are skipped and counted; so are damaged
+    parts with skip_damaged, otherwise DamagedData is raised. Yields NotArrived, once per next(),
+    until the file of the next list has arrived. Raises ValueError if a whole epoch has no document
+    for this reader.
     """
+    options = {"characters": characters, "skip_damaged": skip_damaged}
     if isinstance(source, MixtureSource):
-        yield from _read_mixture(source, reader, readers, size, position)
-    epoch, file, group, row = position
+        yield from _read_mixture(source, reader, readers, size, position, options)
+    epoch, file, group, row, without_text, damaged = position
     has_documents = True  # the first epoch may begin midway and proves nothing
     while True:
         while file < len(source.files):
-            groups = source.open(file)
+            groups = _open(source, file, skip_damaged)
             if isinstance(groups, NotArrived):
                 yield groups
                 continue
+            if groups is None:
+                damaged += reader == 0  # once for all readers
+                file, group, row = file + 1, reader, 0
+                continue
             while group < len(groups):
-                documents = itertools.islice(groups.documents(group), row, None)
-                while texts := list(itertools.islice(documents, size)):
-                    has_documents = True
-                    row += len(texts)
-                    yield StreamPosition(epoch, file, group, row), texts
+                rows = itertools.islice(_rows(groups, group, skip_damaged), row, None)
+                while taken := _take(rows, size, characters):
+                    texts = [text for text in taken if isinstance(text, str)]
+                    row += len(taken)
+                    without_text += taken.count(None)
+                    damaged += len(taken) - len(texts) - taken.count(None)
+                    has_documents = has_documents or bool(texts)
+                    yield StreamPosition(epoch, file, group, row, without_text, damaged), texts
                 group, row = group + readers, 0
             file, group = file + 1, reader
         if not has_documents:
@@ -142,12 +177,59 @@ def read_lists(
         epoch, file, has_documents = epoch + 1, 0, False
 
 
+def _open(source: Source, file: int, skip_damaged: bool) -> RowGroups | NotArrived | None:
+    """The row groups of a file; None if it is damaged and skip_damaged. Raises DamagedData."""
+    try:
+        return source.open(file)
+    except DamagedData as error:
+        if not skip_damaged:
+            raise _with_remedy(error) from None
+        return None
+
+
+def _rows(groups: RowGroups, group: int, skip_damaged: bool) -> Iterator[str | None | DamagedData]:
+    """The rows of a row group, and DamagedData for each damaged part, which is raised if not
+    skip_damaged.
+    """
+    try:
+        for row in groups.documents(group):
+            if isinstance(row, DamagedData) and not skip_damaged:
+                raise row
+            yield row
+    except DamagedData as error:
+        if not skip_damaged:
+            raise _with_remedy(error) from None
+        yield error
+
+
+def _with_remedy(error: DamagedData) -> DamagedData:
+    return DamagedData(
+        f"{error}; repair the file, or leave out what is damaged with skip_corrupt_data=true"
+    )
+
+
+def _take(rows: Iterator[Any], size: int, characters: float) -> list[Any]:
+    """The next rows: up to `size`, and to the one that reaches `characters`."""
+    if math.isinf(characters):
+        return list(itertools.islice(rows, size))
+    taken: list[Any] = []
+    while len(taken) < size and characters > 0 and (row := next(rows, _END)) is not _END:
+        taken.append(row)
+        characters -= len(row) if isinstance(row, str) else 0
+    return taken
+
+
 def _read_mixture(
-    source: MixtureSource, reader: int, readers: int, size: int, position: MixturePosition
+    source: MixtureSource,
+    reader: int,
+    readers: int,
+    size: int,
+    position: MixturePosition,
+    options: Mapping[str, Any],
 ) -> Iterator[tuple[MixturePosition, list[str]] | NotArrived]:
     """Lists of the parts, always from the part that is furthest below its share of the text."""
     lists = [
-        read_lists(part, reader, readers, size, at)
+        read_lists(part, reader, readers, size, at, **options)
         for part, at in zip(source.parts, position.parts, strict=True)
     ]
     positions, characters = list(position.parts), list(position.characters)
@@ -166,22 +248,22 @@ def _furthest_below(characters: Sequence[int], weights: Sequence[float]) -> int:
     return min(range(len(weights)), key=lambda part: characters[part] / weights[part])
 
 
-def check_readers(source: Source, readers: int) -> None:
+def check_readers(source: Source, readers: int, skip_damaged: bool = False) -> None:
     """Raise ValueError if some reader would have nothing to read in all of `source`.
 
     Files that have not arrived are taken to be large enough; otherwise read_lists raises later.
     """
     if isinstance(source, MixtureSource):
         for part in source.parts:
-            check_readers(part, readers)
+            check_readers(part, readers, skip_damaged)
         return
     most, all_arrived = 0, True
     for file in range(len(source.files)):
-        groups = source.open(file)
+        groups = _open(source, file, skip_damaged)
         if isinstance(groups, NotArrived):
             all_arrived = False
             continue
-        most = max(most, len(groups))
+        most = max(most, len(groups or ()))
         if most >= readers:
             return
     if all_arrived:
@@ -199,23 +281,26 @@ def iterate_texts(config: Any, split: str) -> Iterator[str]:
 
     The parts of a mixture keep their shares as long as all parts last; then the others follow.
     """
-    return _texts_of(open_source(config, split))
+    return texts_of(open_source(config, split), config.skip_corrupt_data)
 
 
-def _texts_of(source: Source) -> Iterator[str]:
+def texts_of(source: Source, skip_damaged: bool = False) -> Iterator[str]:
+    """Every document of a source once, as iterate_texts."""
     if isinstance(source, MixtureSource):
-        yield from _texts_of_mixture(source)
+        yield from _texts_of_mixture(source, skip_damaged)
         return
     patience, stopping = Patience(), threading.Event()
     for file in range(len(source.files)):
-        while isinstance(groups := source.open(file), NotArrived):
+        while isinstance(groups := _open(source, file, skip_damaged), NotArrived):
             patience.wait(groups, stopping)
-        for group in range(len(groups)):
-            yield from groups.documents(group)
+        for group in range(len(groups or ())):
+            rows = _rows(groups, group, skip_damaged)
+            yield from (row for row in rows if isinstance(row, str))
 
 
-def _texts_of_mixture(source: MixtureSource) -> Iterator[str]:
-    texts, weights = [_texts_of(part) for part in source.parts], list(source.weights)
+def _texts_of_mixture(source: MixtureSource, skip_damaged: bool) -> Iterator[str]:
+    texts = [texts_of(part, skip_damaged) for part in source.parts]
+    weights = list(source.weights)
     characters = [0] * len(texts)
     while texts:
         turn = _furthest_below(characters, weights)

@@ -8,6 +8,7 @@ bound. A worker ends when its pipe closes, even if its parent was killed.
 
 import collections
 import contextlib
+import math
 import multiprocessing
 import multiprocessing.resource_tracker
 import multiprocessing.util
@@ -17,6 +18,8 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from MaxNano.data import packing, sources, stream
 
@@ -34,6 +37,7 @@ class Encoding(Protocol):
     readers: int  # of all hosts
     row_tokens: int
     padding: int | None  # for packing.BestFitPacker
+    splits: bool  # whether long documents are split; for packing.BestFitPacker too
 
     def lists(self, reader: int, position: Any) -> Iterator[Reply]:
         """Endless lists of encoded documents of one reader, each with the position after it.
@@ -50,8 +54,12 @@ class Encoding(Protocol):
     def position_from_json(self, saved: Mapping[str, Any]) -> Any:
         """The position that position_to_json got. Raises ValueError if the data have changed."""
 
-    def progress(self, positions: Sequence[Any]) -> dict[str, int]:
+    def progress(self, positions: Sequence[Any]) -> dict[str, float]:
         """The progress of these readers, as metrics for the step line."""
+
+
+# A list of documents to split ends at this many characters: all their tokens are buffered.
+SPLIT_LIST_CHARACTERS = 1 << 21
 
 
 class TextEncoding(NamedTuple):
@@ -62,17 +70,33 @@ class TextEncoding(NamedTuple):
     readers: int
     list_documents: int
     row_tokens: int
+    splits: bool = False
+    skips_damaged: bool = False
     padding: None = None
 
     def lists(self, reader: int, position: Any) -> Iterator[Reply]:
-        lists = stream.read_lists(self.source, reader, self.readers, self.list_documents, position)
+        lists = stream.read_lists(
+            self.source,
+            reader,
+            self.readers,
+            self.list_documents,
+            position,
+            characters=SPLIT_LIST_CHARACTERS if self.splits else math.inf,
+            skip_damaged=self.skips_damaged,
+        )
         for item in lists:
             if isinstance(item, sources.NotArrived):
                 yield item
                 continue
             position, texts = item
-            encoded = self.tokenizer.encode_batch(texts, bos=True)
-            yield position, [packing.cut_document(ids, self.row_tokens) for ids in encoded]
+            yield position, self._documents(self.tokenizer.encode_batch(texts, bos=True))
+
+    def _documents(self, encoded: Sequence[np.ndarray]) -> list[packing.Document]:
+        if not self.splits:
+            return [packing.cut_document(ids, self.row_tokens) for ids in encoded]
+        return [
+            document for ids in encoded for document in packing.split_document(ids, self.row_tokens)
+        ]
 
     def start_position(self, reader: int) -> Any:
         return stream.start_position(self.source, reader)
@@ -83,10 +107,23 @@ class TextEncoding(NamedTuple):
     def position_from_json(self, saved: Mapping[str, Any]) -> Any:
         return stream.position_from_json(self.source, saved)
 
-    def progress(self, positions: Sequence[Any]) -> dict[str, int]:
-        """Epoch, file index and row group of the furthest reader, in a mixture's first part."""
+    def progress(self, positions: Sequence[Any]) -> dict[str, float]:
+        """Epoch, file index and row group of the furthest reader, in a mixture's first part.
+
+        Also, once there are any, the rows without text and the damaged parts that all of these
+        readers have skipped.
+        """
         furthest = max(positions)
-        return {"epoch": furthest.epoch, "file": furthest.file, "row_group": furthest.group}
+        skipped = {
+            "rows_without_text": sum(position.rows_without_text for position in positions),
+            "damaged_parts": sum(position.damaged_parts for position in positions),
+        }
+        return {
+            "epoch": furthest.epoch,
+            "file": furthest.file,
+            "row_group": furthest.group,
+            **{name: count for name, count in skipped.items() if count},
+        }
 
 
 class Reading(Protocol):
@@ -192,7 +229,8 @@ def _serve(connection: Connection, encoding: Encoding, positions: Mapping[int, A
             try:
                 reply = next(lists[reader])
             except ValueError as error:
-                reply = ValueError(str(error))
+                kind = type(error) if isinstance(error, sources.DamagedData) else ValueError
+                reply = kind(str(error))
             except Exception:
                 # As text: not every exception can be pickled.
                 reply = RuntimeError(f"a data worker failed:\n{traceback.format_exc()}")

@@ -8,10 +8,18 @@ from typing import Any
 from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
-from MaxNano.evals.results import Results, ResultTable
+from MaxNano.data import fingerprint
+from MaxNano.evals.results import Results, ResultTable, measured_with
 from MaxNano.training import stages
 from MaxNano.training.context import RunContext, eval_batches
 from MaxNano.training.validation import bits_per_byte
+
+# The keys that, with the files, decide the rows.
+KEYS = (
+    "dataset_type dataset_splits text_column dataset_mixture seed global_batch_tokens data_readers"
+    " tokenize_batch_documents packing_buffer_documents long_documents skip_corrupt_data"
+    " chat_train_mixture chat_validation_mixture chat_mixture_unit"
+).split()
 
 
 class BpbEval:
@@ -45,15 +53,10 @@ class BpbEval:
         run, config = self._run, self._run.config
         count = eval_batches(config)
         measured_on = {
-            "data": stages.describe_split(config, split),
-            "rows": [
-                count,
-                config.global_batch_tokens,
-                pyconfig.row_length(config),
-                config.data_readers,
-            ],
-            "tokenizer": run.tokenizer.fingerprint(),
-            "dtype": run.setup.numerics.dtype,
+            "data": fingerprint.summary(fingerprint.contents_of_split(config, split)),
+            "batches": [count, pyconfig.row_length(config)],
+            **{key: config[key] for key in KEYS},
+            **measured_with(run),
         }
         values = results.get(f"bpb {split}", measured_on)
         if values is not None:

@@ -15,7 +15,7 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano.evals import core
 from MaxNano.evals.core_tasks import center
-from MaxNano.evals.results import Results, ResultTable
+from MaxNano.evals.results import Results, ResultTable, measured_with
 from MaxNano.inference.chat_tasks import (
     ProblemSet,
     Record,
@@ -108,16 +108,14 @@ class ChatEval:
         return values
 
     def _measured_on(self, problems: ProblemSet) -> dict[str, Any]:
-        run, config = self._run, self._run.config
-        measured_on = {
-            "content": problems.digest(),
-            "tokenizer": run.tokenizer.fingerprint(),
-            "dtype": run.setup.numerics.dtype,
-        }
+        config = self._run.config
+        measured_on = {"content": problems.digest(), **measured_with(self._run)}
         if problems.task.kind == "generative":
             measured_on |= {
                 "samples": config.chat_samples,
                 "temperature": config.chat_temperature,
+                "top_k": config.top_k,
+                "seed": config.seed,
                 "max_new_tokens": config.max_new_tokens,
                 "max_length": config.decode_max_length or config.max_target_length,
             }

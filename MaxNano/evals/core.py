@@ -25,7 +25,7 @@ from MaxNano.evals.core_tasks import (
     core_score,
     load_bundle,
 )
-from MaxNano.evals.results import Results, ResultTable
+from MaxNano.evals.results import Results, ResultTable, measured_with
 from MaxNano.inference.prompts import Prompt, Scorer
 from MaxNano.tokenization.tokenizer import Tokenizer
 from MaxNano.training.context import RunContext
@@ -256,13 +256,12 @@ class CoreEval:
             yield task, result, (time.monotonic() - started) * max(0, total / done - 1)
 
     def _measured_on(self, task: CoreTask) -> dict[str, Any]:
-        run, config = self._run, self._run.config
+        config = self._run.config
         return {
             "task": task.fingerprint(),
             "max_per_task": config.core_max_per_task,
             "max_length": config.core_max_length,
-            "tokenizer": run.tokenizer.fingerprint(),
-            "dtype": run.setup.numerics.dtype,
+            **measured_with(self._run),
         }
 
     def _estimate_tokens(self, tasks: Sequence[CoreTask]) -> int:

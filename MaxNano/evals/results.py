@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from MaxNano import console
+from MaxNano import console, scaling
 from MaxNano.distributed import runtime
 from MaxNano.storage import files
+from MaxNano.training.context import RunContext
 
 
 class ResultTable(NamedTuple):
@@ -23,8 +24,7 @@ class ResultTable(NamedTuple):
 class Results:
     """The evaluations of one checkpoint that are done, by name.
 
-    Each is kept with what it was measured on, so that it counts only for the same questions,
-    tokenizer and dtype.
+    Each is kept with all that it depends on, files included, so that it counts only for the same.
     """
 
     def __init__(
@@ -35,9 +35,9 @@ class Results:
         *,
         is_training: bool = False,
     ):
-        """directory: the run's folder. run_id: results of another run in the same folder do not
-        count. is_training: a file that cannot be written is a warning, as its numbers are also in
-        metrics.jsonl.
+        """directory: the run's folder. run_id: what the parameters are, from parameters_id; results
+        of others in the same folder do not count. is_training: a file that cannot be written is a
+        warning, as its numbers are also in metrics.jsonl.
         """
         self.path = directory / "evals" / f"step_{step:06}.json"
         self._run_id, self._is_training = run_id, is_training
@@ -76,6 +76,14 @@ class Results:
         return {"run": self._run_id, **measured_on}
 
 
-def run_id(extra: Mapping[str, Any]) -> str | None:
-    """The id of the training run in what was saved with a checkpoint; None if it was imported."""
-    return (extra.get("metrics") or {}).get("run_id")
+def measured_with(run: RunContext) -> dict[str, Any]:
+    """What every number of a model depends on besides its parameters and the questions: tokenizer,
+    dtypes and how far attention reaches.
+    """
+    numerics = run.setup.numerics
+    return {
+        "tokenizer": run.tokenizer.fingerprint(),
+        "dtype": numerics.dtype,
+        "embedding_dtype": numerics.embedding_dtype,
+        **{key: run.config[key] for key in scaling.CONTEXT_KEYS},
+    }

@@ -54,9 +54,10 @@ def in_turns(config: FrozenConfigDict) -> bool:
 def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Token ids of a prompt for the assistant's reply to these messages.
 
-    Raises ValueError if the last message is not the user's or the roles do not alternate.
+    tokenization/chat_format.py says how messages become turns. Raises ValueError if the last
+    message is the assistant's or a message is malformed.
     """
-    if messages and messages[-1]["role"] != "user":
+    if messages and messages[-1]["role"] == "assistant":
         raise ValueError("the last message must be from the user")
     reply = {"role": "assistant", "content": ""}
     return tokenizer.render_for_completion({"messages": [*messages, reply]})
@@ -67,20 +68,26 @@ def trim(
 ) -> tuple[list[Message], list[int]]:
     """Drop the oldest turns until the prompt has at most `limit` tokens: (messages, prompt).
 
-    A turn is a user message with its reply; a system message is kept. Raises ValueError if the last
-    message alone is too long.
+    A turn is what the user says until the reply, with the reply; system messages at the beginning
+    are kept. Raises ValueError if the last turn alone is too long.
     """
-    system = list(messages[:1]) if messages and messages[0]["role"] == "system" else []
+    system = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
     turns = list(messages[len(system) :])
     while True:
         ids = prompt_ids(tokenizer, [*system, *turns])
         if len(ids) <= limit:
             return [*system, *turns], ids
-        if len(turns) < 3:
+        roles = [message["role"] for message in turns]
+        starts = [
+            index
+            for index, (before, role) in enumerate(itertools.pairwise(roles), start=1)
+            if before == "assistant" != role
+        ]
+        if not starts:
             raise ValueError(
                 f"the message is too long: its prompt has {len(ids)} tokens, at most {limit} fit"
             )
-        turns = turns[2:]
+        turns = turns[starts[0] :]
 
 
 # ---- Replies ------------------------------------------------------------------------------------

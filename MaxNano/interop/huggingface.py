@@ -12,6 +12,7 @@ and safetensors.
 import contextlib
 import itertools
 import json
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import scaling
 from MaxNano.inference import dialogue
+from MaxNano.interop import huggingface_nanochat
 from MaxNano.interop.parameters import TensorNames
 from MaxNano.interop.tensor_files import safetensors_bytes
 from MaxNano.storage import files
@@ -32,6 +34,10 @@ MODEL_TYPE = "maxnano"
 SHARD_BYTES = 5 * 10**9  # larger models become several files
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 CODE = ("configuration_maxnano.py", "modeling_maxnano.py")
+# Versions in which the exported code was tested. tests/run_transformers.sh runs the first and the
+# last, with this torch; the folder's README.md names all.
+TESTED = ("4.57.6", "5.0.0", "5.10.4", "5.23.0", "5.24.0")
+TESTED_TORCH = "2.13.0"
 
 NAMES = TensorNames(
     token_embed="model.embed_tokens.weight",
@@ -77,6 +83,8 @@ class FolderContent(NamedTuple):
     values: dict[str, Any]  # config keys that the model decides
     step: int
     weights: list[epath.Path]  # safetensors files that together have all tensors
+    names: TensorNames = NAMES
+    version: str = "a MaxNano model of transformers"
 
 
 def fields() -> dict[str, str]:
@@ -125,6 +133,7 @@ def write_folder(
         "generation_config.json": _to_json(_generation_json(config, tokenizer)),
         "tokenizer.json": _to_json(tokenizer_json(config, tokenizer)),
         "tokenizer_config.json": _to_json(_tokenizer_config(config, names)),
+        "README.md": _readme(config, step),
         **{name: (TEMPLATES / name).read_text(encoding="utf-8") for name in CODE},
     }
     with files.replace_folder(folder, last="config.json") as new:  # readers need it
@@ -134,16 +143,19 @@ def write_folder(
 
 
 def read_folder(folder: epath.PathLike) -> FolderContent:
-    """The content of a folder that write_folder wrote, or that transformers saved from one.
+    """The content of a folder that write_folder wrote, or that transformers saved from one, or of
+    its NanoChatForCausalLM.
 
     Raises ValueError for any other folder.
     """
     folder = epath.Path(folder).expanduser()
     content = _read_json(folder / "config.json")
+    if content.get("model_type") == huggingface_nanochat.MODEL_TYPE:
+        return _read_nanochat(folder, content)
     if content.get("model_type") != MODEL_TYPE:
         raise ValueError(
             f"{folder / 'config.json'} has model_type {content.get('model_type')!r}, "
-            f"not {MODEL_TYPE!r}"
+            f"not {MODEL_TYPE!r} or {huggingface_nanochat.MODEL_TYPE!r}"
         )
     # A field that is missing because the folder is older than its key has the implied value.
     implied = {**scaling.CONTEXT_KEYS, **scaling.ARCHITECTURE_KEYS}
@@ -154,6 +166,27 @@ def read_folder(folder: epath.PathLike) -> FolderContent:
         raise ValueError(f"{folder / 'config.json'} does not have {missing[0]!r}")
     if type(content["step"]) is not int or not 0 <= content["step"] < 2**31:
         raise ValueError(f"{folder / 'config.json'} has step {content['step']!r}")
+    values["chat_turns"] = content["chat_turns"]
+    return FolderContent(values, content["step"], _weight_files(folder))
+
+
+def _read_nanochat(folder: epath.Path, content: Mapping[str, Any]) -> FolderContent:
+    try:
+        values = huggingface_nanochat.config_values(content)
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"cannot import {folder / 'config.json'}: {error}") from None
+    has_template = (folder / "chat_template.jinja").exists() or "chat_template" in (
+        _read_json(folder / "tokenizer_config.json")
+        if (folder / "tokenizer_config.json").exists()
+        else {}
+    )
+    values["chat_turns"] = has_template
+    version = "transformers' NanoChatForCausalLM"
+    return FolderContent(values, 0, _weight_files(folder), huggingface_nanochat.NAMES, version)
+
+
+def _weight_files(folder: epath.Path) -> list[epath.Path]:
+    """The safetensors files of a folder. Raises ValueError for an index that names other files."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
@@ -162,11 +195,7 @@ def read_folder(folder: epath.PathLike) -> FolderContent:
             isinstance(name, str) and Path(name).name == name for name in names
         ):
             raise ValueError(f"{index} does not name files of this folder")
-    return FolderContent(
-        values | {"chat_turns": content["chat_turns"]},
-        content["step"],
-        [folder / name for name in names],
-    )
+    return [folder / name for name in names]
 
 
 def _is_model(folder: epath.Path) -> bool:
@@ -208,6 +237,20 @@ def config_json(config: FrozenConfigDict, step: int) -> dict[str, Any]:
         "chat_turns": dialogue.in_turns(config),
         "step": step,
     }
+
+
+def _readme(config: FrozenConfigDict, step: int) -> str:
+    """README.md: how to load the model, and what was tested."""
+    template = string.Template((TEMPLATES / "README.md").read_text(encoding="utf-8"))
+    return template.substitute(
+        layers=config.num_decoder_layers,
+        width=config.emb_dim,
+        context=config.max_target_length,
+        vocab=config.vocab_size,
+        step=step,
+        versions=f"{', '.join(TESTED[:-1])} and {TESTED[-1]}",
+        torch=TESTED_TORCH,
+    )
 
 
 def _generation_json(config: FrozenConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:

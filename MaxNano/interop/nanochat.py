@@ -2,15 +2,16 @@
 
 A checkpoint is `model_<step>.pt`, or the same tensors in `.safetensors` or `.npz`, next to
 `meta_<step>.json`. Its tokenizer is a `tokenizer.pkl` nearby. Reading executes no code in it.
+nanochat's code has constants that a checkpoint does not hold and that have changed: ERAS has them.
 
-Source: nanochat/checkpoint_manager.py and nanochat/gpt.py@92d63d4.
+Source: nanochat/checkpoint_manager.py@92d63d4, and nanochat/gpt.py from 3a5e0bc to 92d63d4.
 """
 
 import json
 import pickle
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -54,18 +55,54 @@ MODEL_FIELDS = {
     "n_embd": "emb_dim",
 }
 
-# Architecture keys whose value is fixed in nanochat's code. A key of scaling.ARCHITECTURE_KEYS that
-# nanochat does not know must have the value that older checkpoints imply.
-FIXED = {
-    "rope_theta": 100000.0,
-    "qk_norm_scale": 1.2,
-    "norm_epsilon": 1.1920929e-07,
-    "value_embed_gate_channels": 12,
-    "value_embed_gate_range": 3.0,
-    "smear_gate_channels": 24,
-    "use_backout": True,
-    "logits_soft_cap": 15.0,
-}
+
+class Era(NamedTuple):
+    """A period of nanochat's code: the tensors by which it is recognized, and its constants."""
+
+    dates: str
+    parts: tuple[int, int, bool]  # channels of the value gate and of the smear gate; has backout
+    constants: dict[str, Any]  # config key -> value
+    either: dict[str, dict[Any, str]] = {}  # config key -> value -> the dates of its code
+
+
+_HALF = {"short_window_fraction": 0.5, "short_window_multiple": 1}
+_FIRST = {"rope_theta": 10000.0, "qk_norm_scale": 1.0, **_HALF}
+ERAS = (
+    # Without value embeddings; since 2026-01-11 with residual and x0 scalars and windows.
+    Era("2025-10-13 to 2026-01-16", (0, 0, False), {**_FIRST, "logits_soft_cap": 15.0}),
+    Era(
+        "2026-01-16 to 2026-03-09",
+        (32, 0, False),
+        {**_FIRST, "value_embed_gate_range": 2.0},
+        {"logits_soft_cap": {15.0: "until 2026-03-02", 20.0: "since then"}},
+    ),
+    Era(
+        "2026-03-09 to 2026-03-14",
+        (12, 0, False),
+        {
+            "rope_theta": 100000.0,
+            "qk_norm_scale": 1.15,
+            "value_embed_gate_range": 3.0,
+            "short_window_fraction": 1 / 3,
+            "short_window_multiple": 128,
+            "logits_soft_cap": 15.0,
+        },
+    ),
+    Era(
+        "2026-03-14 or later",
+        (12, 24, True),
+        {
+            "rope_theta": 100000.0,
+            "qk_norm_scale": 1.2,
+            "value_embed_gate_range": 3.0,
+            "short_window_fraction": 0.25,
+            "short_window_multiple": 128,
+            "logits_soft_cap": 15.0,
+        },
+    ),
+)
+PARTS = ("value_embed_gate_channels", "smear_gate_channels", "use_backout")
+NORM_EPSILON = 1.1920929e-07  # of every era: float32's machine epsilon
 
 
 # ---- Parameters ---------------------------------------------------------------------------------
@@ -90,32 +127,67 @@ def without_prefix(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name.removeprefix("_orig_mod."): array for name, array in arrays.items()}
 
 
-def config_values(meta: Mapping, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The config keys that a checkpoint decides, from its metadata and the shapes of its tensors."""
-    model = meta["model_config"]
+def era_of(arrays: Mapping[str, np.ndarray]) -> Era:
+    """The era of nanochat whose model has these tensors. Raises ValueError if there is none."""
+    arrays = without_prefix(arrays)
+    gates = {a.shape[-1] for name, a in arrays.items() if name.endswith("attn.ve_gate.weight")}
+    smear = arrays[NAMES.smear_gate].shape[-1] if NAMES.smear_gate in arrays else 0
+    parts = (max(gates, default=0), smear, NAMES.backout_lambda in arrays)
+    for era in ERAS:
+        if era.parts == parts:
+            return era
+    has = ", ".join(f"{key}={value}" for key, value in zip(PARTS, parts, strict=True))
+    raise ValueError(f"the tensors are those of no version of nanochat: {has}")
 
-    def size(name: str, axis: int, otherwise: int) -> int:
-        shapes = [a.shape for key, a in arrays.items() if key.endswith(name) and a.ndim == 2]
-        return shapes[0][axis] if shapes else otherwise
 
-    return {
-        **{key: model[field] for field, key in MODEL_FIELDS.items()},
+def config_values(
+    meta: Mapping, arrays: Mapping[str, np.ndarray], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The config keys that a checkpoint decides: by its metadata, and by its era's constants.
+
+    given: values by config key, of which those are used that the checkpoint leaves open. Raises
+    ValueError for tensors of no era, and if such a key is not given or has a value of no era.
+    """
+    model, era = meta["model_config"], era_of(arrays)
+    values = {key: model[field] for field, key in MODEL_FIELDS.items()}
+    values |= dict(zip(PARTS, era.parts, strict=True)) | era.constants
+    values |= {
         "head_dim": model["n_embd"] // model["n_head"],
-        "window_pattern": model["window_pattern"].upper(),
-        "mlp_dim": size("mlp.c_fc.weight", 0, 4 * model["n_embd"]),
-        "value_embed_gate_channels": size("attn.ve_gate.weight", 1, 0),
-        "smear_gate_channels": size("smear_gate.weight", 1, 0),
-        "use_backout": any(name.endswith("backout_lambda") for name in arrays),
+        "mlp_dim": 4 * model["n_embd"],
+        "norm_epsilon": NORM_EPSILON,
     }
+    if era.constants["short_window_fraction"] == 0.5:  # rounded down
+        length = model["sequence_len"]
+        values["short_window_fraction"] = length // 2 / length
+    either = dict(era.either)
+    if "window_pattern" in model:
+        values["window_pattern"] = model["window_pattern"].upper()
+    elif NAMES.x0_lambdas in without_prefix(arrays):
+        # Mid-training left the pattern out: it ran with SSSL, what followed it with L.
+        either["window_pattern"] = {"SSSL": "if mid-trained", "L": "if trained after that"}
+    else:
+        values["window_pattern"] = "L"  # there were no windows
+    for key, choices in either.items():
+        if given.get(key) not in choices:
+            options = " or ".join(f"{key}={value} {dates}" for value, dates in choices.items())
+            raise ValueError(
+                f"this checkpoint of nanochat ({era.dates}) does not say {key}: pass {options}"
+            )
+        values[key] = given[key]
+    return values
 
 
 def check_exportable(config: FrozenConfigDict) -> None:
     """Raises ValueError if nanochat's code would compute something else with these parameters."""
+    latest = ERAS[-1]
     known = {"vocab_multiple", *MODEL_FIELDS.values()}
     implied = {key: value for key, value in scaling.ARCHITECTURE_KEYS.items() if key not in known}
+    constants = {**latest.constants, **dict(zip(PARTS, latest.parts, strict=True))}
+    fraction, multiple = (constants.pop(key) for key in _HALF)
     expected = {
         **implied,
-        **FIXED,
+        **constants,
+        "norm_epsilon": NORM_EPSILON,
         "mlp_dim": 4 * config.emb_dim,
         "head_dim": config.emb_dim // config.num_query_heads,
     }
@@ -125,7 +197,11 @@ def check_exportable(config: FrozenConfigDict) -> None:
                 f"nanochat cannot run this model: {key} is {config[key]}, in nanochat {value}"
             )
     windows = scaling.window_sizes(
-        config.num_decoder_layers, config.window_pattern, config.max_target_length, 0.25, 128
+        config.num_decoder_layers,
+        config.window_pattern,
+        config.max_target_length,
+        fraction,
+        multiple,
     )
     if pyconfig.windows_of(config) != windows:
         raise ValueError("nanochat cannot run this model: its short windows have another length")
@@ -166,12 +242,13 @@ def read_meta(path: epath.PathLike) -> dict[str, Any]:
     try:
         meta = json.loads(meta_path.read_text())
         model = meta["model_config"]
-        model.setdefault("window_pattern", "L")  # nanochat's default for older checkpoints
         for field in MODEL_FIELDS:
             if type(model[field]) is not int or model[field] < 1:
                 raise ValueError(f"model_config.{field} is {model[field]!r}")
         if model["n_embd"] % model["n_head"]:
             raise ValueError("model_config.n_embd is not a multiple of n_head")
+        if not re.fullmatch("[SLsl]+", str(model.get("window_pattern", "L"))):
+            raise ValueError(f"model_config.window_pattern is {model['window_pattern']!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"cannot read {meta_path}: {first_line(error)}") from None
     return meta

@@ -45,7 +45,9 @@ class TensorEntry:
     shape: tuple[int, ...]  # of each tensor
     stacked: bool = False  # the tensors become one array with a leading layer axis
     transposed: bool = False  # a Linear weight: (out, in) there, (in, out) here
-    vocab_rows: bool = False  # axis 0 is the padded vocabulary; the padding may differ
+    vocab_rows: bool = (
+        False  # axis 0 is the padded vocabulary; the padding may differ or be missing
+    )
     squeezed: bool = False  # the tensor has a leading axis of size 1
     default: float | None = None  # value if the tensor is missing
 
@@ -128,7 +130,7 @@ def to_params(
     for entry in entries(config, names):
         parts = []
         for name in entry.names:
-            array = _take(arrays, name, entry)
+            array = _take(arrays, name, entry, config.vocab_size)
             if entry.vocab_rows:
                 array = _with_rows(array, rows)
             if entry.transposed:
@@ -188,14 +190,17 @@ def _with_rows(table: np.ndarray, rows: int) -> np.ndarray:
     return np.concatenate([table, padding])
 
 
-def _take(arrays: dict[str, np.ndarray], name: str, entry: TensorEntry) -> np.ndarray:
+def _take(
+    arrays: dict[str, np.ndarray], name: str, entry: TensorEntry, vocab_size: int
+) -> np.ndarray:
     """Removes and returns one tensor of the right shape."""
     if name not in arrays:
         if entry.default is None:
             raise ValueError(f"the checkpoint does not have {name!r}, which this model needs")
         return np.full(entry.shape, entry.default, np.float32)
     array = np.asarray(arrays.pop(name))
-    if array.shape != entry.shape:
+    is_unpadded = entry.vocab_rows and array.shape == (vocab_size, *entry.shape[1:])
+    if array.shape != entry.shape and not is_unpadded:
         raise ValueError(
             f"{name!r} has shape {array.shape} in the checkpoint, expected {entry.shape}"
         )

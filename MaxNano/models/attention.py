@@ -149,18 +149,31 @@ def split_heads(
     """
     group = heads.group
     parts = qkv.reshape(*qkv.shape[:-1], heads.kv_heads, group + 2, heads.head_dim)
-    q = parts[..., :group, :].reshape(*qkv.shape[:-1], -1, heads.head_dim)
+    values = parts[..., group + 1, :]
 
     def order(x):
         return x.swapaxes(-3, -2) if heads_first else x
 
-    k, v = parts[..., group, :], order(parts[..., group + 1, :])
+    def prepare(x):
+        """Heads of queries or keys (..., T, N, H), rotated, normalized and in their order."""
+        flat = x.reshape(*qkv.shape[:-1], -1, heads.head_dim)
+        return heads.scale * order(rms_norm(apply_rotary(flat, tables), heads.epsilon))
+
+    v = order(values)
     if value_embed is not None:
         rows, gate = value_embed
-        rows, gate = order(rows.reshape(k.shape)), gate if heads_first else gate.swapaxes(-1, -2)
+        rows, gate = (
+            order(rows.reshape(values.shape)),
+            gate if heads_first else gate.swapaxes(-1, -2),
+        )
         v = (v.astype(jnp.float32) + gate[..., None] * rows.astype(jnp.float32)).astype(v.dtype)
-    q, k = (heads.scale * order(rms_norm(apply_rotary(x, tables), heads.epsilon)) for x in (q, k))
-    return q, k, v
+    if heads_first:
+        return prepare(parts[..., :group, :]), prepare(parts[..., group, :]), v
+    # For one token, a single norm of queries and keys is faster than two.
+    both = prepare(parts[..., : group + 1, :]).reshape(
+        *values.shape[:-1], group + 1, heads.head_dim
+    )
+    return both[..., :group, :].reshape(*qkv.shape[:-1], -1, heads.head_dim), both[..., group, :], v
 
 
 def resolve(kernel: str, device: jax.Device, *, dtype: str, head_dim: int) -> str:

@@ -18,6 +18,7 @@ def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
+@jax.named_scope("head")
 def logits(hidden: jax.Array, rows: jax.Array, cap: float) -> jax.Array:
     """Soft-capped float32 logits (..., V) of hidden states (..., D) for head rows (V, D)."""
     rows = rows.astype(hidden.dtype)
@@ -127,8 +128,9 @@ def _backward(vocab_size, cap, chunk, residuals, cotangent):
         if cap:
             grad *= 1 - jnp.square(scores / cap)
         grad = grad.astype(hidden.dtype)
-        grad_hidden += jnp.einsum("TV,VD->TD", grad, rows, preferred_element_type=jnp.float32)
-        grad_rows = jnp.einsum("TV,TD->VD", grad, hidden, preferred_element_type=jnp.float32)
+        with jax.named_scope("head"):
+            grad_hidden += jnp.einsum("TV,VD->TD", grad, rows, preferred_element_type=jnp.float32)
+            grad_rows = jnp.einsum("TV,TD->VD", grad, hidden, preferred_element_type=jnp.float32)
         return grad_hidden, grad_rows.astype(head.dtype)
 
     grad_hidden, grad_head = jnp.zeros(hidden.shape, jnp.float32), []

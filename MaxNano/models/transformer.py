@@ -149,11 +149,13 @@ def forward(
     weights: token_embed (V, D), value_embeds (E, V, K x H) and the scalars of smear and backout,
     named as the parameters are.
     """
-    x = embed(config, weights, context)
+    with jax.named_scope("embed"):
+        x = embed(config, weights, context)
     x, middle, states = run_layers(config, weights, stack, x, context)
-    if config.use_backout:
-        x = mix(x, jnp.float32(1), _last(middle, x), -weights["backout_lambda"])
-    return rms_norm(x, config.norm_epsilon), states
+    with jax.named_scope("final_norm"):
+        if config.use_backout:
+            x = mix(x, jnp.float32(1), _last(middle, x), -weights["backout_lambda"])
+        return rms_norm(x, config.norm_epsilon), states
 
 
 def head(
@@ -164,8 +166,9 @@ def head(
     lm_head (V, D), or (D, V) if `columns`: the layout in which decoding stores it.
     """
     if columns:
-        product = jnp.matmul(hidden, lm_head, preferred_element_type=jnp.float32)
-        return losses.soft_cap(product, config.logits_soft_cap)
+        with jax.named_scope("head"):
+            product = jnp.matmul(hidden, lm_head, preferred_element_type=jnp.float32)
+            return losses.soft_cap(product, config.logits_soft_cap)
     return losses.logits(hidden, lm_head, config.logits_soft_cap)
 
 
@@ -197,17 +200,19 @@ def block(
     """
     matmul, place = context.matmul, context.place
     x = place(mix(x, layer["resid_lambda"], _last(x0, x), layer["x0_lambda"]))
-    h = rms_norm(x, config.norm_epsilon)
-    value_embed = None
-    if value_rows is not None:
-        value_embed = _last(value_rows, h), value_gate(config, layer["value"]["gate"], h)
-    qkv = checkpoint_name(matmul(h, layer["attention"]["qkv"]), "qkv")
-    with jax.named_scope("attend"):
-        y, state = attend(_constrain(qkv, "activation_heads", config), value_embed)
-    x = place(_last(x, y) + matmul(y, layer["attention"]["out"]))
-    x = checkpoint_name(x, "attention_residual")
-    h = rms_norm(x, config.norm_epsilon)
-    return place(x + layers.mlp(layer["mlp"], h, matmul)), state
+    with jax.named_scope("attention"):
+        h = rms_norm(x, config.norm_epsilon)
+        value_embed = None
+        if value_rows is not None:
+            value_embed = _last(value_rows, h), value_gate(config, layer["value"]["gate"], h)
+        qkv = checkpoint_name(matmul(h, layer["attention"]["qkv"]), "qkv")
+        with jax.named_scope("attend"):
+            y, state = attend(_constrain(qkv, "activation_heads", config), value_embed)
+        x = place(_last(x, y) + matmul(y, layer["attention"]["out"]))
+        x = checkpoint_name(x, "attention_residual")
+    with jax.named_scope("mlp"):
+        h = rms_norm(x, config.norm_epsilon)
+        return place(x + layers.mlp(layer["mlp"], h, matmul)), state
 
 
 def value_gate(config: FrozenConfigDict, gate: jax.Array, h: jax.Array) -> jax.Array:
@@ -227,11 +232,13 @@ def run_layers(
     x0, middle_layer = x, len(stack.kinds) // 2
     in_scan = stack.period * stack.groups
 
+    @jax.named_scope("layer")
     def run_layer(x, layer, kind, index):
         rows = None
         if kind.has_value_embed:
             value = layer["value"]
-            rows = context.lookup(weights["value_embeds"], value["index"], value.get("table"))
+            with jax.named_scope("value_embed"):
+                rows = context.lookup(weights["value_embeds"], value["index"], value.get("table"))
         attend = partial(context.attend, kind=kind, index=index)
         return block(config, layer, x, x0, rows, attend, context)
 

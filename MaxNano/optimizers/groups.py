@@ -134,12 +134,23 @@ def make_optimizer(
 
     groups = parameter_groups(config)
     transforms = {
-        group.name: optax.chain(
-            group.transform(group, config, dtype), scale_by_learning_rate(group.learning_rate)
+        group.name: in_scope(
+            group.name,
+            optax.chain(
+                group.transform(group, config, dtype), scale_by_learning_rate(group.learning_rate)
+            ),
         )
         for group in groups
     }
     return optax.partition(transforms, lambda params: label_params(params, groups))
+
+
+def in_scope(
+    name: str, transform: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation, whose operations a profile shows under `name`."""
+    update = jax.named_scope(name)(transform.update)
+    return optax.GradientTransformationExtraArgs(transform.init, update)
 
 
 def scale_by_step(schedule: schedules.Schedule) -> optax.GradientTransformationExtraArgs:

@@ -1,3 +1,4 @@
-"""The report of a run: reads a run's folder, gathers facts, renders pages. Changes nothing else in
-it.
+"""The report of a run, comparisons and leaderboards: read runs' folders, gather facts, render pages.
+
+Nothing else in the folders changes.
 """

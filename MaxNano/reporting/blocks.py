@@ -48,12 +48,16 @@ class Table(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """A chart; Markdown shows a row of block characters."""
+    """A chart; Markdown shows a row of block characters.
+
+    image: name of a file with the chart next to the report, which Markdown shows too.
+    """
 
     title: str
     series: Sequence[Series]
     caption: str = ""
     from_zero: bool = False
+    image: str = ""
 
 
 class Speech(NamedTuple):

@@ -15,6 +15,8 @@ WIDTH, HEIGHT = 440, 220
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 36  # margins of the plot
 BUCKETS = 300  # per line; each keeps its lowest and its highest value
 BLOCKS = "▁▂▃▄▅▆▇█"
+# Of the classes s0, s1 ... in a picture on its own, which may lie on a light or a dark page.
+COLORS = "#c9531f #2f78c4 #3c8a4e #ad4fa2 #a58412 #128a92 #7566cf #857e76".split()
 
 Points = Sequence[
     tuple[float, float | None]
@@ -208,9 +210,31 @@ def line_chart(
     return chart
 
 
+def picture(series: Sequence[Series], *, title: str) -> ElementTree.Element:
+    """The chart as an <svg> of its own, with title, legend and colors."""
+    top = 26 + 18 * len(series)
+    rules = [
+        "text { font: 12px system-ui, sans-serif; fill: #777 }",
+        "path { fill: none; stroke-width: 2 } .faint { stroke: #999; stroke-width: 1 }",
+        ".grid { stroke: #8884 } .axis { stroke: #888 }",
+        ".end { text-anchor: end } .middle { text-anchor: middle }",
+    ]
+    for number, color in enumerate(COLORS):
+        rules.append(f"path.s{number} {{ stroke: {color} }} circle.s{number} {{ fill: {color} }}")
+    parts = [element("style", {}, " ".join(rules)), element("text", {"x": LEFT, "y": 16}, title)]
+    for row, (line, name) in enumerate(zip(series, class_names(series), strict=True)):
+        y = 34 + 18 * row
+        parts.append(element("path", {"class": name, "d": f"M{LEFT} {y - 4}h14"}))
+        parts.append(element("text", {"x": LEFT + 22, "y": y}, line.name))
+    chart = line_chart(series, label=title)
+    chart.attrib |= {"y": str(top), "width": str(WIDTH), "height": str(HEIGHT)}
+    box = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {WIDTH} {top + HEIGHT}"}
+    return element("svg", box, *parts, chart)
+
+
 def class_names(series: Sequence[Series]) -> list[str]:
-    """The CSS class of each series: faint, or s0, s1 ... for the others."""
-    numbers = itertools.count()
+    """The CSS class of each series: faint, or s0, s1 ... for the others, of which there are eight."""
+    numbers = itertools.cycle(range(len(COLORS)))
     return ["faint" if line.style == "faint" else f"s{next(numbers)}" for line in series]
 
 

@@ -60,19 +60,22 @@ def _plain_section(kind: str, runs: Runs) -> Section:
 # ---- Bits per byte ------------------------------------------------------------------------------
 
 
-def _bpb_tile(runs: Runs) -> Tile | None:
-    """Validation bits per byte of the newest model of the first run."""
-    base = runs[0]
-    rows = [row for row in base.events_of("validation") if row.get("bpb") is not None]
-    newest = base.newest("bpb")
+def validation_bpb(run: Run) -> float | None:
+    """Validation bits per byte of a run's newest model that was evaluated, None if there is none."""
+    rows = [row for row in run.events_of("validation") if row.get("bpb") is not None]
+    newest = run.newest("bpb")
     entry = newest.of_kind("bpb").get("validation") if newest else None
     if entry and (not rows or newest.step >= rows[-1]["step"]):
-        value = entry["values"]["bpb"]
-    elif rows:
-        value = rows[-1]["bpb"]
-    else:
+        return entry["values"]["bpb"]
+    return rows[-1]["bpb"] if rows else None
+
+
+def _bpb_tile(runs: Runs) -> Tile | None:
+    """Validation bits per byte of the newest model of the first run."""
+    value = validation_bpb(runs[0])
+    if value is None:
         return None
-    return Tile("bits per byte", score(value), f"validation, after {stage_of(base)}")
+    return Tile("bits per byte", score(value), f"validation, after {stage_of(runs[0])}")
 
 
 # ---- CORE ---------------------------------------------------------------------------------------
@@ -101,6 +104,12 @@ def core_of(run: Run) -> Core | None:
         value = None  # of an earlier evaluation, while another one is running
     limit = max(entry["of"].get("max_per_task", 0) for entry in entries.values())
     return Core(run, run.newest("core").step, rows, value, limit)
+
+
+def core_score(run: Run) -> float | None:
+    """The newest CORE of a run, None if it was not evaluated or is not finished."""
+    core = core_of(run)
+    return core.score if core else None
 
 
 def _core_tile(runs: Runs) -> Tile | None:

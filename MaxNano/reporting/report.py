@@ -8,7 +8,7 @@ import yaml
 
 from MaxNano import pyconfig, scaling
 from MaxNano.distributed import hardware
-from MaxNano.reporting import charts, evaluations
+from MaxNano.reporting import charts, evaluations, starts
 from MaxNano.reporting.blocks import (
     Block,
     Curves,
@@ -55,6 +55,7 @@ def make_report(runs: Sequence[Run], problem: str | None = None) -> Report:
             _time_and_price(runs),
             _curve_section(runs),
             *evaluations.sections(runs),
+            starts.section(runs),
             _config_section(runs),
         ],
     )
@@ -68,13 +69,13 @@ def _overview(runs: Sequence[Run], problem: str | None) -> Section:
     counts = scaling.parameter_counts(scaling.shape_of(last))
     tiles = [Tile("parameters", large(counts.total), f"{last['num_decoder_layers']} layers")]
     if trained:
-        tiles.append(Tile("tokens", large(sum(map(_tokens_done, trained))), several))
+        tiles.append(Tile("tokens", large(sum(map(tokens_done, trained))), several))
     tiles += evaluations.tiles(runs)
     if trained:
-        seconds = sum(_recorded_seconds(run) + _evaluation_seconds(run) for run in runs)
+        seconds = sum(recorded_seconds(run) + evaluation_seconds(run) for run in runs)
         note = ", ".join(filter(None, ["recorded", several]))
         tiles.append(Tile("time", duration(seconds), note))
-    prices = [_price_of(run) for run in trained]
+    prices = [price_of(run) for run in trained]
     if prices and None not in prices:
         dollars = sum(price.dollars for price in prices)
         tiles.append(Tile("price", f"${dollars:,.2f}", "computed"))
@@ -85,7 +86,8 @@ def _overview(runs: Sequence[Run], problem: str | None) -> Section:
 # ---- What ran -----------------------------------------------------------------------------------
 
 
-def _describe_devices(run: Run) -> str:
+def describe_devices(run: Run) -> str:
+    """The devices on which a run was trained, "" if it was not."""
     if not run.steps:  # the devices on which it was imported do not matter
         return ""
     devices = run.saved.get("devices")
@@ -106,7 +108,20 @@ def _describe_model(run: Run) -> str:
 
 def _describe_software(run: Run) -> str:
     versions = run.saved.get("versions", {}).items()
-    return ", ".join(f"{name} {text}" for name, text in versions if text and name != "commit")
+    hidden = ("commit", "source")
+    return ", ".join(f"{name} {text}" for name, text in versions if text and name not in hidden)
+
+
+def _describe_left_out(run: Run) -> str:
+    """What of the data was read and not trained on, as counted until the last step."""
+    last = run.steps[-1] if run.steps else {}
+    parts = (
+        [f"{percent(last['discarded_share'])} of the tokens"] if "discarded_share" in last else []
+    )
+    for name in ("rows_without_text", "damaged_parts", "conversations_left_out"):
+        if last.get(name):
+            parts.append(f"{last[name]:,} {name.replace('_', ' ')}")
+    return ", ".join(parts)
 
 
 # Row of the table -> its cell for a run. Empty: not known.
@@ -118,12 +133,13 @@ FACTS: dict[str, Callable[[Run], str]] = {
     "vocabulary": lambda run: f"{run.config['vocab_size']:,} tokens",
     "context": lambda run: f"{run.config['max_target_length']:,} tokens",
     "data": lambda run: stage_config(run.config).describe_data(run.config),
+    "data left out": _describe_left_out,
     "batch": lambda run: f"{run.config['global_batch_tokens']:,} tokens",
     "done": status,
-    "tokens": lambda run: f"{_tokens_done(run):,}" if run.steps else "",
+    "tokens": lambda run: f"{tokens_done(run):,}" if run.steps else "",
     "FLOPs": lambda run: f"{_training_flops(run):.3g}" if run.steps else "",
     "updates skipped": lambda run: f"{run.steps[-1]['skipped_in_all']:,}" if run.steps else "",
-    "hardware": _describe_devices,
+    "hardware": describe_devices,
     "software": _describe_software,
     "commit": lambda run: (run.saved.get("versions", {}).get("commit") or "")[:12],
     "tokenizer": lambda run: run.saved.get("tokenizer", "")[:16],
@@ -153,14 +169,15 @@ def _what_ran(runs: Sequence[Run]) -> Section:
     return Section("What ran", blocks)
 
 
-def _tokens_done(run: Run) -> int:
+def tokens_done(run: Run) -> int:
+    """Tokens of the steps done."""
     return run.steps_done * run.config["global_batch_tokens"]
 
 
 def _training_flops(run: Run) -> float:
     """FLOPs of the steps done."""
     flops = scaling.flops_per_token(scaling.shape_of(run.config), pyconfig.windows_of(run.config))
-    return float(flops * _tokens_done(run))
+    return float(flops * tokens_done(run))
 
 
 # ---- Time and price -----------------------------------------------------------------------------
@@ -179,23 +196,23 @@ class Price(NamedTuple):
         return self.chips * self.hours * self.chip_hour
 
 
-def _price_of(run: Run) -> Price | None:
+def price_of(run: Run) -> Price | None:
     """The price of a run's recorded time by the chip table, None if one of them is unknown."""
     devices = run.saved.get("devices")
     chip = hardware.CHIPS.get(devices["kind"]) if devices else None
     if chip is None or chip.spot_price is None:
         return None
-    hours = (_recorded_seconds(run) + _evaluation_seconds(run)) / 3600
+    hours = (recorded_seconds(run) + evaluation_seconds(run)) / 3600
     return Price(devices["count"], hours, chip.spot_price)
 
 
-def _recorded_seconds(run: Run) -> float:
+def recorded_seconds(run: Run) -> float:
     """Time since the first step in the run's rows, with evaluations and checkpoints."""
     return run.steps[-1]["elapsed_seconds"] if run.steps else 0.0
 
 
-def _evaluation_seconds(run: Run) -> float:
-    """Time of evaluate.py; evaluations while training are in _recorded_seconds."""
+def evaluation_seconds(run: Run) -> float:
+    """Time of evaluate.py; evaluations while training are in recorded_seconds."""
     while_training = {(row["event"], row["step"]) for row in run.events}
     return sum(
         entry["values"].get("seconds", 0.0)
@@ -233,7 +250,7 @@ def _time_and_price(runs: Sequence[Run]) -> Section:
             "a kill undid."
         ),
     ]
-    prices = [(run, price) for run in runs if (price := _price_of(run))]
+    prices = [(run, price) for run in runs if (price := price_of(run))]
     if prices:
         terms = "; ".join(
             f"{run.name} {price.chips} chips x {price.hours:.3f} h x ${price.chip_hour:.6g} per chip-hour"
@@ -243,7 +260,7 @@ def _time_and_price(runs: Sequence[Run]) -> Section:
         blocks.append(Note(f"Prices are computed, not billed, from {source}: {terms}."))
     for run in trained:
         kind = run.saved.get("devices", {}).get("kind")
-        if _price_of(run) is None:
+        if price_of(run) is None:
             why = f"the chip table has none for {kind}" if kind else "its hardware is not recorded"
             blocks.append(Missing(f"No price of {run.name}: {why}."))
     return Section(title, blocks)
@@ -263,9 +280,9 @@ def _speed_cells(run: Run) -> list[str]:
 
 def _time_cells(runs: Sequence[Run]) -> list[str]:
     """Times of runs together, and their price if it is known for each that trained."""
-    trained = sum(map(_recorded_seconds, runs))
-    evaluated = sum(map(_evaluation_seconds, runs))
-    prices = [_price_of(run) for run in runs if run.steps]
+    trained = sum(map(recorded_seconds, runs))
+    evaluated = sum(map(evaluation_seconds, runs))
+    prices = [price_of(run) for run in runs if run.steps]
     known = prices and None not in prices
     dollars = f"${sum(price.dollars for price in prices):,.2f}" if known else "–"
     times = [duration(seconds) if seconds else "–" for seconds in (trained, evaluated)]

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from MaxNano import pyconfig
-from MaxNano.storage import files
-from MaxNano.storage.checkpoints import CheckpointFolder
+from MaxNano.storage import files, history
+from MaxNano.storage.checkpoints import newest_extra
+from MaxNano.training.config_changes import parameters_id
 
 
 class Evaluation(NamedTuple):
@@ -42,6 +43,9 @@ class Run(NamedTuple):
     saved: dict[str, Any]  # of the newest checkpoint: step, versions, devices, tokenizer
     evaluations: list[Evaluation]  # by step
     problems: list[str]  # one line per file that could not be read
+    history: list[
+        dict[str, Any]
+    ]  # starts, ends and refusals, oldest first; see training/run_record
 
     @property
     def name(self) -> str:
@@ -52,6 +56,11 @@ class Run(NamedTuple):
     def steps_done(self) -> int:
         """Optimizer steps until the last row."""
         return self.steps[-1]["step"] + 1 if self.steps else 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps are done."""
+        return 0 < self.config["steps"] <= self.steps_done
 
     def events_of(self, name: str) -> list[dict[str, Any]]:
         """The rows of one kind of event, such as validation."""
@@ -67,11 +76,6 @@ class Run(NamedTuple):
         return newest.of_kind(kind) if newest else {}
 
 
-def start_folder(load_from: str, folder: epath.Path) -> epath.Path:
-    """Folder of the run that the run in `folder` starts from: a path, or a name next to it."""
-    return epath.Path(load_from).expanduser() if "/" in load_from else folder.parent / load_from
-
-
 def read_chain(folder: epath.Path) -> tuple[list[Run], str | None]:
     """(the runs to which load_from leads, first one first, and the run in `folder`; a problem).
 
@@ -80,7 +84,7 @@ def read_chain(folder: epath.Path) -> tuple[list[Run], str | None]:
     """
     runs = [read_run(folder)]
     while (start := runs[0].config.get("load_from")) is not None:
-        previous = start_folder(start, runs[0].folder)
+        previous = pyconfig.start_directory(start, runs[0].folder)
         begin = f"{runs[0].name} was started from {start}, "
         if any(str(previous) == str(run.folder) for run in runs):
             return runs, begin + "which itself was started from it"
@@ -106,7 +110,7 @@ def read_run(folder: epath.Path) -> Run:
         problems.append(f"metrics.jsonl of {folder.name} is damaged from line {len(rows) + 1} on")
     extra = newest_extra(folder)
     # A checkpoint without metrics was imported.
-    run_id = (extra.get("metrics") or {}).get("run_id")
+    run_id = parameters_id(extra)
     return Run(
         folder=folder,
         config=base | values,  # a run of an older version does not have newer keys
@@ -116,20 +120,8 @@ def read_run(folder: epath.Path) -> Run:
         saved=extra.get("run", {}),
         evaluations=_evaluations(folder / "evals", problems, {"run": run_id} if extra else {}),
         problems=problems,
+        history=history.read(folder),
     )
-
-
-def newest_extra(folder: epath.Path) -> dict[str, Any]:
-    """The JSON of a run's newest finished checkpoint, whose hashes are not checked."""
-    checkpoints = CheckpointFolder(folder)
-    for step in reversed(checkpoints.steps()):
-        try:
-            extra = json.loads((checkpoints.path(step) / "extra" / "metadata").read_text())
-        except (OSError, ValueError):
-            continue
-        if isinstance(extra, dict):
-            return extra
-    return {}
 
 
 def _config_lines(text: str) -> Iterator[tuple[str, tuple[str, str]]]:

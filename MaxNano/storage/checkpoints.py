@@ -15,6 +15,7 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -134,6 +135,21 @@ class CheckpointFolder:
         except OSError as error:
             reason = console.one_line(error, 300)
             raise CheckpointError(f"cannot rename the damaged {path}: {reason}") from None
+
+
+def newest_extra(run: epath.PathLike) -> dict[str, Any]:
+    """The JSON that was saved with a run's newest finished checkpoint, whose hashes are not
+    checked; {} if there is none.
+    """
+    checkpoints = CheckpointFolder(run)
+    for step in reversed(checkpoints.steps()):
+        try:
+            extra = json.loads((checkpoints.path(step) / "extra" / "metadata").read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(extra, dict):
+            return extra
+    return {}
 
 
 def write_manifest(folder: epath.Path) -> None:

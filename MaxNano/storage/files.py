@@ -7,6 +7,7 @@ takes a rename on a disk. Importing this module makes everything that opens gs:/
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import tempfile
@@ -19,6 +20,16 @@ import fsspec
 from etils import epath
 
 from MaxNano import console
+
+# What to do about errors of the system that no program can mend.
+DISK_ERRORS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space or choose another folder"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions or choose another folder"
+    ),
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EIO: "check the disk",
+}
 
 PROBE_BYTES = 4096  # an empty file can be written to a full disk
 
@@ -131,6 +142,24 @@ def write_whole(path: Any, content: str | bytes) -> None:
         if isinstance(error, OSError) and error.filename is None:  # a full disk
             error.filename = os.fspath(path)
         raise
+
+
+def append(path: Any, line: str) -> None:
+    """Append a line to a file, and create it and its folder. Raises OSError.
+
+    In a bucket, which cannot append, the file is written again. A line that a killed process left
+    half written stays a line of its own.
+    """
+    if is_remote(path):
+        before = path.read_text() if path.exists() else ""
+        write_whole(path, before + line)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else "\n" + line
+        file.write(line.encode())
 
 
 @contextlib.contextmanager

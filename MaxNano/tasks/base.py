@@ -107,6 +107,10 @@ MANIFEST = "manifest.json"  # lists the parquet files that make a split whole
 _Files = Mapping[str, Callable[[], IO[bytes]]]
 
 
+# The columns to read; of several names in a tuple, the first that the data set has.
+Columns = Sequence[str | tuple[str, ...]]
+
+
 class Rows:
     """The rows of a table as dicts, in the order of nanochat's seeded shuffle."""
 
@@ -128,7 +132,7 @@ class HubTask(Task):
     repository: str  # OWNER/NAME
     subset: str
     splits: tuple[str, ...]
-    columns: tuple[str, ...]
+    columns: Columns
 
     def __init__(self, config: Any, split: str):
         check_split(split, self.splits, f"{self.repository} {self.subset}")
@@ -146,9 +150,7 @@ def check_split(split: str, splits: Sequence[str], what: str) -> None:
         )
 
 
-def load_rows(
-    config: Any, repository: str, subset: str, split: str, columns: Sequence[str]
-) -> Rows:
+def load_rows(config: Any, repository: str, subset: str, split: str, columns: Columns) -> Rows:
     """Load columns of one split of a hub data set, from config.chat_data or from the hub.
 
     chat_data is a folder or a tar archive with parquet files in OWNER--NAME/SUBSET/SPLIT, or in
@@ -198,7 +200,7 @@ def _archive_files(path: epath.Path, location: str) -> _Files:
     return files
 
 
-def _read_table(files: _Files, columns: Sequence[str], where: str) -> pa.Table:
+def _read_table(files: _Files, columns: Columns, where: str) -> pa.Table:
     names = sorted(name for name in files if name.endswith(".parquet"))
     try:
         if MANIFEST in files:
@@ -211,10 +213,18 @@ def _read_table(files: _Files, columns: Sequence[str], where: str) -> pa.Table:
         for name in names:
             with files[name]() as file:
                 parquet = pq.ParquetFile(file)
-                absent = [name for name in columns if name not in parquet.schema_arrow.names]
-                if absent:
-                    raise ValueError(f"{where}: has no column {', '.join(absent)}")
-                tables.append(parquet.read(columns=list(columns)))
+                present = _present_columns(columns, parquet.schema_arrow.names, where)
+                tables.append(parquet.read(columns=present))
+        return pa.concat_tables(tables)
     except (pa.ArrowException, OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{where}: cannot be read ({str(error).splitlines()[0]})") from None
-    return pa.concat_tables(tables)
+
+
+def _present_columns(columns: Columns, names: Sequence[str], where: str) -> list[str]:
+    """The name of each column in a file with columns `names`. Raises ValueError."""
+    choices = [(column,) if isinstance(column, str) else column for column in columns]
+    present = [next((name for name in choice if name in names), None) for choice in choices]
+    if None in present:
+        absent = (" or ".join(c) for c, name in zip(choices, present, strict=True) if name is None)
+        raise ValueError(f"{where}: has no column {', '.join(absent)}")
+    return present

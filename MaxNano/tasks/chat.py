@@ -1,15 +1,16 @@
-"""Chat data sets of the hub with a column `messages`, such as SmolTalk.
+"""Chat data sets of the hub with a column of messages, such as SmolTalk.
 
 Source: nanochat/tasks/smoltalk.py@92d63d4.
 """
 
 from typing import Any
 
+from MaxNano.tasks import shapes
 from MaxNano.tasks.base import Conversation, HubTask, Task, load_rows
 
 
 class Chat(Task):
-    """A split of a hub data set whose column `messages` has lists of {role, content}.
+    """A split of a hub data set with conversations in one of the shapes of shapes.py.
 
     Other fields of a message are dropped. A malformed conversation raises only when it is rendered.
     """
@@ -22,7 +23,7 @@ class Chat(Task):
                 f"chat:{path} must be chat:OWNER/NAME/SUBSET/SPLIT; the subset of many data sets "
                 "is default"
             ) from None
-        self.rows = load_rows(config, f"{owner}/{name}", subset, split, ("messages",))
+        self.rows = load_rows(config, f"{owner}/{name}", subset, split, (shapes.COLUMNS,))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -44,4 +45,4 @@ class SmolTalk(HubTask):
 
 
 def _conversation(row: dict[str, Any]) -> Conversation:
-    return {"messages": [{key: m[key] for key in ("role", "content")} for m in row["messages"]]}
+    return {"messages": shapes.messages_of(row)}

@@ -1,8 +1,8 @@
 """Your own conversations, from a JSON or JSON Lines file.
 
 A .jsonl file has one conversation per line, a .json file a list of them. A conversation is a list
-of messages {"role", "content"}, or an object whose "messages" is such a list;
-tokenization/chat_format.py describes messages.
+of messages {"role", "content"}, or an object whose "messages" is such a list; shapes.py has the
+other shapes, and tokenization/chat_format.py describes messages.
 Source: nanochat/tasks/customjson.py@72b9064.
 """
 
@@ -13,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from MaxNano.storage import files
+from MaxNano.tasks import shapes
 from MaxNano.tasks.base import Conversation, Task
 from MaxNano.tokenization.chat_format import turns
 
 
 class CustomJson(Task):
-    """Reads and checks the whole file at once. Raises ValueError that names the malformed line."""
+    """Reads and checks the whole file at once. Raises ValueError that names the malformed line.
+
+    A row whose messages, or one of them, are null is not refused: training leaves it out and counts
+    it.
+    """
 
     def __init__(self, config: Any, path: str):
-        text = files.read_text(path, f"json:{path}")
+        text = files.read_text(path, f"json:{path}").removeprefix("\ufeff")  # byte order mark
         read = _lines if Path(path).suffix == ".jsonl" else _items
         self._conversations = [_checked(content, where) for where, content in read(text, path)]
 
@@ -59,10 +64,17 @@ def _parse(text: str, path: str, first_line: int) -> Any:
         ) from None
     except RecursionError:
         raise ValueError(f"{path}, line {first_line}: nested too deeply") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f"{path}, line {first_line}: not JSON: {error}") from None
 
 
 def _checked(content: Any, where: str) -> Conversation:
     conversation = {"messages": content} if isinstance(content, list) else content
+    if isinstance(conversation, dict) and set(shapes.COLUMNS) & conversation.keys():
+        messages = shapes.messages_of(conversation)
+        conversation = {**conversation, "messages": messages}
+        if messages is None or isinstance(messages, list) and None in messages:
+            return conversation
     try:
         messages = turns(conversation)
     except ValueError as error:

@@ -1,17 +1,23 @@
 """The chat format: conversations as token ids with their training mask.
 
-A conversation is {"messages": [{"role", "content"}, ...]}: an optional system message, which is
-joined to the first user message, then user and assistant in turn. Content is a text; the
-assistant's may also be a list of parts {"type", "text"} of type text, python (a tool call) or
-python_output (the tool's output). The assistant is trained on its text, its tool calls and the end
-of its message, not on tool output.
-Source: nanochat/tokenizer.py@92d63d4, render_conversation.
+A conversation is {"messages": [{"role", "content"}, ...]} with roles system, user and assistant.
+Content is a text or a list of parts {"type", "text"}: of type text, and for the assistant also
+python (a tool call) or python_output (the tool's output). The assistant is trained on its text, its
+tool calls and the end of its message, not on tool output.
+
+The model only knows turns of two sides. One rule makes them of any order of messages: a system
+message is on the user's side, and consecutive messages of one side are one turn, joined by a blank
+line. A conversation may therefore begin with the assistant. interop/templates/chat_template.jinja
+has the same rule.
+Source: nanochat/tokenizer.py@92d63d4, render_conversation, which takes one system message before
+the user's first and strictly alternating turns, and renders them the same.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 PART_TYPES = ("text", "python", "python_output")
+JOINT = "\n\n"  # between consecutive messages of one side
 
 
 def render(
@@ -44,9 +50,12 @@ def render(
 
 
 def without_answer(conversation: Mapping[str, Any]) -> dict[str, Any]:
-    """The conversation without its last message. Raises ValueError if that is not the assistant's."""
+    """The conversation without its last message. Raises ValueError if that is not the assistant's,
+    or the one before it is too.
+    """
     messages = _messages(conversation)
-    if _role(messages[-1], len(messages) - 1) != "assistant":
+    roles = [_role(message, index) for index, message in enumerate(messages)]
+    if roles[-1] != "assistant" or roles[-2:-1] == ["assistant"]:
         raise ValueError("the last message must be from the assistant, to be completed")
     return {"messages": messages[:-1]}
 
@@ -64,43 +73,58 @@ def _role(message: Mapping[str, Any], index: int) -> str:
     return message["role"]
 
 
+def turns(conversation: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """(side, content) of each turn, user and assistant alternately: a text of the user, a list of
+    (type, text) parts of the assistant.
+
+    Raises ValueError for a malformed conversation.
+    """
+    turns: list[tuple[str, list[tuple[str, str]]]] = []
+    for index, message in enumerate(_messages(conversation)):
+        role = _role(message, index)
+        side = "user" if role == "system" else role
+        if side not in ("user", "assistant"):
+            raise ValueError(
+                f"message {index} is from {role!r} but must be from 'system', 'user' or 'assistant'"
+            )
+        types = PART_TYPES if side == "assistant" else PART_TYPES[:1]
+        parts = _parts(message["content"], f"the content of message {index}", types)
+        if turns and turns[-1][0] == side:
+            _join(turns[-1][1], parts)
+        else:
+            turns.append((side, parts))
+    return [
+        (side, parts if side == "assistant" else "".join(text for _, text in parts))
+        for side, parts in turns
+    ]
+
+
+def _parts(content: Any, what: str, types: Sequence[str]) -> list[tuple[str, str]]:
+    """The (type, text) parts of a message's content."""
+    if isinstance(content, (list, tuple)):
+        return [_part(part, what, types) for part in content]
+    return [("text", _text(content, what))]
+
+
+def _part(part: Any, what: str, types: Sequence[str]) -> tuple[str, str]:
+    if not isinstance(part, Mapping) or part.get("type") not in types:
+        raise ValueError(
+            f'{what}: each part must be {{"type", "text"}} of a type {", ".join(types)}'
+        )
+    return part["type"], _text(part.get("text"), f"{what}: the text of a part")
+
+
 def _text(content: Any, what: str) -> str:
     if not isinstance(content, str):
         raise ValueError(f"{what} must be a text, not {type(content).__name__}")
     return content
 
 
-def turns(conversation: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """(role, content) of each turn; the assistant's content is a list of (type, text) parts.
-
-    Raises ValueError for a malformed conversation.
-    """
-    messages = _messages(conversation)
-    system = []
-    if _role(messages[0], 0) == "system":
-        system = [_text(messages[0]["content"], "the content of message 0")]
-        messages = messages[1:]
-        if not messages:
-            raise ValueError("the system message must be followed by a user message")
-    checked: list[tuple[str, Any]] = []
-    for turn, message in enumerate(messages):
-        index = turn + len(system)
-        role, expected = _role(message, index), ("user", "assistant")[turn % 2]
-        if role != expected:
-            raise ValueError(f"message {index} is from {role!r} but must be from {expected!r}")
-        what, content = f"the content of message {index}", message["content"]
-        if role == "user":
-            text = _text(content, what)
-            checked.append((role, "\n\n".join([*system, text]) if turn == 0 else text))
-        elif isinstance(content, (list, tuple)):
-            checked.append((role, [_part(part, what) for part in content]))
-        else:
-            checked.append((role, [("text", _text(content, what))]))
-    return checked
-
-
-def _part(part: Mapping[str, Any], what: str) -> tuple[str, str]:
-    if not isinstance(part, Mapping) or part.get("type") not in PART_TYPES:
-        types = ", ".join(PART_TYPES)
-        raise ValueError(f'{what}: each part must be {{"type", "text"}} of a type {types}')
-    return part["type"], _text(part.get("text"), f"{what}: the text of a part")
+def _join(parts: list[tuple[str, str]], following: Sequence[tuple[str, str]]) -> None:
+    """Append the parts of the next message of the same side; texts that meet become one."""
+    text, rest = JOINT, list(following)
+    if rest and rest[0][0] == "text":
+        text += rest.pop(0)[1]
+    if parts and parts[-1][0] == "text":
+        text = parts.pop()[1] + text
+    parts += [("text", text), *rest]

@@ -1,6 +1,7 @@
 """The identity of a checkpoint: its model, tokenizer, software and devices."""
 
 import functools
+import hashlib
 import os
 import subprocess
 import sys
@@ -62,7 +63,9 @@ def check(
 
 @functools.cache
 def _versions() -> dict[str, str | None]:
-    """Versions of Python, the packages and the code's commit; None if unknown."""
+    """Versions of Python and the packages, the code's commit, and a fingerprint of its source files,
+    which also sees what is not committed; None if unknown.
+    """
     versions: dict[str, str | None] = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
@@ -75,4 +78,9 @@ def _versions() -> dict[str, str | None]:
         versions["commit"] = result.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         versions["commit"] = None
+    package = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    versions["source"] = digest.hexdigest()[:16]
     return versions

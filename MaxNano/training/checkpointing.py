@@ -75,9 +75,15 @@ class CheckpointReader:
         steps = _ask_primary(self._folder.steps)
         return steps[-1] if steps else None
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
+    def restore(
+        self,
+        abstract_state: Any,
+        step: int | None = None,
+        check: Callable[[dict], Any] = lambda extra: None,
+    ) -> tuple[Any, dict]:
         """(state, extra) of the newest intact checkpoint, or of `step`.
 
+        check: called with `extra` before the state is read; it may raise CheckpointError.
         abstract_state: pytree of jax.ShapeDtypeStruct with shardings, which may belong to another
         mesh than the one that saved. A damaged checkpoint is reported on stderr, renamed to
         `<step>.damaged` if this is the run's writer, and the one before is used.
@@ -88,7 +94,7 @@ class CheckpointReader:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
             return self._orbax.restore(path, args=args).state
 
-        return self._restore(step, read)
+        return self._restore(step, read, check)
 
     def restore_params_only(
         self, abstract_params: Any = None, step: int | None = None
@@ -107,13 +113,17 @@ class CheckpointReader:
         return _ask_primary(lambda: self._folder.newest_intact(step, set_aside=self._sets_aside))
 
     def _restore(
-        self, step: int | None, read: Callable[[epath.Path], Any]
+        self,
+        step: int | None,
+        read: Callable[[epath.Path], Any],
+        check: Callable[[dict], Any] = lambda extra: None,
     ) -> tuple[Any, dict[str, Any]]:
         chosen = self._choose(step)
         run = self._folder.run
         try:
             extra = self._read_extra(chosen)
             checkpoint_identity.check(extra["run"], self._config, self._fingerprint, run)
+            check(extra)
             return read(self._folder.path(chosen)), extra
         except CheckpointError:
             raise
@@ -427,12 +437,19 @@ def _reason(error: Exception) -> str:
 def _silence_libraries() -> None:
     """Keep orbax and tensorstore from printing tracebacks for errors that are reported here."""
     logging.getLogger("absl").addFilter(_is_not_orbax)
+    logging.getLogger("asyncio").addFilter(_is_not_unread)
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _ignore_late_answers
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in Path(record.pathname).parts
+
+
+def _is_not_unread(record: logging.LogRecord) -> bool:
+    # Many arrays fail together, and orbax reads the error of one. asyncio tells the others at exit.
+    text = record.getMessage()
+    return "exception was never retrieved" not in text or "orbax" not in text
 
 
 def _ignore_late_answers(unraisable: Any) -> None:

@@ -9,6 +9,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+SHOWN_WAIT = 0.1  # the line shows a wait for the batch above this share of the step
+
 
 class Display:
     """Prints lines; on a terminal the latest step stays below them with a progress bar."""
@@ -57,24 +59,29 @@ class Display:
 
 
 def step_line(row: Mapping[str, Any], position: Mapping[str, int], total_steps: int) -> str:
-    """A row of metrics.jsonl as a line; the last step of a 500-step run is `step 500/500`."""
-    parts = [f"step {row['step'] + 1:>{len(str(total_steps))}}/{total_steps}"]
+    """A row of metrics.jsonl as a line; steps count from 0, as there."""
+    parts = [f"step {row['step']:>{len(str(total_steps))}}/{total_steps}"]
+    if row.get("loss") is not None:
+        parts.append(f"loss {row['loss']:.4f}")
     if row["smoothed_loss"] is not None:
-        parts.append(f"loss {row['smoothed_loss']:.4f}")
+        parts.append(f"smoothed {row['smoothed_loss']:.4f}")
     if "bpb" in row:
         parts.append(f"bpb {row['bpb']:.4f}")
     if "reward" in row:
         parts.append(f"reward {row['reward']:.3f}")
     if "lr_multiplier" in row:
         parts.append(f"lr x{row['lr_multiplier']:.2f}")
-    parts.append(f"{row['milliseconds']:,.0f} ms")
+    digits = 0 if row["milliseconds"] >= 10 else 3
+    parts.append(f"{row['milliseconds']:,.{digits}f} ms")
+    if row.get("batch_wait_milliseconds", 0.0) > SHOWN_WAIT * row["milliseconds"]:
+        parts.append(f"waiting {row['batch_wait_milliseconds']:,.0f} ms")
     parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
     if "mfu" in row:
         parts.append(f"MFU {100 * row['mfu']:.1f}%")
     if row["skipped_in_all"]:
         parts.append(f"skipped {row['skipped_in_all']}")
     if position:
-        parts.append(" ".join(f"{_words(key)} {value}" for key, value in position.items()))
+        parts.append(" ".join(_amount(key, value) for key, value in position.items()))
     times = _duration(row["elapsed_seconds"])
     if row["seconds_left"] is not None:
         times += f", {_duration(row['seconds_left'])} left"
@@ -92,6 +99,12 @@ def event_lines(step: int, name: str, values: Mapping[str, float | str]) -> list
         if isinstance(value, str):
             lines.append("  " + f"{key} ->{value}".replace("\n", "\\n"))
     return lines
+
+
+def _amount(key: str, value: float) -> str:
+    if key.endswith("_share"):
+        return f"{_words(key.removesuffix('_share'))} {100 * value:.1f}%"
+    return f"{_words(key)} {value}"
 
 
 def _words(key: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 from ml_collections import FrozenConfigDict
 
+from MaxNano.optimizers.groups import parameter_groups
 from MaxNano.storage.growing_file import GrowingFile
 from MaxNano.training import tensorboard
 from MaxNano.training.trackers import TRACKERS, Tracker
@@ -47,6 +48,7 @@ class MetricFiles:
             *state.get("events", []),
             *(entry for entry in self._unwritten if "event" in entry[1]),
         ]
+        self._rates = {group.name: group.learning_rate for group in parameter_groups(config)}
         self._files: list[GrowingFile] = []
         self._trackers: list[Tracker] = []
         if not is_main:
@@ -54,7 +56,7 @@ class MetricFiles:
         directory = epath.Path(directory).expanduser()
         self._files.append(GrowingFile(directory / "metrics.jsonl", self._kept_lines, _json_line))
         if config.tensorboard:
-            self._files.append(self._open_curves(directory / "tensorboard", next_step))
+            self._files.append(self._open_curves(config, directory / "tensorboard", next_step))
         self._trackers = [
             Tracker(name, lambda name=name: TRACKERS[name](config, directory, state["run_id"]))
             for name in config.trackers
@@ -75,7 +77,7 @@ class MetricFiles:
             self._events.append(entry)
         for file in self._files:
             file.add(entry)
-        if numbers := _numbers(row):
+        if numbers := _numbers(row, self._rates):
             for tracker in self._trackers:
                 tracker.log(numbers, row["step"])
 
@@ -99,20 +101,23 @@ class MetricFiles:
         for writer in writers:
             writer.join(max(0.0, deadline - time.monotonic()))
 
-    def _open_curves(self, directory: epath.Path, next_step: int) -> GrowingFile:
+    def _open_curves(
+        self, config: FrozenConfigDict, directory: epath.Path, next_step: int
+    ) -> GrowingFile:
         """This process's TensorBoard file.
 
-        Its start hides what earlier processes drew of steps that are written again, and redraws
-        those events of these steps that are not.
+        Its start has the hyperparameters. It hides what earlier processes drew of steps that are
+        written again, and redraws those events of these steps that are not.
         """
 
         def encode(entry: Entry) -> bytes:
             seconds, row = entry
-            return tensorboard.scalars(_numbers(row), row["step"], seconds)
+            return tensorboard.scalars(_numbers(row, self._rates), row["step"], seconds)
 
         first_step = min([next_step, *(entry[1]["step"] for entry in self._unwritten)])
         events = [encode(entry) for entry in _without(self._unwritten, self._events)]
-        head = tensorboard.file_start(first_step) + b"".join(events)
+        start = tensorboard.file_start(first_step)
+        head = b"".join((start, tensorboard.hyperparameters(config, first_step), *events))
         # TensorBoard reads the files of a folder in the order of their names.
         process = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
         path = directory / f"events.out.tfevents.{time.time():.6f}.{process}"
@@ -141,14 +146,21 @@ def _without(unwritten: list[Entry], events: list[Entry]) -> list[Entry]:
     return [entry for entry in events if id(entry) not in waiting]
 
 
-def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of a row under the names of curves, such as train/loss."""
+def _numbers(row: Mapping[str, Any], rates: Mapping[str, float]) -> dict[str, float]:
+    """The finite numbers of a row under the names of curves, such as train/loss.
+
+    rates: the learning rate of each parameter group, whose schedule makes a curve too.
+    """
     prefix = row.get("event", "train")
-    return {
+    numbers = {
         f"{prefix}/{key}": value
         for key, value in row.items()
         if key != "step" and isinstance(value, int | float)
     }
+    multiplier = numbers.get("train/lr_multiplier")
+    if multiplier is not None:
+        numbers |= {f"learning_rate/{name}": multiplier * rate for name, rate in rates.items()}
+    return numbers
 
 
 def _json_line(entry: Entry) -> bytes:

@@ -5,10 +5,11 @@ host never waits for the device and the device never for the host. Nothing here 
 training: files and trackers are written by threads (metric_files.py).
 """
 
+import contextlib
 import math
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,8 @@ from MaxNano.training.metric_files import MetricFiles
 # nanochat's, so that the totals can be compared.
 # Source: nanochat/scripts/base_train.py@92d63d4.
 FIRST_TIMED_STEP = 11
-SMOOTHING = 0.9  # of the loss and of the time per step that the step line shows
+SMOOTHING = 0.9  # of `smoothed_loss` and of the time per step behind `seconds_left`
+CLOCK_SECONDS = 1e-6  # no step counts as shorter
 
 
 class MetricLogger:
@@ -70,11 +72,33 @@ class MetricLogger:
         self._training_seconds = state["training_seconds"]
         self._seconds_before = state["elapsed_seconds"]  # of earlier processes
         self._step_seconds = _Average()
+        self._waited_seconds = 0.0  # for batches, since the last row
+        self._dispatching: float | None = None  # when the wait for the latest batch ended
         self._started = self._clock = time.monotonic()
         self._pending: _Pending | None = None
         self._arrived: dict[str, float] | None = None
         self._display = Display(total_steps, start_step) if is_main else None
         self._files = MetricFiles(config, directory, state, next_step=start_step, is_main=is_main)
+
+    @property
+    def run_id(self) -> str:
+        """The id of the run, the same in all of its processes."""
+        return self._run_id
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The wait for the batch of the next step, which `step` takes when it is dispatched.
+
+        A pending step that is done by then ends with the wait: the device had nothing else to do.
+        """
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._dispatching = time.monotonic()
+            self._waited_seconds += self._dispatching - began
+            if self._pending is not None and _are_ready(self._pending.metrics):
+                self._pending = self._pending._replace(done=self._dispatching)
 
     def step(
         self, step: int, device_metrics: Mapping[str, Any], position: Mapping[str, int]
@@ -82,12 +106,15 @@ class MetricLogger:
         """Take the metrics of `step`, just dispatched; return those of the step before.
 
         device_metrics: scalars by name, possibly jax arrays that are still being computed; `loss`
-        is smoothed for the step line, `skipped` (1 if the update was skipped) is counted. position:
+        is smoothed too, `skipped` (1 if the update was skipped) is counted. position:
         the step's position in the data, for the step line. Returns the metrics of the latest step
         that has arrived and was not returned before, None if there is none.
         """
-        # Some backends return only when the step is done: then it ended now, not when it is read.
-        done = time.monotonic() if all(map(_is_ready, device_metrics.values())) else None
+        # Some backends return only when the step is done: then it ended now, not when it is read,
+        # and the step before it ended before.
+        done = time.monotonic() if _are_ready(device_metrics) else None
+        if done is not None and self._pending is not None and self._pending.done is None:
+            self._pending = self._pending._replace(done=self._dispatching)
         self._read_pending()
         self._pending = _Pending(step, dict(device_metrics), dict(position), done)
         arrived, self._arrived = self._arrived, None
@@ -152,13 +179,13 @@ class MetricLogger:
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if done is None:
             done = time.monotonic()
-        seconds, self._clock = max(done - self._clock, 1e-9), done
+        seconds, self._clock = max(done - self._clock, CLOCK_SECONDS), done
         self._arrived = metrics
         row = self._row(step, metrics, position, seconds)
         self._files.write(row)
         self._next_step = step + 1
         ends = (self._start_step, self._total_steps - 1)
-        if self._display and (step in ends or (step + 1) % self._log_interval == 0):
+        if self._display and (step in ends or step % self._log_interval == 0):
             self._display.show_step(row, position)
 
     def _row(
@@ -172,6 +199,7 @@ class MetricLogger:
             self._step_seconds.add(seconds)
             if step >= FIRST_TIMED_STEP:
                 self._training_seconds += seconds
+        waited_seconds, self._waited_seconds = self._waited_seconds, 0.0
         tokens_per_second = self._tokens_per_step / seconds
         row = {
             "step": step,
@@ -179,6 +207,7 @@ class MetricLogger:
             "smoothed_loss": self._loss.value(),
             "skipped_in_all": self._skipped,
             "milliseconds": 1e3 * seconds,
+            "batch_wait_milliseconds": 1e3 * waited_seconds,
             "tokens_per_second": tokens_per_second,
         }
         if self._peak_flops:
@@ -205,6 +234,10 @@ class _Pending(NamedTuple):
 
 def _is_ready(value: Any) -> bool:
     return not isinstance(value, jax.Array) or value.is_ready()
+
+
+def _are_ready(metrics: Mapping[str, Any]) -> bool:
+    return all(map(_is_ready, metrics.values()))
 
 
 class _Average:

@@ -1,7 +1,7 @@
 """A training run before any array exists: RunSetup, batch plan, memory estimate, start-up table."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,8 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig, scaling
 from MaxNano.console import print_table
+from MaxNano.data import summary
+from MaxNano.data.sources import SOURCES
 from MaxNano.distributed import hardware, sharding
 from MaxNano.models import losses
 from MaxNano.models.setup import ModelSetup, set_up_model
@@ -20,6 +22,7 @@ from MaxNano.models.transformer import kept_residuals, residual_widths
 from MaxNano.optimizers import groups
 from MaxNano.stage_configs import stage_config
 from MaxNano.storage.files import run_directory
+from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training.stages import Stage, stage_of
 from MaxNano.training.state import TrainState, abstract_state
 
@@ -188,7 +191,22 @@ def print_plan(setup: RunSetup) -> None:
     total = f"{sum(counts.values()):,}"
     header = ("group", "parameters", "learning rate", "betas", "weight decay")
     print_table("parameters", header, [*rows, ("total", total, "", "", "")])
-    print_table("run", ("what", "value"), list(describe_plan(setup).items()))
+    print_table("run", ("what", "value"), [*describe_plan(setup).items(), *_describe_text(config)])
+
+
+def _describe_text(config: FrozenConfigDict) -> Iterator[tuple[str, str]]:
+    """Rows about the text of a run: its files, and at its start what packing will discard."""
+    if config.dataset_type not in SOURCES:
+        return
+    files = summary.describe_files(config)
+    yield from files.items()
+    # A run that is resumed has the share in its step line.
+    if "validation files" in files and not (run_directory(config) / "checkpoints").exists():
+        try:
+            discarded = summary.estimate_discarded(config, load_tokenizer(config))
+        except ValueError:
+            discarded = "unknown before the tokenizer is trained"
+        yield "discarded tokens", discarded
 
 
 def describe_plan(setup: RunSetup) -> dict[str, str]:

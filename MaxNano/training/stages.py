@@ -117,19 +117,6 @@ def evaluate_text(run: RunContext) -> dict[str, float]:
     return {"bpb": bits_per_byte(count_text_bits(run), checked())}
 
 
-def describe_split(config: FrozenConfigDict, split: str) -> list[Any]:
-    """The values that decide the documents of a split."""
-    if config.dataset_type == "chat":
-        mixture = config.chat_train_mixture if split == "train" else config.chat_validation_mixture
-        return [config.dataset_type, config.chat_data, config.chat_mixture_unit, *mixture]
-    return [
-        config.dataset_type,
-        config.dataset_path,
-        config.dataset_name,
-        list(config.dataset_splits),
-    ]
-
-
 def _steps_of_conversations(config: FrozenConfigDict) -> int:
     return conversations.steps_of_passes(config, load_tokenizer(config))
 

@@ -11,17 +11,19 @@ from etils import epath
 from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
+from MaxNano.config_schema import COMMAND_LINE
 from MaxNano.storage.files import run_directory
 from MaxNano.training.checkpointing import Checkpointer
+from MaxNano.training.config_changes import ConfigChanged
 from MaxNano.training.state import TrainState
 
 if TYPE_CHECKING:
     from MaxNano.training.setup import RunSetup
 
 
-def load_start(setup: RunSetup, tokenizer_fingerprint: str) -> TrainState:
-    """The newest checkpoint of load_from as step 0: its parameters and, with load_optimizer, its
-    optimizer state.
+def load_start(setup: RunSetup, tokenizer_fingerprint: str) -> tuple[TrainState, dict[str, Any]]:
+    """(state, extra) of the newest checkpoint of load_from as step 0: its parameters and, with
+    load_optimizer, its optimizer state.
 
     Raises ValueError if there is none, or if it is of another model or tokenizer.
     """
@@ -43,7 +45,8 @@ def load_start(setup: RunSetup, tokenizer_fingerprint: str) -> TrainState:
     if jax.process_index() == 0:
         directory = start_directory(config)
         print(f"Starting from step {extra['run']['step']} of {directory}", flush=True)
-    return TrainState(jax.device_put(np.int32(0), setup.abstract.step.sharding), params, opt_state)
+    step = jax.device_put(np.int32(0), setup.abstract.step.sharding)
+    return TrainState(step, params, opt_state), extra
 
 
 def load_start_params(setup: RunSetup, tokenizer_fingerprint: str) -> dict[str, Any]:
@@ -84,20 +87,35 @@ def check_windows(config: FrozenConfigDict, saved: Mapping[str, Any]) -> None:
 
 
 def with_start(config: FrozenConfigDict) -> FrozenConfigDict:
-    """The config with the load_from that a run to resume was started with, if none is given."""
+    """The config with what a run to resume was started with and no later command changes by chance:
+    its load_from and load_optimizer, if no load_from is given, and its long_documents. A key on the
+    command line stays.
+    """
     saved = run_directory(config) / "config.yml"
-    if config.load_from is not None or not config.enable_checkpointing or not saved.exists():
+    if not config.enable_checkpointing or not saved.exists():
         return config
-    load_from = pyconfig.saved_values(saved).get("load_from")
-    return config if load_from is None else pyconfig.replace(config, "the run", load_from=load_from)
+    before = pyconfig.IMPLIED_VALUES | pyconfig.saved_values(saved)
+    keys = ["long_documents"]
+    if config.load_from is None and before.get("load_from") is not None:
+        keys += ["load_from", "load_optimizer"]
+    values = {
+        key: before[key]
+        for key in keys
+        if key in before
+        and before[key] != config[key]
+        and (key == "load_from" or config.origin[key] != COMMAND_LINE)
+    }
+    return pyconfig.replace(config, "the run", **values) if values else config
 
 
 def check_start(config: FrozenConfigDict, saved: Mapping[str, Any]) -> None:
-    """Raise ValueError if load_from differs from the start of the run to resume; saved: its config."""
+    """Raise ConfigChanged if load_from differs from the start of the run to resume; saved: its
+    config.
+    """
     before = saved.get("load_from")
     if config.load_from not in (None, before):
         start = f"from {before}" if before else "from random parameters"
-        raise ValueError(
+        raise ConfigChanged(
             f"{run_directory(config)} was started {start}, not from {config.load_from}; "
             "choose another run_name"
         )

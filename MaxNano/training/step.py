@@ -114,7 +114,7 @@ def train_step(
         local_gradients, (specs, setup.batch_spec, PartitionSpec()), (PartitionSpec(), specs)
     )(state.params, batch, token_bytes)
 
-    with jax.named_scope("update"):
+    with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = setup.optimizer.update(

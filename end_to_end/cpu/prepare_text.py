@@ -10,6 +10,8 @@ articles are held out in the last shard, for validation. A complete folder is no
 """
 
 import argparse
+import hashlib
+import itertools
 import json
 import random
 import subprocess
@@ -26,6 +28,7 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from MaxNano import console  # noqa: E402
+from MaxNano.data.lines import cut_text  # noqa: E402
 from MaxNano.storage import files  # noqa: E402
 
 DOCUMENT_CHARACTERS = 4000  # long texts are cut between paragraphs into documents of this size
@@ -113,16 +116,20 @@ def read_files(paths: Iterable[Path]) -> list[list[str]]:
     texts = []
     for path in paths:
         try:
-            texts.append(cut(path.read_text(encoding="utf-8")))
+            texts.append(cut(path.read_text(encoding="utf-8-sig")))
         except UnicodeDecodeError:
             raise TextError(f"{path} is not UTF-8 text; convert or remove it") from None
     return [text for text in texts if text]
 
 
 def cut(text: str) -> list[str]:
-    """Cut a text into documents of about DOCUMENT_CHARACTERS and whole paragraphs."""
+    """Cut a text into documents of about DOCUMENT_CHARACTERS and whole paragraphs.
+
+    A paragraph that is much longer, such as a file in one line, is cut where its text allows it.
+    """
     documents: list[str] = []
-    for paragraph in text.replace("\r\n", "\n").split("\n\n"):
+    paragraphs = text.replace("\r\n", "\n").split("\n\n")
+    for paragraph in itertools.chain.from_iterable(map(cut_text, paragraphs)):
         paragraph = paragraph.strip()
         if not paragraph:
             continue
@@ -212,13 +219,20 @@ def read_whole(folder: Path, source: Any) -> dict[str, Any] | None:
 # ---- Main ---------------------------------------------------------------------------------------
 
 
+def sources_of(texts_folder: Path) -> dict[str, str]:
+    """{path in the folder: SHA-256} of its text files. Raises TextError."""
+    return {
+        str(path.relative_to(texts_folder)): files.sha256(path) for path in text_files(texts_folder)
+    }
+
+
 def prepare(folder: Path, texts_folder: Path | None) -> tuple[dict[str, Any], bool]:
     """(manifest, whether the folder was complete before). Raises TextError."""
     source: Any
     if texts_folder is None:
         source = [package._asdict() for package in (SPEECHES, ARTICLES)]
     else:
-        source = {str(path.resolve()): path.stat().st_size for path in text_files(texts_folder)}
+        source = sources_of(texts_folder)
     manifest = read_whole(folder, source)
     if manifest is not None:
         return manifest, True
@@ -252,17 +266,24 @@ def main() -> int:
     parser.add_argument(
         "texts", metavar="FOLDER", type=Path, nargs="?", help="a folder with your own text files"
     )
+    parser.add_argument(
+        "--id", action="store_true", help="print a fingerprint of FOLDER's files, write nothing"
+    )
     arguments = parser.parse_args()
     try:
+        if arguments.id:
+            source = json.dumps(sources_of(arguments.texts), sort_keys=True)
+            print(hashlib.sha256(source.encode()).hexdigest()[:8])
+            return 0
         manifest, already = prepare(arguments.folder, arguments.texts)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    files = manifest["files"].values()
+    shards = manifest["files"].values()
     print(
         f"{arguments.folder}{' is already there' if already else ''}: "
-        f"{sum(file['documents'] for file in files):,} documents, "
-        f"{sum(file['characters'] for file in files):,} characters in {len(files)} shards, "
+        f"{sum(shard['documents'] for shard in shards):,} documents, "
+        f"{sum(shard['characters'] for shard in shards):,} characters in {len(shards)} shards, "
         "the last one for validation"
     )
     return 0

@@ -21,32 +21,31 @@ stage() {
 text=data/text
 tokenizer=data/tokenizer_4096
 run_name=d4_quickstart
+
+stage "1/4 set-up"
+MAXNANO_QUIET=1 bash setup.sh
 if [ -n "$folder" ]; then
-  text=data/own_text
-  tokenizer=data/own_tokenizer
-  run_name=d4_own_text
+  # Other files are another text, tokenizer and run.
+  id=$($python end_to_end/cpu/prepare_text.py --id "$text" "$folder")
+  text=data/own_text_$id
+  tokenizer=data/own_tokenizer_$id
+  run_name=d4_own_text_$id
 fi
 config=(
   configs/base.yml model=d4_quickstart "run_name=$run_name" "dataset_path=$text" "tokenizer_path=$tokenizer"
 )
 
-stage "1/4 set-up"
-MAXNANO_QUIET=1 bash setup.sh
-
 stage "2/4 text"
 $python end_to_end/cpu/prepare_text.py "$text" ${folder:+"$folder"}
 
 stage "3/4 tokenizer"
-if $python - "${config[@]}" 2>/dev/null <<'PY'; then
-import sys
-from MaxNano import pyconfig
-from MaxNano.tokenization.tokenizer import load_tokenizer
-load_tokenizer(pyconfig.initialize(sys.argv[1:]))  # raises if missing, damaged or of another size
-PY
-  echo "$tokenizer already exists"
-else
-  $python MaxNano/train_tokenizer.py "${config[@]}"
-fi
+status=0
+$python end_to_end/results.py tokenizer "${config[@]}" || status=$?
+case $status in
+  0) ;;
+  1) $python MaxNano/train_tokenizer.py "${config[@]}" ;;
+  *) exit "$status" ;; # one that was trained on other text
+esac
 
 stage "4/4 training"
 $python MaxNano/train.py "${config[@]}"

@@ -66,6 +66,8 @@ stage_compare() {
     config+=("run_name=$UNBROKEN")
     if [ "$(results state)" != finished ]; then
       train
+    else
+      results inputs
     fi
   )
   results resumed "--before=$before" "--like=$UNBROKEN"

@@ -12,12 +12,34 @@ Legend: B batch, L length, P positions that are known (cached ones and L new one
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 57):
+    raise ImportError(f"this model needs transformers 4.57 or newer, not {transformers.__version__}")
+
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_maxnano import MaxNanoConfig
+
+# The KV cache is called `cache` since transformers 5.24, `past_key_values` before.
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
+
+
+def given_cache(arguments):
+    """The cache among the arguments of a forward pass by either name, or None.
+
+    Raises ValueError for a cache by another name or of another kind: ignored or misread, it would generate other text.
+    """
+    names = [name for name, value in arguments.items() if isinstance(value, Cache)]
+    if len(names) > 1 or not {*names} <= {"cache", "past_key_values"}:
+        raise ValueError(f"this model takes one cache, as cache or past_key_values, not {names}: pass use_cache=False")
+    cache = arguments[names[0]] if names else None
+    if cache is not None and not isinstance(cache, DynamicCache):
+        raise ValueError(f"this model takes a DynamicCache, not a {type(cache).__name__}: leave cache_implementation out")
+    return cache
 
 
 def rms_norm(x, eps):
@@ -128,7 +150,14 @@ class MaxNanoPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     # Trained in float32, for any dtype of the matrices.
-    _keep_in_fp32_modules_strict = {"resid_lambdas", "x0_lambdas", "smear_lambda", "backout_lambda"}
+    _keep_in_fp32_modules_strict = ["resid_lambdas", "x0_lambdas", "smear_lambda", "backout_lambda"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        # transformers 4 refuses a name that the model does not have.
+        missing = {"smear_lambda": not config.smear_gate_channels, "backout_lambda": not config.use_backout}
+        names = [name for name in self._keep_in_fp32_modules_strict if not missing.get(name)]
+        self._keep_in_fp32_modules_strict = names
 
 
 class MaxNanoModel(MaxNanoPreTrainedModel):
@@ -156,9 +185,11 @@ class MaxNanoModel(MaxNanoPreTrainedModel):
         past_key_values=None,
         use_cache=None,
         inputs_embeds=None,
+        cache=None,
         **kwargs,
     ):
         """attention_mask (B, P): 0 for padding, on either side. input_ids (B, L) are the new tokens alone."""
+        past_key_values = given_cache({"cache": cache, "past_key_values": past_key_values, **kwargs})
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("this model takes input_ids, not inputs_embeds: its values are embeddings of tokens too")
         if attention_mask is not None and attention_mask.dim() != 2:
@@ -169,6 +200,11 @@ class MaxNanoModel(MaxNanoPreTrainedModel):
             past_key_values = DynamicCache(config=config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         known = past + input_ids.shape[1]
+        if attention_mask is not None and attention_mask.shape[1] != known:
+            # A cache that did not arrive would otherwise generate other text.
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} positions, cache and input_ids {known}: pass use_cache=False"
+            )
         if position_ids is None:
             if attention_mask is None:
                 position_ids = torch.arange(past, known, device=input_ids.device)[None]
@@ -189,7 +225,7 @@ class MaxNanoModel(MaxNanoPreTrainedModel):
             x = mix(x, 1.0, middle, -self.backout_lambda)
         return BaseModelOutputWithPast(
             last_hidden_state=rms_norm(x, config.rms_norm_eps),
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE: past_key_values if use_cache else None},
         )
 
     def smear(self, x, input_ids, position_ids, past_key_values):
@@ -231,6 +267,7 @@ class MaxNanoForCausalLM(MaxNanoPreTrainedModel, GenerationMixin):
         labels=None,
         use_cache=None,
         logits_to_keep=0,
+        cache=None,
         **kwargs,
     ):
         """labels (B, L): the input ids, -100 for positions without loss; the loss is that of the next token."""
@@ -238,7 +275,7 @@ class MaxNanoForCausalLM(MaxNanoPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=given_cache({"cache": cache, "past_key_values": past_key_values, **kwargs}),
             use_cache=use_cache,
             inputs_embeds=inputs_embeds,
         )
@@ -249,4 +286,4 @@ class MaxNanoForCausalLM(MaxNanoPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: outputs[CACHE] if CACHE in outputs else None})

@@ -36,6 +36,7 @@ from MaxNano.reporting import charts, comparison, leaderboard, render
 from MaxNano.reporting.blocks import Curves, Heading, Missing, Report, Table
 from MaxNano.reporting.run_history import Run, read_run
 from MaxNano.storage import files
+from MaxNano.training.config_changes import RESULT_KEYS
 
 EXIT_STOPPED = 75  # as train.py exits after SIGTERM: the same command resumes
 TRAIN = Path(__file__).resolve().with_name("train.py")
@@ -144,7 +145,7 @@ def finished_run(job: Job) -> Run | None:
     )
     if not (run.is_finished and saved and evaluated):
         return None
-    for key in comparison.config_keys():
+    for key in sorted(RESULT_KEYS):
         # What follows from the data or from another run is not known here.
         if key in run.lines and not {"chat_epochs", "the run"} & {run.lines[key][1]}:
             now = config_schema.format_value(config[key])

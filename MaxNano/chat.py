@@ -35,8 +35,6 @@ from MaxNano.training.loading import load_engine
 
 def main(config: FrozenConfigDict) -> None:
     """Load the run's checkpoint and chat."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # for characters outside the terminal's encoding
     is_terminal = sys.stdout.isatty()
     is_styled = is_terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     output = TerminalOutput(sys.stdout, sys.stdout if is_terminal else sys.stderr, is_styled)

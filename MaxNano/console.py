@@ -1,5 +1,7 @@
 """Printing for people: warnings, errors on one line, tables. Imports the standard library only."""
 
+import io
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -30,6 +32,42 @@ def type_and_text(error: BaseException) -> str:
 def warn(line: str) -> None:
     """Print a warning to stderr."""
     print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def keep_output() -> None:
+    """Makes stdout and stderr lose what they cannot take, so that no print raises or ends a program.
+
+    That is: the reader of a pipe has gone, the terminal has closed, the disk is full, or a character
+    is not in the encoding. Output that works again is written again. A stream that was closed at the
+    start is discarded. Other streams, such as those of pytest, stay as they are.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
+            file = _LossyFile(stream.fileno(), "w", closefd=False)
+            # Unbuffered (python -u), the text layer writes to the file itself.
+            is_raw = isinstance(stream.buffer, io.RawIOBase)
+            lossy = io.TextIOWrapper(
+                file if is_raw else io.BufferedWriter(file),
+                encoding=stream.encoding,
+                errors="replace",
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, lossy)
+
+
+class _LossyFile(io.FileIO):
+    """A descriptor whose writes never fail: what cannot be written is lost."""
+
+    def write(self, data: Any) -> int:
+        try:
+            written = super().write(data)
+        except OSError:
+            written = None  # as for a pipe that is full and does not block
+        return memoryview(data).nbytes if written is None else written
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -68,6 +68,7 @@ def import_run(config: FrozenConfigDict, argv: list[str]) -> None:
     run = files.run_directory(config)
     if files.names(run / "checkpoints"):
         raise ValueError(f"{run} already has checkpoints; choose another run_name")
+    files.check_writable(run.parent, "set base_output_directory to another folder")
     source = _nanochat_source(config) if config.from_nanochat else _huggingface_source(config)
     values = source.values
     _check_command_line(config, values, f"the checkpoint {source.path}")
@@ -237,6 +238,7 @@ def _cast(array: np.ndarray, dtype: str, path: tuple) -> np.ndarray:
 def export_nanochat(config: FrozenConfigDict) -> None:
     """Writes a checkpoint of the run as the nanochat checkpoint config.to_nanochat."""
     target = nanochat.check_target(config.to_nanochat)
+    files.check_writable(target.parent, "choose another path")
     saved, params, step = _read_run(config, nanochat.check_exportable)
     arrays = nanochat.from_params(params, saved)
     nanochat.write_checkpoint(target, arrays, nanochat.meta_of(saved, step))
@@ -246,6 +248,7 @@ def export_nanochat(config: FrozenConfigDict) -> None:
 def export_huggingface(config: FrozenConfigDict) -> None:
     """Writes a checkpoint of the run, with its tokenizer, as the folder config.to_huggingface."""
     target = huggingface.check_target(config.to_huggingface, config.convert_overwrite)
+    files.check_writable(target.parent, "choose another path")
     saved, params, step = _read_run(config, huggingface.check_exportable)
     tensors = parameters.from_params(params, saved, huggingface.NAMES)
     huggingface.write_folder(

@@ -23,6 +23,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+from etils import epath
 from ml_collections import FrozenConfigDict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -31,6 +32,7 @@ from MaxNano.console import print_table
 from MaxNano.distributed import runtime
 from MaxNano.evals.base import EVALS
 from MaxNano.evals.results import Results
+from MaxNano.storage import files
 from MaxNano.storage.files import run_directory
 from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
@@ -69,6 +71,7 @@ def evaluate(config: FrozenConfigDict) -> None:
             f"{directory} holds no checkpoint: give run_name and base_output_directory of a trained run"
         )
     runtime.initialize(config)
+    check_output(directory)
     run = RunContext(set_up(config), load_tokenizer(config))
     evaluations = {name: EVALS[name](run) for name in names}
     mesh, fingerprint = run.setup.mesh, run.tokenizer.fingerprint()
@@ -91,6 +94,19 @@ def evaluate(config: FrozenConfigDict) -> None:
                 print()
                 print_table(*table)
     say(f"Wrote results to {results.path}")
+
+
+def check_output(directory: epath.Path) -> None:
+    """Raise ValueError in all processes if the first one cannot write results to the run's folder."""
+    problem = None
+    if jax.process_index() == 0:
+        try:
+            files.check_writable(directory / "evals", "make the run's folder writable")
+        except ValueError as error:
+            problem = str(error)
+    problem = runtime.first_problem(problem)
+    if problem is not None:
+        raise ValueError(problem)
 
 
 @contextlib.contextmanager

@@ -565,9 +565,11 @@ def launch(
     """Runs an entry point and returns its exit status: `sys.exit(pyconfig.launch(main))`.
 
     --help prints the common keys, --help=all all keys. A ValueError raised in this package is a
-    user error: one line on stderr and status 2. A ValueError raised in a library is a bug and keeps
-    its traceback. options: the help of what is no key, for --help.
+    user error: one line on stderr and status 2. So is an error of the disk (files.DISK_ERRORS), whoever
+    raised it. A ValueError raised in a library is a bug and keeps its traceback. options: the help
+    of what is no key, for --help.
     """
+    console.keep_output()
     argv = sys.argv[1:] if argv is None else argv
     try:
         for word in HELP_WORDS.keys() & set(argv):
@@ -582,4 +584,10 @@ def launch(
         if Path(__file__).resolve().parent not in raised_in.parents:
             raise
         print(f"error: {console.one_line(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in files.DISK_ERRORS:
+            raise
+        remedy = files.DISK_ERRORS[error.errno]
+        print(f"error: {console.one_line(error)}; {remedy}", file=sys.stderr)
         return 2

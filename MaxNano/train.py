@@ -249,7 +249,8 @@ def evaluate_if_due(
     for name, evaluation in evaluations.items():
         if measured.get(name) != step and is_due(evaluation, run.config, step):
             logger.flush()  # a step's time does not include evaluation
-            results = Results(run.directory, step, record.parameters_id(logger.run_id))
+            run_id = record.parameters_id(logger.run_id)
+            results = Results(run.directory, step, run_id, is_training=True)
             logger.event(step, evaluation.event, evaluation.measure(results))
             measured[name] = step
 

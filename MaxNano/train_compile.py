@@ -78,6 +78,8 @@ def main(config: FrozenConfigDict) -> int:
     """Compile, print, write."""
     # The compile time of a cached program would be wrong.
     jax.config.update("jax_enable_compilation_cache", False)
+    path = report_path(config)
+    files.check_writable(path.parent, "set compile_report to another path")
     setup = set_up(config, slice_devices(config.compile_topology, config.compile_num_slices))
     reports = {}
     for program in config.compile_programs:
@@ -90,7 +92,6 @@ def main(config: FrozenConfigDict) -> int:
             print_table(f"{program}: {title}", header, rows)
     header = ("what the compiler does not cost",)
     print_table("assumptions", header, [(line,) for line in ASSUMPTIONS])
-    path = report_path(config)
     text = json.dumps(to_json(setup, reports), indent=1, default=str)
     files.write_whole(path, text + "\n")
     print(f"Wrote the report to {path}")

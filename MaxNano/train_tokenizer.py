@@ -273,6 +273,7 @@ def main(config: FrozenConfigDict) -> None:
             f"tokenizer_type={config.tokenizer_type} cannot be trained; set tokenizer_type=bpe"
         )
     where = sources.open_source(config, "train").where
+    files.check_writable(config.tokenizer_path, "set tokenizer_path to another folder")
     print(f"Training a tokenizer of {config.vocab_size:,} tokens on {where}")
     start = time.monotonic()
     trained, inputs = train(config)

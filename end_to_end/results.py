@@ -37,7 +37,7 @@ import yaml  # noqa: E402
 from etils import epath  # noqa: E402
 from ml_collections import FrozenConfigDict  # noqa: E402
 
-from MaxNano import pyconfig, scaling  # noqa: E402
+from MaxNano import console, pyconfig, scaling  # noqa: E402
 from MaxNano.storage import files  # noqa: E402
 
 # Scripts call this often: commands import slow modules themselves.
@@ -355,6 +355,7 @@ COMMANDS: dict[str, Callable[[FrozenConfigDict, dict[str, str]], None]] = {
 
 
 def main(argv: Sequence[str]) -> int:
+    console.keep_output()
     if not argv or argv[0] not in COMMANDS:
         print(__doc__)
         return 2

@@ -606,8 +606,8 @@ def test_workers_end_when_the_trainer_is_killed(tmp_path):
     with process:
         assert is_running(worker)
         # Signals to the whole group are the trainer's to handle.
-        os.kill(worker, signal.SIGTERM)
-        os.kill(worker, signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            os.kill(worker, number)
         time.sleep(0.2)
         assert is_running(worker)
         process.kill()

@@ -17,7 +17,7 @@ import jax
 import pytest
 
 from MaxNano import pyconfig
-from MaxNano.distributed import hardware, runtime
+from MaxNano.distributed import hardware, preemption, runtime
 from MaxNano.distributed.preemption import Preemption
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -449,7 +449,14 @@ def start(*args):
 
 
 @pytest.mark.parametrize(
-    "number,phase", [(signal.SIGTERM, "training"), (signal.SIGINT, "evaluating")]
+    "number,phase",
+    [
+        (signal.SIGTERM, "training"),
+        (signal.SIGINT, "evaluating"),
+        (signal.SIGHUP, "training"),
+        (signal.SIGUSR1, "training"),
+        (signal.SIGUSR2, "evaluating"),
+    ],
 )
 def test_a_signal_ends_the_loop_with_code_75(number, phase):
     process = start(phase)
@@ -469,7 +476,29 @@ def test_the_second_interrupt_kills_at_once():
 
 
 def test_handlers_are_given_back():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(number) for number in preemption.SIGNALS]
     with Preemption():
         assert signal.getsignal(signal.SIGTERM) != before[0]
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert [signal.getsignal(number) for number in preemption.SIGNALS] == before
+
+
+def test_under_nohup_a_closing_terminal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Preemption():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_of_several_processes_each_passes_its_signal_on_as_the_one_that_jax_sees(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append("SIGTERM"))  # stands for JAX's
+    try:
+        with Preemption():
+            signal.raise_signal(signal.SIGUSR1)
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == ["SIGTERM"] * 2

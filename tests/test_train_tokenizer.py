@@ -119,6 +119,7 @@ def test_from_documents_to_a_tokenizer(data, tmp_path):
         (["dataset_path=none"], "dataset_path=none"),
         (["text_column=body"], "body"),
         (["vocab_sise=400"], "vocab_size"),
+        (["tokenizer_path=/dev/null/x"], "cannot write to /dev/null/x (Not a directory); set"),
     ],
 )
 def test_errors_are_one_line_and_leave_the_old_tokenizer(data, tmp_path, words, message):
@@ -127,5 +128,6 @@ def test_errors_are_one_line_and_leave_the_old_tokenizer(data, tmp_path, words, 
     done = run(data, f"tokenizer_path={tmp_path}", *words)
     assert done.returncode == 2
     assert message in done.stderr and done.stderr.count("\n") == 1
+    assert "cannot write" not in message or "Read" not in done.stdout, "it looks before it works"
     assert (tmp_path / "tokenizer.json").read_bytes() == before
     assert os.listdir(tmp_path) == ["tokenizer.json"]

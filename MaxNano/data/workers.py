@@ -10,6 +10,7 @@ import collections
 import contextlib
 import math
 import multiprocessing
+import multiprocessing.resource_tracker
 import multiprocessing.util
 import signal
 import sys
@@ -183,7 +184,7 @@ class _Worker:
         self._process = context.Process(
             target=_serve, args=(child, encoding, positions), name="maxnano-data", daemon=True
         )
-        with _without_main():
+        with _signals_blocked(), _without_main():
             self._process.start()
         child.close()  # otherwise the pipe would stay open after the worker's death
         # At exit, before multiprocessing waits for the worker to end.
@@ -221,9 +222,6 @@ class _Worker:
 
 def _serve(connection: Connection, encoding: Encoding, positions: Mapping[int, Any]) -> None:
     """The worker process: answers (reader, reply) for every reader number until the pipe closes."""
-    # Ctrl-C and SIGTERM are for the trainer, which saves a checkpoint and then closes the pipe.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     lists = {r: encoding.lists(r, at) for r, at in positions.items()}
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
@@ -237,6 +235,23 @@ def _serve(connection: Connection, encoding: Encoding, positions: Mapping[int, A
                 # As text: not every exception can be pickled.
                 reply = RuntimeError(f"a data worker failed:\n{traceback.format_exc()}")
             connection.send((reader, reply))
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Start processes that never see a signal to stop.
+
+    It is for the trainer, which saves a checkpoint and then closes the pipe; but a closing terminal
+    and SLURM signal all processes at once. A new process inherits the mask of the thread.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        # Starts at the first process, and then unblocks SIGINT and SIGTERM in this thread.
+        multiprocessing.resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

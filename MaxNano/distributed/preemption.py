@@ -1,4 +1,4 @@
-"""Preemption: SIGTERM and Ctrl-C stop a run after the current step, with a checkpoint."""
+"""Preemption: a signal to stop, such as SIGTERM, ends a run after the current step, with a checkpoint."""
 
 import contextlib
 import os
@@ -12,6 +12,9 @@ from jax.experimental import multihost_utils
 
 Item = TypeVar("Item")
 
+# SIGHUP: the terminal has closed. SIGUSR1 and SIGUSR2: SLURM, at the time before the end of the job
+# that `--signal` sets.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the run is saved; the same command resumes it
 
 
@@ -20,7 +23,7 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Catches SIGTERM and Ctrl-C, and raises Preempted at the next check.
+    """Catches SIGNALS, and raises Preempted at the next check.
 
         with Preemption() as preemption:
             for step in ...:
@@ -30,8 +33,9 @@ class Preemption:
                 with preemption.at_once():
                     ...  # a long wait that may be interrupted anywhere
 
-    A second Ctrl-C ends the process immediately. A run of several processes uses JAX's preemption
-    notice instead of the signals, so that all processes stop at the same step.
+    A second Ctrl-C ends the process immediately. SIGHUP stays ignored under nohup. In a run of
+    several processes they all stop at the same step by JAX's preemption notice, which SIGTERM to
+    any of them sets off; SIGHUP, SIGUSR1 and SIGUSR2 are passed on as SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -39,9 +43,12 @@ class Preemption:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
-        if not jax.distributed.is_initialized():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
+        handler, numbers = self._handle, SIGNALS
+        if jax.distributed.is_initialized():
+            handler, numbers = _pass_on, SIGNALS[2:]
+        for number in numbers:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, handler)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -84,9 +91,14 @@ class Preemption:
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         if not self._requested:
             # Not print(): the signal may interrupt another print.
-            os.write(2, b"\nStopping after this step to save a checkpoint; Ctrl-C stops now\n")
+            with contextlib.suppress(OSError):  # the terminal may have closed
+                os.write(2, b"\nStopping after this step to save a checkpoint; Ctrl-C stops now\n")
         self._requested = True
         # The system's handler also works while the process is inside a long compilation.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if self._at_once:
             raise Preempted
+
+
+def _pass_on(number: int, frame: types.FrameType | None) -> None:
+    signal.raise_signal(signal.SIGTERM)

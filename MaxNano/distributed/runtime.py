@@ -363,12 +363,12 @@ def _start_compilation_cache(directory: str) -> None:
     if files.is_remote(directory):
         compile_cache.start(directory)
     else:
-        path = Path(directory).expanduser()
         try:
+            path = Path(directory).expanduser()
             path.mkdir(parents=True, exist_ok=True)
             if not os.access(path, os.W_OK):
                 raise PermissionError(f"{path} is not writable")
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
             console.warn(f"no compilation cache, every program is compiled again: {error}")
             return
         jax.config.update("jax_compilation_cache_dir", str(path))

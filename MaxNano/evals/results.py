@@ -27,12 +27,20 @@ class Results:
     Each is kept with all that it depends on, files included, so that it counts only for the same.
     """
 
-    def __init__(self, directory: epath.Path, step: int, run_id: str | None = None):
+    def __init__(
+        self,
+        directory: epath.Path,
+        step: int,
+        run_id: str | None = None,
+        *,
+        is_training: bool = False,
+    ):
         """directory: the run's folder. run_id: what the parameters are, from parameters_id; results
-        of others in the same folder do not count.
+        of others in the same folder do not count. is_training: a file that cannot be written is a
+        warning, as its numbers are also in metrics.jsonl.
         """
         self.path = directory / "evals" / f"step_{step:06}.json"
-        self._run_id = run_id
+        self._run_id, self._is_training = run_id, is_training
         self._writes = jax.process_index() == 0
         evals = None
         if self._writes and self.path.exists():
@@ -54,9 +62,15 @@ class Results:
         self.write(self.path, json.dumps({"evals": self._evals}, indent=1) + "\n")
 
     def write(self, path: epath.Path, text: str) -> None:
-        """Write a file atomically, on process 0 only."""
-        if self._writes:
+        """Write a file atomically, on process 0 only. Raises OSError unless `is_training`."""
+        if not self._writes:
+            return
+        try:
             files.write_whole(path, text)
+        except OSError as error:
+            if not self._is_training:
+                raise
+            console.warn(f"{path} cannot be written ({console.type_and_text(error)})")
 
     def _with_run(self, measured_on: Mapping[str, Any]) -> dict[str, Any]:
         return {"run": self._run_id, **measured_on}

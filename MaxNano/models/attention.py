@@ -154,26 +154,26 @@ def split_heads(
     def order(x):
         return x.swapaxes(-3, -2) if heads_first else x
 
-    def prepare(x):
-        """Heads of queries or keys (..., T, N, H), rotated, normalized and in their order."""
-        flat = x.reshape(*qkv.shape[:-1], -1, heads.head_dim)
-        return heads.scale * order(rms_norm(apply_rotary(flat, tables), heads.epsilon))
+    def prepare(x, tables):
+        """Queries or keys, rotated and normalized."""
+        return heads.scale * order(rms_norm(apply_rotary(x, tables), heads.epsilon))
 
     v = order(values)
     if value_embed is not None:
         rows, gate = value_embed
-        rows, gate = (
-            order(rows.reshape(values.shape)),
-            gate if heads_first else gate.swapaxes(-1, -2),
-        )
+        rows = order(rows.reshape(values.shape))
+        gate = gate if heads_first else gate.swapaxes(-1, -2)
         v = (v.astype(jnp.float32) + gate[..., None] * rows.astype(jnp.float32)).astype(v.dtype)
+
+    def flatten(q):
+        return q.reshape(*qkv.shape[:-1], -1, heads.head_dim)
+
     if heads_first:
-        return prepare(parts[..., :group, :]), prepare(parts[..., group, :]), v
+        q = prepare(flatten(parts[..., :group, :]), tables)
+        return q, prepare(parts[..., group, :], tables), v
     # For one token, a single norm of queries and keys is faster than two.
-    both = prepare(parts[..., : group + 1, :]).reshape(
-        *values.shape[:-1], group + 1, heads.head_dim
-    )
-    return both[..., :group, :].reshape(*qkv.shape[:-1], -1, heads.head_dim), both[..., group, :], v
+    both = prepare(parts[..., : group + 1, :], tuple(table[..., None, :] for table in tables))
+    return flatten(both[..., :group, :]), both[..., group, :], v
 
 
 def resolve(kernel: str, device: jax.Device, *, dtype: str, head_dim: int) -> str:

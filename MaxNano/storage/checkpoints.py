@@ -49,7 +49,7 @@ class CheckpointFolder:
         """Steps of finished checkpoints, ascending. Raises CheckpointError if it cannot look."""
         steps = sorted(int(name) for name in self._names() if name.isdigit())
         try:
-            return [step for step in steps if (self.path(step) / MANIFEST).exists()]
+            return [step for step in steps if files.exists(self.path(step) / MANIFEST)]
         except OSError as error:
             raise self._unreadable(error) from None
 
@@ -69,10 +69,11 @@ class CheckpointFolder:
         for candidate in reversed(steps):
             try:
                 problem = find_damage(self.path(candidate))
-            except OSError as error:  # of the network: the checkpoint may be intact
+            except OSError as error:  # of permissions, the disk or the network: it may be intact
                 raise CheckpointError(
                     f"the checkpoint of step {candidate} in {self.run} cannot be read: "
-                    f"{console.one_line(error, 300)}"
+                    f"{console.one_line(error, 300)}; mend this, or rename its folder to use the one "
+                    "before"
                 ) from error
             if problem is None:
                 return candidate
@@ -167,26 +168,24 @@ def write_manifest(folder: epath.Path) -> None:
 def find_damage(folder: epath.Path) -> str | None:
     """How the files of a finished checkpoint differ from its manifest, None if they do not.
 
-    Raises OSError if a bucket does not answer; a disk that does not is damage.
+    Damage means that bytes differ. Raises OSError if they cannot be read.
     """
+    content = (folder / MANIFEST).read_bytes()
     try:
-        entries = json.loads((folder / MANIFEST).read_text())["files"]
-        sizes = files.sizes(folder)
-        for name, entry in entries.items():
-            if name not in sizes:
-                return f"{name} is missing"
-            if sizes[name] != entry["bytes"]:
-                return f"{name} has {sizes[name]} bytes instead of {entry['bytes']}"
-        hashed = {name: entry["sha256"] for name, entry in entries.items() if entry["sha256"]}
-        with ThreadPoolExecutor() as pool:
-            digests = pool.map(lambda name: files.sha256(folder / name), hashed)
-            for name, digest in zip(hashed, digests, strict=True):
-                if digest != hashed[name]:
-                    return f"{name} has changed"
-    except OSError as error:
-        if files.is_remote(folder) and not isinstance(error, FileNotFoundError):
-            raise
-        return console.one_line(error, 300)
+        entries = json.loads(content)["files"]
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not a manifest"
+    sizes = files.sizes(folder)
+    for name, (size, _) in entries.items():
+        if name not in sizes:
+            return f"{name} is missing"
+        if sizes[name] != size:
+            return f"{name} has {sizes[name]} bytes instead of {size}"
+    hashed = {name: digest for name, (_, digest) in entries.items() if digest}
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda name: files.sha256(folder / name), hashed)
+        for name, digest in zip(hashed, digests, strict=True):
+            if digest != hashed[name]:
+                return f"{name} has changed"
     return None

@@ -7,15 +7,31 @@ takes a rename on a disk. Importing this module makes everything that opens gs:/
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 from etils import epath
+
+from MaxNano import console
+
+# What to do about errors of the system that no program can mend.
+DISK_ERRORS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space or choose another folder"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions or choose another folder"
+    ),
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EIO: "check the disk",
+}
+
+PROBE_BYTES = 4096  # an empty file can be written to a full disk
 
 for _protocol in ("gs", "gcs"):  # imported when the first gs:// path is used
     fsspec.register_implementation(_protocol, "MaxNano.storage.bucket.Bucket", clobber=True)
@@ -31,16 +47,52 @@ def is_remote(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def exists(path: epath.Path) -> bool:
+    """Whether a file or folder exists. Raises OSError if that cannot be known, as pathlib does not."""
+    if is_remote(path):
+        return path.exists()
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def check_writable(folder: Any, advice: str) -> None:
+    """Raise ValueError if no file can be written to `folder`; call before minutes of work.
+
+    Creates the folder. advice: what the user can do.
+    """
+    probe = epath.Path(folder).expanduser() / f".probe-{uuid.uuid4().hex}"
+    try:
+        write_whole(probe, bytes(PROBE_BYTES))
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({_reason(error)}); {advice}") from None
+
+
+def _reason(error: OSError) -> str:
+    return console.one_line(error.strerror or error, 300)
+
+
 def names(folder: epath.Path) -> list[str]:
     """Sorted names in a folder. A missing folder is empty, as in a bucket."""
     try:
         return sorted(path.name for path in folder.iterdir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
 def sizes(folder: epath.Path) -> dict[str, int]:
-    """{relative name: bytes} of all files below a folder, sorted; one listing for a bucket."""
+    """{relative name: bytes} of all files below a folder, sorted; one listing for a bucket.
+
+    A missing folder is empty. Raises OSError if a folder cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
     if is_remote(folder):
         root = os.fspath(folder).rstrip("/") + "/"
         filesystem, prefix = fsspec.core.url_to_fs(root)
@@ -51,7 +103,7 @@ def sizes(folder: epath.Path) -> dict[str, int]:
             os.path.relpath(os.path.join(root, name), folder): os.path.getsize(
                 os.path.join(root, name)
             )
-            for root, _, filenames in os.walk(folder)
+            for root, _, filenames in os.walk(folder, onerror=fail)
             for name in filenames
         }
     return dict(sorted(by_name.items()))
@@ -70,7 +122,7 @@ def read_text(path: Any, name: str) -> str:
     except UnicodeDecodeError:
         raise ValueError(f"{name} cannot be read: it is not UTF-8 text") from None
     except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error.strerror or error}") from None
+        raise ValueError(f"{name} cannot be read: {_reason(error)}") from None
 
 
 def write_whole(path: Any, content: str | bytes) -> None:
@@ -84,8 +136,11 @@ def write_whole(path: Any, content: str | bytes) -> None:
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk
+            error.filename = os.fspath(path)
         raise
 
 

@@ -268,7 +268,11 @@ class Checkpointer(CheckpointReader):
     def _own_run(self) -> None:
         """In process 0: become the owner, and clean up after a process that died."""
         self._lock = take_run(self._folder.run, self._folder.root)
-        self._folder.remove_unfinished()
+        try:
+            self._folder.remove_unfinished()
+        except BaseException:
+            self._lock.release()
+            raise
 
     def _report(self) -> None:
         reason = self._saver.take_failure()
@@ -433,12 +437,19 @@ def _reason(error: Exception) -> str:
 def _silence_libraries() -> None:
     """Keep orbax and tensorstore from printing tracebacks for errors that are reported here."""
     logging.getLogger("absl").addFilter(_is_not_orbax)
+    logging.getLogger("asyncio").addFilter(_is_not_unread)
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _ignore_late_answers
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in Path(record.pathname).parts
+
+
+def _is_not_unread(record: logging.LogRecord) -> bool:
+    # Many arrays fail together, and orbax reads the error of one. asyncio tells the others at exit.
+    text = record.getMessage()
+    return "exception was never retrieved" not in text or "orbax" not in text
 
 
 def _ignore_late_answers(unraisable: Any) -> None:

@@ -90,8 +90,7 @@ class MetricFiles:
         rows, unwritten = self._written()
         first_step = unwritten[0][1]["step"] if unwritten else next_step
         self._events = [entry for entry in self._events if entry[1]["step"] >= first_step]
-        events = [entry for entry in self._events if entry not in unwritten]
-        return {"rows": rows, "unwritten": unwritten, "events": events}
+        return {"rows": rows, "unwritten": unwritten, "events": _without(unwritten, self._events)}
 
     def close(self) -> None:
         """Write the remaining rows, for at most CLOSE_TIMEOUT_SECONDS."""
@@ -116,7 +115,7 @@ class MetricFiles:
             return tensorboard.scalars(_numbers(row, self._rates), row["step"], seconds)
 
         first_step = min([next_step, *(entry[1]["step"] for entry in self._unwritten)])
-        events = [encode(entry) for entry in self._events if entry not in self._unwritten]
+        events = [encode(entry) for entry in _without(self._unwritten, self._events)]
         start = tensorboard.file_start(first_step)
         head = b"".join((start, tensorboard.hyperparameters(config, first_step), *events))
         # TensorBoard reads the files of a folder in the order of their names.
@@ -139,6 +138,12 @@ class MetricFiles:
             file.hurry()
         written, unwritten = min(states, key=lambda state: state[0])
         return self._kept_rows + written, unwritten
+
+
+def _without(unwritten: list[Entry], events: list[Entry]) -> list[Entry]:
+    """The events that are not among the unwritten entries; these may be all rows of a long run."""
+    waiting = {id(entry) for entry in unwritten}
+    return [entry for entry in events if id(entry) not in waiting]
 
 
 def _numbers(row: Mapping[str, Any], rates: Mapping[str, float]) -> dict[str, float]:

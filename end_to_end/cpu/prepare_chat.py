@@ -24,7 +24,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from prepare_text import MANIFEST, Package, TextError, download, files
+from prepare_text import MANIFEST, Package, TextError, console, download, files
 
 HELD_OUT = 20  # every 20th conversation is for validation
 SEED = 42
@@ -169,6 +169,7 @@ def prepare(folder: Path, benchmarks: bool) -> bool:
 
 
 def main() -> int:
+    console.keep_output()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from MaxNano import console  # noqa: E402
 from MaxNano.data.lines import cut_text  # noqa: E402
 from MaxNano.storage import files  # noqa: E402
 
@@ -240,6 +241,7 @@ def prepare(folder: Path, texts_folder: Path | None) -> tuple[dict[str, Any], bo
             f"{folder} has files of other programs: move them away, or train on them with "
             f"dataset_path={folder}"
         )
+    files.check_writable(folder.parent, "name another folder")
     if texts_folder is None:
         with tempfile.TemporaryDirectory() as scratch:
             kinds = [
@@ -256,6 +258,7 @@ def prepare(folder: Path, texts_folder: Path | None) -> tuple[dict[str, Any], bo
 
 
 def main() -> int:
+    console.keep_output()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -273,7 +276,7 @@ def main() -> int:
             print(hashlib.sha256(source.encode()).hexdigest()[:8])
             return 0
         manifest, already = prepare(arguments.folder, arguments.texts)
-    except (TextError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     shards = manifest["files"].values()

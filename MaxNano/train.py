@@ -31,7 +31,6 @@ from MaxNano.distributed import compile_cache, hardware, runtime
 from MaxNano.distributed.preemption import EXIT_PREEMPTED, Preempted, Preemption
 from MaxNano.evals.base import EVALS, Eval, is_due, measured_steps, open_evals
 from MaxNano.evals.results import Results
-from MaxNano.storage.files import run_directory
 from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training import checkpoint_identity
 from MaxNano.training.checkpointing import Checkpointer
@@ -65,11 +64,10 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
 
     Returns the exit status.
     """
-    config, directory = setup.config, run_directory(setup.config)
-    tokenizer = load_tokenizer(config)
+    config, tokenizer = setup.config, load_tokenizer(setup.config)
     run = RunContext(setup, tokenizer, is_training=True, at_once=preemption.at_once)
     run.progress = lambda done=None, total=None: preemption.check()
-    record = RunRecord(config, directory)
+    record = RunRecord(config, run.directory)
     if is_complete(run, record):
         return 0
     evaluations = open_evals(run)
@@ -78,7 +76,7 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
         # ---- State, programs, data, metrics
         cleanup.enter_context(record)
         checkpointer = cleanup.enter_context(
-            Checkpointer(config, directory, tokenizer_fingerprint=tokenizer.fingerprint())
+            Checkpointer(config, run.directory, tokenizer_fingerprint=tokenizer.fingerprint())
         )
         extra = start_state(run, checkpointer, record)
         start, measured = int(run.state.step), measured_steps(extra)
@@ -92,8 +90,6 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
         cleanup.callback(compile_cache.finish)
         run.say = logger.message
         profiler = cleanup.enter_context(StepProfiler(run, compiled, logger))
-        if start:
-            logger.message(f"Resuming {directory} from step {start}")
 
         def save(step: int) -> None:
             extra = {
@@ -224,7 +220,7 @@ def make_logger(run: RunContext, start: int, state: Mapping[str, Any] | None) ->
     if is_main:  # a change is allowed once, and later stages read this file
         saved = pyconfig.replace(config, "base", allow_config_change=False)
         pyconfig.save(saved, run.directory / "config.yml")
-    return MetricLogger(
+    logger = MetricLogger(
         config,
         run.directory,
         total_steps=config.steps,
@@ -235,6 +231,9 @@ def make_logger(run: RunContext, start: int, state: Mapping[str, Any] | None) ->
         is_main=is_main,
         state=state,
     )
+    if start:
+        logger.message(f"Resuming {run.directory} from step {start}")
+    return logger
 
 
 def evaluate_if_due(

@@ -438,7 +438,7 @@ def test_a_tracker_that_hangs_delays_nothing(hanging, tmp_path, monkeypatch, cap
     monkeypatch.setattr(trackers, "MAX_TRACKER_ROWS", 3)
     logger = start(make_config("trackers=[wandb]"), tmp_path)
     run(logger, range(9))
-    assert caplog.text.count("wandb is off") == 1 and "3 rows behind" in caplog.text
+    assert caplog.text.count("wandb is 3 rows behind; further rows are dropped") == 1
     released.set()
     logger.close()
     assert len(rows_of(tmp_path)) == 9
@@ -454,8 +454,26 @@ def test_the_end_waits_for_a_tracker_but_not_for_ever(tmp_path, monkeypatch, cap
     run(logger, range(2))
     logger.close()
     assert [step for step, _ in fake.logged] == [0, 1]
-    assert caplog.text.count("wandb is off") == 1 and "did not finish" in caplog.text
+    assert caplog.text.count("wandb did not finish in time") == 1
     released.set()
+
+
+def test_a_tracker_that_failed_for_a_while_gets_every_row(tmp_path, monkeypatch, caplog):
+    fake = FakeTracker("log")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(trackers, "RETRY_SECONDS", 0.01)
+    logger = start(make_config("trackers=[wandb]"), tmp_path)
+    run(logger, range(3))
+    wait_until(lambda: "wandb failed" in caplog.text)
+    fake.fails_at = None
+    wait_until(lambda: len(fake.logged) >= 2)
+    fake.fails_at = "init"
+    run(logger, range(3, 5))
+    fake.fails_at = None
+    wait_until(lambda: len(fake.logged) >= 4)
+    logger.close()
+    assert [step for step, _ in fake.logged] == [0, 1, 2, 3, 4] and fake.finished == 1
+    assert caplog.text.count("wandb failed, retrying") == 1
 
 
 # ---- Disks and stores that fail -----------------------------------------------------------------

@@ -15,29 +15,31 @@ from ml_collections import FrozenConfigDict
 from MaxNano import console, pyconfig
 from MaxNano.storage import files
 
-MAX_TRACKER_ROWS = 10_000  # rows that may wait for a tracker before it is switched off
+MAX_TRACKER_ROWS = 10_000  # rows that may wait for a tracker; further ones are dropped
+RETRY_SECONDS = 60.0  # after an error, before the tracker is opened again
 
 
 class Tracker:
-    """A tracker in a thread. After an error there is one warning, and the run continues without it."""
+    """A tracker in a thread. After an error it is opened again later and gets the rows that wait."""
 
     def __init__(self, name: str, opener: Callable[[], Any]) -> None:
         self._name, self._opener = name, opener
         self._rows: queue.Queue = queue.Queue(MAX_TRACKER_ROWS)
-        self._is_off = False
+        self._closing = threading.Event()
+        self._is_failing = False  # a warning per outage
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """Hand over the numbers of a step; returns at once."""
-        if not self._is_off:
-            try:
-                self._rows.put_nowait((numbers, step))
-            except queue.Full:
-                self._switch_off(TimeoutError(f"it is {MAX_TRACKER_ROWS} rows behind"))
+        try:
+            self._rows.put_nowait((numbers, step))
+        except queue.Full:
+            self._warn(f"is {MAX_TRACKER_ROWS} rows behind; further rows are dropped")
 
     def close(self) -> None:
         """Let it finish."""
+        self._closing.set()
         with contextlib.suppress(queue.Full):
             self._rows.put_nowait(None)
 
@@ -45,23 +47,30 @@ class Tracker:
         """Wait for close(); a warning if it takes longer."""
         self._thread.join(seconds)
         if self._thread.is_alive():
-            self._switch_off(TimeoutError("it did not finish in time"))
+            self._warn("did not finish in time")
 
     def _work(self) -> None:
-        try:
-            run = self._opener()
-            while not self._is_off and (row := self._rows.get()) is not None:
-                numbers, step = row
-                run.log(numbers, step=step)
-            run.finish()
-        except Exception as error:  # noqa: BLE001 (training continues whatever a tracker raises)
-            self._switch_off(error)
+        row = ()  # the row that the tracker has not taken; (): none
+        while True:
+            try:
+                run = self._opener()
+                while (row := row or self._rows.get()) is not None:
+                    numbers, step = row
+                    run.log(numbers, step=step)
+                    row, self._is_failing = (), False
+                return run.finish()
+            except ImportError as error:
+                return self._warn(f"is off for this run ({console.type_and_text(error)})")
+            except Exception as error:  # noqa: BLE001 (training continues whatever a tracker raises)
+                reason = console.type_and_text(error)
+                self._warn(f"failed, retrying every {RETRY_SECONDS:g} s ({reason})")
+            if self._closing.wait(RETRY_SECONDS):
+                return None
 
-    def _switch_off(self, error: Exception) -> None:
-        if not self._is_off:
-            self._is_off = True
-            reason = console.type_and_text(error)
-            logging.warning("%s is off for the rest of this run (%s)", self._name, reason)
+    def _warn(self, problem: str) -> None:
+        if not self._is_failing:
+            self._is_failing = True
+            logging.warning("%s %s", self._name, problem)
 
 
 def _start_wandb(config: FrozenConfigDict, directory: epath.Path, run_id: str) -> Any:

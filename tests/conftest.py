@@ -2,11 +2,14 @@
 
 import os
 import shutil
+import signal
 import tempfile
 
 import hypothesis
 import pytest
 
+# Under nohup programs ignore it, and the tests send it to programs that they start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # libtpu is installed to compile with; programs run on the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests compile for minutes and run for seconds. Programs that tests start inherit these flags.

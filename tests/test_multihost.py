@@ -310,7 +310,7 @@ COMPARING = """
     mine.mkdir()
     for shard in shards[int(index):]:
         (mine / shard).write_text('{"text": "a"}')
-    tokenizer = f"tokenizer_path={run}"
+    tokenizer = (f"tokenizer_path={run}", "vocab_size=300")
     for words in (
         (),
         (numbers, f"log_interval={index}1"),
@@ -318,7 +318,7 @@ COMPARING = """
         ("dataset_type=jsonl", f"dataset_path={run}/0" if index == "0" else "dataset_path=nowhere"),
     ):
         try:
-            run_record.check_processes(config_of(tokenizer, "dataset_type=synthetic", *words))
+            run_record.check_processes(config_of(*tokenizer, "dataset_type=synthetic", *words))
             print("same")
         except ValueError as error:
             print(error)
@@ -332,7 +332,8 @@ def run_two(code, folder):
         [start_python("-c", code, port, str(index), str(folder)) for index in range(2)]
     )
     return [
-        ([line for line in out.splitlines() if "[Gloo]" not in line], err) for out, err in written
+        ([line for line in out.splitlines() if line and "[Gloo]" not in line], err)
+        for out, err in written
     ]
 
 
@@ -343,7 +344,7 @@ def test_hosts_read_the_rows_that_their_devices_need(tmp_path):
 
 
 def test_processes_that_differ_are_refused_in_one_line_that_names_the_difference(tmp_path):
-    train_bpe(["some text"], 300).save(tmp_path)
+    train_bpe([" ".join(WORDS)], 300).save(tmp_path)
     (lines, _), (other_lines, _) = run_two(COMPARING, tmp_path)
     assert lines == other_lines
     same, seed, shard, nowhere = lines

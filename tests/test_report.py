@@ -302,7 +302,7 @@ def test_the_page_has_what_the_text_has(chain):
         "goodput, %",
         "reward",
     }
-    assert tags.tags.count("section") == 8 and tags.text.count("ChatCORE") == 2
+    assert tags.tags.count("section") == 9 and tags.text.count("ChatCORE") == 2
     assert not set(tags.tags) & {"script", "link", "img", "iframe", "object", "base", "form"}
     assert not tags.attributes & {"src", "srcset", "onload", "onclick", "style"}
     assert "default-src 'none'" in page and "url(" not in page and "@import" not in page
@@ -537,6 +537,24 @@ def make_odd_run(text):
         },
         evaluations=[],
         problems=[text],
+        history=[
+            {
+                "event": "start",
+                "time": text,
+                "step": 0,
+                "versions": {"commit": text},
+                "devices": {"count": 1, "kind": f"{text}!"},
+            },
+            {"event": "end", "status": text, "step": 1, "error": f"{text}!"},
+            {"event": "refused", "time": text, "step": 1, "error": text},
+            {
+                "event": "start",
+                "time": text,
+                "step": 1,
+                "changes": {"a key": [text, f"{text}!"]},
+                "data": text,
+            },
+        ],
     )
 
 

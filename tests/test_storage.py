@@ -24,7 +24,7 @@ import pytest
 from etils import epath
 from test_checkpointing import abstract, assert_same, make_config, make_state
 
-from MaxNano.data import sources
+from MaxNano.data import folder, sources
 from MaxNano.reporting import run_history
 from MaxNano.storage import bucket, files
 from MaxNano.storage.checkpoints import MANIFEST, CheckpointError
@@ -184,7 +184,7 @@ def test_shards_in_a_bucket_that_fails_are_told_in_a_line(store, operation, monk
     source = sources.SOURCES["parquet"](config, "train")
     assert list(source.open(0).documents(0)) == ["one", "two"]
 
-    monkeypatch.setattr(sources, "BUCKET_RETRY_SECONDS", 1)
+    monkeypatch.setattr(folder, "BUCKET_RETRY_SECONDS", 1)
     store.fail(503, operation, "shards", count=None)
     begin = time.monotonic()
     with pytest.raises(ValueError, match="cannot be read") as caught:

@@ -80,8 +80,10 @@ def step_line(row: Mapping[str, Any], position: Mapping[str, int], total_steps: 
         parts.append(f"MFU {100 * row['mfu']:.1f}%")
     if row["skipped_in_all"]:
         parts.append(f"skipped {row['skipped_in_all']}")
-    if position:
-        parts.append(" ".join(_amount(key, value) for key, value in position.items()))
+    # A share of 0 is not shown: nothing is discarded.
+    shown = {key: value for key, value in position.items() if value or not key.endswith("_share")}
+    if shown:
+        parts.append(" ".join(_amount(key, value) for key, value in shown.items()))
     times = _duration(row["elapsed_seconds"])
     if row["seconds_left"] is not None:
         times += f", {_duration(row['seconds_left'])} left"

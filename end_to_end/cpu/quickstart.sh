@@ -40,11 +40,14 @@ $python end_to_end/cpu/prepare_text.py "$text" ${folder:+"$folder"}
 
 stage "3/4 tokenizer"
 status=0
-$python end_to_end/results.py tokenizer "${config[@]}" || status=$?
+problem=$($python end_to_end/results.py tokenizer "${config[@]}" 2>&1) || status=$?
 case $status in
   0) ;;
-  1) $python MaxNano/train_tokenizer.py "${config[@]}" ;;
-  *) exit "$status" ;; # one that was trained on other text
+  1) $python MaxNano/train_tokenizer.py "${config[@]}" ;; # there is none yet
+  *)                                                      # one that was trained on other text
+    echo "$problem" >&2
+    exit "$status"
+    ;;
 esac
 
 stage "4/4 training"

@@ -42,7 +42,7 @@ from MaxNano.storage import files  # noqa: E402
 
 # Scripts call this often: commands import slow modules themselves.
 
-FIRST_TIMED_STEP = 11  # earlier steps compile and warm up, as in MaxNano/training/metrics.py
+FIRST_TIMED_STEP = 11  # as in MaxNano/training/metrics.py, which imports JAX
 
 
 class CheckFailed(Exception):

@@ -262,7 +262,7 @@ def test_wrong_devices_are_one_line(text, tmp_path):
         compare.parse_slots(text, epath.Path(tmp_path))
 
 
-# Stands for train.py: does what its run is told by a file, and notes when.
+# A stand-in for train.py: a file says what each run does; it records when.
 TRAIN = """
 import json, os, signal, sys, time
 from pathlib import Path

@@ -91,7 +91,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_book_in_any_form_becomes_documents_of_whole_sentences_for_all_readers(tmp_path, form):
-    """One line of two million characters was one document, of which one row was trained on."""
+    """A line of two million characters becomes several documents, so that all of it is trained on."""
     paragraphs = [f"{number} {SENTENCE * (5 + number % 7)}".strip() for number in range(5000)]
     text = FORMS[form](paragraphs)
     for name in "ab":

@@ -26,7 +26,7 @@ from MaxNano.data.sources import SOURCES, MixtureSource, TfdsSource, mixture_par
 WHOLE_BYTES = 1 << 20  # files up to this size are read whole
 BLOCK_BYTES = 1 << 12
 LOCAL_BLOCKS, REMOTE_BLOCKS = 16, 2  # of a larger file; each is a request to a bucket
-REMOTE_FILES = 64  # files of a bucket of which blocks are read; the others count with their size
+REMOTE_FILES = 64  # files of a bucket whose blocks are read; the others count with their size
 SAMPLED_CONVERSATIONS = 256  # of a task
 THREADS = 16
 DIGITS = 16  # hexadecimal digits of a fingerprint

@@ -145,7 +145,7 @@ def config_values(
 ) -> dict[str, Any]:
     """The config keys that a checkpoint decides: by its metadata, and by its era's constants.
 
-    given: values by config key, of which those are used that the checkpoint leaves open. Raises
+    given: values by config key; used for what the checkpoint leaves open. Raises
     ValueError for tensors of no era, and if such a key is not given or has a value of no era.
     """
     model, era = meta["model_config"], era_of(arrays)

@@ -233,7 +233,7 @@ def picture(series: Sequence[Series], *, title: str) -> ElementTree.Element:
 
 
 def class_names(series: Sequence[Series]) -> list[str]:
-    """The CSS class of each series: faint, or s0, s1 ... for the others, of which there are eight."""
+    """The CSS class of each series: faint, or one of s0, s1 ... in turn, as many as COLORS."""
     numbers = itertools.cycle(range(len(COLORS)))
     return ["faint" if line.style == "faint" else f"s{next(numbers)}" for line in series]
 

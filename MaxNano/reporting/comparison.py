@@ -112,7 +112,7 @@ def values_of(arm: Arm, metric: Callable[[Run], float | None]) -> dict[int, floa
 
 
 def config_keys() -> list[str]:
-    """The keys of train.py, apart from the seed, that can change the numbers of a run."""
+    """The keys of train.py, apart from the seed, that can change a run's numbers or its speed."""
     return [
         name
         for name, key in config_schema.base_keys().items()

@@ -55,7 +55,9 @@ HALF = len(CONTENT) // 2
 def bundle(damaged=False):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("eval_bundle/core.yaml", "icl_tasks: []\n" * 1000)
+        # A ZipInfo has a fixed date: every call returns the same bytes.
+        entry = zipfile.ZipInfo("eval_bundle/core.yaml")
+        archive.writestr(entry, "icl_tasks: []\n" * 1000)
     content = bytearray(buffer.getvalue())
     content[200] ^= damaged
     return bytes(content)

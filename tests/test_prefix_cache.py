@@ -245,7 +245,7 @@ def test_within_the_windows_entries_are_cut_and_replaced():
     assert index.find([*conversation(0, 9, 9, 9), 1]) is None  # less than half
 
 
-@settings(max_examples=100)
+@settings(max_examples=30)
 @given(st.data(), st.sampled_from([30, 200, 1000]), st.integers(1, 2))
 def test_the_index_holds_the_last_used_and_finds_the_longest(data, window, shards):
     """Against a list of all prefixes: entries are distinct, and a match is a usable one."""

@@ -528,7 +528,7 @@ def test_a_killed_worker_is_one_clear_error(shards):
         next(batches)
         (worker,) = multiprocessing.active_children()
         os.kill(worker.pid, signal.SIGKILL)
-        with pytest.raises(RuntimeError, match=r"a data worker died \(exit code -9\)"):
+        with pytest.raises(ValueError, match=r"a data worker died \(exit code -9\)"):
             take(batches, 200)
 
 

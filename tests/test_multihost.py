@@ -229,6 +229,36 @@ def test_asked_to_stop_both_save_one_step_and_one_process_goes_on(place, one):
     assert_same_losses(place, "stopped")
 
 
+@pytest.mark.long  # a minute; tests/test_runtime.py has the agreement of the processes
+def test_data_that_fail_in_one_process_stop_both_with_one_checkpoint(place, one):
+    """A part that only the readers of process 1 come to: the run ended unsaved."""
+    (place / "damaged").mkdir()
+    for shard in sorted((place / "text").iterdir()):
+        options = {"row_group_size": 10, "write_page_checksum": True, "use_dictionary": False}
+        pq.write_table(pq.read_table(shard), place / "damaged" / shard.name, **options)
+    path = place / "damaged/shard_0.parquet"
+    column = pq.ParquetFile(path).metadata.row_group(9).column(0)
+    content = bytearray(path.read_bytes())
+    content[column.data_page_offset + column.total_compressed_size - 3] ^= 0xFF
+    path.write_bytes(content)
+    values = ("checkpoint_interval_steps=0", "packing_buffer_documents=5", "steps=20")
+    words = words_of(place, "damaged", f"dataset_path={place}/damaged", *values)
+    (out, err), (_, other_err) = finish(start_two([*words, *TWO]), status=2)
+    (step,) = steps_saved(place, "damaged")
+    assert 1 < step < 20 and f"Saved checkpoint at step {step}; the same command resumes" in out
+    for text, start_of_line in ((err, "error: process 1: "), (other_err, "error: ")):
+        (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert line.startswith(start_of_line + str(path)) and "Traceback" not in text
+        assert "row group 9: cannot be read" in line and "skip_corrupt_data=true" in line
+    before = losses_of(place, "damaged")
+    assert [row[0] for row in before] == list(range(step))
+
+    (out, _), _ = finish(start_two([*words, "skip_corrupt_data=true", *TWO]))
+    assert f"from step {step}" in out
+    rows = losses_of(place, "damaged")
+    assert rows[:step] == before and [row[0] for row in rows] == list(range(20))
+
+
 IN_EACH_PROCESS = """
     import resource, sys
     import filelock, jax, numpy as np

@@ -594,7 +594,7 @@ def is_running(pid):
 
 
 def wait_for_end(pid):
-    for _ in range(200):
+    for _ in range(2000):
         if not is_running(pid):
             return
         time.sleep(0.05)
@@ -618,7 +618,7 @@ def test_a_trainer_that_forgets_to_close_still_ends(tmp_path):
     process, worker = start_parent(tmp_path, "leave")
     with process:
         try:
-            assert process.wait(timeout=30) == 0
+            assert process.wait(timeout=200) == 0
         finally:
             process.kill()
     wait_for_end(worker)

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -15,6 +14,7 @@ import object_store
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ports import free_port
 
 from MaxNano.tokenization.bpe import train_bpe
 
@@ -85,12 +85,6 @@ def clean(**env):
     return {**kept, "JAX_PLATFORMS": "cpu", **env}
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 STARTED = []
 
 
@@ -117,18 +111,21 @@ def start_python(*words, **env):
     return process
 
 
-def start(words, **env):
+def start(words, pause=None, **env):
+    """train.py, with a pause of so many seconds before each step if a test interrupts it."""
+    if pause is not None:
+        return start_python(str(ROOT / "tests/slow_train.py"), str(pause), *words, **env)
     return start_python(str(ROOT / "MaxNano/train.py"), *words, **env)
 
 
-def start_two(words, by="keys"):
+def start_two(words, by="keys", pause=None):
     """The same command twice, told by `by` who they are."""
     address = f"127.0.0.1:{free_port()}"
     if by == "keys":
         keys = [*words, f"coordinator_address={address}", "num_processes=2"]
-        return [start([*keys, f"process_id={index}"]) for index in range(2)]
+        return [start([*keys, f"process_id={index}"], pause) for index in range(2)]
     env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    return [start(words, **env, JAX_PROCESS_ID=str(index)) for index in range(2)]
+    return [start(words, pause, **env, JAX_PROCESS_ID=str(index)) for index in range(2)]
 
 
 def finish(processes, status=0):
@@ -217,7 +214,8 @@ def test_two_processes_go_on_where_one_stopped(place, one):
 
 def test_asked_to_stop_both_save_one_step_and_one_process_goes_on(place, one):
     words = words_of(place, "stopped", "checkpoint_interval_steps=0")
-    processes = start_two([*words, *TWO], by="environment")
+    # JAX looks for the signal once a second.
+    processes = start_two([*words, *TWO], by="environment", pause=1)
     wait_for_step(place, "stopped", 1, processes)
     for process in processes:
         process.send_signal(signal.SIGTERM)

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from ports import free_port
 
 from MaxNano import pyconfig
 from MaxNano.distributed import hardware, preemption, runtime
@@ -230,8 +231,7 @@ def test_a_tpu_machine_is_asked_for_its_neighbors(environment, attributes, expec
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_processes_that_do_not_find_each_other_say_what_to_check(index):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     code = f"""
         from MaxNano import pyconfig
         from MaxNano.distributed import runtime

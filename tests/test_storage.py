@@ -189,7 +189,7 @@ def test_shards_in_a_bucket_that_fails_are_told_in_a_line(store, operation, monk
     begin = time.monotonic()
     with pytest.raises(ValueError, match="cannot be read") as caught:
         list(sources.SOURCES["parquet"](config, "train").open(0).documents(0))
-    assert time.monotonic() - begin < 20 and "\n" not in str(caught.value)
+    assert time.monotonic() - begin < 100 and "\n" not in str(caught.value)
 
 
 # ---- Checkpoints
@@ -390,7 +390,7 @@ def test_a_save_outlasts_a_store_that_does_not_answer(store, run):
         "-c",
         textwrap.dedent(code),
     ]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=100)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=250)
     assert fault.hits == 1
     assert_same(restore(run)[0], make_state(1))
 

@@ -289,6 +289,29 @@ def test_a_damaged_file_of_results_is_written_anew(tmp_path, capsys):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_other_data_than_at_the_step_before_are_told_once(tmp_path, capsys):
+    """A CORE bundle or chat data that were replaced during a run: the curve has a break."""
+    tasks = {"core copa": "a", "core winograd": "b"}
+
+    def measure(step, digests, is_training=True, **settings):
+        results = Results(tmp_path, step, "run", is_training=is_training)
+        for name, digest in digests.items():
+            results.put(name, {"task": digest, "shots": (1, 2), **settings}, {"centered": 0.5})
+        return capsys.readouterr().err
+
+    assert measure(90, tasks) == measure(100, tasks) == measure(200, tasks) == ""
+    other = {"core copa": "c", "core winograd": "d"}
+    assert measure(300, other, is_training=False) == ""
+    (tmp_path / "evals/step_000300.json").unlink()
+    (line,) = measure(300, other).splitlines()
+    assert "core copa is measured on other data" in line and "step_000200.json: task chang" in line
+    assert measure(400, other) == ""
+    assert ": max_per_task changed;" in measure(1_000_000, other, max_per_task=3)
+    assert "step_1000000.json: task changed;" in measure(1_000_001, tasks, max_per_task=3)
+    (tmp_path / "evals/step_1000001.json").write_text("{")
+    assert measure(1_000_002, other) == ""
+
+
 def test_validation_rows_are_packed_once_and_kept():
     rows = np.random.default_rng(0).integers(0, 300, (3, 2, 9))
     rows[0, 1, 4:] = ~rows[0, 1, 4:]  # not to be predicted

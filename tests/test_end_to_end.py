@@ -106,7 +106,7 @@ def power_off(process):
 def run(script, settings, *arguments, status=0, **more):
     """What the script prints on both streams."""
     process = start(script, settings, *arguments, **more)
-    out, _ = process.communicate(timeout=280)
+    out, _ = process.communicate(timeout=800)
     assert process.returncode == status, out
     return out
 

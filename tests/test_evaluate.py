@@ -21,6 +21,7 @@ from MaxNano import evaluate, pyconfig, train
 from MaxNano.data import loader
 from MaxNano.distributed.preemption import EXIT_PREEMPTED, Preempted
 from MaxNano.evals import core
+from MaxNano.evals.bpb import BpbEval
 from MaxNano.evals.results import Results
 from MaxNano.inference import prefix_scoring
 from MaxNano.tokenization.tokenizer import load_tokenizer
@@ -396,3 +397,33 @@ def test_core_while_training(place, monkeypatch, capsys):
     assert run(place, "evals=core", "run_name=trained") == 0
     assert len(answered) == len(TASKS), "nothing is done again"
     assert "3 of 3 CORE tasks are already done" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_fails_while_training_leaves_a_saved_run(place, monkeypatch, capsys):
+    """Held-out data or questions that are gone after hours."""
+    changed = (
+        "run_name=failing",
+        "steps=3",
+        "num_decoder_layers=1",
+        "eval_interval=2",
+        "sample_interval=0",
+        "checkpoint_interval_steps=0",
+        "tensorboard=false",
+    )
+    config = pyconfig.initialize([BASE, *words(place), *SHAPE, *changed])
+    measure, setup = BpbEval.measure, set_up(config)
+
+    def fail(evaluation, results):
+        if int(evaluation._run.state.step) == 2:
+            raise ValueError("held_out.parquet is gone")
+        return measure(evaluation, results)
+
+    monkeypatch.setattr(BpbEval, "measure", fail)
+    with jax.set_mesh(setup.mesh), pytest.raises(ValueError, match="held_out.parquet is gone"):
+        train.train(setup, Preemption(lambda: False))
+    folder = place / "runs/failing"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["2"]
+    assert "Saved checkpoint at step 2; the same command resumes" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "event" not in row] == [0, 1]
+    assert [row["step"] for row in rows if row.get("event") == "validation"] == [0]

@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -439,9 +440,15 @@ def test_a_tracker_that_hangs_delays_nothing(hanging, tmp_path, monkeypatch, cap
     logger = start(make_config("trackers=[wandb]"), tmp_path)
     run(logger, range(9))
     assert caplog.text.count("wandb is 3 rows behind; further rows are dropped") == 1
-    released.set()
-    logger.close()
+    (tracker,) = logger._files._trackers
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(logger.close)
+        wait_until(tracker._closing.is_set)  # while its rows are full
+        released.set()
+        closing.result()
     assert len(rows_of(tmp_path)) == 9
+    assert fake.finished == 1 and "did not finish" not in caplog.text
+    assert len(fake.logged) >= 3
 
 
 def test_the_end_waits_for_a_tracker_but_not_for_ever(tmp_path, monkeypatch, caplog):
@@ -452,6 +459,8 @@ def test_the_end_waits_for_a_tracker_but_not_for_ever(tmp_path, monkeypatch, cap
     monkeypatch.setattr(metric_files, "CLOSE_TIMEOUT_SECONDS", 0.2)
     logger = start(make_config("trackers=[wandb]"), tmp_path)
     run(logger, range(2))
+    logger.flush()
+    wait_until(lambda: len(fake.logged) == 2)
     logger.close()
     assert [step for step, _ in fake.logged] == [0, 1]
     assert caplog.text.count("wandb did not finish in time") == 1
@@ -750,11 +759,12 @@ def test_a_run_that_is_killed_and_resumed_has_every_row_once(store, monkeypatch,
 def test_curves_that_are_behind_the_rows_lose_nothing(store, monkeypatch):
     machine = Machine(monkeypatch)
     monkeypatch.setattr(growing_file, "REMOTE_WRITE_SECONDS", 0.01)
-    monkeypatch.setattr(growing_file, "UPLOAD_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(growing_file, "RETRY_SECONDS", 0.01)
     config = make_config("tensorboard=true")
     logger = start(config, f"{store.bucket}/behind")
     run(logger, range(3))
     wait_until(lambda: logger.state()["rows"] == 3)
+    monkeypatch.setattr(growing_file, "UPLOAD_TIMEOUT_SECONDS", 0.5)
     store.fail("hang", "write", "behind/tensorboard", count=None)
     run(logger, range(3, 6))
     logger.flush()
@@ -763,6 +773,7 @@ def test_curves_that_are_behind_the_rows_lose_nothing(store, monkeypatch):
     assert (state["rows"], count_rows(state)) == (3, 6)
     store.mend()
     machine.kill(logger)
+    monkeypatch.setattr(growing_file, "UPLOAD_TIMEOUT_SECONDS", 100)
     logger = start(config, f"{store.bucket}/behind", start_step=6, state=state)
     run(logger, [6])
     logger.close()

@@ -148,12 +148,12 @@ def test_what_lasts_is_one_line_that_names_the_object(store, run, kind, words, o
 
 @pytest.mark.parametrize("operation", ["write", "read", "list"])
 def test_a_store_that_never_answers_is_given_up(store, run, operation, monkeypatch):
+    files.write_whole(run / "a", "1")
     monkeypatch.setattr(bucket, "SILENCE_SECONDS", 0.2)
     monkeypatch.setattr(bucket.Bucket, "cachable", False)
     monkeypatch.setattr(
         epath.backend.fsspec_backend, "_get_filesystem", lambda name: bucket.Bucket()
     )
-    files.write_whole(run / "a", "1")
     fault = store.fail("hang", operation, count=None)
     acts = {
         "write": lambda: files.write_whole(run / "a", LARGE),

@@ -202,11 +202,14 @@ class HaltNotice:
 
     def _listen(self) -> None:
         """In the thread: wait for a notice, and until all processes have read it."""
-        while not (self._wake.wait(POLL_SECONDS) and self._is_closing):
+        while True:
+            self._wake.wait(POLL_SECONDS)
+            if self._is_closing:
+                return
+            self._wake.clear()
             try:
                 step, problem = json.loads(self._client.key_value_try_get(_HALT))
             except RuntimeError:  # there is none
-                self._wake.clear()
                 continue
             self._halt = (step, problem)
             with contextlib.suppress(RuntimeError):  # a process does not answer

@@ -11,6 +11,7 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano.inference import dialogue
 from MaxNano.inference.engine import Engine
+from MaxNano.scaling import parameter_counts, shape_of
 from MaxNano.serving.engine_thread import EngineThread, EventStream
 from MaxNano.serving.openai_api import ApiCall, ApiError, ApiRules
 
@@ -125,5 +126,11 @@ class Service:
                 "temperature": self.rules.temperature,
                 "top_k": self.rules.top_k,
                 "max_tokens": self.rules.max_tokens,
+            },
+            "details": {
+                "run": self.config.run_name,
+                "stage": self.config.stage or "pretraining",
+                "step": self.engine.trained_steps,
+                "parameters": parameter_counts(shape_of(self.config)).total,
             },
         }

@@ -91,7 +91,8 @@ export function nameAfter(chat, { text, files = [] }) {
 
 // ---- Search --------------------------------------------------------------------------------------
 
-const CONTEXT_CHARACTERS = 24;
+const BEFORE_CHARACTERS = 12;
+const AFTER_CHARACTERS = 60;
 
 /** [{chat, index, before, match, after}] of the chats that contain `query`; index -1 is the title. */
 export function search(chats, query) {
@@ -111,10 +112,10 @@ export function search(chats, query) {
 function excerpt(text, wanted) {
   const start = text.toLowerCase().indexOf(wanted);
   const end = start + wanted.length;
-  const from = Math.max(0, start - CONTEXT_CHARACTERS);
+  const from = Math.max(0, start - BEFORE_CHARACTERS);
   return {
     before: (from ? "…" : "") + text.slice(from, start),
     match: text.slice(start, end),
-    after: text.slice(end, end + 2 * CONTEXT_CHARACTERS),
+    after: text.slice(end, end + AFTER_CHARACTERS),
   };
 }

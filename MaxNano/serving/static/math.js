@@ -184,7 +184,8 @@ class Parser {
     if (/^\d/.test(token)) return [make("mn", {}, styled(token, this.font))];
     if (/^\p{L}/u.test(token)) return [this.identifier(token)];
     const symbol = { "-": "−", "*": "∗" }[token] ?? token;
-    return [operator(symbol, /[()[\]|/]/.test(token) ? { stretchy: "false" } : {})];
+    if (token === "|") return [operator(token, { stretchy: "false", lspace: "0.06em", rspace: "0.06em" })];
+    return [operator(symbol, /[()[\]/]/.test(token) ? { stretchy: "false" } : {})];
   }
 
   identifier(text) {
@@ -289,6 +290,8 @@ const COMMANDS = {
   overset: (parser) => stacked(parser, "mover"),
   stackrel: (parser) => stacked(parser, "mover"),
   underset: (parser) => stacked(parser, "munder"),
+  overline: (parser) => make("mrow", { class: "overline" }, parser.argument()),
+  underline: (parser) => make("mrow", { class: "underline" }, parser.argument()),
   boxed: (parser) => make("mrow", { class: "boxed" }, parser.argument()),
   pmod: (parser) => make("mrow", {}, space("1em"), operator("("), functionName("mod"), space("0.33em"), parser.argument(), operator(")")),
   bmod: () => operator("mod", { lspace: "0.22em", rspace: "0.22em" }),

@@ -48,8 +48,8 @@ const accents = (symbols, isBelow) =>
   Object.fromEntries(Object.entries(commands(symbols)).map(([name, symbol]) => [name, { symbol, isBelow }]));
 export const ACCENTS = Object.assign(
   Object.create(null),
-  accents("hat|widehat ^ bar|overline ‾ vec|overrightarrow → tilde|widetilde ~ dot ˙ ddot ¨ check ˇ overbrace ⏞", false),
-  accents("underline _ underbrace ⏟", true),
+  accents("hat|widehat ^ bar ‾ vec|overrightarrow → tilde|widetilde ~ dot ˙ ddot ¨ check ˇ overbrace ⏞", false),
+  accents("underbrace ⏟", true),
 );
 
 export const FONTS = commands(`mathbf|bm|boldsymbol|bf mathbf mathrm|rm|mathup mathrm mathit mathit mathbb|Bbb mathbb

@@ -70,24 +70,47 @@ async function requestReply(stream) {
   }
 }
 
-/** Leave out the oldest turns until the prompt fits into the context. */
-async function requestFitting({ chat, index, controller }) {
+/** Request the reply to as many messages as fit into the context. */
+async function requestFitting({ chat, index, controller: { signal } }) {
   const messages = pathOf({ ...chat, last: chat.messages[index].parent }).map((each) => chat.messages[each]);
-  for (let dropped = 0; ; dropped += 2) {
+  const limit = state.model.max_model_len ?? Infinity;
+  const maxTokens = Math.min(setting("max_tokens"), Math.floor(limit / 2));
+  for (let dropped = await countDropped(messages, limit - maxTokens, signal); ; dropped += 2) {
     const body = {
       model: state.model.id || undefined,
       messages: contentsOf(messages.slice(dropped)),
       temperature: setting("temperature"),
       top_k: setting("top_k"),
-      max_tokens: Math.min(setting("max_tokens"), Math.floor((state.model.max_model_len ?? Infinity) / 2)),
+      max_tokens: maxTokens,
       stream: true,
       stream_options: { include_usage: true },
     };
     try {
-      return { response: await post("/v1/chat/completions", body, controller.signal), dropped };
+      return { response: await post("/v1/chat/completions", body, signal), dropped };
     } catch (error) {
       if (error.code !== "context_length_exceeded" || dropped + 2 >= messages.length) throw error;
     }
+  }
+}
+
+/** The least number of messages, in turns of two, without which the prompt has at most `limit` tokens. */
+async function countDropped(messages, limit, signal) {
+  let [low, high] = [0, Math.ceil(messages.length / 2) - 1];
+  for (let turns = 0; low < high; turns = (low + high) >> 1) {
+    if (await fits(messages.slice(2 * turns), limit, signal)) high = turns;
+    else low = turns + 1;
+  }
+  return 2 * low;
+}
+
+/** Whether messages have at most `limit` tokens; true if the server does not say. */
+async function fits(messages, limit, signal) {
+  const body = { model: state.model.id || undefined, messages: contentsOf(messages) };
+  try {
+    return (await (await post("/tokenize", body, signal)).json()).count <= limit;
+  } catch (error) {
+    if (error instanceof ServerError) return true;
+    throw error;
   }
 }
 

@@ -168,7 +168,7 @@ FORMULAS = {
     r"\sqrt[3]{x}": "<mroot><mi>x</mi><mn>3</mn></mroot>",
     r"\alpha \leq 1.5": "<mrow><mi>α</mi><mo>≤</mo><mn>1.5</mn></mrow>",
     r"\mathbb{R}\mathbf{v}": "<mrow><mi>ℝ</mi><mi>𝐯</mi></mrow>",
-    r"\text{if } x": "<mrow><mtext>if\u00a0</mtext><mi>x</mi></mrow>",
+    r"\text{if } x": "<mrow><mtext>if&nbsp;</mtext><mi>x</mi></mrow>",
     r"\sum_{i}^n": '<munderover><mo movablelimits="true">∑</mo><mi>i</mi><mi>n</mi></munderover>',
     r"\left.\frac{a}{b}\right]": '<mrow><mo stretchy="true" form="prefix"></mo><mfrac><mi>a</mi>'
     '<mi>b</mi></mfrac><mo stretchy="true" form="postfix">]</mo></mrow>',
@@ -399,32 +399,38 @@ def test_nothing_moves_when_streaming_ends(browser, size):
     layout = """() => [document.querySelector("#scroller").scrollTop,
       ...[...document.querySelectorAll(".message, .bubble, .bubble *, #composer")].map((node) =>
         JSON.stringify(node.getBoundingClientRect()))]"""
-    is_shown = """async (text) => {
-      const { bodyOf } = await import("/static/messages.js");
+    is_shown = """(text) => {
       const body = document.createElement("div");
-      body.append(bodyOf([{ type: "text", text }]));
+      body.append(window.bodyOf([{ type: "text", text }]));
       return document.querySelector(".assistant .bubble")?.innerHTML === body.innerHTML;
     }"""
+    texts, gates = [], [threading.Event() for _ in ENDINGS]
     for ending in ENDINGS:
-        gate, text = threading.Event(), f"{'A line that fills the page. ' * 60}\n\n{ending}"
+        text = f"{'A line that fills the page. ' * 40}\n\n{ending}"
+        texts.append("!" * (-len(text) % 4) + text)  # whole steps, so that all of it is shown
 
-        def reply(request, sample, gate=gate, text=text):
-            yield from text.encode()
-            gate.wait(60)
+    def reply(request, sample):
+        index = int(bytes(last_words(request, sample)))
+        yield from texts[index].encode()
+        gates[index].wait(60)
 
-        with opened(browser, reply, "max_new_tokens=4000", size=size, step_tokens=1) as (page, _):
+    frames = "new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)))"
+    with opened(browser, reply, "max_new_tokens=4000", size=size) as (page, _):
+        page.evaluate(
+            "import('/static/messages.js').then((module) => { window.bodyOf = module.bodyOf; })"
+        )
+        for index, (text, gate) in enumerate(zip(texts, gates, strict=True)):
+            page.keyboard.press("Control+Shift+o")
             try:
-                page.fill("#input", "hi")
+                page.fill("#input", str(index))
                 page.press("#input", "Enter")
                 page.wait_for_function(is_shown, arg=text)
                 before = page.evaluate(layout)
             finally:
                 gate.set()
             page.locator(DONE).wait_for(state="attached")
-            page.evaluate(
-                "new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)))"
-            )
-            assert page.evaluate(layout) == before, ending
+            page.evaluate(frames)
+            assert page.evaluate(layout) == before, text[-30:]
 
 
 def test_the_whole_page_by_keyboard(browser):
@@ -497,7 +503,7 @@ def test_accessibility(browser, scheme, size):
         said = bytes(last_words(request, sample))
         return itertools.cycle(b"blah ") if said == b"endless" else said
 
-    settings = {"size": size, "scheme": scheme, "step_tokens": 64, "max_length": 1 << 20}
+    settings = {"size": size, "scheme": scheme, "max_length": 1 << 20}
     with opened(browser, reply, "max_new_tokens=1000000", **settings) as (page, server):
         page.evaluate(AXE.read_text("utf-8"))
         check_accessibility(page, "empty")
@@ -532,6 +538,7 @@ def test_accessibility(browser, scheme, size):
         page.get_by_role("button", name="Edit and continue from here").last.click()
         check_accessibility(page, "editing")
         page.keyboard.press("Escape")
+        server.engine.step_seconds = 0.05
         page.fill("#input", "endless")
         page.press("#input", "Enter")
         page.locator(".streaming .bubble").get_by_text("blah").wait_for()

@@ -42,8 +42,9 @@ window.addEventListener("storage", (event) => {
   else if (isChatKey(event.key)) loadAgain(idOfKey(event.key));
   else return;
   const chat = state.chats.find(({ id }) => id === state.chat.id);
-  if (chat === state.chat || !(chat || state.chat.messages.length)) emit("chat", state.chat);
-  else openChat(chat ?? newChat());
+  if (!chat && state.chat.messages.length) return openChat(newChat());
+  state.chat = chat ?? state.chat;
+  emit("chat", state.chat);
 });
 
 function loadAgain(id) {

@@ -1,12 +1,12 @@
 // The box where the visitor writes, with text files that are attached. Each chat keeps its draft.
 
-import { $, button, element, icon, toast } from "./dom.js";
+import { pathOf } from "./chats.js";
+import { $, button, element, focusInput, icon, toast } from "./dom.js";
 import { isSend } from "./messages.js";
 import { say, stop, streamOf } from "./replies.js";
 import { post } from "./server.js";
 import { on, state } from "./state.js";
 import { editMessage, scrollToEnd } from "./thread.js";
-import { pathOf } from "./chats.js";
 
 const MAX_FILE_BYTES = 512 << 10; // the server takes 1 MiB
 const UNSAVED = "new";
@@ -122,7 +122,10 @@ $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   send();
 });
-$("stop").addEventListener("click", () => stop(state.chat));
+$("stop").addEventListener("click", () => {
+  stop(state.chat);
+  focusInput();
+});
 $("attach").addEventListener("click", () => $("files").click());
 $("files").addEventListener("change", () => {
   attach([...$("files").files]);

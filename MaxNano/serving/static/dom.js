@@ -2,6 +2,9 @@
 
 export const $ = (id) => document.getElementById(id);
 
+// On a touch screen, focus opens the keyboard.
+export const focusInput = () => matchMedia("(hover: hover)").matches && $("input").focus();
+
 export function element(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {

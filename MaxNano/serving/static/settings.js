@@ -4,6 +4,7 @@ import { newChat, saveChat } from "./chats.js";
 import { $, toast } from "./dom.js";
 import { loadModels } from "./models.js";
 import { stop } from "./replies.js";
+import { isSidebarOver, showSidebar } from "./sidebar.js";
 import { discard, emit, openChat, saveSettings, setting, state } from "./state.js";
 import { exportJson, importJson } from "./transfer.js";
 
@@ -11,7 +12,8 @@ const NUMBERS = ["temperature", "top_k", "max_tokens"];
 
 const radios = () => [...document.getElementsByName("theme")];
 
-export function openSettings() {
+function openSettings() {
+  if (isSidebarOver()) showSidebar(false);
   showSettings();
   $("settings").showModal();
 }
@@ -46,13 +48,13 @@ function readSettings(event) {
 }
 
 async function importFile(file) {
+  $("settings").close(); // it would cover the notes
   try {
     const chats = importJson(await file.text(), state.chats);
     chats.forEach(saveChat);
     state.chats.push(...chats);
     if (chats.length) openChat(chats[0]);
     emit("chat", state.chat);
-    $("settings").close();
     toast(chats.length ? `Imported ${chats.length} chat${chats.length === 1 ? "" : "s"}` : "These chats are here already.");
   } catch (error) {
     toast(error.message);

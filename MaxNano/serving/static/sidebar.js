@@ -1,16 +1,13 @@
 // The sidebar: the list of chats, search, and the menu of a chat.
 
 import { newChat, saveChat, search, showBranch, sorted } from "./chats.js";
-import { $, button, element, patch, toast } from "./dom.js";
+import { $, button, element, focusInput, patch, toast } from "./dom.js";
 import { stop, streamOf } from "./replies.js";
 import { discard, emit, on, openChat, saveSettings, state } from "./state.js";
 import { scrollToMessage } from "./thread.js";
 import { exportJson, exportMarkdown } from "./transfer.js";
 
 const isNarrow = matchMedia("(max-width: 760px)");
-
-// On a touch screen, focus opens the keyboard.
-export const focusInput = () => matchMedia("(hover: hover)").matches && $("input").focus();
 
 /** Show or hide the sidebar: over the page on a narrow screen, beside it on a wide screen. */
 export function showSidebar(isShown) {

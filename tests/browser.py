@@ -52,7 +52,9 @@ def opened(
     settings = {"max_length": 4096, **engine}
     with Server(FakeEngine(reply, **settings), "chat_turns=true", *overrides, key=key) as server:
         context = browser.new_context(
-            viewport={"width": size[0], "height": size[1]}, color_scheme=scheme
+            viewport={"width": size[0], "height": size[1]},
+            color_scheme=scheme,
+            reduced_motion="reduce",  # nothing is half visible
         )
         page = context.new_page()
         page.set_default_timeout(60_000)

@@ -523,7 +523,6 @@ def test_accessibility(browser, scheme, size):
         if size[0] < 760:
             page.click("#open-sidebar")
             page.locator("#search").wait_for()
-            page.wait_for_timeout(300)  # for its animation
         page.fill("#search", "quoted")
         check_accessibility(page, "search")
         page.click("#open-settings")

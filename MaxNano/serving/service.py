@@ -9,9 +9,9 @@ from typing import Any
 import prometheus_client
 from ml_collections import FrozenConfigDict
 
+from MaxNano import scaling
 from MaxNano.inference import dialogue
 from MaxNano.inference.engine import Engine
-from MaxNano.scaling import parameter_counts, shape_of
 from MaxNano.serving.engine_thread import EngineThread, EventStream
 from MaxNano.serving.openai_api import ApiCall, ApiError, ApiRules
 
@@ -131,6 +131,6 @@ class Service:
                 "run": self.config.run_name,
                 "stage": self.config.stage or "pretraining",
                 "step": self.engine.trained_steps,
-                "parameters": parameter_counts(shape_of(self.config)).total,
+                "parameters": scaling.parameter_counts(scaling.shape_of(self.config)).total,
             },
         }

@@ -319,7 +319,7 @@ def test_a_full_context_leaves_out_turns(browser):
         assert "1 aaa" in prompt and "0 aaa" not in prompt
         page.fill("#input", "x" * 500)
         page.press("#input", "Enter")
-        page.locator(".failure").get_by_text("do not fit").wait_for()
+        page.locator(".failure").get_by_text("240").wait_for()  # the context
 
 
 def test_errors_can_be_tried_again(browser):

@@ -38,6 +38,7 @@ export function renderMath(source, isDisplay) {
 /** The formula has something that this page does not know. */
 class UnknownMath extends Error {}
 
+/** Reads a formula, from its first token to its last. */
 class Parser {
   constructor(source) {
     this.tokens = source.match(TOKENS) ?? [];
@@ -182,15 +183,10 @@ class Parser {
     if (/^[}&_^]$/.test(token)) throw new UnknownMath(token);
     if (token === "~") return [space("0.33em")];
     if (/^\d/.test(token)) return [make("mn", {}, styled(token, this.font))];
-    if (/^\p{L}/u.test(token)) return [this.identifier(token)];
+    if (/^\p{L}/u.test(token)) return [identifier(token, this.font)];
     const symbol = { "-": "−", "*": "∗" }[token] ?? token;
     if (token === "|") return [operator(token, { stretchy: "false", lspace: "0.06em", rspace: "0.06em" })];
     return [operator(symbol, /[()[\]/]/.test(token) ? { stretchy: "false" } : {})];
-  }
-
-  identifier(text) {
-    const isUpright = this.font === "mathrm";
-    return make("mi", isUpright ? { mathvariant: "normal" } : {}, styled(text, this.font));
   }
 
   command(token) {
@@ -200,8 +196,8 @@ class Parser {
     if (token in LARGE) return [operator(LARGE[token].symbol, LARGE[token].hasLimits ? { movablelimits: "true" } : {})];
     if (token in BRACKETS) return [operator(BRACKETS[token], { stretchy: "false" })];
     if (token in SPACES) return [space(SPACES[token])];
-    if (token in ACCENTS) return [this.accent(ACCENTS[token])];
-    if (token in FONTS) return [this.inFont(FONTS[token])];
+    if (token in ACCENTS) return [accent(this, ACCENTS[token])];
+    if (token in FONTS) return [inFont(this, FONTS[token])];
     if (LIMITS.has(token)) return [operator(name.replace(/^lim(?=inf|sup)/, "lim "), NAMED_LIMITS)];
     if (FUNCTIONS.has(name)) return [functionName(name)];
     if (SIZES.test(token)) return [operator(this.delimiter(), { stretchy: "false" })];
@@ -209,46 +205,53 @@ class Parser {
     if (Object.hasOwn(COMMANDS, name)) return [COMMANDS[name](this)];
     throw new UnknownMath(token);
   }
-
-  accent({ symbol, isBelow }) {
-    const base = this.argument();
-    const tag = isBelow ? "munder" : "mover";
-    return make(tag, isBelow ? { accentunder: "true" } : { accent: "true" }, base, operator(symbol));
-  }
-
-  inFont(font) {
-    const outer = this.font;
-    this.font = font;
-    const node = this.argument();
-    this.font = outer;
-    return node;
-  }
-
-  fenced() {
-    const parts = [operator(this.delimiter(), { stretchy: "true", form: "prefix" })];
-    for (;;) {
-      parts.push(...this.list((token) => token === "\\right" || token === "\\middle"));
-      const isEnd = this.take() === "\\right";
-      parts.push(operator(this.delimiter(), isEnd ? { stretchy: "true", form: "postfix" } : { stretchy: "true" }));
-      if (isEnd) return make("mrow", {}, ...parts);
-    }
-  }
-
-  environment() {
-    const name = this.text();
-    const kind = ENVIRONMENTS[name.replace(/\*$/, "")];
-    if (!kind) throw new UnknownMath(name);
-    if (kind.hasColumns) this.text(); // {lcr}
-    const cells = this.cells(() => this.next === "\\end");
-    this.take("\\end");
-    if (this.text() !== name) throw new UnknownMath("another end");
-    return table(cells, kind);
-  }
 }
+
+// ---- Commands ------------------------------------------------------------------------------------
 
 const NAMED_LIMITS = { movablelimits: "true", lspace: "0", rspace: "0" };
 const functionName = (text) => make("mi", { mathvariant: "normal" }, text);
 const textNode = (parser) => make("mtext", {}, parser.text().replace(/^ | $/g, "\u00a0"));
+
+function identifier(text, font) {
+  return make("mi", font === "mathrm" ? { mathvariant: "normal" } : {}, styled(text, font));
+}
+
+function accent(parser, { symbol, isBelow }) {
+  const tag = isBelow ? "munder" : "mover";
+  return make(tag, isBelow ? { accentunder: "true" } : { accent: "true" }, parser.argument(), operator(symbol));
+}
+
+function inFont(parser, font) {
+  const outer = parser.font;
+  parser.font = font;
+  const node = parser.argument();
+  parser.font = outer;
+  return node;
+}
+
+/** What \left begins, until \right. */
+function fenced(parser) {
+  const parts = [operator(parser.delimiter(), { stretchy: "true", form: "prefix" })];
+  for (;;) {
+    parts.push(...parser.list((token) => token === "\\right" || token === "\\middle"));
+    const isEnd = parser.take() === "\\right";
+    parts.push(operator(parser.delimiter(), isEnd ? { stretchy: "true", form: "postfix" } : { stretchy: "true" }));
+    if (isEnd) return make("mrow", {}, ...parts);
+  }
+}
+
+/** What \begin{name} begins, until \end{name}. */
+function environment(parser) {
+  const name = parser.text();
+  const kind = ENVIRONMENTS[name.replace(/\*$/, "")];
+  if (!kind) throw new UnknownMath(name);
+  if (kind.hasColumns) parser.text(); // {lcr}
+  const cells = parser.cells(() => parser.next === "\\end");
+  parser.take("\\end");
+  if (parser.text() !== name) throw new UnknownMath("another end");
+  return table(cells, kind);
+}
 
 function fraction(parser, attributes = {}) {
   return make("mfrac", attributes, parser.argument(), parser.argument());
@@ -277,8 +280,8 @@ const COMMANDS = {
     const base = parser.argument();
     return degree ? make("mroot", {}, base, degree) : make("msqrt", {}, base);
   },
-  left: (parser) => parser.fenced(),
-  begin: (parser) => parser.environment(),
+  left: fenced,
+  begin: environment,
   text: textNode,
   textrm: textNode,
   textit: textNode,

@@ -360,19 +360,23 @@ def tuning_words(folder):
 
 
 @pytest.mark.slow
-def test_speedrun_downloads_its_text_and_goes_all_the_way(settings, place, hub, tmp_path):
+@pytest.mark.parametrize("is_repeated", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_speedrun_downloads_its_text_and_goes_all_the_way(
+    settings, place, hub, tmp_path, is_repeated
+):
     """The whole of d24_speedrun.sh; started again it asks the hub for nothing and does nothing
     twice.
     """
+    run_name = f"downloaded{is_repeated:d}"
     extra = f"{settings['EXTRA']} hub_url={hub} core_bundle_url={hub}/core.zip core_max_per_task=2 sample_tokens=2"
     more = {
         "DATASET_PATH": "",
         "DATASET_NAME": "us/text",
         "DOWNLOAD_SHARDS": "2",
-        "DOWNLOAD_PATH": f"{place}/downloads",
+        "DOWNLOAD_PATH": f"{tmp_path}/downloads",
         "CORE_BUNDLE": "",
-        "TOKENIZER_PATH": f"{place}/another tokenizer",
-        "RUN_NAME": "downloaded",
+        "TOKENIZER_PATH": f"{tmp_path}/another tokenizer",
+        "RUN_NAME": run_name,
         "CHAT_DATA": str(tmp_path),
         "RL": "1",
         "SFT_EXTRA": tuning_words(tmp_path),
@@ -392,17 +396,17 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(settings, place, hub, 
         "result",
     ]
     assert "3 of 3 files" in out
-    found = json.loads((place / f"runs/downloaded/evals/step_{STEPS:06}.json").read_text())["evals"]
+    found = json.loads((place / f"runs/{run_name}/evals/step_{STEPS:06}.json").read_text())["evals"]
     assert {"bpb train", "bpb validation", "core", "core copa", "core winograd", "samples"} == set(
         found
     )
     assert f"CORE           {found['core']['values']['core']:.4f}" in out.splitlines()
     for stage, start in (
-        ("sft", f"{STEPS} of {place}/runs/downloaded"),
-        ("rl", f"4 of {place}/runs/downloaded_sft"),
+        ("sft", f"{STEPS} of {place}/runs/{run_name}"),
+        ("rl", f"4 of {place}/runs/{run_name}_sft"),
     ):
         assert f"Starting from step {start}\n" in out
-        folder = place / f"runs/downloaded_{stage}"
+        folder = place / f"runs/{run_name}_{stage}"
         steps = steps_of(folder)
         assert (
             steps == list(range(len(steps)))
@@ -411,7 +415,9 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(settings, place, hub, 
         asked = json.loads((folder / f"evals/step_{len(steps):06}.json").read_text())["evals"]
         assert asked["chat SimpleSpelling/test"]["values"]["problems"] == 2
     assert "2 answers to each of 2 problems of SimpleSpelling/train" in out
-    assert f"Wrote {place}/runs/downloaded_rl/report.html" in out
+    assert f"Wrote {place}/runs/{run_name}_rl/report.html" in out
+    if not is_repeated:
+        return
 
     extra = extra.replace(f"hub_url={hub}", "hub_url=http://127.0.0.1:9")
     more |= {"EXTRA": extra, "STAGES": "data evaluation sft rl", "EVALS": "core"}
@@ -422,9 +428,9 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(settings, place, hub, 
     )
     assert again.count("is finished") == 2 and "loss" not in again
 
-    shutil.rmtree(place / "runs/downloaded_rl")
+    shutil.rmtree(place / f"runs/{run_name}_rl")
     out = run("tpu/d24_speedrun.sh", {**settings, **more}, STAGES="report")
-    assert f"Wrote {place}/runs/downloaded_sft/report.html" in out, "of the last run that there is"
+    assert f"Wrote {place}/runs/{run_name}_sft/report.html" in out, "of the last run that there is"
 
 
 @pytest.mark.slow

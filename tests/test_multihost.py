@@ -191,8 +191,9 @@ def copy_of_first_checkpoint(place, run_name, copy):
         shutil.rmtree(place / "runs" / copy / "checkpoints" / str(step))
 
 
-def test_two_processes_told_by_keys_give_the_losses_of_one(place, one):
-    (out, _), (other_out, _) = finish(start_two(words_of(place, "two", *TWO)))
+@pytest.mark.long
+def test_two_processes_told_by_the_environment_give_the_losses_of_one(place, one):
+    (out, _), (other_out, _) = finish(start_two(words_of(place, "two", *TWO), by="environment"))
     assert_same_losses(place, "two")
     assert f"step  {STEPS - 1}/{STEPS}" in out and "4 x cpu, data 4" in out
     assert "loss" not in other_out, "only process 0 speaks"
@@ -217,11 +218,12 @@ def test_two_processes_go_on_where_one_stopped(place, one):
 
 def test_asked_to_stop_both_save_one_step_and_one_process_goes_on(place, one):
     words = words_of(place, "stopped", "checkpoint_interval_steps=0")
-    processes = start_two([*words, *TWO], by="environment")
+    processes = start_two([*words, *TWO])
     wait_for_step(place, "stopped", 1, processes)
     for process in processes:
         process.send_signal(signal.SIGTERM)
-    (out, _), _ = finish(processes, status=75)
+    (out, _), (other_out, _) = finish(processes, status=75)
+    assert "4 x cpu, data 4" in out and "loss" not in other_out, "only process 0 speaks"
     (step,) = steps_saved(place, "stopped")
     assert 1 < step < STEPS and f"Saved checkpoint at step {step}" in out
     out, _ = finish([start([*words, *ONE])])[0]

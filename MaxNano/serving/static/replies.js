@@ -4,7 +4,7 @@ import { addMessage, isSaved, nameAfter, pathOf, saveChat } from "./chats.js";
 import { ServerError, events, explain, post } from "./server.js";
 import { emit, save, setting, state } from "./state.js";
 
-const MAX_TRIES = 10; // while the server is busy
+const MAX_TRIES = 30; // while the server is busy
 const SAVE_MILLISECONDS = 1000;
 
 // By chat id: {chat, index, controller, retryAt, retry}. While the server is busy, `retryAt` is the time of the next

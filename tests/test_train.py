@@ -68,9 +68,13 @@ def words_of(place, run_name, *more):
     ]
 
 
-def start(*words, cwd=ROOT):
+def start(*words, cwd=ROOT, pause=None):
+    """train.py, with a pause of so many seconds before each step if a test interrupts it."""
+    program = [ROOT / "MaxNano/train.py"]
+    if pause is not None:
+        program = [ROOT / "tests/slow_train.py", str(pause)]
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "MaxNano/train.py"), *words],
+        [sys.executable, *program, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -183,7 +187,7 @@ def test_a_profile_shows_where_the_time_of_its_steps_is_spent(place, whole):
 
 def wait_for_step(place, run_name, step, process):
     path = place / "runs" / run_name / "metrics.jsonl"
-    for _ in range(3000):
+    for _ in range(12_000):
         if process.poll() is not None:
             break
         if path.exists() and f'"step": {step}' in path.read_text():
@@ -194,7 +198,7 @@ def wait_for_step(place, run_name, step, process):
 
 def test_killed_twice_it_goes_on_bit_for_bit(place, whole):
     for step in (4, 8):
-        process = start(*words_of(place, "killed"))
+        process = start(*words_of(place, "killed"), pause=0.2)
         wait_for_step(place, "killed", step, process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -214,13 +218,13 @@ def test_asked_to_stop_it_saves_and_leaves_with_75(place, whole, number, tmp_pat
     The saved config resumes the run, from another folder too.
     """
     name = f"stopped{int(number)}"
-    process = start(*words_of(place, name, "checkpoint_interval_steps=0"))
+    process = start(*words_of(place, name, "checkpoint_interval_steps=0"), pause=0.2)
     wait_for_step(place, name, 3, process)
     if number == signal.SIGHUP:
         process.stdout.close()
     process.send_signal(number)
     err = process.stderr.read()
-    assert process.wait(timeout=120) == 75, err
+    assert process.wait(timeout=250) == 75, err
     assert "Traceback" not in err and "Exception" not in err
     out, _ = run(str(place / "runs" / name / "config.yml"), cwd=tmp_path)
     assert "Resuming" in out
@@ -330,7 +334,7 @@ def test_bad_input_is_one_line_and_status_2(place, case):
     assert err.startswith("error: ") and err.count("\n") == 1 and hint in err, err
 
 
-@pytest.mark.parametrize("program", ["train.py", "convert.py"])
+@pytest.mark.parametrize("program", ["train.py", "convert.py", "compare.py"])
 def test_a_typo_is_told_before_jax_is_imported(tmp_path, program):
     (tmp_path / "jax.py").write_text("raise SystemExit('jax was imported')")
     done = subprocess.run(

@@ -31,6 +31,13 @@ SAMPLED_CONVERSATIONS = 256  # of a task
 THREADS = 16
 DIGITS = 16  # hexadecimal digits of a fingerprint
 
+# The keys that, with the files, decide the rows of a split.
+ROW_KEYS = (
+    "dataset_type dataset_splits text_column dataset_mixture seed global_batch_tokens data_readers"
+    " tokenize_batch_documents packing_buffer_documents long_documents skip_corrupt_data"
+    " chat_train_mixture chat_validation_mixture chat_mixture_unit"
+).split()
+
 Contents = dict[str, str]  # name of a file or a task -> its fingerprint
 
 

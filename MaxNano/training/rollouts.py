@@ -199,6 +199,9 @@ class Rollouts:
             "rollout_seconds": time.monotonic() - started,
         }
 
+    def shortage(self) -> None:
+        """Nothing runs ahead: `fill` raises."""
+
     def __next__(self) -> dict[str, jax.Array]:
         self.fill()
         (batch, self._position), self._ready = self._ready, None

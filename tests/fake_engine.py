@@ -29,6 +29,7 @@ class FakeEngine:
         step_tokens: int = 4,
     ):
         self.tokenizer = byte_tokenizer()
+        self.trained_steps = 2100
         self.reply = reply
         self.slots = slots
         self.max_length = max_length

@@ -523,6 +523,7 @@ def test_loads_a_run(config, params, served, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "load_tokenizer", lambda config: Letters())
     loaded = load_engine(config, devices=jax.devices()[:1])
     assert (loaded.slots, loaded.max_length) == (config.decode_slots, config.max_target_length)
+    assert loaded.trained_steps == 3
     for ours, theirs in zip(
         jax.tree.leaves(loaded._runner.weights),
         jax.tree.leaves(served._runner.weights),

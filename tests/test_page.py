@@ -1,37 +1,18 @@
-"""The chat page in a browser: conversations, settings, small screens, and no injected code."""
+"""The chat page in a browser: replies, Markdown, formulas, settings, small screens, accessibility,
+and no injected code. test_page_chats.py has what the page does with chats.
+"""
 
 import itertools
-import shutil
-from contextlib import contextmanager
+import threading
 
 import pytest
-from fake_engine import FakeEngine, byte_tokenizer
-from serving import Server, wait_until
+from browser import AXE, DONE, MARKS, REPLY, SPECIAL, last_words, launched, opened, say
+from fake_engine import byte_tokenizer
+from serving import wait_until
 
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="the package playwright drives the browser"
-)
-
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)"
-    ),
-]
+pytestmark = MARKS
 
 TOKENIZER = byte_tokenizer()
-SPECIAL = TOKENIZER.special
-REPLY = ".message.assistant .bubble"
-
-
-def last_words(request, sample):
-    """The user's last message."""
-    ids = list(request.prompt)
-    start = len(ids) - ids[::-1].index(SPECIAL.user_start)
-    return ids[start:-2]
 
 
 def chatter(request, sample):
@@ -41,42 +22,8 @@ def chatter(request, sample):
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as driver:
-        # Chromium's own sandbox does not run as root, which CI is.
-        yield driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-
-
-@contextmanager
-def opened(browser, reply=last_words, *overrides, size=(1100, 800), key=None, **engine):
-    """(page, server) in a new browser profile; the page may only load from the server."""
-    settings = {"max_length": 4096, **engine}
-    with Server(FakeEngine(reply, **settings), "chat_turns=true", *overrides, key=key) as server:
-        context = browser.new_context(viewport={"width": size[0], "height": size[1]})
-        page = context.new_page()
-        page.set_default_timeout(60_000)
-        faults = []
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on(
-            "dialog", lambda dialog: (faults.append(f"dialog {dialog.message}"), dialog.dismiss())
-        )
-        page.on(
-            "request",
-            lambda request: (
-                request.url.startswith(f"http://127.0.0.1:{server.port}/")
-                or faults.append(request.url)
-            ),
-        )
-        page.goto(f"http://127.0.0.1:{server.port}/")
-        yield page, server
-        assert faults == []
-        context.close()
-
-
-def say(page, text, replies=1):
-    """Send a message and wait until the page has `replies` complete replies."""
-    page.fill("#input", text)
-    page.press("#input", "Enter")
-    page.locator(".message.assistant .actions").nth(replies - 1).wait_for(state="attached")
+    with launched() as browser:
+        yield browser
 
 
 def test_talking(browser):
@@ -91,7 +38,7 @@ def test_talking(browser):
         page.press("#input", "Shift+Enter")
         page.type("#input", "lines")
         page.click("#send")
-        page.locator(".message.assistant .actions").nth(1).wait_for(state="attached")
+        page.locator(DONE).nth(1).wait_for(state="attached")
         assert page.locator(REPLY).nth(1).inner_text().split("\n") == ["two", "lines"]
         assert "tokens" in page.locator(".stats").nth(1).text_content()
         prompt = TOKENIZER.decode(server.engine.requests[-1].prompt)
@@ -109,57 +56,6 @@ def test_stop_keeps_what_came_and_frees_the_slot(browser):
             page.locator(".stats").get_by_text("stopped").last.wait_for()
             wait_until(lambda: server.engine.running == 0)
         assert page.locator(REPLY).count() == 2
-
-
-def test_regenerate_and_edit(browser):
-    with opened(browser) as (page, server):
-        say(page, "one")
-        say(page, "two", 2)
-        page.locator(".message.assistant").last.hover()
-        page.get_by_role("button", name="Regenerate").last.click()
-        wait_until(lambda: len(server.engine.requests) == 3)
-        assert server.engine.requests[1].prompt == server.engine.requests[2].prompt
-        page.locator(".message.assistant .actions").nth(1).wait_for(state="attached")
-        page.locator(".message.user").first.hover()
-        page.get_by_role("button", name="Edit and continue from here").first.click()
-        page.locator(".edit textarea").fill("changed")
-        page.locator(".edit").get_by_text("Send").click()
-        page.locator(REPLY).get_by_text("changed").wait_for()
-        assert (
-            page.locator(".message").count() == 2
-            and page.locator("#title").text_content() == "changed"
-        )
-        assert "one" not in TOKENIZER.decode(server.engine.requests[-1].prompt)
-        page.locator(".message.assistant .actions").wait_for(state="attached")
-        page.press("#input", "ArrowUp")
-        assert page.locator(".edit textarea").input_value() == "changed"
-        page.keyboard.press("Escape")
-        assert page.locator(".edit").count() == 0
-
-
-def test_conversations_are_kept(browser):
-    with opened(browser) as (page, _):
-        say(page, "first chat")
-        page.keyboard.press("Control+Shift+o")
-        assert page.locator("#welcome").is_visible()
-        say(page, "second chat")
-        page.reload()
-        assert page.locator(".message").count() == 2
-        titles = page.locator("#conversations .open").all_text_contents()
-        assert titles == ["second chat", "first chat"]
-        page.keyboard.press("Alt+ArrowDown")
-        assert page.locator(REPLY).text_content() == "first chat"
-        page.get_by_role("button", name="Delete “first chat”").click()
-        assert page.locator("#conversations li").count() == 1
-        page.get_by_role("button", name="Undo").click()
-        assert (
-            page.locator("#conversations li").count() == 2
-            and page.locator(REPLY).text_content() == "first chat"
-        )
-        page.evaluate("localStorage.setItem('maxnano.chat.x', '{broken')")
-        page.evaluate("localStorage.setItem('maxnano.settings', '7')")
-        page.reload()
-        assert page.locator("#conversations li").count() == 2
 
 
 def test_settings_reach_the_server(browser):
@@ -252,6 +148,97 @@ unclosed *fence*"""
         assert bubble.locator("hr").count() == 1
 
 
+def test_tasks_and_headings(browser):
+    text = "## Two\n\n#### Four\n\n- [x] done *it*\n- [ ] to do\n- [link](https://example.org)\n\n## Two"
+    with opened(browser) as (page, _):
+        say(page, text)
+        bubble = page.locator(REPLY)
+        assert bubble.locator("li.task").all_inner_texts() == [" done it", " to do"]
+        boxes = bubble.get_by_role("checkbox")
+        assert [box.is_checked() for box in boxes.all()] == [True, False]
+        assert all(box.is_disabled() for box in boxes.all())
+        tags = "nodes => nodes.map(node => node.localName)"
+        assert bubble.locator(":is(h3, h4, h5, h6)").evaluate_all(tags) == ["h3", "h4", "h3"]
+
+
+FORMULAS = {
+    r"x^2": "<msup><mi>x</mi><mn>2</mn></msup>",
+    r"a_{ij}'": "<msubsup><mi>a</mi><mrow><mi>i</mi><mi>j</mi></mrow><mo>′</mo></msubsup>",
+    r"\frac12": "<mfrac><mn>1</mn><mn>2</mn></mfrac>",
+    r"\sqrt[3]{x}": "<mroot><mi>x</mi><mn>3</mn></mroot>",
+    r"\alpha \leq 1.5": "<mrow><mi>α</mi><mo>≤</mo><mn>1.5</mn></mrow>",
+    r"\mathbb{R}\mathbf{v}": "<mrow><mi>ℝ</mi><mi>𝐯</mi></mrow>",
+    r"\text{if } x": "<mrow><mtext>if&nbsp;</mtext><mi>x</mi></mrow>",
+    r"\sum_{i}^n": '<munderover><mo movablelimits="true">∑</mo><mi>i</mi><mi>n</mi></munderover>',
+    r"\left.\frac{a}{b}\right]": '<mrow><mo stretchy="true" form="prefix"></mo><mfrac><mi>a</mi>'
+    '<mi>b</mi></mfrac><mo stretchy="true" form="postfix">]</mo></mrow>',
+    r"\begin{bmatrix}1&2\\3&4\end{bmatrix}": '<mrow><mo stretchy="true" form="prefix">[</mo><mtable'
+    ' class=""><mtr><mtd class="math-center"><mn>1</mn></mtd><mtd class="math-center"><mn>2</mn></mtd>'
+    '</mtr><mtr><mtd class="math-center"><mn>3</mn></mtd><mtd class="math-center"><mn>4</mn></mtd></mtr>'
+    '</mtable><mo stretchy="true" form="postfix">]</mo></mrow>',
+    r"\text{<b>}": "<mtext>&lt;b&gt;</mtext>",
+    "": "<mrow></mrow>",
+}
+UNKNOWN_FORMULAS = [
+    r"\href{javascript:window.hacked=1}{x}",
+    r"\frac{1}",
+    r"{x",
+    r"x}",
+    r"\left( x",
+    r"\begin{pmatrix} x",
+    r"\begin{tikzpicture}x\end{tikzpicture}",
+    r"\__proto__ x",
+    r"\constructor",
+    r"\hat" * 5000,
+    "{" * 3000 + "}" * 3000,
+    "x" * 10_000,
+]
+
+
+def test_formulas_become_mathml(browser):
+    with opened(browser) as (page, _):
+        convert = """async (source) => {
+          const { renderMath } = await import("/static/math.js");
+          const node = renderMath(source, false);
+          return node && [node.namespaceURI, node.innerHTML];
+        }"""
+        namespace = "http://www.w3.org/1998/Math/MathML"
+        for source, expected in FORMULAS.items():
+            assert page.evaluate(convert, source) == [namespace, expected], source
+        for source in UNKNOWN_FORMULAS:
+            assert page.evaluate(convert, source) is None, source[:80]
+
+
+def test_formulas_in_text(browser):
+    text = r"""Inline \(a*b*c\) and $x_1$, not $5 or $10, not $HOME/$USER, `$code$`, \*plain\*.
+
+\[
+\begin{aligned} a &= b \\ &= c \end{aligned}
+\]
+
+Then:
+$$y$$
+- in a list: \[z\]
+
+Unknown \(\foo{x}\) stays; so does what has not ended: \(a + b, \[c"""
+    with opened(browser, step_tokens=32) as (page, _):
+        say(page, text)
+        bubble = page.locator(REPLY)
+        sources = "nodes => nodes.map(node => [node.getAttribute('alttext'), node.getAttribute('display')])"
+        aligned = "\\begin{aligned} a &= b \\\\ &= c \\end{aligned}"
+        assert bubble.locator("math").evaluate_all(sources) == [
+            ["a*b*c", "inline"],
+            ["x_1", "inline"],
+            [aligned, "block"],
+            ["y", "block"],
+            ["z", "block"],
+        ]
+        assert bubble.locator("code").all_text_contents() == ["$code$", r"\(\foo{x}\)"]
+        first, last = bubble.locator("p").first, bubble.locator("p").last
+        assert "not $5 or $10, not $HOME/$USER, $code$, *plain*." in first.inner_text()
+        assert last.inner_text().endswith(r"what has not ended: \(a + b, \[c")
+
+
 XSS = [
     "<script>window.hacked=1</script>",
     "<img src=x onerror=window.hacked=1>",
@@ -276,6 +263,10 @@ XSS = [
     "<style>@import 'https://evil.example/x.css'</style><link rel=stylesheet href=https://evil.example/x.css>",
     "<meta http-equiv=refresh content='0;url=https://evil.example'><base href=https://evil.example>",
     "<form action=https://evil.example><button id=send autofocus onfocus=window.hacked=1>",
+    r"$\text{<img src=x onerror=window.hacked=1>}$",
+    r"$$\begin{matrix}<script>window.hacked=1</script>\end{matrix}$$",
+    r"\(\href{javascript:window.hacked=1}{x}\) \(<img src=x onerror=window.hacked=1>\)",
+    "- [x] <img src=x onerror=window.hacked=1>",
     "\ue000\ue001 {{constructor.constructor('window.hacked=1')()}} ${window.hacked=1}",
 ]
 
@@ -302,7 +293,7 @@ def test_no_text_becomes_code(browser):
             page.keyboard.press("Control+Shift+o")
             page.fill("#input", text)
             page.click("#send")
-            page.locator(".message.assistant .actions").wait_for(state="attached")
+            page.locator(DONE).wait_for(state="attached")
             for node in page.locator("#thread a").all():
                 assert node.get_attribute("href").startswith("https://"), text
             page.locator(REPLY).hover()
@@ -328,7 +319,7 @@ def test_a_full_context_leaves_out_turns(browser):
         assert "1 aaa" in prompt and "0 aaa" not in prompt
         page.fill("#input", "x" * 500)
         page.press("#input", "Enter")
-        page.locator(".failure").get_by_text("do not fit").wait_for()
+        page.locator(".failure").get_by_text("240").wait_for()  # the context
 
 
 def test_errors_can_be_tried_again(browser):
@@ -375,11 +366,78 @@ def test_a_phone(browser):
         assert page.locator("#send").bounding_box()["width"] >= 40
 
 
+def test_a_table_on_a_phone_scrolls(browser):
+    words = ("internationalization", "characteristically", "straightforwardness", "wavelength")
+    text = f"| {' | '.join(words)} |\n|-|-|-|-|\n| {' | '.join(words)} |"
+    with opened(browser, size=(360, 700), step_tokens=32) as (page, _):
+        say(page, text)
+        lines = """cells => cells.map((cell) => {
+          const range = document.createRange();
+          range.selectNodeContents(cell);
+          return range.getClientRects().length;
+        })"""
+        assert page.locator(f"{REPLY} :is(th, td)").evaluate_all(lines) == [1] * 8
+        table = page.locator(f"{REPLY} .table")
+        assert table.evaluate("node => node.scrollWidth > node.clientWidth")
+        assert page.evaluate("document.querySelector('#scroller').scrollWidth") <= 360
+        page.locator(f"{REPLY} .table").focus()  # and by keyboard
+        page.keyboard.press("ArrowRight")
+        wait_until(lambda: table.evaluate("node => node.scrollLeft") > 0)
+
+
+ENDINGS = [
+    "Only a paragraph",
+    "Some text\n\n- and\n- a list",
+    "```python\nx = 1\n```",
+    "| a | b |\n|---|---|\n| 1 | 2 |",
+    "Math: $$x^2$$",
+]
+
+
+@pytest.mark.parametrize("size", [(1100, 500), (360, 500)], ids=["desktop", "phone"])
+def test_nothing_moves_when_streaming_ends(browser, size):
+    layout = """() => [document.querySelector("#scroller").scrollTop,
+      ...[...document.querySelectorAll(".message, .bubble, .bubble *, #composer")].map((node) =>
+        JSON.stringify(node.getBoundingClientRect()))]"""
+    is_shown = """(text) => {
+      const body = document.createElement("div");
+      body.append(window.bodyOf([{ type: "text", text }]));
+      return document.querySelector(".assistant .bubble")?.innerHTML === body.innerHTML;
+    }"""
+    texts, gates = [], [threading.Event() for _ in ENDINGS]
+    for ending in ENDINGS:
+        text = f"{'A line that fills the page. ' * 40}\n\n{ending}"
+        texts.append("!" * (-len(text) % 4) + text)  # whole steps, so that all of it is shown
+
+    def reply(request, sample):
+        index = int(bytes(last_words(request, sample)))
+        yield from texts[index].encode()
+        gates[index].wait(60)
+
+    frames = "new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)))"
+    with opened(browser, reply, "max_new_tokens=4000", size=size) as (page, _):
+        page.evaluate(
+            "import('/static/messages.js').then((module) => { window.bodyOf = module.bodyOf; })"
+        )
+        for index, (text, gate) in enumerate(zip(texts, gates, strict=True)):
+            page.keyboard.press("Control+Shift+o")
+            try:
+                page.fill("#input", str(index))
+                page.press("#input", "Enter")
+                page.wait_for_function(is_shown, arg=text)
+                before = page.evaluate(layout)
+            finally:
+                gate.set()
+            page.locator(DONE).wait_for(state="attached")
+            page.evaluate(frames)
+            assert page.evaluate(layout) == before, text[-30:]
+
+
 def test_the_whole_page_by_keyboard(browser):
     with opened(browser) as (page, _):
         page.keyboard.type("typed at once")
         page.keyboard.press("Enter")
-        page.locator(".message.assistant .actions").wait_for(state="attached")
+        page.locator(DONE).wait_for(state="attached")
         reached = set()
         for _ in range(20):
             page.keyboard.press("Tab")
@@ -399,3 +457,91 @@ def test_the_whole_page_by_keyboard(browser):
         page.locator("#open-settings").focus()
         page.keyboard.press("/")
         assert page.evaluate("document.activeElement.id") == "input"
+
+
+EVERYTHING = r"""### Heading
+
+Text with `code`, *emphasis*, a [link](https://example.org) and \(x^2\).
+
+$$\frac{1}{2}$$
+
+- [x] done
+- item
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+> quoted
+
+##### Lower
+
+```python
+x = "text"  # a comment
+```"""
+
+VIOLATIONS = """async () => {
+  const { violations, passes } = await axe.run();
+  return [passes.length, violations.map((rule) => [rule.id, ...rule.nodes.map((node) => node.html)])];
+}"""
+
+
+def check_accessibility(page, state):
+    passes, violations = page.evaluate(VIOLATIONS)
+    assert violations == [], state
+    assert passes > 15, state
+
+
+@pytest.mark.skipif(
+    not AXE.is_file(),
+    reason="no axe-core here: npm install axe-core, and AXE_CORE=<folder>/node_modules/axe-core/axe.min.js",
+)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [(1100, 800), (360, 700)], ids=["desktop", "phone"])
+def test_accessibility(browser, scheme, size):
+    def reply(request, sample):
+        said = bytes(last_words(request, sample))
+        return itertools.cycle(b"blah ") if said == b"endless" else said
+
+    settings = {"size": size, "scheme": scheme, "max_length": 1 << 20}
+    with opened(browser, reply, "max_new_tokens=1000000", **settings) as (page, server):
+        page.evaluate(AXE.read_text("utf-8"))
+        check_accessibility(page, "empty")
+        say(page, EVERYTHING)
+        page.get_by_role("button", name="Regenerate").click()
+        page.locator(".branches").wait_for()
+        page.locator(DONE).wait_for(state="attached")
+        check_accessibility(page, "reply")
+        page.click("#chat-options")
+        check_accessibility(page, "menu of the chat")
+        page.locator("#chat-menu").get_by_text("Rename").click()
+        check_accessibility(page, "renaming")
+        page.keyboard.press("Escape")
+        page.click("#model")
+        check_accessibility(page, "model")
+        page.keyboard.press("Escape")
+        if size[0] < 760:
+            page.click("#open-sidebar")
+            page.locator("#search").wait_for()
+        page.fill("#search", "quoted")
+        check_accessibility(page, "search")
+        page.click("#open-settings")
+        check_accessibility(page, "settings")
+        page.keyboard.press("Escape")
+        page.set_input_files(
+            "#files", [{"name": "a.txt", "mimeType": "text/plain", "buffer": b"text"}]
+        )
+        page.locator("#attachments").get_by_text("4 tokens").wait_for()
+        check_accessibility(page, "attached file")
+        say(page, "with a file", 2)
+        page.get_by_role("button", name="Edit and continue from here").last.click()
+        check_accessibility(page, "editing")
+        page.keyboard.press("Escape")
+        server.engine.step_seconds = 0.05
+        page.fill("#input", "endless")
+        page.press("#input", "Enter")
+        page.locator(".streaming .bubble").get_by_text("blah").wait_for()
+        check_accessibility(page, "streaming")
+        server.engine.fails = True
+        page.locator(".failure").wait_for()
+        check_accessibility(page, "failure")

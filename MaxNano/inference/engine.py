@@ -65,6 +65,7 @@ class Engine:
         )
         self.slots = self.programs.slots
         self.tokenizer = tokenizer
+        self.trained_steps: int | None = None  # of the checkpoint, if the parameters are of one
         self._limits = config.vocab_size, self.max_length, tokenizer is not None
         self._runner = ModelRunner(self.programs)
         self._table = SlotTable(self.programs)

@@ -9,6 +9,7 @@ from typing import Any
 import prometheus_client
 from ml_collections import FrozenConfigDict
 
+from MaxNano import scaling
 from MaxNano.inference import dialogue
 from MaxNano.inference.engine import Engine
 from MaxNano.serving.engine_thread import EngineThread, EventStream
@@ -133,5 +134,11 @@ class Service:
                 "temperature": self.rules.temperature,
                 "top_k": self.rules.top_k,
                 "max_tokens": self.rules.max_tokens,
+            },
+            "details": {
+                "run": self.config.run_name,
+                "stage": self.config.stage or "pretraining",
+                "step": self.engine.trained_steps,
+                "parameters": scaling.parameter_counts(scaling.shape_of(self.config)).total,
             },
         }

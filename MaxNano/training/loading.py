@@ -13,8 +13,8 @@ from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
 
 
-def load_params(setup: ModelSetup) -> tuple[dict[str, Any], Tokenizer]:
-    """Parameters and tokenizer of a run, from its newest checkpoint or that of config.step.
+def load_params(setup: ModelSetup) -> tuple[dict[str, Any], Tokenizer, int]:
+    """(params, tokenizer, step) of a run, from its newest checkpoint or that of config.step.
 
     The parameters have the shardings of `setup.params`.
     Raises ValueError if there is no such checkpoint, or if it is of another model or tokenizer.
@@ -23,8 +23,8 @@ def load_params(setup: ModelSetup) -> tuple[dict[str, Any], Tokenizer]:
     with Checkpointer(
         config, run_directory(config), tokenizer_fingerprint=tokenizer.fingerprint(), writer=False
     ) as checkpointer:
-        params, _ = checkpointer.restore_params_only(setup.params, config.step)
-    return params, tokenizer
+        params, extra = checkpointer.restore_params_only(setup.params, config.step)
+    return params, tokenizer, extra["run"]["step"]
 
 
 def load_engine(
@@ -37,10 +37,10 @@ def load_engine(
 ) -> Engine:
     """The engine that serves a run's checkpoint; see load_params, and Engine for the arguments."""
     setup = set_up_model(config, devices)
-    params, tokenizer = load_params(setup)
+    params, tokenizer, step = load_params(setup)
     # Two prefixes per slot: of the prompt, and of prompt and answer.
     most = 2 * (slots or config.decode_slots)
-    return Engine(
+    engine = Engine(
         setup,
         params,
         tokenizer,
@@ -49,3 +49,5 @@ def load_engine(
         streams=streams,
         prefix_entries=min(config.prefix_cache_entries, most) if streams else 0,
     )
+    engine.trained_steps = step
+    return engine

@@ -4,6 +4,10 @@
 //
 // `inserts` are nodes within the text: the character U+E000 + i is replaced by inserts[i].
 
+import { element } from "./dom.js";
+import { highlight } from "./highlight.js";
+import { renderMath } from "./math.js";
+
 const FIRST_INSERT = 0xe000;
 const LAST_INSERT = 0xf8ff; // the end of the private use area
 const DEEPEST = 12; // nested lists and quotes
@@ -14,19 +18,10 @@ export const insertMark = (i) => String.fromCharCode(Math.min(FIRST_INSERT + i, 
 /** The model's text without characters that mark inserts. */
 export const withoutMarks = (text) => text.replace(/[\ue000-\uf8ff]/g, "\ufffd");
 
-export function element(tag, properties = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (name in node) node[name] = value;
-    else node.setAttribute(name, value);
-  }
-  node.append(...children);
-  return node;
-}
-
 export function render(text, inserts = []) {
   const fragment = document.createDocumentFragment();
-  fragment.append(...blocks(text.replace(/\r\n?/g, "\n").split("\n"), inserts, 0));
+  const context = { inserts, headings: [] };
+  fragment.append(...blocks(text.replace(/\r\n?/g, "\n").split("\n"), context, 0));
   return fragment;
 }
 
@@ -37,13 +32,16 @@ const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*\s*$/;
 const RULE = /^ {0,3}([-*_])\s*(?:\1\s*){2,}$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])(\s+|$)/;
+const TASK = /^\[([ xX])\]\s+/;
+const MATH = /^ {0,3}(\$\$|\\\[|\\begin\{((?:equation|align|gather)\*?)\})/;
+const MATH_LINES = 60; // of one formula
 const TABLE_RULE = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
 
 const isBlank = (line) => line.trim() === "";
 const startsBlock = (line) =>
-  FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || ITEM.test(line);
+  [FENCE, HEADING, RULE, QUOTE, ITEM, MATH].some((pattern) => pattern.test(line));
 
-function blocks(lines, inserts, depth) {
+function blocks(lines, context, depth) {
   const out = [];
   let at = 0;
   while (at < lines.length) {
@@ -53,10 +51,10 @@ function blocks(lines, inserts, depth) {
       at += 1;
     } else if ((match = FENCE.exec(line))) {
       const end = closingFence(lines, at + 1, match[1]);
-      out.push(codeBlock(lines.slice(at + 1, end).join("\n"), match[2], inserts));
+      out.push(codeBlock(lines.slice(at + 1, end).join("\n"), match[2], context));
       at = end + 1;
     } else if ((match = HEADING.exec(line))) {
-      out.push(element(`h${Math.min(match[1].length + 2, 6)}`, {}, ...inline(match[2], inserts)));
+      out.push(element(headingTag(match[1].length, context.headings), {}, ...inline(match[2], context)));
       at += 1;
     } else if (RULE.test(line)) {
       out.push(element("hr"));
@@ -65,24 +63,52 @@ function blocks(lines, inserts, depth) {
       const start = at;
       while (at < lines.length && QUOTE.test(lines[at])) at += 1;
       const inner = lines.slice(start, at).map((quoted) => quoted.replace(QUOTE, ""));
-      out.push(element("blockquote", {}, ...blocks(inner, inserts, depth + 1)));
+      out.push(element("blockquote", {}, ...blocks(inner, context, depth + 1)));
+    } else if ((match = displayMath(lines, at))) {
+      out.push(element("div", { className: "formula" }, formula(match.source, match.body, true, context), match.rest));
+      at = match.end;
     } else if (ITEM.test(line) && depth < DEEPEST) {
-      const [list, end] = listBlock(lines, at, inserts, depth);
+      const [list, end] = listBlock(lines, at, context, depth);
       out.push(list);
       at = end;
     } else if (line.includes("|") && at + 1 < lines.length && TABLE_RULE.test(lines[at + 1]) && lines[at + 1].includes("-")) {
       let end = at + 2;
       while (end < lines.length && lines[end].includes("|")) end += 1;
-      out.push(table(lines.slice(at, end), inserts));
+      out.push(table(lines.slice(at, end), context));
       at = end;
     } else {
       const start = at;
       at += 1;
       while (at < lines.length && !isBlank(lines[at]) && !(depth < DEEPEST && startsBlock(lines[at]))) at += 1;
-      out.push(element("p", {}, ...inline(lines.slice(start, at).join("\n").trim(), inserts)));
+      out.push(element("p", {}, ...inline(lines.slice(start, at).join("\n").trim(), context)));
     }
   }
   return out;
+}
+
+/** The tag of a heading with `marks` number signs. The first is h3, and no level is left out below it. */
+function headingTag(marks, headings) {
+  while (headings.at(-1) >= marks) headings.pop();
+  headings.push(marks);
+  return `h${Math.min(headings.length + 2, 6)}`;
+}
+
+/** {source, body, rest, end} of the display formula that begins at a line, or null. */
+function displayMath(lines, at) {
+  const match = MATH.exec(lines[at]);
+  if (!match) return null;
+  const [start, opening, environment] = match;
+  const closing = environment ? `\\end{${environment}}` : opening === "$$" ? "$$" : "\\]";
+  for (let end = at; end < Math.min(lines.length, at + MATH_LINES); end += 1) {
+    const stop = lines[end].indexOf(closing, end === at ? start.length : 0);
+    if (stop < 0) continue;
+    const rest = lines[end].slice(stop + closing.length).trim();
+    if (rest.length > 1) return null; // more than a full stop: the formula is within a paragraph
+    const text = [...lines.slice(at, end), lines[end].slice(0, stop)].join("\n").trim().slice(opening.length);
+    const source = opening + text + closing;
+    return { source, body: environment ? source : text, rest, end: end + 1 };
+  }
+  return null;
 }
 
 function closingFence(lines, at, fence) {
@@ -94,7 +120,7 @@ function closingFence(lines, at, fence) {
   return at;
 }
 
-function listBlock(lines, at, inserts, depth) {
+function listBlock(lines, at, context, depth) {
   const first = ITEM.exec(lines[at]);
   const margin = first[1].length;
   const ordered = /\d/.test(first[2]);
@@ -105,7 +131,8 @@ function listBlock(lines, at, inserts, depth) {
     if (!match || match[1].length > margin + 3 || match[1].length < margin || /\d/.test(match[2]) !== ordered) break;
     if (RULE.test(lines[at])) break;
     const inset = match[0].length;
-    const inner = [lines[at].slice(inset)];
+    const task = TASK.exec(lines[at].slice(inset));
+    const inner = [lines[at].slice(inset + (task?.[0].length ?? 0))];
     at += 1;
     while (at < lines.length) {
       const line = lines[at];
@@ -121,13 +148,20 @@ function listBlock(lines, at, inserts, depth) {
       inner.push(line.slice(Math.min(indent, inset)));
       at += 1;
     }
-    const content = blocks(inner, inserts, depth + 1);
+    const content = blocks(inner, context, depth + 1);
     // The first paragraph of an item has no margins.
     if (content.length && content[0].tagName === "P") content.splice(0, 1, ...content[0].childNodes);
-    list.append(element("li", {}, ...content));
+    list.append(task ? taskItem(task[1] !== " ", content) : element("li", {}, ...content));
     while (at < lines.length && isBlank(lines[at]) && at + 1 < lines.length && ITEM.test(lines[at + 1])) at += 1;
   }
   return [list, at];
+}
+
+function taskItem(isDone, content) {
+  const box = element("input", { type: "checkbox", checked: isDone, disabled: true });
+  box.setAttribute("aria-label", isDone ? "Done" : "To do");
+  box.toggleAttribute("checked", isDone);
+  return element("li", { className: "task" }, box, " ", ...content);
 }
 
 function cells(line) {
@@ -135,26 +169,26 @@ function cells(line) {
   return inner.split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
 }
 
-function table([head, rule, ...rows], inserts) {
+function table([head, rule, ...rows], context) {
   const aligned = cells(rule).map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "middle" : "end") : "start"));
   const width = cells(head).length;
-  const row = (line, tag) =>
-    element(
-      "tr",
-      {},
-      ...cells(line)
-        .slice(0, width)
-        .map((cell, i) => element(tag, { className: aligned[i] ?? "start" }, ...inline(cell, inserts))),
-    );
+  const row = (line, tag) => {
+    const texts = cells(line);
+    const cell = (_, i) => element(tag, { className: aligned[i] ?? "start" }, ...inline(texts[i] ?? "", context));
+    return element("tr", {}, ...Array.from({ length: width }, cell));
+  };
   const body = element("tbody", {}, ...rows.map((line) => row(line, "td")));
-  return element("div", { className: "table" }, element("table", {}, element("thead", {}, row(head, "th")), body));
+  const node = element("div", { className: "table", tabIndex: 0, role: "group" });
+  node.setAttribute("aria-label", "Table");
+  node.append(element("table", {}, element("thead", {}, row(head, "th")), body));
+  return node;
 }
 
-function codeBlock(code, language, inserts) {
+function codeBlock(code, language, context) {
   const copy = element("button", { type: "button", className: "copy", textContent: "Copy" });
   copy.dataset.copy = code;
   const bar = element("div", { className: "code-bar" }, element("span", { textContent: language || "text" }), copy);
-  const body = element("code", {}, ...highlight(code, language.toLowerCase(), inserts));
+  const body = element("code", {}, ...highlight(code, language.toLowerCase(), (text) => plain(text, context)));
   return element("div", { className: "code" }, bar, element("pre", { tabIndex: 0 }, body));
 }
 
@@ -163,7 +197,12 @@ function codeBlock(code, language, inserts) {
 // One alternative per construct, tried at every position from left to right.
 const INLINE = new RegExp(
   [
-    /\\(?<escaped>[!-/:-@[-`{-~])/,
+    /\\\((?<round>[^]{1,4000}?)\\\)/,
+    /\\\[(?<square>[^]{1,4000}?)\\\]/,
+    /\$\$(?<double>[^$]+)\$\$/,
+    /(?<![\p{L}\p{N}])\$(?![\s$])(?<dollar>(?:\\[^]|[^$\\])+?)(?<!\s)\$(?![\p{L}\p{N}$])/, // not $5 or $HOME
+    /(?<intact>\\[()[\]])/, // a formula that has not ended yet
+    /\\(?<escaped>[!-'*-/:-@\\^-`{-~])/,
     /(?<ticks>`+)(?!`)(?<code>[^]*?[^`])\k<ticks>(?!`)/,
     /!?\[(?<label>[^[\]]*)\]\((?<target>[^()\s]*(?:\([^()\s]*\)[^()\s]*)?)(?:\s+"[^"]*")?\)/,
     /<(?<auto>https?:\/\/[^\s<>]+)>/,
@@ -181,27 +220,36 @@ const INLINE = new RegExp(
   "gu",
 );
 
-function inline(text, inserts, depth = 0) {
+function inline(text, context, depth = 0) {
   if (depth > DEEPEST) return [text];
   const out = [];
   let at = 0;
-  const within = (inner) => inline(inner, inserts, depth + 1);
+  const within = (inner) => inline(inner, context, depth + 1);
   for (const match of text.matchAll(INLINE)) {
     const groups = match.groups;
     if (match.index > at) out.push(text.slice(at, match.index));
     at = match.index + match[0].length;
-    if (groups.escaped !== undefined) out.push(groups.escaped);
-    else if (groups.code !== undefined) out.push(element("code", {}, ...plain(groups.code, inserts)));
+    const math = groups.round ?? groups.square ?? groups.double ?? groups.dollar;
+    if (math !== undefined) out.push(formula(match[0], math, Boolean(groups.square ?? groups.double), context));
+    else if (groups.intact) out.push(groups.intact);
+    else if (groups.escaped !== undefined) out.push(groups.escaped);
+    else if (groups.code !== undefined) out.push(element("code", {}, ...plain(groups.code, context)));
     else if (groups.label !== undefined) out.push(link(groups.target, within(groups.label || groups.target), match[0]));
     else if (groups.auto ?? groups.bare) out.push(link(groups.auto ?? groups.bare, [groups.auto ?? groups.bare], match[0]));
     else if (groups.strong ?? groups.strong2) out.push(element("strong", {}, ...within(groups.strong ?? groups.strong2)));
     else if (groups.struck) out.push(element("del", {}, ...within(groups.struck)));
     else if (groups.em ?? groups.em2) out.push(element("em", {}, ...within(groups.em ?? groups.em2)));
     else if (groups.broken) out.push(element("br"));
-    else out.push(...plain(match[0], inserts));
+    else out.push(...plain(match[0], context));
   }
   if (at < text.length) out.push(text.slice(at));
   return out;
+}
+
+/** A formula, or its source as it is if this page cannot show it. */
+function formula(source, body, isDisplay, context) {
+  const node = source === withoutMarks(source) ? renderMath(body, isDisplay) : null;
+  return node ?? element("code", { className: "latex" }, ...plain(source, context));
 }
 
 /** A link that opens in a new tab; unsafe targets stay text. */
@@ -217,50 +265,12 @@ function link(target, children, source) {
 }
 
 /** Text with its inserts, without markdown. */
-function plain(text, inserts) {
+function plain(text, context) {
   return text
     .split(/([\ue000-\uf8ff])/)
     .map((piece) => {
       const index = piece.length === 1 ? piece.charCodeAt(0) - FIRST_INSERT : -1;
-      return index >= 0 && inserts[index] ? inserts[index] : piece;
+      return index >= 0 && context.inserts[index] ? context.inserts[index] : piece;
     })
     .filter((piece) => piece !== "");
-}
-
-// ---- Code --------------------------------------------------------------------------------------
-
-const KEYWORDS = new Set(
-  ("and as assert async await break case catch class const continue def default del do elif else enum except export " +
-    "extends finally fn for from function global if impl import in interface is lambda let match mod mut new nonlocal " +
-    "not or pass pub raise return self static struct super switch this throw trait try type typeof use var void while " +
-    "with yield true false null none None True False int float str bool char double long unsigned public private " +
-    "SELECT FROM WHERE INSERT UPDATE DELETE JOIN ON GROUP BY ORDER LIMIT echo fi then done esac").split(" "),
-);
-const SLASH_COMMENTS = new Set("c c++ cpp cs css go java javascript js json jsx kotlin php rs rust scala swift ts tsx typescript".split(" "));
-const NO_HIGHLIGHT = new Set(["", "text", "txt", "plain", "output", "markdown", "md"]);
-
-const tokens = (comment) =>
-  new RegExp(
-    `(?<comment>${comment})` +
-      String.raw`|(?<string>"""[^]*?(?:"""|$)|'''[^]*?(?:'''|$)|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|\x60(?:[^\x60\\]|\\.)*\x60)` +
-      String.raw`|(?<number>\b\d[\w.]*)|(?<word>[A-Za-z_]\w*)`,
-    "g",
-  );
-const SLASHED = tokens(String.raw`//[^\n]*|/\*[^]*?(?:\*/|$)`);
-const HASHED = tokens(String.raw`#[^\n]*|--[ \t][^\n]*`);
-
-function highlight(code, language, inserts) {
-  if (NO_HIGHLIGHT.has(language)) return plain(code, inserts);
-  const out = [];
-  let at = 0;
-  for (const match of code.matchAll(SLASH_COMMENTS.has(language) ? SLASHED : HASHED)) {
-    const { comment, string, number, word } = match.groups;
-    const kind = comment ? "comment" : string ? "string" : number ? "number" : KEYWORDS.has(word) ? "keyword" : null;
-    if (!kind) continue;
-    out.push(...plain(code.slice(at, match.index), inserts));
-    out.push(element("span", { className: `t-${kind}` }, ...plain(match[0], inserts)));
-    at = match.index + match[0].length;
-  }
-  out.push(...plain(code.slice(at), inserts));
-  return out;
 }

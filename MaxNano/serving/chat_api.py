@@ -5,9 +5,8 @@ Extension: an assistant message's content may be a list of parts
 Source: https://platform.openai.com/docs/api-reference/chat.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from MaxNano.inference import dialogue
 from MaxNano.inference.grammar import Grammar, compile_json
@@ -25,66 +24,61 @@ from MaxNano.serving.openai_api import (
     take_sampling,
     take_streaming,
 )
-from MaxNano.serving.tool_calls import Tools, render_calls, take_tools
+from MaxNano.serving.tool_calls import Tools, move_references, render_calls, take_tools
 from MaxNano.tokenization.chat_format import PART_TYPES
 from MaxNano.tokenization.tokenizer import Tokenizer
 
 MAX_MESSAGES = 500
-ANY_OBJECT = {"type": "object"}
 
 Message = dict[str, Any]
+
+
+class ReplySchema(NamedTuple):
+    """The JSON schema that a reply must satisfy; None: any object."""
+
+    schema: dict[str, Any] | bool | None
+    is_strict: bool  # refuse a schema with keywords that are not supported
+
+
+class Chat(NamedTuple):
+    """What a body asks for, apart from sampling."""
+
+    messages: list[Message]
+    requested: int | None  # tokens of the reply
+    tools: Tools | None = None
+    schema: ReplySchema | None = None  # None: the reply is free
+    logprobs: int | None = None
+    repeated: Mapping[str, Any] = {}  # fields that the reply repeats
 
 
 def parse_chat(body: Mapping[str, Any], tokenizer: Tokenizer, rules: ApiRules) -> ApiCall:
     """The body of /v1/chat/completions. Raises ApiError for an invalid one."""
     fields = BodyFields(body)
-    messages = take_messages(fields, rules)
+    messages = take_messages(fields)
     requested = take_max_tokens(fields, "max_tokens")
     requested = take_max_tokens(fields, "max_completion_tokens") or requested
-    tools, schema = take_tools(fields), take_response_format(fields)
+    tools, schema = take_tools(fields), take_schema(fields, "response_format")
     logprobs = fields.flag("logprobs")
     top = fields.integer("top_logprobs", 0, 0, MAX_TOP_LOGPROBS)
     if top and not logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
-    return make_chat_call(
-        fields,
-        messages,
-        requested,
-        tokenizer,
-        rules,
-        tools=tools,
-        schema=schema,
-        logprobs=top if logprobs else None,
-    )
+    chat = Chat(messages, requested, tools, schema, top if logprobs else None)
+    return make_call(chat, fields, tokenizer, rules)
 
 
-def make_chat_call(
-    fields: BodyFields,
-    messages: Sequence[Message],
-    requested: int | None,
-    tokenizer: Tokenizer,
-    rules: ApiRules,
-    *,
-    tools: Tools | None,
-    schema: dict[str, Any] | bool | None,
-    logprobs: int | None,
-    repeated: Mapping[str, Any] | None = None,
-) -> ApiCall:
-    """A call for the reply to messages, with the rest of its body's fields.
-
-    requested: length of the reply in tokens. schema: JSON schema of the reply, None: it is free.
-    """
+def make_call(chat: Chat, fields: BodyFields, tokenizer: Tokenizer, rules: ApiRules) -> ApiCall:
+    """The call for the reply to a chat; `fields` has the rest of the body."""
     model = take_model(fields, rules)
     sampling, streaming = take_sampling(fields, tokenizer, rules), take_streaming(fields)
     fields.finish()
-    ids = fit_prompt(messages, requested, tokenizer, rules, tools)
-    max_tokens = min(requested or rules.max_tokens, rules.max_length - len(ids))
-    grammar = _compile(tools, schema, tokenizer)
+    ids = fit_prompt(chat, tokenizer, rules)
+    max_tokens = min(chat.requested or rules.max_tokens, rules.max_length - len(ids))
+    grammar = _compile(chat, tokenizer)
     request = Request(
         prompt=tuple(ids),
         max_tokens=max_tokens,
         stop_ids=frozenset({tokenizer.special.assistant_end, tokenizer.special.bos}),
-        logprobs=logprobs,
+        logprobs=chat.logprobs,
         tools=grammar is None,
         grammar=grammar,
         **sampling,
@@ -96,8 +90,8 @@ def make_chat_call(
         max_tokens=max_tokens,
         echo=False,
         model=model,
-        tools=tools,
-        repeated=repeated or {},
+        tools=chat.tools,
+        repeated=chat.repeated,
         **streaming,
     )
     return check_sequences(call, rules)
@@ -106,26 +100,21 @@ def make_chat_call(
 # ---- Messages -----------------------------------------------------------------------------------
 
 
-def take_messages(fields: BodyFields, rules: ApiRules) -> list[Message]:
+def take_messages(fields: BodyFields) -> list[Message]:
     """The field messages, as tokenization/chat_format.py takes them."""
     value = fields.take("messages")
     if not isinstance(value, list) or not value:
         raise ApiError(400, "messages must be a list of at least one message", "messages")
-    return read_messages(value, rules, "messages")
+    return read_messages(value, "messages")
 
 
-def read_messages(value: Sequence[Any], rules: ApiRules, param: str) -> list[Message]:
+def read_messages(value: Sequence[Any], param: str) -> list[Message]:
     """Messages of roles system, user and assistant. A tool's result is on the user's side."""
     if len(value) > MAX_MESSAGES:
         message = f"there are {len(value)} messages; the limit is {MAX_MESSAGES}"
         raise ApiError(400, message, param)
     names: dict[str, str] = {}  # of the called functions, by id of the call
-    messages = [
-        _message(message, f"{param}[{index}]", names) for index, message in enumerate(value)
-    ]
-    if not rules.trims:
-        check_size(map(dialogue.text_of, messages), rules, param)
-    return messages
+    return [_message(message, f"{param}[{index}]", names) for index, message in enumerate(value)]
 
 
 def _message(message: Any, path: str, names: dict[str, str]) -> Message:
@@ -144,15 +133,8 @@ def _message(message: Any, path: str, names: dict[str, str]) -> Message:
         return {"role": role, "content": _content(content, f"{path}.content", ("text",))}
     content = _content("" if content is None else content, f"{path}.content", PART_TYPES)
     calls = render_calls(message, path)
-    for identity, text in calls:
-        names[identity] = _called_name(text)
-    return {"role": role, "content": _append(content, [text for _, text in calls])}
-
-
-def _called_name(text: str) -> str:
-    """The name in the text of a call, whose arguments may be no JSON."""
-    name, _ = json.JSONDecoder().raw_decode(text, len('{"name": '))
-    return name
+    names.update((call.id, call.name) for call in calls)
+    return {"role": role, "content": _append(content, [call.text for call in calls])}
 
 
 def _append(content: str | list[dict[str, str]], lines: Sequence[str]) -> str | list[Any]:
@@ -192,26 +174,22 @@ def _part(part: Any) -> dict[str, str] | None:
 # ---- Prompts that fit ---------------------------------------------------------------------------
 
 
-def fit_prompt(
-    messages: Sequence[Message],
-    requested: int | None,
-    tokenizer: Tokenizer,
-    rules: ApiRules,
-    tools: Tools | None = None,
-) -> list[int]:
-    """Token ids of the prompt for a reply. Raises ApiError if it does not fit into the context.
+def fit_prompt(chat: Chat, tokenizer: Tokenizer, rules: ApiRules) -> list[int]:
+    """Token ids of the prompt for the reply. Raises ApiError if it does not fit into the context.
 
     The tools are described after the first system messages, unless there is no space for that.
     """
-    if tools:
-        first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
-        described = {"role": "system", "content": tools.describe()}
+    if chat.tools:
+        count = len(chat.messages)
+        is_system = [message["role"] == "system" for message in chat.messages]
+        start = is_system.index(False) if False in is_system else count
+        described = list(chat.messages)
+        described.insert(start, {"role": "system", "content": chat.tools.describe()})
         try:
-            described = [*messages[:first], described, *messages[first:]]
-            return _fit(described, requested, tokenizer, rules)
+            return _fit(described, chat.requested, tokenizer, rules)
         except ApiError:
             pass
-    return _fit(messages, requested, tokenizer, rules)
+    return _fit(chat.messages, chat.requested, tokenizer, rules)
 
 
 def _fit(
@@ -219,6 +197,7 @@ def _fit(
 ) -> list[int]:
     longest = rules.max_length - 1
     if not rules.trims:
+        check_size(map(dialogue.text_of, messages), rules, "messages")
         ids = dialogue.prompt_ids(tokenizer, messages)
         if len(ids) > longest:
             raise overflow(len(ids), rules, "messages")
@@ -236,38 +215,39 @@ def _fit(
 # ---- Grammars -----------------------------------------------------------------------------------
 
 
-def take_response_format(
-    fields: BodyFields, name: str = "response_format"
-) -> dict[str, Any] | bool | None:
-    """The JSON schema that the reply must have; None if it is free."""
+def take_schema(fields: BodyFields, name: str) -> ReplySchema | None:
+    """The field response_format, or text.format of /v1/responses."""
     given = fields.mapping(name)
     kind = given.get("type") if given else "text"
     if kind == "text":
         return None
     if kind == "json_object":
-        return ANY_OBJECT
+        return ReplySchema(None, is_strict=False)
     if kind != "json_schema":
         raise fields.refusal(name, "must be of type text, json_object or json_schema")
     holder = given.get("json_schema", given)  # /v1/responses has the schema one level higher
     schema = holder.get("schema") if isinstance(holder, dict) else None
     if not isinstance(schema, (dict, bool)):
-        raise fields.refusal(name, "of type json_schema needs json_schema.schema, a JSON schema")
-    return schema
+        raise fields.refusal(name, "of type json_schema needs a JSON schema in the field schema")
+    return ReplySchema(schema, is_strict=holder.get("strict") is True)
 
 
-def _compile(
-    tools: Tools | None, schema: dict[str, Any] | bool | None, tokenizer: Tokenizer
-) -> Grammar | None:
-    """The grammar of a reply: of a call, of the response format, or of either."""
-    calls = tools.schemas() if tools and (tools.is_forced or schema is not None) else []
-    if not calls and schema is None:
+def _compile(chat: Chat, tokenizer: Tokenizer) -> Grammar | None:
+    """The grammar of the reply: of a call, of the response format, or of either."""
+    tools, asked = chat.tools, chat.schema
+    if tools and tools.is_forced:
+        schema, param = {"anyOf": tools.schemas()}, "tools"
+    elif asked is None:
         return None
-    if calls and schema is not None and not tools.is_forced:
-        schema = {"anyOf": [*calls, move_schema(schema, len(calls))]}
-    elif calls:
-        schema = {"anyOf": calls}
-    param = "tools" if calls else "response_format"
+    elif tools:
+        calls = tools.schemas()
+        reply = {"type": "object"} if asked.schema is None else asked.schema
+        reply = move_references(reply, f"#/anyOf/{len(calls)}")
+        schema, param = {"anyOf": [*calls, reply]}, "tools"
+    else:
+        schema, param = asked.schema, "response_format"
+    is_strict = param != "tools" and asked.is_strict
     try:
-        return compile_json(None if schema == ANY_OBJECT else schema, tokenizer)
+        return compile_json(schema, tokenizer, lenient=not is_strict)
     except ValueError as error:
         raise ApiError(400, f"{param}: {error}", param) from None

@@ -7,10 +7,11 @@ Source: https://platform.openai.com/docs/api-reference (completions).
 
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from MaxNano.inference.dialogue import MAX_TOKEN_CHARACTERS
 from MaxNano.inference.requests import Request
 from MaxNano.serving.api_fields import MAX_INTEGER, ApiError, BodyFields
 from MaxNano.serving.tool_calls import Tools
@@ -23,7 +24,6 @@ MAX_TOP_LOGPROBS = 20
 MAX_BIASED_TOKENS = 300
 MAX_BIAS = 100
 MAX_PENALTY = 2
-MAX_TOKEN_BYTES = 512  # longer prompts than this times the context are refused before encoding
 SMALLEST_TOP_P = 1e-6  # only the most likely token, which is what 0 means
 
 
@@ -165,7 +165,7 @@ def overflow(tokens: int, rules: ApiRules, param: str) -> ApiError:
 
 def check_size(texts: Iterable[str], rules: ApiRules, param: str) -> None:
     """Raise ApiError for texts that cannot fit, before they are encoded."""
-    if sum(map(len, texts)) > rules.max_length * MAX_TOKEN_BYTES:
+    if sum(map(len, texts)) > rules.max_length * MAX_TOKEN_CHARACTERS:
         message = f"{param} cannot fit into the context of {rules.max_length} tokens"
         raise ApiError(400, message, param, "context_length_exceeded")
 

@@ -31,6 +31,14 @@ class Function(NamedTuple):
     parameters: Mapping[str, Any]  # JSON schema of the arguments
 
 
+class RenderedCall(NamedTuple):
+    """A call in an assistant's message, as the model writes it."""
+
+    id: str
+    name: str
+    text: str
+
+
 class CallDelta(NamedTuple):
     """The beginning of a call, with its id and name, or more text of its arguments."""
 
@@ -60,7 +68,7 @@ class Tools:
 
 def _call_schema(function: Function, index: int) -> dict[str, Any]:
     path = f"#/anyOf/{index}/properties/arguments"
-    arguments = _move_references(function.parameters, path)
+    arguments = move_references(function.parameters, path)
     if "properties" in arguments:
         # A model that does not know when to stop invents arguments.
         arguments = {"additionalProperties": False} | arguments
@@ -75,13 +83,13 @@ def _call_schema(function: Function, index: int) -> dict[str, Any]:
     }
 
 
-def _move_references(schema: Any, path: str) -> Any:
-    """A schema whose local references are right when it is at `path` of a larger one."""
+def move_references(schema: Any, path: str) -> Any:
+    """A JSON schema whose local references are right when it is at `path` of a larger one."""
     if isinstance(schema, list):
-        return [_move_references(child, path) for child in schema]
+        return [move_references(child, path) for child in schema]
     if not isinstance(schema, dict):
         return schema
-    moved = {name: _move_references(child, path) for name, child in schema.items()}
+    moved = {name: move_references(child, path) for name, child in schema.items()}
     target = schema.get("$ref")
     if isinstance(target, str) and re.match(r"#(/|$)", target):
         moved["$ref"] = path + target[1:]
@@ -150,29 +158,26 @@ def _function(tool: Any, path: str) -> Function:
 # ---- Messages -----------------------------------------------------------------------------------
 
 
-def render_calls(message: Mapping[str, Any], path: str) -> list[tuple[str, str]]:
-    """(id, text) of the calls in an assistant's message, as the model writes them.
-
-    Raises ApiError for a malformed call.
-    """
+def render_calls(message: Mapping[str, Any], path: str) -> list[RenderedCall]:
+    """The calls in an assistant's message. Raises ApiError for a malformed one."""
     calls = message.get("tool_calls") or []
     if message.get("function_call"):  # the older form
-        calls = [{"id": "", "function": message["function_call"]}]
+        calls = [{"function": message["function_call"]}]
     if not isinstance(calls, list):
         raise ApiError(400, f"{path}.tool_calls must be a list", f"{path}.tool_calls")
     return [_render_call(call, f"{path}.tool_calls[{i}]") for i, call in enumerate(calls)]
 
 
-def _render_call(call: Any, path: str) -> tuple[str, str]:
+def _render_call(call: Any, path: str) -> RenderedCall:
     function = call.get("function") if isinstance(call, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    arguments = function.get("arguments") or "{}" if isinstance(function, dict) else None
+    function = function if isinstance(function, dict) else {}
+    name, arguments = function.get("name"), function.get("arguments") or "{}"
     if isinstance(arguments, dict):
         arguments = json.dumps(arguments, ensure_ascii=False)
     if not isinstance(name, str) or not isinstance(arguments, str):
         raise ApiError(400, f"{path} must have a function with name and arguments", path)
-    name = json.dumps(name, ensure_ascii=False)
-    return str(call.get("id") or ""), f'{{"name": {name}, "arguments": {arguments}}}'
+    text = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}'
+    return RenderedCall(str(call.get("id")), name, text)
 
 
 # ---- Replies ------------------------------------------------------------------------------------

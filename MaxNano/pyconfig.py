@@ -395,7 +395,9 @@ def _check_server(values: _Values) -> None:
     try:
         re.compile(value["serve_cors_origin_regex"] or "")
     except re.error as error:
-        raise values.error("serve_cors_origin_regex", f"is no regular expression: {error}") from None
+        raise values.error(
+            "serve_cors_origin_regex", f"is no regular expression: {error}"
+        ) from None
     for pattern in value["serve_allowed_hosts"] or ():
         if "*" in pattern.removeprefix("*.") and pattern != "*":
             raise values.error("serve_allowed_hosts", "takes * only alone or as in *.example.org")

@@ -152,7 +152,10 @@ def _function(tool: Any, path: str) -> Function:
     if not name or len(name) > MAX_NAME_CHARACTERS or not name.isprintable():
         problem = f"must be a name of 1 to {MAX_NAME_CHARACTERS} characters"
         raise fields.refusal("name", problem)
-    return Function(name, fields.text("description", "") or "", fields.mapping("parameters") or {})
+    parameters = fields.mapping("parameters") or {}
+    if parameters.get("type", "object") != "object":
+        raise fields.refusal("parameters", "must be the JSON schema of an object")
+    return Function(name, fields.text("description", "") or "", parameters)
 
 
 # ---- Messages -----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 64  # objects and lists inside each other
-_WORD = 32  # tokens per word of a mask
+_MASK_BITS = 32  # tokens in a word of a mask
 
 # At most a space or a line's indentation between JSON tokens: a model may not fill its answer with
 # whitespace. Patterns of a schema are compiled on use; the limits below bound that.
@@ -48,36 +48,32 @@ class Grammar:
 
 
 class GrammarState:
-    """The state of a sample's grammar after the tokens taken so far."""
+    """The state of a sample's grammar after the tokens taken so far.
+
+    allowed: the tokens that may follow, as bits: token t is bit t % 32 of word t // 32, int32.
+    finish: None while tokens may follow; then "stop" if the text is complete, or "error" if it
+    cannot be completed, for example because of a limit.
+    """
 
     def __init__(self, matcher: "llguidance.LLMatcher", vocab_size: int):
         self._matcher = matcher
-        self._words = np.zeros(-(-vocab_size // _WORD), np.int32)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the value may end here."""
-        return self._matcher.is_accepting()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether only the end may follow, or nothing because the matcher failed."""
-        return self._matcher.is_stopped()
-
-    def mask(self) -> np.ndarray:
-        """The tokens that may follow, as bits: token t is bit t % 32 of word t // 32, int32.
-
-        The array is overwritten by the next call. No bit is set after a failure, for example of a
-        limit.
-        """
-        self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
-        if self._matcher.is_error():
-            self._words[:] = 0
-        return self._words
+        self.allowed = np.zeros(-(-vocab_size // _MASK_BITS), np.int32)
+        self.finish: str | None = None
+        self._advance()
 
     def take(self, token: int) -> None:
-        """Continue after a token that the mask permits."""
+        """Continue after an allowed token that does not end the text."""
         self._matcher.consume_token(token)
+        self._advance()
+
+    def _advance(self) -> None:
+        matcher = self._matcher
+        if not matcher.is_stopped():
+            matcher.unsafe_compute_mask_ptr(self.allowed.ctypes.data, self.allowed.nbytes)
+        if matcher.is_error() or not self.allowed.any():
+            self.finish = "error"
+        elif matcher.is_stopped():
+            self.finish = "stop" if matcher.is_accepting() else "error"
 
 
 def compile_json(
@@ -110,7 +106,7 @@ def compile_json(
         limits = llguidance.LLParserLimits(**_LIMITS)
         matcher = llguidance.LLMatcher(_vocabulary(tokenizer), grammar, log_level=0, limits=limits)
         compiled = Grammar(matcher, tokenizer.vocab_size, tokenizer.special.assistant_end)
-        is_possible = compiled.start().mask().any()
+        is_possible = compiled.start().finish is None
     except (ValueError, TypeError) as error:
         reason = console.one_line(str(error), 200)
         raise ValueError(f"the JSON schema cannot be used: {reason}") from None

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from MaxNano.inference import sampling
-from MaxNano.inference.decode import STOP_IDS
+from MaxNano.inference.decode import BIASED, STOP_IDS
 from MaxNano.inference.dialogue import ReplyPart, merge_parts
 from MaxNano.inference.grammar import Grammar
 
@@ -36,6 +36,13 @@ class Request:
     logprobs: int | None = None  # alternatives reported per token; None: no log-probabilities
     prompt_logprobs: bool = False  # report the log-probabilities of prompt[1:] too
     tools: bool = False  # run calls of the calculator and force their results into the sample
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether the logits need decode.Adjustments."""
+        return bool(
+            self.frequency_penalty or self.presence_penalty or self.logit_bias or self.grammar
+        )
 
     def check(self, vocab_size: int, max_length: int, has_tokenizer: bool) -> None:
         """Raise ValueError if an engine with these limits cannot serve the request."""
@@ -70,6 +77,8 @@ class Request:
         for name in ("frequency_penalty", "presence_penalty"):
             if not -2 <= getattr(self, name) <= 2:
                 yield f"{name}={getattr(self, name)} must be between -2 and 2"
+        if len(self.logit_bias) > BIASED:
+            yield f"logit_bias has {len(self.logit_bias)} tokens; at most {BIASED} are supported"
         for token, bias in self.logit_bias:
             if not 0 <= token < vocab_size:
                 yield f"logit_bias of token {token}: token ids are 0 ... {vocab_size - 1}"

@@ -39,6 +39,14 @@ class ServerMetrics:
             "slots": ("Slots of the engine", lambda: engine.slots),
             "sequences_running": ("Sequences in slots", lambda: engine.running),
             "requests_waiting": ("Requests in the engine's queue", lambda: engine.waiting),
+            "prefix_tokens_looked_up": (
+                "Prompt tokens since the start, with those that the prefix cache held",
+                lambda: engine.prefixes.tokens_looked_up,
+            ),
+            "prefix_tokens_reused": (
+                "Prompt tokens since the start that the prefix cache held",
+                lambda: engine.prefixes.tokens_reused,
+            ),
         }
         for name, (help_text, read) in gauges.items():
             prometheus_client.Gauge(name, help_text, **common).set_function(read)

@@ -34,7 +34,7 @@ class FakeEngine:
         self.max_length = max_length
         self.step_seconds = step_seconds
         self.step_tokens = step_tokens
-        self.prefixes = SimpleNamespace(tokens_looked_up=8, tokens_reused=3)
+        self.prefix_cache = SimpleNamespace(tokens_looked_up=8, tokens_reused=3)
         self.requests: list[Request] = []  # all that were submitted
         self.fails = False  # the next step raises
         self._numbers = itertools.count()

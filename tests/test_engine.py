@@ -603,10 +603,10 @@ config = pyconfig.initialize([
     str(ROOT / "configs/base.yml"), *golden_overrides(golden), "ici_fsdp_parallelism=2", "ici_tensor_parallelism=2",
 ])
 params = nanochat.to_params(named(golden, "final/"), config)
-served = Engine(set_up_model(config), params, None, slots=3, max_length=192, prefixes=3)
+served = Engine(set_up_model(config), params, None, slots=3, max_length=192, prefix_entries=3)
 assert served.slots == 4 and served.programs.setup.data_parallel_size == 2
 answers = answers_of_every_kind(served)
-assert served.prefixes.tokens_reused >= 240, served.prefixes.tokens_reused
+assert served.prefix_cache.tokens_reused >= 240, served.prefix_cache.tokens_reused
 print(json.dumps(answers))
 """
 

@@ -45,7 +45,7 @@ def params(setup):
 @pytest.fixture(scope="module")
 def shared(setup, params):
     """An engine whose programs are compiled once."""
-    return Engine(setup, params, None, slots=2, max_length=LONGEST, prefixes=ENTRIES)
+    return Engine(setup, params, None, slots=2, max_length=LONGEST, prefix_entries=ENTRIES)
 
 
 class Plain:
@@ -55,11 +55,11 @@ class Plain:
         self.engine = engine
 
     def generate(self, requests):
-        self.engine.prefixes._is_on = False
+        self.engine.prefix_cache._is_on = False
         try:
             return self.engine.generate(requests)
         finally:
-            self.engine.prefixes._is_on = True
+            self.engine.prefix_cache._is_on = True
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def plain(shared):
 def cached(shared, params):
     """The engine with an empty prefix cache."""
     shared.set_params(params)
-    shared.prefixes.tokens_looked_up = shared.prefixes.tokens_reused = 0
+    shared.prefix_cache.tokens_looked_up = shared.prefix_cache.tokens_reused = 0
     return shared
 
 
@@ -97,9 +97,9 @@ def check_same(cached, plain, request):
 
 def reused(cached, request):
     """Tokens of a prompt that the cache holds when the request runs."""
-    before = cached.prefixes.tokens_reused
+    before = cached.prefix_cache.tokens_reused
     one(cached, request)
-    return cached.prefixes.tokens_reused - before
+    return cached.prefix_cache.tokens_reused - before
 
 
 FIRST = Request(prompt(100), 20, temperature=0, logprobs=0)
@@ -114,13 +114,13 @@ def test_the_turns_of_a_conversation_are_the_same(cached, plain, length, tempera
     request = replace(FIRST, prompt=prompt(length, length), temperature=temperature, seed=3)
     expected = [0]
     for turn, new in enumerate((1, 9, 40)):
-        before = cached.prefixes.tokens_reused
+        before = cached.prefix_cache.tokens_reused
         answer = check_same(cached, plain, request)
-        assert cached.prefixes.tokens_reused - before == expected[-1]
+        assert cached.prefix_cache.tokens_reused - before == expected[-1]
         earlier = (*request.prompt, *answer.tokens)
         expected.append(len(earlier) - 1)
         request = replace(request, prompt=(*earlier, *prompt(new, turn)))
-    assert cached.prefixes.tokens_looked_up > sum(expected[:-1])
+    assert cached.prefix_cache.tokens_looked_up > sum(expected[:-1])
 
 
 def test_a_long_rest_is_computed_in_chunks(cached, plain):
@@ -130,7 +130,7 @@ def test_a_long_rest_is_computed_in_chunks(cached, plain):
     assert len(longer.prompt) - 149 > extend.CHUNK
     check_same(cached, plain, longer)
     # The answer differs from the new turn, but the prompt was saved before it.
-    assert cached.prefixes.tokens_reused == 149
+    assert cached.prefix_cache.tokens_reused == 149
 
 
 def test_the_same_prompt_again_computes_nothing_of_it(cached, plain, monkeypatch):
@@ -138,7 +138,7 @@ def test_the_same_prompt_again_computes_nothing_of_it(cached, plain, monkeypatch
     monkeypatch.setattr(cached._runner, "prefill", None)  # would raise
     for seed in range(3):
         check_same(cached, plain, replace(FIRST, temperature=1.0, seed=seed))
-    assert cached.prefixes.tokens_reused == 3 * (len(FIRST.prompt) - 1)
+    assert cached.prefix_cache.tokens_reused == 3 * (len(FIRST.prompt) - 1)
 
 
 def test_an_answer_that_is_tokenized_differently_costs_only_itself(cached, plain):
@@ -147,7 +147,7 @@ def test_an_answer_that_is_tokenized_differently_costs_only_itself(cached, plain
     other = [answer[0], (answer[1] + 1) % VOCAB, *answer[2:]]
     changed = replace(FIRST, prompt=(*FIRST.prompt, *other, *prompt(9, 5)))
     check_same(cached, plain, changed)
-    assert cached.prefixes.tokens_reused == len(FIRST.prompt) - 1
+    assert cached.prefix_cache.tokens_reused == len(FIRST.prompt) - 1
 
 
 def test_a_stopped_answer_is_reused_whole(cached, plain):
@@ -158,7 +158,7 @@ def test_a_stopped_answer_is_reused_whole(cached, plain):
     kept = check_same(cached, plain, request).tokens
     following = replace(FIRST, prompt=(*FIRST.prompt, *kept, stop, *prompt(5, 1)))
     check_same(cached, plain, following)
-    assert cached.prefixes.tokens_reused >= len(FIRST.prompt) + len(kept)
+    assert cached.prefix_cache.tokens_reused >= len(FIRST.prompt) + len(kept)
 
 
 def test_a_cancelled_answer_is_reused(cached, plain):
@@ -169,7 +169,7 @@ def test_a_cancelled_answer_is_reused(cached, plain):
     assert [event.finish for event in cached.step()] == ["cancelled"] and kept == whole[: len(kept)]
     following = replace(FIRST, prompt=(*FIRST.prompt, *kept, *prompt(5, 1)))
     check_same(cached, plain, following)
-    assert cached.prefixes.tokens_reused == len(FIRST.prompt) + len(kept) - 1
+    assert cached.prefix_cache.tokens_reused == len(FIRST.prompt) + len(kept) - 1
 
 
 def test_other_samples_do_not_disturb_a_prefix(cached, plain):
@@ -179,7 +179,7 @@ def test_other_samples_do_not_disturb_a_prefix(cached, plain):
     following = replace(FIRST, prompt=(*FIRST.prompt, *answer.tokens, *prompt(30, 2)))
     requests = [following, *(replace(FIRST, prompt=prompt(70, i), max_tokens=9) for i in range(3))]
     together = cached.generate(requests)
-    assert cached.prefixes.tokens_reused == 119
+    assert cached.prefix_cache.tokens_reused == 119
     for [completion], request in zip(together, requests, strict=True):
         assert completion.tokens == one(plain, request).tokens
 
@@ -188,7 +188,7 @@ def test_what_is_not_a_turn_is_neither_saved_nor_looked_up(cached):
     for changes in ({"samples": 2}, {"prompt_logprobs": True}, {"prompt": prompt(SHORTEST - 25)}):
         cached.generate([replace(FIRST, **changes)])
         assert reused(cached, FIRST) == 0
-        cached.prefixes.index.clear()
+        cached.prefix_cache.index.clear()
 
 
 def test_new_parameters_forget_the_prefixes(cached, params):
@@ -206,14 +206,14 @@ def test_a_failure_forgets_the_prefixes(cached, plain, monkeypatch):
             cached.step()
     cached.reset()
     cached.step()
-    cached.prefixes.tokens_reused = 0
+    cached.prefix_cache.tokens_reused = 0
     check_same(cached, plain, FIRST)
-    assert cached.prefixes.tokens_reused == 0
+    assert cached.prefix_cache.tokens_reused == 0
 
 
 def test_without_entries_there_is_no_store_and_no_program(setup, params):
     engine = Engine(setup, params, None, slots=2, max_length=LONGEST)
-    engine.prefixes.compile()
+    engine.prefix_cache.compile()
     assert engine._runner.store is None and not {"save", "extend"} & vars(engine.programs).keys()
 
 

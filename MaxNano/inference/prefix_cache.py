@@ -110,9 +110,9 @@ class PrefixCache:
         programs, shards = runner.programs, runner.programs.setup.data_parallel_size
         self.tokens_looked_up = 0  # in prompts of requests that the cache serves
         self.tokens_reused = 0
-        self.index = PrefixIndex(shards, programs.prefixes // shards, programs.plan.sizes)
+        self.index = PrefixIndex(shards, programs.prefix_entries // shards, programs.plan.sizes)
         self._runner = runner
-        self._is_on = programs.prefixes > 0
+        self._is_on = programs.prefix_entries > 0
 
     def compile(self) -> None:
         """Compile the programs, if there are entries."""

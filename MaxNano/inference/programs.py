@@ -39,7 +39,7 @@ class EnginePrograms:
     slots: int
     steps: int  # most decode steps between two host syncs
     prefill_rows: int  # prompts per shard and prefill call
-    prefixes: int = 0  # entries of the prefix cache
+    prefix_entries: int = 0  # entries of the prefix cache
 
     @classmethod
     def build(
@@ -48,19 +48,19 @@ class EnginePrograms:
         *,
         slots: int,
         max_length: int,
-        prefixes: int = 0,
+        prefix_entries: int = 0,
         is_full: bool = False,
     ) -> Self:
         """Programs for at least `slots` sequences of up to `max_length` tokens, prompt included,
-        and at least `prefixes` entries of the prefix cache.
+        and at least `prefix_entries` entries of the prefix cache.
 
         is_full: loops run as long as they ever can, for the compile report.
         """
         config, shards = setup.config, setup.data_parallel_size
         plan = decode.make_plan(config, setup.numerics, max_length)._replace(is_full=is_full)
         prefill_rows = config.prefill_rows or (1 if setup.numerics.backend == "cpu" else 8)
-        slots, prefixes = (-(-count // shards) * shards for count in (slots, prefixes))
-        return cls(setup, plan, slots, config.stream_interval, prefill_rows, prefixes)
+        slots, prefix_entries = (-(-n // shards) * shards for n in (slots, prefix_entries))
+        return cls(setup, plan, slots, config.stream_interval, prefill_rows, prefix_entries)
 
     @property
     def slots_per_shard(self) -> int:
@@ -103,7 +103,7 @@ class EnginePrograms:
     @cached_property
     def store(self) -> KVCache:
         """The store of the prefix cache as abstract arrays."""
-        return decode.cache_shapes(self.plan, self.setup.mesh, self.prefixes)
+        return decode.cache_shapes(self.plan, self.setup.mesh, self.prefix_entries)
 
     def formats(self, cache: KVCache) -> KVCache:
         """Memory layout of the cache or store; on a TPU, the heads of a position are adjacent."""

@@ -41,11 +41,11 @@ class ServerMetrics:
             "requests_waiting": ("Requests in the engine's queue", lambda: engine.waiting),
             "prefix_tokens_looked_up": (
                 "Prompt tokens since the start, with those that the prefix cache held",
-                lambda: engine.prefixes.tokens_looked_up,
+                lambda: engine.prefix_cache.tokens_looked_up,
             ),
             "prefix_tokens_reused": (
                 "Prompt tokens since the start that the prefix cache held",
-                lambda: engine.prefixes.tokens_reused,
+                lambda: engine.prefix_cache.tokens_reused,
             ),
         }
         for name, (help_text, read) in gauges.items():

@@ -47,5 +47,5 @@ def load_engine(
         slots=slots,
         max_length=max_length,
         streams=streams,
-        prefixes=min(config.prefix_cache_entries, most) if streams else 0,
+        prefix_entries=min(config.prefix_cache_entries, most) if streams else 0,
     )

@@ -15,6 +15,7 @@ from serving import Server
 
 from MaxNano import pyconfig
 from MaxNano.inference.dialogue import prompt_ids
+from MaxNano.serving import api_fields
 from MaxNano.serving.api_fields import ApiError, BodyFields
 from MaxNano.serving.tool_calls import ArgumentScanner, Tools, move_references, take_tools
 
@@ -186,13 +187,17 @@ def test_penalties_and_biases_reach_the_engine(server):
         assert request.logit_bias == ((3, -100.0), (7, 2.0))
 
 
-def test_unknown_fields_are_ignored_and_logged_once(server, caplog):
+def test_unknown_fields_are_ignored_and_logged_once(server, caplog, monkeypatch):
+    monkeypatch.setattr(api_fields, "_logged", set())
     with caplog.at_level("INFO", "maxnano.serve"):
         for _ in range(3):
             ask(server, num_ctx=4096, an_unknown_field="my-secret", **{"x" * 1000: 1})
     lines = [record.message for record in caplog.records if "Ignoring" in record.message]
     assert sum("an_unknown_field" in line for line in lines) == 1
     assert "my-secret" not in caplog.text and max(map(len, lines)) < 200
+    with caplog.at_level("INFO", "maxnano.serve"):
+        ask(server, **{f"field_{i}": i for i in range(1000)})
+    assert caplog.text.count("Ignoring") <= api_fields.MAX_LOGGED
 
 
 def test_known_fields_that_would_change_the_reply_are_refused_as_openai_does(server):

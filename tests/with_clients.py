@@ -52,6 +52,10 @@ def check_openai(url: str) -> None:
     common["max_tokens"] = 120
     parsed = chat.parse(**common, response_format=Weather).choices[0].message.parsed
     assert isinstance(parsed, Weather)
+    titled = {"type": "object", "properties": {"title": {"type": "string"}}, "required": ["title"]}
+    format = {"type": "json_schema", "json_schema": {"name": "a", "schema": titled}}
+    endless = chat.create(**common, response_format=format).choices[0]
+    assert endless.finish_reason == "stop" and "title" in json.loads(endless.message.content)
     forced = chat.create(**common, tools=[TOOL], tool_choice="required").choices[0]
     assert forced.finish_reason == "tool_calls"
     [call] = forced.message.tool_calls

@@ -284,10 +284,10 @@ def test_at_a_terminal(environment):
 
     def wait_for(pattern, since, again=lambda: None):
         nonlocal seen
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 200
         while not re.search(pattern, seen[since:]):
             assert time.monotonic() < deadline, seen
-            if select.select([ours], [], [], 1)[0]:
+            if select.select([ours], [], [], 3)[0]:
                 seen += os.read(ours, 4096).decode(errors="replace")
             else:
                 again()
@@ -309,7 +309,7 @@ def test_at_a_terminal(environment):
         os.write(ours, b"\x1b[A\n")
         at = wait_for(r"first words\r\nfirst words\r\n.*> ", at)
         os.write(ours, b"\x04")
-        assert process.wait(60) == 0
+        assert process.wait(200) == 0
         assert "/help lists the commands" in seen
     finally:
         process.kill()

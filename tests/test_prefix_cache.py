@@ -134,10 +134,11 @@ def test_a_long_rest_is_computed_in_chunks(cached, plain):
 
 
 def test_the_same_prompt_again_computes_nothing_of_it(cached, plain, monkeypatch):
-    check_same(cached, plain, FIRST)
+    requests = [replace(FIRST, temperature=1.0, seed=seed) for seed in range(3)]
+    expected = [one(plain, request).tokens for request in requests]
+    one(cached, FIRST)
     monkeypatch.setattr(cached._runner, "prefill", None)  # would raise
-    for seed in range(3):
-        check_same(cached, plain, replace(FIRST, temperature=1.0, seed=seed))
+    assert [one(cached, request).tokens for request in requests] == expected
     assert cached.prefix_cache.tokens_reused == 3 * (len(FIRST.prompt) - 1)
 
 
@@ -244,7 +245,7 @@ def test_within_the_windows_entries_are_cut_and_replaced():
     assert index.find([*conversation(0, 9, 9, 9), 1]) is None  # less than half
 
 
-@settings(max_examples=100)
+@settings(max_examples=30)
 @given(st.data(), st.sampled_from([30, 200, 1000]), st.integers(1, 2))
 def test_the_index_holds_the_last_used_and_finds_the_longest(data, window, shards):
     """Against a list of all prefixes: entries are distinct, and a match is a usable one."""

@@ -24,8 +24,8 @@ class Work(NamedTuple):
     """What a shard does in one call, int32 (): nothing unless is_active."""
 
     is_active: jax.Array
-    entry: jax.Array  # of the store
-    slot: jax.Array
+    entry: jax.Array  # of the shard's part of the store
+    slot: jax.Array  # of the shard
     start: jax.Array  # tokens of the prefix
     count: jax.Array  # tokens after it
 

@@ -129,7 +129,8 @@ class PrefixCache:
             return None
         (_, shard, entry), prompt = match.prefix, queued.request.prompt
         sample = table.place(queued, shard, tokenizer)
-        self._runner.extend(shard, entry, sample.slot, prompt, match.length)
+        slot = sample.slot % table.per_shard
+        self._runner.extend(shard, entry, slot, prompt, match.length)
         self.index.touch(match.prefix)
         self.tokens_reused += match.length
         self.save_prompt(sample, table)
@@ -155,10 +156,10 @@ class PrefixCache:
         return self._is_on and queued.request.samples == 1 and not queued.request.prompt_logprobs
 
     def _save(self, sample: RunningSample, tokens: Sequence[int], table: SlotTable) -> None:
-        shard = sample.slot // table.per_shard
+        shard, slot = divmod(sample.slot, table.per_shard)
         entry = self.index.add(tokens, shard)
         if entry is not None:
-            self._runner.save(shard, entry, sample.slot)
+            self._runner.save(shard, entry, slot)
 
 
 def _shared(left, right):

@@ -323,7 +323,7 @@ class ModelRunner:
         return jax.jit(zeros, out_shardings=self.programs.formats(shapes))()
 
     def save(self, shard: int, entry: int, slot: int) -> None:
-        """Copy a slot to an entry of the store, both of a shard; a negative shard compiles only."""
+        """Copy a slot to an entry of the store, as numbered in a shard; shard -1 compiles only."""
         programs = self.programs
         if self.store is None:
             self.store = self._empty(programs.store)
@@ -331,7 +331,7 @@ class ModelRunner:
 
     def extend(self, shard: int, entry: int, slot: int, prompt: Sequence[int], length: int) -> None:
         """Write a prompt but its last token to a slot; the first `length` tokens, at least one, are
-        those of an entry of the store. A negative shard compiles only.
+        those of an entry of the store. Slot and entry as in `save`; shard -1 compiles only.
         """
         programs, count = self.programs, max(0, len(prompt) - 1 - length)
         work = self._work(shard, entry, slot, length, count)

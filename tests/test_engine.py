@@ -398,6 +398,17 @@ def test_a_logit_bias_bans_and_forces_tokens(served):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_json_is_complete_when_its_tokens_are_used_up(served, temperature):
+    """A text without a limit: a model that does not end it is made to, in time."""
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+    grammar = compile_json(schema | {"additionalProperties": False}, Pieces())
+    request = Request(prompt(9), 30, samples=4, temperature=temperature, grammar=grammar)
+    for sample in served.generate([request])[0]:
+        assert sample.finish == "stop"
+        assert json.loads(Pieces().decode(sample.tokens)).keys() == {"a"}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_grammar_holds_in_a_batch_that_others_share(served, temperature):
     """Complete values satisfy it and end with stop, others end with length; neighbors are as alone."""
     request = Request(prompt(9), 40, samples=6, temperature=temperature, grammar=GRAMMAR)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from MaxNano.inference import grammar
-from MaxNano.inference.grammar import compile_json
+from MaxNano.inference.grammar import CLOSING_TOKENS, compile_json
 from MaxNano.tokenization.bpe import BpeTokenizer
 from MaxNano.tokenization.sentence_piece import SentencePieceTokenizer
 from MaxNano.tokenization.tokenizer import SpecialIds, Tokenizer
@@ -204,6 +204,53 @@ def test_random_texts_are_mostly_complete():
     compiled = compile_json(schema, tokenizer)
     complete = [write(compiled, tokenizer, seed, limit=1000)[1] for seed in range(20)]
     assert sum(complete) >= 15
+
+
+ENDLESS = {
+    "a text": {"type": "string"},
+    "a title": {
+        "type": "object",
+        "properties": {"title": {"type": "string"}},
+        "required": ["title"],
+        "additionalProperties": False,
+    },
+    "rows": {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "properties": {"x": {"type": "integer"}, "is_new": {"type": "boolean"}},
+            "required": ["x", "is_new"],
+        },
+    },
+    "a tree": {
+        "type": "object",
+        "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+        "required": ["next"],
+    },
+}
+
+
+@pytest.mark.parametrize("budget", [40, 100])
+@pytest.mark.parametrize("schema", ENDLESS)
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_a_model_that_never_ends_a_text_is_made_to(name, schema, budget):
+    """It fills strings, numbers and lists as long as it may, and is left alone until the end nears."""
+    tokenizer, rng = TOKENIZERS[name], random.Random(0)
+    compiled = compile_json(ENDLESS[schema], tokenizer)
+    state, tokens, restricted = compiled.start(), [], []
+    while state.finish is None and len(tokens) < budget:
+        before = allowed(state)
+        state.limit(budget - len(tokens))
+        ids = allowed(state)
+        restricted.append(ids != before)
+        going_on = [i for i in ids if tokenizer.decode_bytes([i]).isalnum()]
+        tokens.append(rng.choice(going_on or [i for i in ids if i != compiled.end] or ids))
+        if tokens[-1] == compiled.end:
+            break
+        state.take(tokens[-1])
+    assert state.finish in (None, "stop") and (state.finish or tokens.pop() == compiled.end)
+    json.loads(tokenizer.decode_bytes(tokens))
+    assert not any(restricted[: max(0, budget - CLOSING_TOKENS)])
 
 
 @pytest.mark.parametrize("name", sorted(TOKENIZERS))

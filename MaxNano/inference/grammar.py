@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 64  # objects and lists inside each other
 _MASK_BITS = 32  # tokens in a word of a mask
+CLOSING_TOKENS = 64  # the last tokens of a reply, in which its end is planned
+CLOSING_RESERVE = 8  # tokens that a reply may end early
 
 # At most a space or a line's indentation between JSON tokens: a model may not fill its answer with
 # whitespace. Patterns of a schema are compiled on use; the limits below bound that.
@@ -37,14 +39,16 @@ _LIMITS = {
 class Grammar:
     """A compiled grammar. Requests may share it; each sample has its own GrammarState."""
 
-    def __init__(self, matcher: "llguidance.LLMatcher", vocab_size: int, end: int):
-        self.vocab_size = vocab_size
-        self.end = end  # the token that ends the reply, permitted when the value is complete
+    def __init__(self, matcher: "llguidance.LLMatcher", tokenizer: Tokenizer):
+        self.vocab_size = tokenizer.vocab_size
+        # The token that ends the reply, permitted when the value is complete.
+        self.end = tokenizer.special.assistant_end
         self._matcher = matcher
+        self._closer = _closer(tokenizer)
 
     def start(self) -> "GrammarState":
         """The state before the first token."""
-        return GrammarState(self._matcher.deep_copy(), self.vocab_size)
+        return GrammarState(self._matcher.deep_copy(), self._closer)
 
 
 class GrammarState:
@@ -55,16 +59,44 @@ class GrammarState:
     cannot be completed, for example because of a limit.
     """
 
-    def __init__(self, matcher: "llguidance.LLMatcher", vocab_size: int):
+    def __init__(self, matcher: "llguidance.LLMatcher", closer: "_Closer"):
         self._matcher = matcher
-        self.allowed = np.zeros(-(-vocab_size // _MASK_BITS), np.int32)
+        self._closer = closer
+        self._closing: list[int] = []  # the tokens that complete the text, once it must end
+        self.allowed = np.zeros(-(-closer.vocab_size // _MASK_BITS), np.int32)
         self.finish: str | None = None
         self._advance()
 
     def take(self, token: int) -> None:
         """Continue after an allowed token that does not end the text."""
         self._matcher.consume_token(token)
+        self._closing = self._closing[1:]
         self._advance()
+
+    def limit(self, tokens_left: int) -> None:
+        """Allow only the tokens of a short end if there is just enough space left for it.
+
+        A model that never learned to end a text fills its reply otherwise, which is then no JSON.
+        """
+        if tokens_left > CLOSING_TOKENS or self.finish:
+            return
+        if not self._closing:
+            end = self._plan_end(tokens_left)
+            self._closing = end if len(end) + CLOSING_RESERVE >= tokens_left else []
+        if self._closing:
+            word, bit = divmod(self._closing[0], _MASK_BITS)
+            self.allowed[:] = 0
+            self.allowed.view(np.uint32)[word] = 1 << bit
+
+    def _plan_end(self, tokens_left: int) -> list[int]:
+        """Tokens that complete the text; none if they are more than `tokens_left`."""
+        state, tokens = GrammarState(self._matcher.deep_copy(), self._closer), []
+        while state.finish is None and len(tokens) < tokens_left:
+            tokens.append(self._closer.choose(state.allowed))
+            if tokens[-1] == self._closer.end:
+                return tokens
+            state.take(tokens[-1])
+        return tokens if state.finish == "stop" else []
 
     def _advance(self) -> None:
         matcher = self._matcher
@@ -105,7 +137,7 @@ def compile_json(
         )
         limits = llguidance.LLParserLimits(**_LIMITS)
         matcher = llguidance.LLMatcher(_vocabulary(tokenizer), grammar, log_level=0, limits=limits)
-        compiled = Grammar(matcher, tokenizer.vocab_size, tokenizer.special.assistant_end)
+        compiled = Grammar(matcher, tokenizer)
         is_possible = compiled.start().finish is None
     except (ValueError, TypeError) as error:
         reason = console.one_line(str(error), 200)
@@ -133,6 +165,42 @@ def _check_depth(schema):
     raise ValueError(
         f"the JSON schema cannot be used: it is nested more than {MAX_SCHEMA_DEPTH} levels deep"
     )
+
+
+class _Closer:
+    """Chooses the tokens of a short end."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.vocab_size = tokenizer.vocab_size
+        self.end = tokenizer.special.assistant_end
+        sizes = tokenizer.token_bytes()
+        pieces = [
+            tokenizer.decode_bytes([token]) if sizes[token] else b""
+            for token in range(self.vocab_size)
+        ]
+        ids = {piece: token for token, piece in enumerate(pieces)}
+        self._letters = [ids[letter] for letter in (b"q", b"z") if letter in ids]
+        self._quote = [ids[b'"']] if b'"' in ids else []
+        # A comma after a number that may not be the last value.
+        self._closing = [ids[piece] for piece in (b"}", b"]", b'"', b",") if piece in ids]
+        # The longest text leads to the end of a word soonest; white space and brackets do not.
+        self._scores = np.array(
+            [len(piece.strip()) - 0.5 * piece.strip().startswith((b"{", b"[")) for piece in pieces]
+        )
+
+    def choose(self, allowed: np.ndarray) -> int:
+        """An allowed token, given as GrammarState has them."""
+        bits = np.unpackbits(allowed.view(np.uint8), bitorder="little")[: self.vocab_size]
+        if bits[self.end]:
+            return self.end
+        is_string = len(self._letters) == 2 and bits[self._letters].all()  # of any characters
+        for token in self._quote if is_string else self._closing:
+            if bits[token]:
+                return token
+        return int(np.argmax(np.where(bits, self._scores, -1.0)))
+
+
+_closer = functools.lru_cache(maxsize=4)(_Closer)
 
 
 class _Encoder:

@@ -201,6 +201,7 @@ class SlotTable:
         if grammars:  # the host computes the mask of each token
             steps = 1
         for slot, grammar in grammars.items():
+            grammar.limit(self.running[slot].tokens_left)
             self.adjustments.allowed[slot] = 0
             self.adjustments.allowed[slot, : len(grammar.allowed)] = grammar.allowed
         for slot, sample in self.running.items():

@@ -12,8 +12,9 @@ from ml_collections import FrozenConfigDict
 from MaxNano import scaling
 from MaxNano.inference import dialogue
 from MaxNano.inference.engine import Engine
+from MaxNano.serving.api_fields import ApiError
 from MaxNano.serving.engine_thread import EngineThread, EventStream
-from MaxNano.serving.openai_api import ApiCall, ApiError, ApiRules
+from MaxNano.serving.openai_api import ApiCall, ApiRules
 
 MAX_UPLOADS = 256  # bodies that are received at the same time
 MAX_RETRY_SECONDS = 60  # in the Retry-After header
@@ -74,6 +75,7 @@ class Service:
             max_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
+            trims=config.serve_long_chats == "trim",
         )
         self.created = int(time.time())
         self.pending = 0

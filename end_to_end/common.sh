@@ -341,7 +341,13 @@ last_run() {
 }
 
 stage_result() {
+  local folder=
   results summary "--chips=$CHIPS" "--price=$PRICE_PER_CHIP_HOUR"
+  if [ "$OUTPUT" != runs ]; then
+    printf -v folder ' base_output_directory=%q' "$OUTPUT"
+  fi
+  printf '\nChat with it:\n  %q MaxNano/chat.py configs/base.yml run_name=%s%s\n' \
+    "$MAXNANO_PYTHON" "$(last_run)" "$folder"
 }
 
 # ---- Training

@@ -26,6 +26,8 @@ class FakeEngine:
         max_length: int = 512,
         step_seconds: float = 0.0,
         step_tokens: int = 4,
+        programs: Iterable[str] = (),
+        compile_seconds: float = 0.0,
     ):
         self.tokenizer = byte_tokenizer()
         self.reply = reply
@@ -34,6 +36,9 @@ class FakeEngine:
         self.step_seconds = step_seconds
         self.step_tokens = step_tokens
         self.requests: list[Request] = []  # all that were submitted
+        self.programs = programs
+        self.compile_seconds = compile_seconds
+        self.compiled: list[str] = []
         self.fails = False  # the next step raises
         self._numbers = itertools.count()
         self._queue: list[tuple[int, int, Request]] = []
@@ -52,6 +57,12 @@ class FakeEngine:
     @property
     def is_idle(self) -> bool:
         return not (self._queue or self._running or self._events)
+
+    def compile_programs(self) -> Iterable[str]:
+        for name in self.programs:
+            time.sleep(self.compile_seconds)
+            self.compiled.append(name)
+            yield name
 
     def submit(self, request: Request) -> int:
         if request.seed == 13:

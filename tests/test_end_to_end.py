@@ -413,6 +413,17 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(settings, place, hub, 
     assert "2 answers to each of 2 problems of SimpleSpelling/train" in out
     assert f"Wrote {place}/runs/downloaded_rl/report.html" in out
 
+    # The last line is a command that chats with the last run, by its name alone.
+    assert (
+        out.splitlines()[-2] == "Chat with it:"
+        and " run_name=downloaded_rl " in out.splitlines()[-1]
+    )
+    chat = f'{out.splitlines()[-1]} prompt="the quick" max_new_tokens=4 temperature=0'
+    said = subprocess.run(
+        ["bash", "-c", chat], env=settings, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert said.returncode == 0 and said.stdout.strip(), said.stderr
+
     extra = extra.replace(f"hub_url={hub}", "hub_url=http://127.0.0.1:9")
     more |= {"EXTRA": extra, "STAGES": "data evaluation sft rl", "EVALS": "core"}
     again = run("tpu/d24_speedrun.sh", {**settings, **more})

@@ -390,6 +390,19 @@ def _check_xla_flags(values: _Values) -> None:
             set_by[backend, flag] = name
 
 
+def _check_server(values: _Values) -> None:
+    value = values.value
+    try:
+        re.compile(value["serve_cors_origin_regex"] or "")
+    except re.error as error:
+        raise values.error(
+            "serve_cors_origin_regex", f"is no regular expression: {error}"
+        ) from None
+    for pattern in value["serve_allowed_hosts"] or ():
+        if "*" in pattern.removeprefix("*.") and pattern != "*":
+            raise values.error("serve_allowed_hosts", "takes * only alone or as in *.example.org")
+
+
 def _check_rest(values: _Values) -> None:
     value = values.value
     if not _NAME.fullmatch(value["run_name"]):
@@ -435,6 +448,7 @@ def initialize(argv: Sequence[str]) -> FrozenConfigDict:
     _check_layout(values)
     _check_processes(values)
     _check_xla_flags(values)
+    _check_server(values)
     _check_rest(values)
     return FrozenConfigDict({**values.value, ORIGIN: values.origin})
 

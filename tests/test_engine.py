@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_grammar import Pieces
 from test_model import golden_overrides, named
 
 from MaxNano import pyconfig
 from MaxNano.distributed import runtime
 from MaxNano.inference.engine import Engine
+from MaxNano.inference.grammar import compile_json
 from MaxNano.inference.programs import EnginePrograms, decode_costs, lower_decode, lower_prefill
 from MaxNano.inference.requests import Completion, Request
 from MaxNano.inference.text_stream import TextStream
@@ -177,6 +179,7 @@ def test_a_prompt_can_be_scored_alone(served, logits):
 
 # ---- Sharing a batch ----------------------------------------------------------------------------
 
+GRAMMAR = compile_json({"type": "array", "items": {"enum": ["a", "bc", 7]}}, Pieces())
 REQUESTS = st.builds(
     Request,
     prompt=st.lists(st.integers(0, 249), min_size=1, max_size=60).map(tuple),
@@ -187,6 +190,10 @@ REQUESTS = st.builds(
     top_p=st.sampled_from([1.0, 0.8]),
     min_p=st.sampled_from([0.0, 0.1]),
     repetition_penalty=st.sampled_from([1.0, 1.0, 1.3]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 0.0, -1.5]),
+    presence_penalty=st.sampled_from([0.0, 0.0, 0.0, 2.0]),
+    logit_bias=st.sampled_from([(), (), (), ((3, 5.0), (249, -100.0))]),
+    grammar=st.sampled_from([None, None, None, GRAMMAR]),
     seed=st.integers(-5, 2**64),
     stop_ids=st.frozensets(st.integers(0, 249), max_size=4),
     stop=st.sampled_from([(), ("a", "bc")]),
@@ -279,6 +286,7 @@ def test_streamed_answers_come_by_the_clock(words, params, served, milliseconds,
         gained.append(len(event.tokens))
     assert found == one(served, GREEDY)
     assert gained == gains
+    assert "adjusted_decode" not in vars(streaming.programs)  # nor compiled for those who need none
 
 
 def test_several_hosts_do_not_stream(setup, params, monkeypatch):
@@ -371,6 +379,51 @@ def test_repetition_penalty_keeps_tokens_from_coming_again(served):
     assert len(set(completion.tokens)) == 40 and len(set(seen)) == len(set(GREEDY.prompt)) + 40
 
 
+def test_presence_and_frequency_penalties_count_what_was_sampled(served, logits):
+    """Each token is the likeliest after its logits lose the penalties; the prompt does not count."""
+    request = replace(GREEDY, max_tokens=30, frequency_penalty=1.5, presence_penalty=-0.5)
+    tokens = one(served, request).tokens
+    rows = logits([*request.prompt, *tokens])[len(request.prompt) - 1 : -1]
+    for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        counts = np.bincount(tokens[:i], minlength=len(row))
+        assert token == np.argmax(row - 1.5 * counts + 0.5 * (counts > 0))
+
+
+def test_a_logit_bias_bans_and_forces_tokens(served):
+    banned = one(served, GREEDY).tokens[0]
+    completion = one(served, replace(GREEDY, logit_bias=((banned, -100.0),)))
+    assert banned not in completion.tokens
+    forced = one(served, replace(GREEDY, logit_bias=((11, 100.0), (banned, -3.0))))
+    assert forced.tokens == [11] * GREEDY.max_tokens
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_grammar_holds_in_a_batch_that_others_share(served, temperature):
+    """Complete values satisfy it and end with stop, others end with length; neighbors are as alone."""
+    request = Request(prompt(9), 40, samples=6, temperature=temperature, grammar=GRAMMAR)
+    neighbor = replace(GREEDY, max_tokens=40, temperature=0.8)
+    samples, [beside] = served.generate([request, neighbor])
+    assert beside == one(served, neighbor)
+    for sample in samples:
+        text = Pieces().decode(sample.tokens)
+        if sample.finish == "stop":
+            assert set(json.loads(text)) <= {"a", "bc", 7}
+        else:
+            assert sample.finish == "length" and len(sample.tokens) == 40 and text[0] == "["
+    biased = ((Pieces().encode("]")[0], 100.0),)  # ends as soon as the grammar lets it
+    ended = one(served, replace(request, samples=1, logit_bias=biased))
+    assert ended.finish == "stop" and Pieces().decode(ended.tokens) == "[]"
+    cut = one(served, replace(request, samples=1, max_tokens=1, logit_bias=biased))
+    assert (cut.finish, len(cut.tokens)) == ("length", 1)
+
+
+def test_the_end_of_the_answer_is_sampled_only_after_a_complete_value(served):
+    integer, tokenizer = compile_json({"type": "integer"}, Pieces()), Pieces()
+    biased = ((tokenizer.special.assistant_end, 100.0),)
+    ended = one(served, replace(GREEDY, grammar=integer, logit_bias=biased))
+    assert ended.finish == "stop" and tokenizer.decode(ended.tokens).strip().isdigit()
+
+
 def test_top_k_of_one_is_greedy(served):
     assert one(served, replace(GREEDY, temperature=5.0, top_k=1)) == one(served, GREEDY)
 
@@ -401,6 +454,12 @@ def test_draws_follow_the_models_probabilities(served, logits):
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"min_p": 1.5}, "min_p=1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty=2.5 must be between -2 and 2"),
+        ({"presence_penalty": float("nan")}, "presence_penalty=nan"),
+        ({"logit_bias": ((250, 1.0),)}, "logit_bias of token 250"),
+        ({"logit_bias": ((1, 101.0),)}, "logit_bias=101.0 of token 1"),
+        ({"logit_bias": ((1, 1.0),) * 1025}, "logit_bias has 1025 tokens"),
+        ({"grammar": compile_json(None, Pieces(251))}, "the grammar has 251 tokens"),
         ({"logprobs": 21}, "logprobs=21"),
         ({"stop_ids": frozenset(range(17))}, "at most 15 are supported"),
         ({"stop": ("",)}, "a stop string is empty"),

@@ -89,6 +89,48 @@ def test_penalty_lowers_what_was_seen():
     )
 
 
+COUNTS = st.lists(st.integers(-1, SIZE - 1), max_size=30)
+
+
+@settings(max_examples=40)
+@given(COUNTS, st.floats(-2, 2, width=32), st.floats(-2, 2, width=32))
+def test_frequency_and_presence_penalties_are_openais(tokens, frequency, presence):
+    """logit[j] - count[j] x frequency - (count[j] > 0) x presence."""
+    logits = np.random.default_rng(0).normal(0, 3, (1, SIZE)).astype(np.float32)
+    padded = np.array([tokens + [-1] * (30 - len(tokens))], np.int32)
+    counts = sampling.count_tokens(padded, SIZE)
+    expected = [
+        logit - tokens.count(j) * frequency - (j in tokens) * presence
+        for j, logit in enumerate(logits[0])
+    ]
+    found = sampling.penalize_counts(
+        jnp.asarray(logits), counts, jnp.array([frequency]), jnp.array([presence])
+    )
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_is_added_and_padding_adds_nothing():
+    logits = jnp.zeros((2, 5))
+    tokens = jnp.array([[4, 0, -1], [-1, -1, -1]])
+    bias = jnp.array([[1.5, -100.0, 7.0], [3.0, 3.0, 3.0]])
+    np.testing.assert_array_equal(
+        sampling.add_at(logits, tokens, bias), [[-100, 0, 0, 0, 1.5], [0] * 5]
+    )
+
+
+@pytest.mark.parametrize("size", [5, 32, 33, 70])
+def test_a_mask_permits_the_tokens_of_its_bits(size):
+    wanted = np.random.default_rng(size).random((3, size)) < 0.5
+    words = -(-size // sampling.MASK_BITS)
+    bits = np.zeros((3, words * sampling.MASK_BITS), np.bool_)
+    bits[:, :size] = wanted
+    allowed = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+    permitted = sampling.permit(jnp.ones((3, size)), jnp.asarray(allowed))
+    np.testing.assert_array_equal(permitted, np.where(wanted, 1, -np.inf))
+    longer = sampling.permit(jnp.ones((3, size + 40)), jnp.asarray(allowed))  # padded vocabulary
+    assert (np.asarray(longer)[:, words * sampling.MASK_BITS :] == -np.inf).all()
+
+
 @pytest.mark.parametrize("size", [7, SIZE])
 def test_log_probabilities(size):
     logits = np.random.default_rng(1).normal(0, 2, (ROWS, size)).astype(np.float32)

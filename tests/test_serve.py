@@ -19,7 +19,7 @@ from fake_engine import SCORE, FakeEngine, byte_tokenizer
 from serving import Server, wait_until
 
 from MaxNano import pyconfig
-from MaxNano.serving import app, openai_api, responses
+from MaxNano.serving import api_fields, app, responses
 from MaxNano.serving.access import read_api_key
 from MaxNano.serving.http_server import bind
 
@@ -217,11 +217,15 @@ def test_messages_in_any_order_become_turns_by_the_rule_of_training(server):
 
     messages = [message("assistant", "a"), message("system", "b"), message("system", "c")]
     messages += [message("user", "d"), message("assistant", "e"), message("user", "f")]
-    for asked in (messages[:3], messages[:4], messages):
+    for end in range(1, 7):
+        asked = messages[:end]
         server.client.chat.completions.create(model="tiny", messages=asked, max_tokens=2)
         rendered, _ = TOKENIZER.render_conversation({"messages": asked})
         prompt = list(server.engine.requests[-1].prompt)
-        assert prompt == [*rendered, SPECIAL.assistant_start]
+        if asked[-1]["role"] == "assistant":  # its message is continued
+            assert [*prompt, SPECIAL.assistant_end] == rendered
+        else:
+            assert prompt == [*rendered, SPECIAL.assistant_start]
 
 
 def test_what_is_asked_reaches_the_engine(server):
@@ -336,7 +340,7 @@ ABUSE = [
     (400, CHAT, b'{"messages": [{"role": "user", "content": "\xc3\x28"}]}'),
     (400, CHAT, DEEP),
     (400, TEXT, b'{"prompt": ' + b'{"a":' * 30 + b"1" + b"}" * 30 + b"}"),
-    (413, CHAT, b" " * (openai_api.MAX_BODY_BYTES + 1)),
+    (413, CHAT, b" " * (api_fields.MAX_BODY_BYTES + 1)),
     (413, TEXT, json.dumps({"prompt": "x" * (2 << 20)}).encode()),
     (400, CHAT, b'{"max_tokens": ' + b"9" * 10_000 + b"}"),
     # Messages
@@ -349,8 +353,8 @@ ABUSE = [
     (400, CHAT, {"messages": [{"role": "user", "content": 1}]}),
     (400, CHAT, {"messages": [{"role": "root", "content": "hi"}]}),
     (400, CHAT, {"messages": [{"role": ["user"], "content": "hi"}]}),
-    (400, CHAT, {"messages": [{"role": "tool", "content": "hi"}]}),
-    (400, CHAT, {"messages": [USER, {"role": "assistant", "content": "hi"}]}),
+    (400, CHAT, {"messages": [{"role": "tool", "content": 1}]}),
+    (400, CHAT, {"messages": [USER, {"role": "assistant", "content": 7}]}),
     (
         400,
         CHAT,
@@ -365,31 +369,39 @@ ABUSE = [
     (400, CHAT, chat_with(n=0)),
     (400, CHAT, chat_with(n="2")),
     (400, CHAT, chat_with(n=True)),
-    (400, CHAT, chat_with(max_tokens=10**18)),
-    (400, CHAT, chat_with(max_tokens=510)),
-    (400, CHAT, chat_with(max_tokens=-1)),
-    (400, CHAT, chat_with(max_completion_tokens=0)),
+    (400, CHAT, chat_with(max_tokens=10**30)),
+    (400, CHAT, chat_with(max_tokens=1.5)),
+    (400, CHAT, chat_with(max_tokens=-2)),
+    (400, CHAT, chat_with(max_completion_tokens="many")),
     (400, CHAT, chat_with(temperature=-1)),
     (400, CHAT, chat_with(temperature=1e300)),
     (400, CHAT, b'{"messages": [{"role": "user", "content": "hi"}], "temperature": 1e999}'),
     (400, CHAT, chat_with(temperature="hot")),
     (400, CHAT, chat_with(top_p=2)),
-    (400, CHAT, chat_with(top_k=-1)),
+    (400, CHAT, chat_with(top_k=-2)),
     (400, CHAT, chat_with(top_k=1.5)),
     (400, CHAT, chat_with(min_p=[0.1])),
-    (400, CHAT, chat_with(repetition_penalty=0)),
+    (400, CHAT, chat_with(repetition_penalty=-1)),
+    (400, CHAT, chat_with(frequency_penalty=2.1)),
+    (400, CHAT, chat_with(presence_penalty="a lot")),
+    (400, CHAT, chat_with(logit_bias={"265": 1})),
+    (400, CHAT, chat_with(logit_bias={"hi": 1})),
+    (400, CHAT, chat_with(logit_bias={"1": 101})),
+    (400, CHAT, chat_with(logit_bias={str(i): 1 for i in range(301)})),
+    (400, CHAT, chat_with(logit_bias=[[1, 2]])),
     (400, CHAT, chat_with(seed=2**200)),
     (400, CHAT, chat_with(top_logprobs=3)),
     (400, CHAT, chat_with(logprobs=True, top_logprobs=21)),
     # Others
-    (400, CHAT, chat_with(stop=["a"] * 17)),
+    (400, CHAT, chat_with(stop=["a"] * 65)),
     (400, CHAT, chat_with(stop="x" * 1000)),
-    (400, CHAT, chat_with(stop=[""])),
+    (400, CHAT, chat_with(stop=[None])),
     (400, CHAT, chat_with(stop={"a": 1})),
     (400, CHAT, chat_with(stream="yes")),
     (400, CHAT, chat_with(stream_options={"include_usage": True})),
     (400, CHAT, chat_with(tools=[{"type": "function"}])),
-    (400, CHAT, chat_with(temprature=1)),
+    (400, CHAT, chat_with(functions=[{"name": "f"}])),
+    (400, CHAT, chat_with(modalities=["audio"])),
     (404, CHAT, chat_with(model="gpt-4")),
     (404, CHAT, chat_with(model="../../etc/passwd")),
     (400, CHAT, chat_with(seed=13)),
@@ -407,7 +419,8 @@ ABUSE = [
     (400, TEXT, prompt_with(prompt="x" * 512)),
     (400, TEXT, prompt_with(logprobs=21)),
     (400, TEXT, prompt_with(best_of=5)),
-    (400, TEXT, prompt_with(max_tokens=-1)),
+    (400, TEXT, prompt_with(max_tokens=-2)),
+    (400, TEXT, prompt_with(suffix="the end")),
     (400, "/tokenize", {"prompt": 1}),
     (400, "/detokenize", {"tokens": [10**9]}),
 ]
@@ -430,7 +443,8 @@ def test_abuse_gets_the_right_status_and_the_server_lives(server):
 
 def test_openais_client_sees_its_own_errors(server):
     with pytest.raises(openai.BadRequestError) as told:
-        server.client.chat.completions.create(model="tiny", messages=[USER], max_tokens=511)
+        long = {"role": "user", "content": "x" * 512}
+        server.client.chat.completions.create(model="tiny", messages=[long])
     assert told.value.code == "context_length_exceeded"
     with pytest.raises(openai.NotFoundError):
         server.client.chat.completions.create(model="other", messages=[USER])

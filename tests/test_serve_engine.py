@@ -44,14 +44,14 @@ TINY = (
 )
 
 
-def make(slots, *overrides):
+def make(slots, *overrides, max_length=128):
     """(config, engine) of a small model with random weights."""
     config = pyconfig.initialize(["configs/base.yml", *TINY, *overrides])
     setup = set_up_model(config, jax.devices()[:1])
     draw = np.random.default_rng(0).normal
     params = jax.tree.map(lambda leaf: draw(0, 0.4, leaf.shape).astype(np.float32), setup.params)
     params["resid_lambdas"] += 1
-    return config, Engine(setup, params, TOKENIZER, slots=slots, max_length=128)
+    return config, Engine(setup, params, TOKENIZER, slots=slots, max_length=max_length)
 
 
 def text_of(tokens):

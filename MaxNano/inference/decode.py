@@ -26,6 +26,7 @@ from MaxNano.models.transformer import Context, LayerKind, Numerics, Stack
 
 SCORED = 256  # tokens of a prompt whose logits are computed at a time
 STOP_IDS = 16  # the largest number of token ids at which a slot stops
+BIASED = 1024  # the largest number of tokens in a logit_bias
 
 
 # ---- The plan -----------------------------------------------------------------------------------
@@ -360,6 +361,19 @@ class Control(NamedTuple):
 CONTROL_COLUMNS = len(Control._fields) - 3 + 2 + STOP_IDS  # without `forced`
 
 
+class Adjustments(NamedTuple):
+    """What changes the logits of a round besides the repetition penalty; neutral in other slots."""
+
+    frequency: jax.Array  # (B,) float32; 0: off
+    presence: jax.Array  # (B,) float32; 0: off
+    sampled: jax.Array  # (B, longest sequence) tokens sampled before this round, padded with -1
+    biased: jax.Array  # (B, BIASED) tokens of logit_bias, padded with -1
+    bias: jax.Array  # (B, BIASED) float32
+    allowed: (
+        jax.Array
+    )  # (B, words) the tokens that a grammar permits, as sampling.permit takes them
+
+
 class Round(NamedTuple):
     """The result of a round of decode steps: tokens (steps, B), -1 for none, and their scores."""
 
@@ -374,16 +388,21 @@ def decode_round(
     control: Control,
     seen: jax.Array,
     is_eager: jax.Array,
+    adjustments: Adjustments | None = None,
 ) -> tuple[KVCache, Round]:
     """Up to `steps` tokens (the width of control.forced) for each slot, in a loop on the device.
 
     The loop ends early when no slot is active and, if is_eager (), when the first slot stops. A
     slot stops when it samples a token in `stop`, which is returned too, or when `left` tokens are
     generated. seen (B, padded V): the tokens that the repetition penalty applies to. The random
-    number for position p of a sample depends only on seed, sample and p.
+    number for position p of a sample depends only on seed, sample and p. With `adjustments`, the
+    round may have only one step if a slot has a grammar.
     """
     slots, steps = control.forced.shape
     is_greedy = ~jnp.any(control.is_sampled | control.is_penalized)
+    adjust = None
+    if adjustments is not None:
+        is_greedy, adjust = jnp.bool_(False), _adjuster(control, adjustments, weights)
     started = control.left > 0
 
     # All at once, before the loop: an active slot advances by one position per step.
@@ -406,7 +425,7 @@ def decode_round(
         sampled = jax.lax.cond(
             is_greedy,
             sampling.likeliest,
-            lambda logits: _sample(control, logits, uniforms[i], seen, out.tokens),
+            lambda logits: _sample(control, logits, uniforms[i], seen, out.tokens, adjust),
             logits,
         )
         forced = jax.lax.dynamic_index_in_dim(control.forced, i, axis=1, keepdims=False)
@@ -448,16 +467,45 @@ def decode_round(
     return cache, out
 
 
-def _sample(control, logits, uniform, seen, tokens):
+def _adjuster(control, adjustments, weights):
+    """The function (logits (B, V), tokens (steps, B) of this round) -> logits with adjustments."""
+    size = weights["head"].shape[1]
+    has_penalty = jnp.any((adjustments.frequency != 0) | (adjustments.presence != 0))
+    counts = jax.lax.cond(
+        has_penalty,
+        lambda: sampling.count_tokens(adjustments.sampled, size),
+        lambda: jnp.zeros((len(adjustments.sampled), size), jnp.int32),
+    )
+
+    def penalize(logits, tokens):
+        new = jnp.where(control.forced < 0, tokens.T, -1)  # forced tokens are not sampled
+        return sampling.penalize_counts(
+            logits,
+            counts + sampling.count_tokens(new, size),
+            adjustments.frequency,
+            adjustments.presence,
+        )
+
+    def adjust(logits, tokens):
+        logits = jax.lax.cond(has_penalty, penalize, lambda logits, _: logits, logits, tokens)
+        logits = sampling.add_at(logits, adjustments.biased, adjustments.bias)
+        return sampling.permit(logits, adjustments.allowed)
+
+    return adjust
+
+
+def _sample(control, logits, uniform, seen, tokens, adjust=None):
     """The next token (B,) of each slot: sampled with random numbers uniform (B,), or greedy.
 
-    tokens (steps, B): the tokens of this round, which the repetition penalty counts as seen.
+    tokens (steps, B): the tokens of this round, which penalties count too.
     """
     logits = jax.lax.cond(
         jnp.any(control.is_penalized),
         lambda: sampling.penalize(logits, seen | _among(tokens, logits.shape[1]), control.penalty),
         lambda: logits,
     )
+    if adjust is not None:
+        logits = adjust(logits, tokens)
     scores = sampling.scale(logits, control.temperature)
 
     def keep(scores):

@@ -5,6 +5,7 @@ the kinds that `Tokenizer.render_conversation` takes: "text", "python" (a tool c
 "python_output" (its result).
 """
 
+import bisect
 import itertools
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,18 @@ from MaxNano.inference.text_stream import TextStream
 from MaxNano.tokenization.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
+
+MAX_TOKEN_CHARACTERS = 512  # a text of more than this times a number of tokens is not encoded
+
+
+class TooLongError(ValueError):
+    """A prompt that does not fit; `tokens` is its length, or a lower bound of it."""
+
+    def __init__(self, tokens: int, limit: int):
+        super().__init__(
+            f"the message is too long: its prompt has {tokens} tokens, at most {limit} fit"
+        )
+        self.tokens = tokens
 
 
 class ReplyPart(NamedTuple):
@@ -51,16 +64,23 @@ def in_turns(config: FrozenConfigDict) -> bool:
 # ---- Prompts ------------------------------------------------------------------------------------
 
 
-def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a prompt for the assistant's reply to these messages.
+def text_of(message: Message) -> str:
+    """The text of a message, of all its parts."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
-    tokenization/chat_format.py says how messages become turns. Raises ValueError if the last
-    message is the assistant's or a message is malformed.
+
+def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a prompt for the assistant's reply, or for the rest of its message if the last
+    message is the assistant's.
+
+    tokenization/chat_format.py says how messages become turns. Raises ValueError if a message is
+    malformed.
     """
-    if messages and messages[-1]["role"] == "assistant":
-        raise ValueError("the last message must be from the user")
-    reply = {"role": "assistant", "content": ""}
-    return tokenizer.render_for_completion({"messages": [*messages, reply]})
+    ids, _ = tokenizer.render_conversation({"messages": messages})
+    if messages[-1]["role"] == "assistant":
+        return ids[:-1]  # without the end of its message
+    return [*ids, tokenizer.special.assistant_start]
 
 
 def trim(
@@ -69,25 +89,29 @@ def trim(
     """Drop the oldest turns until the prompt has at most `limit` tokens: (messages, prompt).
 
     A turn is what the user says until the reply, with the reply; system messages at the beginning
-    are kept. Raises ValueError if the last turn alone is too long.
+    are kept. Raises TooLongError if the last turn alone is too long.
     """
     system = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
     turns = list(messages[len(system) :])
-    while True:
-        ids = prompt_ids(tokenizer, [*system, *turns])
-        if len(ids) <= limit:
-            return [*system, *turns], ids
-        roles = [message["role"] for message in turns]
-        starts = [
-            index
-            for index, (before, role) in enumerate(itertools.pairwise(roles), start=1)
-            if before == "assistant" != role
-        ]
-        if not starts:
-            raise ValueError(
-                f"the message is too long: its prompt has {len(ids)} tokens, at most {limit} fit"
-            )
-        turns = turns[starts[0] :]
+    roles = [message["role"] for message in turns]
+    starts = [0] + [
+        index
+        for index, (before, role) in enumerate(itertools.pairwise(roles), start=1)
+        if before == "assistant" != role
+    ]
+
+    def tokens_from(start: int) -> int:
+        kept = [*system, *turns[start:]]
+        characters = sum(len(text_of(message)) for message in kept)
+        if characters > limit * MAX_TOKEN_CHARACTERS:  # it may take long to encode
+            return characters // MAX_TOKEN_CHARACTERS
+        return len(prompt_ids(tokenizer, kept))
+
+    first = bisect.bisect_left(starts, True, key=lambda start: tokens_from(start) <= limit)
+    if first == len(starts):
+        raise TooLongError(tokens_from(starts[-1]), limit)
+    kept = [*system, *turns[starts[first] :]]
+    return kept, prompt_ids(tokenizer, kept)
 
 
 # ---- Replies ------------------------------------------------------------------------------------

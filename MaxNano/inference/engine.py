@@ -202,14 +202,15 @@ class Engine:
         table, steps = self._table, self.programs.steps
         if self._sync_seconds < math.inf:
             steps = min(steps, max(1, int(self._sync_seconds / self._step_seconds)))
-        table.begin_round(steps)
+        adjustments = table.begin_round(steps)
         is_eager = bool(self._waiting) or any(sample.calls for sample in table.running.values())
         start = time.perf_counter()
         tokens, scores = self._runner.decode(
             table.packed,
             table.seen if (table.control.penalty != 1).any() else None,
             is_eager,
-            with_scores=bool(table.control.logprobs.any()),
+            bool(table.control.logprobs.any()),
+            adjustments,
         )
         self._step_seconds = (time.perf_counter() - start) / np.sum(np.any(tokens >= 0, axis=1))
         for slot, sample in list(table.running.items()):
@@ -242,7 +243,7 @@ class Engine:
         if new.finish:
             self._table.release(sample)
         else:
-            self._table.advance(sample, new.tokens)
+            self._table.advance(sample, new)
 
 
 def _logprobs(scores: decode.TokenScores, part: tuple, top: int) -> tuple[TokenLogprobs, ...]:

@@ -113,16 +113,27 @@ class EnginePrograms:
     @cached_property
     def decode(self) -> Callable:
         """(weights, cache, packed Control, seen, is_eager) -> (cache, Round); donates the cache."""
+        return self._jit_decode()
 
-        def local(weights, cache, packed, seen, is_eager):
+    @cached_property
+    def adjusted_decode(self) -> Callable:
+        """Like `decode`, with the fields of decode.Adjustments as further arguments.
+
+        A program of its own, so that rounds without them do not pay for them.
+        """
+        return self._jit_decode(len(decode.Adjustments._fields))
+
+    def _jit_decode(self, adjustments: int = 0) -> Callable:
+        def local(weights, cache, packed, seen, is_eager, *fields):
             control = decode.Control.of(packed)
-            return decode.decode_round(self.plan, weights, cache, control, seen, is_eager)
+            extra = (decode.Adjustments(*fields),) if fields else ()
+            return decode.decode_round(self.plan, weights, cache, control, seen, is_eager, *extra)
 
         slots, by_step = self.setup.batch_spec, PartitionSpec(None, self.setup.batch_axes)
         is_small = self.slots_per_shard <= runtime.FEW_ROWS
         return self._jit(
             local,
-            (slots, slots, PartitionSpec()),
+            (slots, slots, PartitionSpec(), *(slots,) * adjustments),
             by_step,
             _FEW_ROWS_OPTIONS if is_small else _CPU_OPTIONS,
         )
@@ -274,7 +285,12 @@ class ModelRunner:
         return jax.device_get(scores)
 
     def decode(
-        self, packed: np.ndarray, seen: np.ndarray | None, is_eager: bool, with_scores: bool
+        self,
+        packed: np.ndarray,
+        seen: np.ndarray | None,
+        is_eager: bool,
+        with_scores: bool,
+        adjustments: decode.Adjustments | None = None,
     ) -> tuple[np.ndarray, decode.TokenScores | None]:
         """Run decode steps: (tokens (steps, slots), -1 for none; their scores if wanted).
 
@@ -285,7 +301,8 @@ class ModelRunner:
         programs = self.programs
         seen = self._none_seen if seen is None else jax.device_put(seen, programs.by_slot)
         # jit transfers a small numpy array to the devices several times as fast as device_put.
-        self.cache, out = programs.decode(
-            self.weights, self.cache, packed, seen, np.bool_(is_eager)
+        program = programs.decode if adjustments is None else programs.adjusted_decode
+        self.cache, out = program(
+            self.weights, self.cache, packed, seen, np.bool_(is_eager), *(adjustments or ())
         )
         return np.asarray(out.tokens), jax.device_get(out.scores) if with_scores else None

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from MaxNano.inference import sampling
-from MaxNano.inference.decode import STOP_IDS
+from MaxNano.inference.decode import BIASED, STOP_IDS
 from MaxNano.inference.dialogue import ReplyPart, merge_parts
+from MaxNano.inference.grammar import Grammar
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,24 @@ class Request:
     top_p: float = 1.0  # 1: off
     min_p: float = 0.0  # 0: off; smallest probability, relative to the most likely token
     repetition_penalty: float = 1.0  # 1: off
+    # Subtracted from a token's logit: per time it was sampled, and if it was sampled at all.
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
+    grammar: Grammar | None = None  # the sample is a text of this grammar
     seed: int = 0
     stop_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
     logprobs: int | None = None  # alternatives reported per token; None: no log-probabilities
     prompt_logprobs: bool = False  # report the log-probabilities of prompt[1:] too
     tools: bool = False  # run calls of the calculator and force their results into the sample
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether the logits need decode.Adjustments."""
+        return bool(
+            self.frequency_penalty or self.presence_penalty or self.logit_bias or self.grammar
+        )
 
     def check(self, vocab_size: int, max_length: int, has_tokenizer: bool) -> None:
         """Raise ValueError if an engine with these limits cannot serve the request."""
@@ -61,10 +74,23 @@ class Request:
             yield f"min_p={self.min_p} must be between 0 and 1"
         if not 0.01 <= self.repetition_penalty <= 100:
             yield f"repetition_penalty={self.repetition_penalty} must be between 0.01 and 100"
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                yield f"{name}={getattr(self, name)} must be between -2 and 2"
+        if len(self.logit_bias) > BIASED:
+            yield f"logit_bias has {len(self.logit_bias)} tokens; at most {BIASED} are supported"
+        for token, bias in self.logit_bias:
+            if not 0 <= token < vocab_size:
+                yield f"logit_bias of token {token}: token ids are 0 ... {vocab_size - 1}"
+            if not -100 <= bias <= 100:
+                yield f"logit_bias={bias} of token {token} must be between -100 and 100"
+        if self.grammar and self.grammar.vocab_size != vocab_size:
+            yield f"the grammar has {self.grammar.vocab_size} tokens but the model {vocab_size}"
         if not 0 <= (self.logprobs or 0) <= sampling.LARGEST_LOGPROBS:
             yield f"logprobs={self.logprobs} must be between 0 and {sampling.LARGEST_LOGPROBS}"
-        if len(self.stop_ids) + self.tools > STOP_IDS:
-            yield f"there are {len(self.stop_ids)} stop_ids; at most {STOP_IDS - 1} are supported"
+        limit = STOP_IDS - 1 - (self.grammar is not None)
+        if len(self.stop_ids) > limit + (not self.tools):
+            yield f"there are {len(self.stop_ids)} stop_ids; at most {limit} are supported"
         if not all(self.stop):
             yield "a stop string is empty"
         if (self.stop or self.tools) and not has_tokenizer:

@@ -1,4 +1,4 @@
-"""Sampling tokens from logits: temperature, top-k, top-p, min-p, repetition penalty,
+"""Sampling tokens from logits: temperature, top-k, top-p, min-p, penalties, logit bias, masks,
 log-probabilities.
 
 A token depends only on the logits, settings and random number of its row, not on the rest of the
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 LARGEST_LOGPROBS = 20  # most alternatives that can be reported per token
 SMALLEST_TEMPERATURE = 1e-4  # float32 does not resolve smaller ones; 0 is greedy
+MASK_BITS = 32  # tokens in a word of the mask of a grammar
 
 _SPAN = 64  # tokens whose probabilities are summed before the cumulative sum
 _BITS = 32
@@ -26,6 +27,38 @@ def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Arra
     penalty = penalty[:, None]
     lower = jnp.where(logits > 0, logits / penalty, logits * penalty)
     return jnp.where(seen, lower, logits)
+
+
+def penalize_counts(
+    logits: jax.Array, counts: jax.Array, frequency: jax.Array, presence: jax.Array
+) -> jax.Array:
+    """Logits (B, V) minus frequency (B,) per time that a token was sampled, counts (B, V), and
+    minus presence (B,) if it was sampled at all. Source: OpenAI's API reference.
+    """
+    counts = counts.astype(logits.dtype)
+    return logits - frequency[:, None] * counts - presence[:, None] * (counts > 0)
+
+
+def count_tokens(tokens: jax.Array, size: int) -> jax.Array:
+    """How often each of `size` token ids occurs in tokens (B, N): (B, size) int32; -1 is no token."""
+    return add_at(jnp.zeros((len(tokens), size), jnp.int32), tokens, jnp.int32(1))
+
+
+def add_at(x: jax.Array, tokens: jax.Array, values: jax.Array) -> jax.Array:
+    """x (B, V) with values (B, N) or () added at tokens (B, N); -1 is no token."""
+    rows = jnp.arange(len(x))[:, None]
+    return x.at[rows, jnp.where(tokens < 0, x.shape[1], tokens)].add(values, mode="drop")
+
+
+def permit(logits: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Logits (B, V), -inf for tokens that are not in `allowed` (B, W) int32: bit t % 32 of word
+    t // 32 is token t. Tokens after the last word are not allowed.
+    """
+    tokens = jnp.arange(allowed.shape[1] * MASK_BITS)
+    bits = (allowed[:, tokens // MASK_BITS] >> (tokens % MASK_BITS)) & 1
+    size = logits.shape[1]
+    bits = jnp.pad(bits, ((0, 0), (0, max(0, size - bits.shape[1]))))[:, :size]
+    return jnp.where(bits == 1, logits, -jnp.inf)
 
 
 def likeliest(logits: jax.Array) -> jax.Array:

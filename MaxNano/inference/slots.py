@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from MaxNano.inference import decode
+from MaxNano.inference import decode, sampling
 from MaxNano.inference.dialogue import ReplyDecoder, ReplyPart, merge_parts
 from MaxNano.inference.programs import EnginePrograms
 from MaxNano.inference.requests import Request, TokenLogprobs
@@ -64,7 +64,7 @@ class NewTokens(NamedTuple):
 
 
 class RunningSample:
-    """A sample in a slot: tokens left, tokens to force, tool calls and text."""
+    """A sample in a slot: tokens left, tokens to force, tool calls, grammar and text."""
 
     def __init__(self, queued: QueuedRequest, slot: int, tokenizer: Tokenizer | None):
         request = queued.request
@@ -77,6 +77,9 @@ class RunningSample:
         self.calls = ToolCalls(tokenizer) if request.tools else None
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # until the first event
         self._decoder = ReplyDecoder(tokenizer, request.stop) if tokenizer else None
+        self.grammar = request.grammar.start() if request.grammar else None
+        self.sampled = 0  # tokens that were not forced, counted if penalties need them
+        self.stop_ids = request.stop_ids | ({request.grammar.end} if request.grammar else set())
 
     def take(self, tokens: Sequence[int]) -> NewTokens:
         """Add the tokens of a round, up to a stop token or the end of a stop string."""
@@ -88,18 +91,22 @@ class RunningSample:
             is_forced = bool(self.to_force)
             if is_forced:
                 self.to_force.popleft()
-            elif token in request.stop_ids:
+            elif token in self.stop_ids:
                 finish = "stop"
                 break
             kept.append(token)
             forced.append(is_forced)
+            if self.grammar:
+                self.grammar.take(token)
+                finish = self.grammar.finish
             if self.calls:
                 self.to_force.extend(self.calls.push(token))
             if request.stop:
                 parts += self._decoder.feed([token])
                 if self._decoder.is_stopped:
                     finish = "stop"
-                    break
+            if finish:
+                break
         self.tokens_left -= len(kept)
         if finish is None and self.tokens_left == 0:
             finish = "length"
@@ -115,7 +122,8 @@ class SlotTable:
     """The running samples and, as arrays for the device, each slot's state and sampling settings.
 
     `control` has views of the columns of `packed` (slots, columns) int32; `seen` (slots, padded
-    vocabulary) bool marks the tokens that a repetition penalty applies to.
+    vocabulary) bool marks the tokens that a repetition penalty applies to; `adjustments` is None
+    until a sample needs them.
     """
 
     def __init__(self, programs: EnginePrograms):
@@ -127,6 +135,8 @@ class SlotTable:
         control.top_p[:] = control.penalty[:] = 1
         control.stop[:] = control.forced[:] = -1
         self.seen = np.zeros((programs.slots, programs.weights["head"].shape[1]), np.bool_)
+        self.adjustments: decode.Adjustments | None = None
+        self._max_length = programs.plan.max_length
         starts = range(0, programs.slots, self.per_shard)
         self.free = [list(range(start, start + self.per_shard)) for start in starts]  # by shard
 
@@ -151,7 +161,7 @@ class SlotTable:
         control.min_p[slot] = request.min_p
         control.penalty[slot] = request.repetition_penalty
         control.logprobs[slot] = 0 if request.logprobs is None else 1 + (request.logprobs > 0)
-        stops = set(request.stop_ids)
+        stops = set(sample.stop_ids)
         if request.tools:
             stops.add(tokenizer.special.python_end)
         control.stop[slot] = -1
@@ -159,24 +169,60 @@ class SlotTable:
         if request.repetition_penalty != 1:
             self.seen[slot] = False
             self.seen[slot, list(prompt)] = True
+        if request.is_adjusted:
+            self._adjust(slot, request)
         return sample
 
-    def begin_round(self, steps: int) -> None:
-        """Set how many tokens each sample may gain in the next round, and which are forced."""
+    def _adjust(self, slot: int, request: Request) -> None:
+        """Set the adjustments of a slot for a request."""
+        if self.adjustments is None:
+            slots, words = len(self.packed), -(-self.seen.shape[1] // sampling.MASK_BITS)
+            self.adjustments = decode.Adjustments(
+                frequency=np.zeros(slots, np.float32),
+                presence=np.zeros(slots, np.float32),
+                sampled=np.full((slots, self._max_length), -1, np.int32),
+                biased=np.full((slots, decode.BIASED), -1, np.int32),
+                bias=np.zeros((slots, decode.BIASED), np.float32),
+                allowed=np.full((slots, words), -1, np.int32),
+            )
+        adjustments, count = self.adjustments, len(request.logit_bias)
+        adjustments.frequency[slot] = request.frequency_penalty
+        adjustments.presence[slot] = request.presence_penalty
+        adjustments.biased[slot, :count] = [token for token, _ in request.logit_bias]
+        adjustments.bias[slot, :count] = [bias for _, bias in request.logit_bias]
+
+    def begin_round(self, steps: int) -> decode.Adjustments | None:
+        """Set how many tokens each sample may gain in the next round, and which are forced.
+
+        Returns the adjustments that the round needs, None for none.
+        """
+        grammars = {slot: sample.grammar for slot, sample in self.running.items() if sample.grammar}
+        if grammars:  # the host computes the mask of each token
+            steps = 1
+        for slot, grammar in grammars.items():
+            self.adjustments.allowed[slot] = 0
+            self.adjustments.allowed[slot, : len(grammar.allowed)] = grammar.allowed
         for slot, sample in self.running.items():
             self.control.left[slot] = min(sample.tokens_left, steps)
             self.control.forced[slot] = -1
             to_force = list(itertools.islice(sample.to_force, steps))
             self.control.forced[slot, : len(to_force)] = to_force
+        is_adjusted = any(sample.request.is_adjusted for sample in self.running.values())
+        return self.adjustments if is_adjusted else None
 
-    def advance(self, sample: RunningSample, tokens: Sequence[int]) -> None:
-        """Continue after `tokens`, at least one."""
-        slot, control = sample.slot, self.control
+    def advance(self, sample: RunningSample, new: NewTokens) -> None:
+        """Continue after new tokens, at least one."""
+        slot, control, tokens = sample.slot, self.control, new.tokens
         control.previous[slot] = tokens[-2] if len(tokens) > 1 else control.token[slot]
         control.token[slot] = tokens[-1]
         control.position[slot] += len(tokens)
         if sample.request.repetition_penalty != 1:
             self.seen[slot, tokens] = True
+        if sample.request.is_adjusted:
+            sampled = [t for t, forced in zip(tokens, new.forced, strict=True) if not forced]
+            end = sample.sampled + len(sampled)
+            self.adjustments.sampled[slot, sample.sampled : end] = sampled
+            sample.sampled = end
 
     def release(self, sample: RunningSample) -> None:
         """Free a sample's slot."""
@@ -189,6 +235,12 @@ class SlotTable:
         control.temperature[slot] = 0
         control.top_p[slot] = control.penalty[slot] = 1
         control.forced[slot] = -1
+        if sample.request.is_adjusted:
+            adjustments = self.adjustments
+            for column in (adjustments.frequency, adjustments.presence, adjustments.bias):
+                column[slot] = 0
+            for column in (adjustments.sampled, adjustments.biased, adjustments.allowed):
+                column[slot] = -1
 
 
 class PromptPlacement(NamedTuple):

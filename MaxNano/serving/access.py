@@ -13,11 +13,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from MaxNano.serving.openai_api import ApiError
+from MaxNano.serving.api_fields import ApiError
 from MaxNano.serving.responses import error_response
 from MaxNano.serving.service import Service
 
 log = logging.getLogger("maxnano.serve")
+
+# How programs in a container name the machine that they run on. Like localhost, no site on the
+# internet can have these names.
+CONTAINER_HOSTS = ("host.docker.internal", "host.containers.internal")
 
 MIN_KEY_CHARACTERS = 16
 CLIENT_CLOSED = 499  # status in log and metrics of a request whose client left before the response
@@ -46,6 +50,7 @@ class AccessControl:
         self.public = public
         self.known = known
         self.key = service.api_key.encode() if service.api_key else None
+        self.hosts = service.config.serve_allowed_hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -81,12 +86,14 @@ class AccessControl:
                 log.info("%s %s %d %.2f s", scope["method"], label, status, seconds)
 
     def _refusal(self, headers: Headers, path: str) -> ApiError | None:
-        if self.key is None:
-            if is_loopback(_hostname(headers.get("host", ""))):
-                return None
+        host = _hostname(headers.get("host", ""))
+        if not self._is_allowed(host):
             # DNS rebinding: another site's page can reach this server under its own host name.
-            message = "without an API key, this server answers requests to localhost only"
+            message = f"the server does not answer to the host name {host[:64]!r}"
+            message += ": add it to serve_allowed_hosts"
             return ApiError(403, message, headers={"connection": "close"})
+        if self.key is None:
+            return None
         if path in self.public:
             return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -96,6 +103,16 @@ class AccessControl:
         headers = {"www-authenticate": "Bearer", "connection": "close"}
         message = "an API key is required: send Authorization: Bearer KEY"
         return ApiError(401, message, code="invalid_api_key", headers=headers)
+
+    def _is_allowed(self, host: str) -> bool:
+        """Whether requests to a host name are answered: by patterns, as in Starlette."""
+        host = host.lower()
+        if self.hosts is None:
+            return self.key is not None or is_loopback(host) or host in CONTAINER_HOSTS
+        return any(
+            pattern in ("*", host) or pattern.startswith("*.") and host.endswith(pattern[1:])
+            for pattern in map(str.lower, self.hosts)
+        )
 
 
 def _hostname(host: str) -> str:

@@ -19,14 +19,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from MaxNano.inference.dialogue import prompt_ids
 from MaxNano.inference.engine import Engine
 from MaxNano.inference.requests import Event
 from MaxNano.serving.access import AccessControl
+from MaxNano.serving.api_fields import ApiError, BodyFields
+from MaxNano.serving.chat_api import parse_chat, take_messages
 from MaxNano.serving.engine_thread import EventStream
-from MaxNano.serving.openai_api import ApiCall, ApiError, are_ids, parse_chat, parse_completion
+from MaxNano.serving.openai_api import ApiCall, are_ids, parse_completion
 from MaxNano.serving.openai_replies import ReplyChoice, ReplyDelta, ReplyObjects
+from MaxNano.serving.openai_responses import ResponseObjects, parse_response
 from MaxNano.serving.responses import encode_json, error_response, json_response, read_json
 from MaxNano.serving.service import Service
+from MaxNano.tokenization.tokenizer import Tokenizer
 
 STATIC = Path(__file__).resolve().parent / "static"
 GRACE_SECONDS = 5.0  # after serve_timeout, for a client to read the end of its reply
@@ -50,8 +55,9 @@ def make_app(config: FrozenConfigDict, engine: Engine, api_key: str | None = Non
 
     pages = _pages()
     generations = {
-        "/v1/completions": GenerationEndpoint(service, parse_completion),
-        "/v1/chat/completions": GenerationEndpoint(service, parse_chat),
+        "/v1/completions": GenerationEndpoint(service, parse_completion, ReplyObjects),
+        "/v1/chat/completions": GenerationEndpoint(service, parse_chat, ReplyObjects),
+        "/v1/responses": GenerationEndpoint(service, parse_response, ResponseObjects),
     }
     routes = [
         *(Route(path, page) for path, page in pages.items()),
@@ -75,10 +81,19 @@ def make_app(config: FrozenConfigDict, engine: Engine, api_key: str | None = Non
 
 
 def _cors(config: FrozenConfigDict) -> list[Middleware]:
-    if not config.serve_cors_origins:
+    origins, pattern = list(config.serve_cors_origins), config.serve_cors_origin_regex
+    if not origins and not pattern:
         return []
-    allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["authorization", "content-type"]}
-    return [Middleware(CORSMiddleware, allow_origins=list(config.serve_cors_origins), **allowed)]
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_origin_regex=pattern,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],  # openai's client for JavaScript sends several of its own
+            expose_headers=["retry-after"],
+        )
+    ]
 
 
 async def _on_api_error(request: Request, error: ApiError) -> Response:
@@ -129,11 +144,8 @@ def _tokenizer_routes(service: Service) -> list[Route]:
         return json_response({"tokenizer_class": "maxnano", "bos_token": bos, "eos_token": bos})
 
     async def tokenize(request: Request) -> Response:
-        text = (await read_json(request)).get("prompt")
-        if not isinstance(text, str):
-            raise ApiError(400, "prompt must be a string", "prompt")
-        # Text never encodes to special tokens, so lm-eval needs this exception for <|bos|>.
-        ids = [tokenizer.bos_id] if text == bos else await asyncio.to_thread(tokenizer.encode, text)
+        body = await read_json(request)
+        ids = await asyncio.to_thread(_ids_to_count, body, tokenizer, bos)
         return json_response(
             {"tokens": ids, "count": len(ids), "max_model_len": service.rules.max_length}
         )
@@ -149,6 +161,19 @@ def _tokenizer_routes(service: Service) -> list[Route]:
         Route("/tokenize", tokenize, methods=["POST"]),
         Route("/detokenize", detokenize, methods=["POST"]),
     ]
+
+
+def _ids_to_count(body: Mapping[str, Any], tokenizer: Tokenizer, bos: str) -> list[int]:
+    """Token ids of the prompt, or of the messages with the beginning of a reply."""
+    fields = BodyFields(body)
+    if "messages" in body:
+        return prompt_ids(tokenizer, take_messages(fields))
+    text = fields.take("prompt")
+    if not isinstance(text, str):
+        raise ApiError(400, "prompt must be a string, or messages a list of messages", "prompt")
+    if text == bos:  # text never encodes to special tokens, but lm-eval asks for this
+        return [tokenizer.bos_id]
+    return [tokenizer.bos_id] * fields.flag("add_special_tokens") + tokenizer.encode(text)
 
 
 def _pages() -> dict[str, Callable]:
@@ -172,14 +197,20 @@ def _pages() -> dict[str, Callable]:
 
 
 class GenerationEndpoint:
-    """The ASGI endpoint of /v1/completions or /v1/chat/completions.
+    """The ASGI endpoint that generates replies to one kind of call.
 
-    parse: (body, tokenizer, rules) -> call.
+    parse: (body, tokenizer, rules) -> call. make_objects: (call, tokenizer) -> JSON of its reply.
     """
 
-    def __init__(self, service: Service, parse: Callable[[Mapping[str, Any], Any, Any], ApiCall]):
+    def __init__(
+        self,
+        service: Service,
+        parse: Callable[[Mapping[str, Any], Any, Any], ApiCall],
+        make_objects: Callable[[ApiCall, Any], ReplyObjects | ResponseObjects],
+    ):
         self.service = service
         self.parse = parse
+        self.make_objects = make_objects
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, arrived = self.service, time.monotonic()
@@ -187,9 +218,9 @@ class GenerationEndpoint:
             body = await read_json(Request(scope, receive))
             call = await asyncio.to_thread(self.parse, body, service.tokenizer, service.rules)
         with service.admit(call) as stream:
-            reply = asyncio.ensure_future(
-                ReplySender(service, stream, arrived).send(scope, receive, send)
-            )
+            objects = self.make_objects(call, service.tokenizer)
+            sender = ReplySender(service, stream, arrived, objects)
+            reply = asyncio.ensure_future(sender.send(scope, receive, send))
             disconnect = asyncio.ensure_future(_wait_for_disconnect(receive))
             limit = service.config.serve_timeout + GRACE_SECONDS
             try:
@@ -205,6 +236,12 @@ class GenerationEndpoint:
                 disconnect.cancel()
 
 
+def _encode_event(chunk: Mapping[str, Any]) -> bytes:
+    """A server-sent event; those of /v1/responses have a type."""
+    name = f"event: {chunk['type']}\n".encode() if "type" in chunk else b""
+    return name + b"data: " + encode_json(chunk) + b"\n\n"
+
+
 async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -213,12 +250,18 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 class ReplySender:
     """Sends the reply to one call."""
 
-    def __init__(self, service: Service, stream: EventStream, arrived: float):
+    def __init__(
+        self,
+        service: Service,
+        stream: EventStream,
+        arrived: float,
+        objects: ReplyObjects | ResponseObjects,
+    ):
         self.service = service
         self.stream = stream
         self.call = call = stream.call
         self.arrived = arrived  # time.monotonic()
-        self.objects = ReplyObjects(call, service.tokenizer)
+        self.objects = objects
         self.choices = [
             ReplyChoice(call, index, service.tokenizer) for index in range(call.sequences)
         ]
@@ -237,12 +280,16 @@ class ReplySender:
         deltas = self._deltas()
         first = await anext(deltas)  # before the status is sent: it may raise ApiError
         headers = MutableHeaders(
-            {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
+            {
+                "content-type": "text/event-stream; charset=utf-8",
+                "cache-control": "no-store",
+                "x-accel-buffering": "no",  # nginx passes each event on at once
+            }
         )
         await send({"type": "http.response.start", "status": 200, "headers": headers.raw})
 
         async def send_chunks(chunks: Sequence[Any]) -> None:
-            lines = b"".join(b"data: " + encode_json(chunk) + b"\n\n" for chunk in chunks)
+            lines = b"".join(map(_encode_event, chunks))
             if lines:
                 await send({"type": "http.response.body", "body": lines, "more_body": True})
 
@@ -252,8 +299,8 @@ class ReplySender:
                 await send_chunks(self.objects.chunks(delta))
             await send_chunks(self.objects.closing(self.choices))
         except ApiError as error:
-            await send_chunks([error.body()])
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+            await send_chunks([self.objects.failure(error)])
+        await send({"type": "http.response.body", "body": self.objects.end, "more_body": False})
 
     async def _deltas(self) -> AsyncIterator[ReplyDelta]:
         """The deltas of all choices until the last ends. Raises ApiError on failure or timeout."""

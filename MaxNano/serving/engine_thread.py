@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from MaxNano.inference.engine import Engine
 from MaxNano.inference.requests import Event
-from MaxNano.serving.openai_api import ApiCall, ApiError
+from MaxNano.serving.api_fields import ApiError
+from MaxNano.serving.openai_api import ApiCall
 
 log = logging.getLogger("maxnano.serve")
 

@@ -1,7 +1,7 @@
 """Replies of the OpenAI API: from events of the engine to JSON objects, whole or in chunks.
 
-Tool calls are returned in a field `parts` next to `content`, a list of
-{"type": "text" | "python" | "python_output", "text"}.
+Calls of the calculator are returned in a field `parts` next to `content`, a list of
+{"type": "text" | "python" | "python_output", "text"}; calls of the client's tools in `tool_calls`.
 """
 
 import secrets
@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 from MaxNano.inference.dialogue import ReplyDecoder, ReplyPart, merge_parts
 from MaxNano.inference.requests import Event, TokenLogprobs
 from MaxNano.inference.text_stream import TextStream
+from MaxNano.serving.api_fields import ApiError
 from MaxNano.serving.openai_api import ApiCall
+from MaxNano.serving.tool_calls import CallDelta, ToolCallReader
 from MaxNano.tokenization.tokenizer import Tokenizer
 
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
@@ -33,6 +35,7 @@ class ReplyDelta(NamedTuple):
     parts: list[ReplyPart]
     tokens: list[ScoredToken]  # empty unless log-probabilities were requested
     finish: str | None
+    calls: list[CallDelta] = []  # of the client's tools
 
 
 class ReplyChoice:
@@ -44,7 +47,9 @@ class ReplyChoice:
         self.completion_tokens = 0
         self.parts: list[ReplyPart] = []
         self.tokens: list[ScoredToken] = []
+        self.calls: list[CallDelta] = []
         self.finish: str | None = None
+        self._reader = ToolCallReader(call.tools) if call.tools else None
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.special)
         self._offset = 0  # characters of the text before the next scored token
@@ -58,7 +63,7 @@ class ReplyChoice:
     @property
     def all(self) -> ReplyDelta:
         """The choice so far."""
-        return ReplyDelta(self.index, self.parts, self.tokens, self.finish)
+        return ReplyDelta(self.index, self.parts, self.tokens, self.finish, self.calls)
 
     def echo(self, prompt_logprobs: Sequence[TokenLogprobs | None]) -> ReplyDelta:
         """Begin the reply with the prompt. prompt_logprobs: one per token, if requested."""
@@ -76,11 +81,17 @@ class ReplyChoice:
         self.completion_tokens += len(new)
         parts = list(event.parts) if self.call.max_tokens else []
         tokens = self._score(new, event.logprobs[: len(new)]) if self.call.logprobs else []
-        return self._add(ReplyDelta(self.index, parts, tokens, event.finish))
+        finish, calls = event.finish, []
+        if self._reader:
+            parts, calls = self._reader.feed(parts, is_final=finish is not None)
+            if finish == "stop" and self._reader.has_call:
+                finish = "tool_calls"
+        return self._add(ReplyDelta(self.index, parts, tokens, finish, calls))
 
     def _add(self, delta: ReplyDelta) -> ReplyDelta:
         self.parts = merge_parts([*self.parts, *delta.parts])
         self.tokens += delta.tokens
+        self.calls += delta.calls
         self.finish = delta.finish
         return delta
 
@@ -97,6 +108,8 @@ class ReplyChoice:
 
 class ReplyObjects:
     """The JSON objects of a reply: `whole`, or `opening`, `chunks` of each delta and `closing`."""
+
+    end = b"data: [DONE]\n\n"  # of a stream
 
     def __init__(self, call: ApiCall, tokenizer: Tokenizer):
         self.call = call
@@ -124,13 +137,13 @@ class ReplyObjects:
 
     def chunks(self, delta: ReplyDelta) -> list[dict[str, Any]]:
         """Chunks of a delta; none if it is empty."""
-        if not (delta.parts or delta.tokens or delta.finish):
+        if not (delta.parts or delta.calls or delta.tokens or delta.finish):
             return []
         if not self.call.is_chat:
             return [self._chunk([self._text_choice(delta)])]
         choice = {
             "index": delta.index,
-            "delta": _chat_content(delta.parts) if delta.parts else {},
+            "delta": (_chat_content(delta.parts) if delta.parts else {}) | _call_delta(delta.calls),
             "logprobs": self._chat_logprobs(delta.tokens),
             "finish_reason": delta.finish,
         }
@@ -141,6 +154,10 @@ class ReplyObjects:
         if not self.call.include_usage:
             return []
         return [self._chunk([]) | {"usage": self._usage(choices)}]
+
+    def failure(self, error: ApiError) -> dict[str, Any]:
+        """The chunk for an error after the first token."""
+        return error.body()
 
     def _usage(self, choices: Sequence[ReplyChoice]) -> dict[str, int]:
         prompt = sum(len(request.prompt) for request in self.call.requests)
@@ -167,9 +184,14 @@ class ReplyObjects:
 
     def _chat_choice(self, delta: ReplyDelta) -> dict[str, Any]:
         message = {"role": "assistant", "content": "", "refusal": None}
+        message |= _chat_content(delta.parts)
+        if delta.calls:
+            [call] = _call_delta(delta.calls)["tool_calls"]
+            del call["index"]
+            message |= {"content": message["content"] or None, "tool_calls": [call]}
         return {
             "index": delta.index,
-            "message": message | _chat_content(delta.parts),
+            "message": message,
             "logprobs": self._chat_logprobs(delta.tokens),
             "finish_reason": delta.finish,
         }
@@ -229,6 +251,18 @@ def _chat_content(parts: Sequence[ReplyPart]) -> dict[str, Any]:
     if any(part.kind != "text" for part in parts):
         content["parts"] = [{"type": kind, "text": text} for kind, text in parts]
     return content
+
+
+def _call_delta(calls: Sequence[CallDelta]) -> dict[str, Any]:
+    """`tool_calls` with what is new of the reply's only call; empty if nothing is."""
+    if not calls:
+        return {}
+    function = {"arguments": "".join(call.arguments for call in calls)}
+    first = calls[0]
+    if first.id is None:
+        return {"tool_calls": [{"index": 0, "function": function}]}
+    function = {"name": first.name} | function
+    return {"tool_calls": [{"index": 0, "id": first.id, "type": "function", "function": function}]}
 
 
 def _token_text(raw: bytes) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from MaxNano.serving.openai_api import MAX_BODY_BYTES, ApiError, parse_json
+from MaxNano.serving.api_fields import MAX_BODY_BYTES, ApiError, parse_json
 
 UPLOAD_SECONDS = 20.0  # time limit for the head of a request, and for its body
 MAX_REFUSED_BYTES = 8 << 20  # a body between MAX_BODY_BYTES and this is read before it is refused

@@ -11,8 +11,9 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano.inference import dialogue
 from MaxNano.inference.engine import Engine
+from MaxNano.serving.api_fields import ApiError
 from MaxNano.serving.engine_thread import EngineThread, EventStream
-from MaxNano.serving.openai_api import ApiCall, ApiError, ApiRules
+from MaxNano.serving.openai_api import ApiCall, ApiRules
 
 MAX_UPLOADS = 256  # bodies that are received at the same time
 MAX_RETRY_SECONDS = 60  # in the Retry-After header
@@ -65,6 +66,7 @@ class Service:
             max_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
+            trims=config.serve_long_chats == "trim",
         )
         self.created = int(time.time())
         self.pending = 0

@@ -107,8 +107,8 @@ class Screen:
 
     @property
     def text(self) -> str:
-        """The lines without blanks at their ends."""
-        return "\n".join("".join(line).rstrip() for line in self.lines)
+        """The lines without blanks at their ends, up to the last one with a text."""
+        return "\n".join("".join(line).rstrip() for line in self.lines).rstrip("\n")
 
 
 class Terminal:
@@ -139,7 +139,7 @@ class Terminal:
     def interrupt(self):
         self.process.send_signal(signal.SIGINT)
 
-    def wait_for(self, condition, seconds=120):
+    def wait_for(self, condition, seconds=60):
         """Read until the screen has the text, or fulfills the condition; returns its text."""
         is_met = condition if callable(condition) else lambda text: condition in text
         deadline = time.monotonic() + seconds

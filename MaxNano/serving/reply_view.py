@@ -5,6 +5,7 @@ output. The block that still grows is drawn again at each update, in a region be
 never taller than the terminal, with a status line.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -35,19 +36,18 @@ class _ReplyMarkdown(Markdown):
                     token.type = "hardbreak"
 
 
-def split_markdown(text: str) -> tuple[str, str]:
-    """(complete blocks, the last block), which further text may still change."""
-    starts = [token.map[0] for token in PARSER.parse(text) if token.level == 0 and token.map]
-    if not starts or not starts[-1]:
-        return "", text
+def split_markdown(text: str) -> list[str]:
+    """The blocks of a text: all but the last are complete, whatever follows."""
+    tokens = PARSER.parse(text)
+    starts = {token.map[0] for token in tokens if token.level == 0 and token.map}
     lines = text.split("\n")
-    return "\n".join([*lines[: starts[-1]], ""]), "\n".join(lines[starts[-1] :])
+    cuts = [0, *sorted(starts - {0})[min(starts, default=0) > 0 :], len(lines)]
+    return ["\n".join(lines[start:end]) for start, end in itertools.pairwise(cuts)]
 
 
-def split_lines(text: str) -> tuple[str, str]:
-    """(complete lines, the rest)."""
-    done, newline, rest = text.rpartition("\n")
-    return done + newline, rest
+def split_lines(text: str) -> list[str]:
+    """The complete lines, if there are any, and the rest."""
+    return text.rsplit("\n", 1)
 
 
 class ReplyView:
@@ -94,10 +94,10 @@ class ReplyView:
             text = CONTROL_CHARACTERS.sub("", part.text)
             self._text += text if part.kind == "text" else text.replace("`", "'")
         split = split_markdown if self._is_markdown else split_lines
-        done, rest = split(self._text)
-        if done:
-            self._print(self._lines(done)[self._printed :])
-            self._text, self._printed, self._is_first = rest, 0, False
+        *done, self._text = split(self._text)
+        for block in done:
+            self._print(self._lines(block)[self._printed :])
+            self._printed, self._is_first = 0, False
         lines = self._lines(self._text)
         # A block that outgrows the region moves up line by line.
         overflow = len(lines) - max(1, self._console.height - RESERVED_LINES)
@@ -116,12 +116,16 @@ class ReplyView:
         return f"{'`' * (self._kind == 'text')}{text}{'`' * (kind == 'text')}"
 
     def _lines(self, text: str) -> list[list[Segment]]:
-        """The block as lines of the terminal, after an empty line if blocks are above it."""
-        if not text.strip("\n"):
-            return [[] for _ in text] if not self._is_markdown else []
-        shown = _ReplyMarkdown(text) if self._is_markdown else Text(text.removesuffix("\n"))
-        lines = self._console.render_lines(shown, pad=False)
-        return [[], *lines] if self._is_markdown and not self._is_first else lines
+        """The block as lines of the terminal; in Markdown an empty line separates it from others."""
+        if not self._is_markdown:
+            return self._console.render_lines(Text(text), pad=False) if text else []
+        lines = self._console.render_lines(_ReplyMarkdown(text), pad=False)
+        # rich surrounds code with empty lines, and begins a list with one.
+        used = [bool("".join(segment.text for segment in line).strip()) for line in lines]
+        if not any(used):
+            return []
+        first, last = used.index(True), len(used) - used[::-1].index(True)
+        return [[]] * (not self._is_first) + lines[first:last]
 
     def _print(self, lines: list[list[Segment]]) -> None:
         if lines:

@@ -23,6 +23,7 @@ from prompt_toolkit.styles import Style
 from rich.console import Console
 from rich.text import Text
 
+from MaxNano import console
 from MaxNano.inference.dialogue import ReplyPart
 from MaxNano.serving import terminal_chat
 from MaxNano.serving.terminal_chat import COMMANDS, ChatSession, catch_interrupt
@@ -311,20 +312,15 @@ class InteractiveChat:
         if is_interrupted:
             return "Stopping... (Ctrl-C again quits)"
         if usage.first_at is not None:
-            return f"{usage.describe()} | Ctrl-C stops"
+            speed = f"{usage.speed:.1f} tokens/s | " if usage.speed else ""
+            return f"{usage.tokens} tokens | {speed}Ctrl-C stops"
         return self.thread.status if waited_seconds >= PATIENCE_SECONDS else ""
 
 
 def _quit_now() -> None:
     """End the program while the engine's thread works; JAX cannot be stopped otherwise."""
     sys.stdout.write("\n\033[?25h")  # show the cursor
-    _exit(130)
-
-
-def _exit(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    console.exit_now(130)
 
 
 def run_interactive(config: FrozenConfigDict, load: "Callable[[FrozenConfigDict], Engine]") -> int:
@@ -334,5 +330,5 @@ def run_interactive(config: FrozenConfigDict, load: "Callable[[FrozenConfigDict]
     chat = InteractiveChat(config, load)
     status = chat.run()
     if chat.thread.is_busy and chat.thread.is_alive():
-        _exit(status)  # the interpreter cannot end while a thread compiles
+        console.exit_now(status)
     return status

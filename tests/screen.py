@@ -144,7 +144,7 @@ class Terminal:
         is_met = condition if callable(condition) else lambda text: condition in text
         deadline = time.monotonic() + seconds
         while not is_met(self.screen.text):
-            assert time.monotonic() < deadline, self.screen.text
+            assert time.monotonic() < deadline, f"it showed\n{self.screen.text}"
             assert self._read(), f"the program ended; it showed\n{self.screen.text}"
         return self.screen.text
 

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
     pyconfig.check_command_line()  # sets the platform, before anything imports JAX
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,8 @@ def load(config: FrozenConfigDict) -> "Engine":
 def main(config: FrozenConfigDict, argv: Sequence[str]) -> int:
     """Load the run's checkpoint and chat."""
     config = config_of_run(config, argv)
-    if config.prompt is None and sys.stdin.isatty() and sys.stdout.isatty():
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    if config.prompt is None and is_terminal:
         from MaxNano.serving.terminal import run_interactive
 
         return run_interactive(config, load)

@@ -333,5 +333,8 @@ def test_one_shot_and_piped_lines(tmp_path):
         input=b"\xef\xbb\xbfone\n\n/temperature 7\ncaf\xe9\ntwo\n/quit\nthree\n",
     )
     assert ran.stdout == b"one\ntwo\n" and b"0 (greedy) to 2" in ran.stderr
-    assert b"line 4 is not UTF-8: byte 4 is 0xe9\n" in ran.stderr and ran.returncode == 1
+    assert (
+        b"line 4 is not UTF-8 and was not sent: byte 4 is 0xe9\n" in ran.stderr
+        and ran.returncode == 1
+    )
     assert b"Traceback" not in ran.stderr

@@ -4,6 +4,7 @@ Imports no JAX, so that a prompt can appear while a thread loads the model (serv
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -441,16 +442,26 @@ def run_plain(config: FrozenConfigDict, engine: "Engine") -> int:
         session.ask(config.prompt)
         show_reply(session, output)
         return 0
+    try:
+        return _answer_lines(session, output)
+    except KeyboardInterrupt:  # while waiting for a line
+        return 130
+
+
+def _answer_lines(session: ChatSession, output: TerminalOutput) -> int:
     status = 0
-    for number, line in enumerate(sys.stdin.buffer, start=1):
+    is_typed = sys.stdin.isatty()  # at a terminal without cursor control
+    for number in itertools.count(1):
+        if is_typed:
+            print("> ", end="", file=output.notes, flush=True)
+        line = sys.stdin.buffer.readline()
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            output.note(
-                f"line {number} is not UTF-8: byte {error.start + 1} is 0x{line[error.start]:02x}"
-            )
+            byte = f"byte {error.start + 1} is 0x{line[error.start]:02x}"
+            output.note(f"line {number} is not UTF-8 and was not sent: {byte}")
             status = 1
             continue
-        if not handle_line(session, output, text):
+        if not line or not handle_line(session, output, text):
             break
     return status

@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 QUOTES = '"""'  # begin and end a message of several lines
 LEAVE = "Ctrl-D or /quit leaves the chat"
-UPDATE_SECONDS = 0.1  # between looks at the engine's thread
+UPDATE_SECONDS = 0.1  # between looks at the worker
 PATIENCE_SECONDS = 0.5  # wait for a first token before the reason is shown
 LOADING, COMPILING = "Loading the model...", "Compiling (first time only)..."
 STYLE = Style.from_dict({"bottom-toolbar": "noreverse", "prompt": "bold ansigreen"})
 
 
-class EngineThread(threading.Thread):
+class EngineWorker(threading.Thread):
     """The only thread that uses the engine: it loads it, compiles its programs, runs replies.
 
     load: returns the engine. on_change: called in the thread when `status` or `error` changes.
@@ -195,7 +195,7 @@ class InteractiveChat:
     def __init__(self, config: FrozenConfigDict, load: "Callable[[FrozenConfigDict], Engine]"):
         self.session = ChatSession(config)
         self.console = Console(highlight=False)
-        self.thread = EngineThread(lambda: load(config), self._on_change)
+        self.worker = EngineWorker(lambda: load(config), self._on_change)
         self.reader: PromptSession[str] = PromptSession(
             [("class:prompt", "> ")],
             multiline=True,
@@ -213,13 +213,13 @@ class InteractiveChat:
         self.reader.app.after_render += lambda app: self._start()
 
     def _start(self) -> None:
-        if self.thread.ident is None:
-            self.thread.start()
+        if self.worker.ident is None:
+            self.worker.start()
 
     def _on_change(self) -> None:
         """Draw the toolbar again, or leave the prompt if the model could not be loaded."""
         app = self.reader.app
-        if self.thread.error is None:
+        if self.worker.error is None:
             app.invalidate()
         elif app.loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
@@ -227,8 +227,8 @@ class InteractiveChat:
 
     def _leave_prompt(self) -> None:
         app = self.reader.app
-        if self.thread.error is not None and app.is_running and not app.is_done:
-            app.exit(exception=self.thread.error)
+        if self.worker.error is not None and app.is_running and not app.is_done:
+            app.exit(exception=self.worker.error)
 
     def _toolbar(self) -> list[tuple[str, str]]:
         session, usage = self.session, self.session.usage
@@ -236,7 +236,7 @@ class InteractiveChat:
         parts = [session.config.run_name]
         parts += [f"context {used} of {session.max_length} tokens"] * bool(used)
         parts += [f"{usage.speed:.1f} tokens/s"] if usage.speed else []
-        parts += [self.thread.status] if self.thread.status else []
+        parts += [self.worker.status] if self.worker.status else []
         return [("ansibrightblack", " | ".join(parts))]
 
     def note(self, text: str) -> None:
@@ -278,7 +278,7 @@ class InteractiveChat:
             elif text:
                 self._reply(lambda: session.ask(text))
         except ValueError as error:
-            if error is self.thread.error:
+            if error is self.worker.error:
                 raise
             self.note(str(error))
         return True
@@ -297,7 +297,7 @@ class InteractiveChat:
                 yield from session.reply(is_interrupted)
 
             with ReplyView(self.console, session.settings["markdown"]) as view:
-                for count, part in enumerate(self.thread.reply(job)):
+                for count, part in enumerate(self.worker.reply(job)):
                     if session.dropped > dropped:
                         view.note(terminal_chat.dropped_note(session))
                         dropped = session.dropped
@@ -314,11 +314,11 @@ class InteractiveChat:
         if usage.first_at is not None:
             speed = f"{usage.speed:.1f} tokens/s | " if usage.speed else ""
             return f"{usage.tokens} tokens | {speed}Ctrl-C stops"
-        return self.thread.status if waited_seconds >= PATIENCE_SECONDS else ""
+        return self.worker.status if waited_seconds >= PATIENCE_SECONDS else ""
 
 
 def _quit_now() -> None:
-    """End the program while the engine's thread works; JAX cannot be stopped otherwise."""
+    """End the program while the worker works; JAX cannot be stopped otherwise."""
     sys.stdout.write("\n\033[?25h")  # show the cursor
     console.exit_now(130)
 
@@ -329,6 +329,6 @@ def run_interactive(config: FrozenConfigDict, load: "Callable[[FrozenConfigDict]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     chat = InteractiveChat(config, load)
     status = chat.run()
-    if chat.thread.is_busy and chat.thread.is_alive():
+    if chat.worker.is_busy and chat.worker.is_alive():
         console.exit_now(status)
     return status

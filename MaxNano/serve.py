@@ -3,8 +3,9 @@
     python MaxNano/serve.py configs/base.yml run_name=NAME           # http://127.0.0.1:8000
     python MaxNano/serve.py configs/base.yml "serve_runs=[A, B]"     # a request's `model` chooses
 
-Endpoints: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics (Prometheus), the
-page at /, and vLLM's /tokenize, /detokenize and /tokenizer_info, which lm-eval uses. Requests share
+Endpoints: /v1/models, /v1/completions, /v1/chat/completions, /v1/responses, /health, /metrics
+(Prometheus), the page at /, and vLLM's /tokenize, /detokenize and /tokenizer_info, which lm-eval
+uses. docs/clients.md describes them. Requests share
 the engine's batch (continuous batching); up to serve_queue more wait, further ones get status 429.
 
 Without an API key in the environment, only this machine has access. Prompts and replies are neither

@@ -1,6 +1,7 @@
 """Speed of the engine.
 
-Prefill throughput, time to first token, time per token, throughput by batch size.
+Prefill throughput, time to first token, time per token, throughput by batch size, and the first
+token of a conversation's second turn with and without the prefix cache, by turns.
 
     python benchmarks/decode.py configs/base.yml model=d24
     python benchmarks/decode.py configs/base.yml model=d4 max_target_length=512 vocab_size=4096 num_cpu_devices=1
@@ -132,6 +133,37 @@ def measure(setup: ModelSetup, params, batch: int) -> common.Row:
     return row
 
 
+def measure_second_turn(setup: ModelSetup, params) -> common.Row:
+    """Milliseconds to the first token after a long first turn, an answer and a short question."""
+    config = setup.config
+    engine = Engine(setup, params, None, slots=1, prefix_entries=2)
+    earlier, answer, question = engine.max_length * 3 // 4, 32, 32
+    first = Request(prompt=prompt_of(config, earlier), max_tokens=answer, temperature=0)
+    milliseconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(1 + TURNS):
+        tokens = {}
+        for has_prefix, column in milliseconds.items():
+            engine.prefix_cache.index.clear()
+            [[completion]] = engine.generate([first])
+            if not has_prefix:
+                engine.prefix_cache.index.clear()
+            prompt = (*first.prompt, *completion.tokens, *prompt_of(config, question))
+            begin = time.perf_counter()
+            [[completion]] = engine.generate([replace(first, prompt=prompt, max_tokens=1)])
+            column.append(1e3 * (time.perf_counter() - begin))
+            tokens[has_prefix] = completion.tokens
+        if tokens[False] != tokens[True] and setup.numerics.dtype == "float32":
+            raise ValueError("with the prefix cache the model continues with another token")
+    without, cached = (statistics.median(column[1:]) for column in milliseconds.values())
+    return {
+        "earlier tokens": earlier + answer,
+        "new": question,
+        "first token ms": cached,
+        "without prefix cache": without,
+        "share": cached / without,
+    }
+
+
 def lengths_of(max_length: int) -> tuple[int, int]:
     """Tokens of the prompt and of the answer."""
     return min(128, max_length // 4), min(128, max_length // 2)
@@ -247,6 +279,8 @@ def main(config: FrozenConfigDict) -> int | None:
     print(f"weights: {run if has_run else 'random'}", flush=True)
     rows = [measure(setup, params, batch) for batch in BATCHES]
     common.show(rows, digits=2)
+    second_turn = measure_second_turn(setup, params)
+    common.show([second_turn], digits=2)
     nanochat_rows = compare(setup, params)
     if nanochat_rows:
         common.show(nanochat_rows, digits=2)
@@ -255,6 +289,7 @@ def main(config: FrozenConfigDict) -> int | None:
         "device": setup.mesh.devices.flat[0].device_kind,
         "devices": setup.mesh.size,
         "rows": rows,
+        "second turn": second_turn,
         "nanochat": nanochat_rows,
     }
     print(json.dumps(report))

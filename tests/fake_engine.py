@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 
 from MaxNano.inference.dialogue import ReplyDecoder, merge_parts
 from MaxNano.inference.requests import Event, Request, TokenLogprobs
@@ -35,6 +36,7 @@ class FakeEngine:
         self.max_length = max_length
         self.step_seconds = step_seconds
         self.step_tokens = step_tokens
+        self.prefix_cache = SimpleNamespace(tokens_looked_up=8, tokens_reused=3)
         self.requests: list[Request] = []  # all that were submitted
         self.programs = programs
         self.compile_seconds = compile_seconds

@@ -570,6 +570,30 @@ def test_the_cache_is_never_copied(config, slots):
         assert rings.isdisjoint(copied)
 
 
+def answers_of_every_kind(served):
+    """[tokens, log-probabilities] of samples that share prompts, are adjusted, and of two turns."""
+    requests = [
+        replace(
+            GREEDY, prompt=prompt(length, length), samples=2, temperature=t, top_k=k, logprobs=1
+        )
+        for length, t, k in ((3, 0, 0), (150, 1, 5), (40, 0.5, 0))
+    ]
+    requests += [
+        replace(GREEDY, grammar=GRAMMAR, temperature=1.0, logprobs=0),
+        replace(GREEDY, frequency_penalty=1.5, logit_bias=((7, 4.0),), samples=3, logprobs=0),
+    ]
+    samples = [sample for row in served.generate(requests) for sample in row]
+    turns = [replace(GREEDY, prompt=prompt(length, length), logprobs=0) for length in (80, 90, 70)]
+    for _ in range(2):
+        answers = [sample for [sample] in served.generate(turns)]
+        turns = [
+            replace(turn, prompt=(*turn.prompt, *answer.tokens, *prompt(5)))
+            for turn, answer in zip(turns, answers, strict=True)
+        ]
+        samples += answers
+    return [[sample.tokens, [x.logprob for x in sample.logprobs]] for sample in samples]
+
+
 SEVERAL_DEVICES = """
 import json, sys
 import jax
@@ -579,20 +603,17 @@ config = pyconfig.initialize([
     str(ROOT / "configs/base.yml"), *golden_overrides(golden), "ici_fsdp_parallelism=2", "ici_tensor_parallelism=2",
 ])
 params = nanochat.to_params(named(golden, "final/"), config)
-served = Engine(set_up_model(config), params, None, slots=3, max_length=192)
+served = Engine(set_up_model(config), params, None, slots=3, max_length=192, prefix_entries=3)
 assert served.slots == 4 and served.programs.setup.data_parallel_size == 2
-requests = [
-    replace(GREEDY, prompt=prompt(length, length), samples=2, temperature=t, top_k=k, logprobs=1)
-    for length, t, k in ((3, 0, 0), (150, 1, 5), (40, 0.5, 0))
-]
-found = served.generate(requests)
-print(json.dumps([[sample.tokens, [x.logprob for x in sample.logprobs]] for row in found for sample in row]))
+answers = answers_of_every_kind(served)
+assert served.prefix_cache.tokens_reused >= 240, served.prefix_cache.tokens_reused
+print(json.dumps(answers))
 """
 
 
 @pytest.mark.slow
 def test_slots_and_heads_over_several_devices(served):
-    """Two data-parallel shards of two tensor-parallel devices."""
+    """Two data-parallel shards of two tensor-parallel devices, with a prefix cache."""
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
@@ -606,13 +627,7 @@ def test_slots_and_heads_over_several_devices(served):
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    requests = [
-        replace(
-            GREEDY, prompt=prompt(length, length), samples=2, temperature=t, top_k=k, logprobs=1
-        )
-        for length, t, k in ((3, 0, 0), (150, 1, 5), (40, 0.5, 0))
-    ]
-    samples = [sample for row in served.generate(requests) for sample in row]
-    for (tokens, logprobs), sample in zip(json.loads(result.stdout), samples, strict=True):
-        assert tokens == sample.tokens
-        np.testing.assert_allclose(logprobs, [x.logprob for x in sample.logprobs], atol=1e-4)
+    pairs = zip(json.loads(result.stdout), answers_of_every_kind(served), strict=True)
+    for (tokens, logprobs), (expected, expected_logprobs) in pairs:
+        assert tokens == expected
+        np.testing.assert_allclose(logprobs, expected_logprobs, atol=1e-4)

@@ -1,10 +1,12 @@
 """Grammars: whatever the mask allows ends as JSON that satisfies the schema, in bounded time."""
 
+import io
 import json
 import random
 
 import numpy as np
 import pytest
+import sentencepiece
 from fake_engine import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from MaxNano.inference import grammar
 from MaxNano.inference.grammar import compile_json
 from MaxNano.tokenization.bpe import BpeTokenizer
+from MaxNano.tokenization.sentence_piece import SentencePieceTokenizer
 from MaxNano.tokenization.tokenizer import SpecialIds, Tokenizer
 
 
@@ -45,7 +48,23 @@ class Pieces(Tokenizer):
         return map(self.encode, texts)
 
 
+def sentence_piece():
+    """A model that was trained on JSON, and writes other bytes by byte tokens."""
+    lines = [json.dumps({"name": f"word{i}", "list": [i, True, None]}) for i in range(50)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return SentencePieceTokenizer(model.getvalue())
+
+
 TOKENIZERS = {
+    "sentencepiece": sentence_piece(),
     "bytes": byte_tokenizer(),
     "merges": BpeTokenizer(
         r"\s+|\S+",
@@ -202,14 +221,16 @@ def test_the_end_follows_a_complete_value_and_no_special_token_is_text(name):
     compiled = compile_json({"type": ["integer", "string"]}, tokenizer)
     number = compiled.start()
     assert special.isdisjoint(allowed(number))
-    for token in tokenizer.encode("12"):
+    exact = grammar._Encoder(tokenizer)
+    assert tokenizer.decode_bytes(exact("é 12".encode())) == "é 12".encode()
+    for token in exact(b"12"):
         number.take(token)
         assert special & set(allowed(number)) == {end} and number.finish is None
     text = compiled.start()
-    for token in tokenizer.encode('"<|assistant_end|>12'):
+    for token in exact(b'"<|assistant_end|>12'):
         text.take(token)
         assert special.isdisjoint(allowed(text)) and text.finish is None
-    text.take(tokenizer.encode('"')[0])
+    text.take(exact(b'"')[0])
     assert text.finish == "stop"
 
 

@@ -272,6 +272,8 @@ def test_models_health_metrics(server):
     assert float(counted["maxnano_generated_tokens_total"]) >= 2
     assert float(counted["maxnano_slots"]) == 4 and float(counted["maxnano_sequences_running"]) == 0
     assert float(counted["maxnano_first_token_seconds_count"]) >= 1
+    looked_up, reused = (counted[f"maxnano_prefix_tokens_{x}"] for x in ("looked_up", "reused"))
+    assert (float(looked_up), float(reused)) == (8, 3)
 
 
 def test_the_tokenizer_as_lm_eval_reads_it(server):

@@ -90,7 +90,8 @@ def check_langchain(url: str) -> None:
     short = model.bind(max_tokens=8)
     history = [SystemMessage("Be brief."), HumanMessage("hi"), HumanMessage("there?")]
     assert short.invoke(history).usage_metadata["output_tokens"] > 0
-    assert sum(chunk.usage_metadata is not None for chunk in short.stream(history)) == 1
+    chunks = list(short.stream(history, stream_usage=True))
+    assert sum(chunk.usage_metadata is not None for chunk in chunks) == 1
     assert model.bind(max_tokens=4, stop=["x"]).invoke([*history, AIMessage("It is")])
     for choice in ("any", "required", "Weather"):
         message = model.bind_tools([Weather], tool_choice=choice).invoke(history)

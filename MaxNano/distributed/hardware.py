@@ -112,7 +112,8 @@ def check_inference_memory(config: FrozenConfigDict) -> None:
     backend = devices[0].platform
     itemsize = 4 if compute_dtype(config, backend) == "float32" else 2
     positions = config.num_decoder_layers * (config.decode_max_length or config.max_target_length)
-    cache_bytes = 2 * config.decode_slots * positions * config.num_kv_heads * config.head_dim
+    sequences = config.decode_slots + min(config.prefix_cache_entries, 2 * config.decode_slots)
+    cache_bytes = 2 * sequences * positions * config.num_kv_heads * config.head_dim
     # The checkpoint's parameters in float32, and the weights that decoding reads.
     weight_bytes = scaling.parameter_counts(scaling.shape_of(config)).total * (4 + itemsize)
     if backend == "cpu":  # virtual devices share the weights

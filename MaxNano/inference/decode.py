@@ -6,6 +6,7 @@ here are the contexts in which it runs, and the loop of decode steps on the devi
 Legend: B slots, R prompts, L length, T tokens, D embed, V vocab.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -195,7 +196,7 @@ def prefill(
         made = kv_cache.prompt_cache(plan.cache, k, v, kind.window, lengths)
         return y.swapaxes(1, 2).reshape(rows * length, -1), made
 
-    context = _context(
+    context = make_context(
         plan, tokens.reshape(-1), positions, attend, lambda x: jnp.roll(x, 1, axis=0)
     )
     stack = Stack(
@@ -212,7 +213,13 @@ def prefill(
     return cache, hidden.reshape(rows, length, -1)
 
 
-def _context(plan, tokens, positions, attend, previous):
+def make_context(
+    plan: Plan,
+    tokens: jax.Array,
+    positions: jax.Array,
+    attend: Callable[..., Any],
+    previous: Callable[[jax.Array], jax.Array],
+) -> Context:
     """The context of tokens and their positions (T,)."""
 
     def lookup(tables, index, table):
@@ -294,13 +301,13 @@ def decode_step(
     def embed_previous(x):
         return rms_norm(weights["token_embed"][previous], plan.config.norm_epsilon)
 
-    context = _context(plan, tokens, positions, attend, embed_previous)
-    stack = Stack(plan.kinds, _unrolled(plan, weights))
+    context = make_context(plan, tokens, positions, attend, embed_previous)
+    stack = Stack(plan.kinds, unrolled_layers(plan, weights))
     hidden, cache = transformer.forward(plan.config, weights, stack, context)
     return logits_of(plan, weights, hidden), cache
 
 
-def _unrolled(plan, weights):
+def unrolled_layers(plan: Plan, weights: Weights) -> list[transformer.Layer]:
     """The weights of every layer, those that prefill scans first."""
     scanned = [
         jax.tree.map(lambda x, g=group: x[g], weights["loop"][j])

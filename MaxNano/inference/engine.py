@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from MaxNano.inference import decode
+from MaxNano.inference.prefix_cache import PrefixCache
 from MaxNano.inference.programs import EnginePrograms, ModelRunner
 from MaxNano.inference.requests import Completion, Event, Request, TokenLogprobs
 from MaxNano.inference.slots import PrefillBatch, QueuedRequest, RunningSample, SlotTable
@@ -39,6 +40,7 @@ class Engine:
         slots: int | None = None,
         max_length: int | None = None,
         streams: bool = False,
+        prefix_entries: int = 0,
     ):
         """Prepare the parameters and an empty KV cache. Programs compile when first used.
 
@@ -48,19 +50,25 @@ class Engine:
         max_length: tokens of a sequence, prompt included; default config.decode_max_length.
         streams: sync with the host about every config.stream_milliseconds, for clients that read a
         reply as it grows. ValueError with several hosts, since each has its own clock.
+        prefix_entries: of the prefix cache, rounded up like slots; 0: none. With them, answers
+        are the same up to the rounding of sums.
         """
         if streams and jax.process_count() > 1:
             raise ValueError("streaming needs a single host: leave num_processes null")
         config = setup.config
         self.max_length = max_length or config.decode_max_length or config.max_target_length
         self.programs = EnginePrograms.build(
-            setup, slots=slots or config.decode_slots, max_length=self.max_length
+            setup,
+            slots=slots or config.decode_slots,
+            max_length=self.max_length,
+            prefix_entries=prefix_entries,
         )
         self.slots = self.programs.slots
         self.tokenizer = tokenizer
         self._limits = config.vocab_size, self.max_length, tokenizer is not None
         self._runner = ModelRunner(self.programs)
         self._table = SlotTable(self.programs)
+        self.prefix_cache = PrefixCache(self._runner)
         self._waiting: deque[QueuedRequest] = deque()
         self._events: list[Event] = []  # for the next step() to return
         self._numbers = itertools.count()
@@ -88,6 +96,7 @@ class Engine:
         if self.running:
             raise ValueError("parameters cannot change while samples are running")
         self._runner.set_params(params)
+        self.prefix_cache.index.clear()
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its number for its events. Raises ValueError if invalid."""
@@ -105,12 +114,15 @@ class Engine:
         """Recover from a step that raised: every request ends with finish="error"."""
         self._end(lambda queued: True, "error")
         self._runner.clear()
+        self.prefix_cache.index.clear()
         self._table = SlotTable(self.programs)
 
     def _end(self, is_ended: Callable[[QueuedRequest], bool], finish: str) -> None:
         ended = []
         for sample in list(self._table.running.values()):
             if is_ended(sample.queued):
+                if finish == "cancelled":
+                    self.prefix_cache.save(sample, (), self._table)
                 self._table.release(sample)
                 ended.append((sample.queued.number, sample.index))
         for queued in list(self._waiting):
@@ -121,6 +133,10 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Admit waiting requests into free slots, then run up to `stream_interval` decode steps."""
+        free = sum(map(len, self._table.free))
+        for queued in list(itertools.islice(self._waiting, free)):
+            if self.prefix_cache.admit(queued, self._table, self.tokenizer):
+                self._waiting.remove(queued)
         while self._waiting and self._admit():
             pass
         if self.running:
@@ -164,6 +180,9 @@ class Engine:
                 inputs = PrefillBatch(self.programs, length).arrays()
                 self._runner.prefill(inputs, is_scored, with_top=False)
                 yield f"prefill {length}" + ", scored" * is_scored
+            if not is_scored:
+                self.prefix_cache.compile()
+                yield "prefix cache"
 
     def _admit(self) -> bool:
         """Prefill waiting requests in one call with the first; False if no slot is free."""
@@ -187,6 +206,7 @@ class Engine:
                 queued.prompt_logprobs = _logprobs(scores, part, queued.request.logprobs or 0)
         for placement in batch.placements:
             placement.sample.prompt_logprobs = placement.sample.queued.prompt_logprobs
+            self.prefix_cache.save_prompt(placement.sample, self._table)
         for queued in admitted:
             if queued.max_tokens == 0:
                 for index in queued.waiting_samples:
@@ -241,6 +261,7 @@ class Engine:
         )
         self._events.append(event)
         if new.finish:
+            self.prefix_cache.save(sample, tokens, self._table)
             self._table.release(sample)
         else:
             self._table.advance(sample, new)

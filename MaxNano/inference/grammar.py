@@ -146,10 +146,24 @@ class _Encoder:
         self.tokens = [tokenizer.decode_bytes([token]) for token in range(count)]
         # No text encodes to these.
         self.special_token_ids = [token for token in range(count) if sizes[token] == 0]
-        self._encode = tokenizer.encode
+        self._tokenizer = tokenizer
+        self._ids = {piece: token for token, piece in enumerate(self.tokens) if sizes[token]}
+        self._longest = max(map(len, self._ids), default=0)
 
-    def __call__(self, text: bytes | str) -> list[int]:
-        return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+    def __call__(self, text: bytes) -> list[int]:
+        """Tokens of exactly these bytes: the tokenizer's, unless it adds a space or folds letters."""
+        ids = self._tokenizer.encode(text.decode("utf-8", "replace"))
+        if self._tokenizer.decode_bytes(ids) == text:
+            return ids
+        ids = []
+        while text:
+            sizes = range(min(self._longest, len(text)), 0, -1)
+            size = next((n for n in sizes if text[:n] in self._ids), None)
+            if size is None:
+                break
+            ids.append(self._ids[text[:size]])
+            text = text[size:]
+        return ids
 
 
 @functools.lru_cache(maxsize=4)

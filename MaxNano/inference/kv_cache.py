@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from MaxNano.distributed import sharding
+from MaxNano.models import attention
 
 LayerCache = tuple[tuple[jax.Array, jax.Array], ...]
 """A layer's blocks of keys and values, each (B, K, S, H)."""
@@ -112,6 +113,61 @@ def copy_to_slots(
         return jax.tree.map(put, cache, prompts)
 
     return jax.lax.fori_loop(0, count, copy, cache)
+
+
+# ---- Prefill after a prefix ---------------------------------------------------------------------
+
+
+def attend_after(
+    layout: CacheLayout,
+    q: jax.Array,
+    cache: LayerCache,
+    new: tuple[jax.Array, jax.Array],
+    window: int,
+    start: jax.Array,
+) -> jax.Array:
+    """Attention of tokens over a slot's `start` () cached positions and over each other, as q.
+
+    q (1, N, L, H) at positions start, start + 1, ...; new: their keys and values (1, K, L, H).
+    """
+    size, length = layout.size(window), q.shape[2]
+    k, v = (jnp.concatenate([*parts], axis=2) for parts in zip(*cache, new, strict=True))
+    queries = start + jnp.arange(length)
+    keys = jnp.concatenate([_stored_positions(start, size), queries])
+    distance = queries[:, None] - keys
+    return attention.masked(q, k, v, (keys >= 0) & (distance >= 0) & (distance <= window))
+
+
+def append(
+    layout: CacheLayout,
+    cache: LayerCache,
+    new: tuple[jax.Array, jax.Array],
+    window: int,
+    start: jax.Array,
+    count: jax.Array,
+) -> LayerCache:
+    """A slot's cache of `start` () positions with the first `count` () of the keys and values (1, K,
+    L, H) that follow.
+    """
+    stored = _stored_positions(start + count, layout.size(window))
+    blocks = []
+    for (first, end), block in zip(layout.spans(window), cache, strict=True):
+        index = stored[first:end] - start
+        is_new = (index >= 0)[:, None]
+        index = jnp.clip(index, 0, new[0].shape[2] - 1)
+        blocks.append(
+            tuple(
+                jnp.where(is_new, jnp.take(made, index, axis=2), old)
+                for made, old in zip(new, block, strict=True)
+            )
+        )
+    return tuple(blocks)
+
+
+def _stored_positions(count, size):
+    """The position at each index (size,) after `count` positions are stored; negative: none."""
+    last = count - 1
+    return last - (last - jnp.arange(size)) % size
 
 
 # ---- Decode -------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from MaxNano import scaling
 from MaxNano.distributed import hardware, runtime
-from MaxNano.inference import decode
+from MaxNano.inference import decode, extend
 from MaxNano.inference.kv_cache import KVCache
 from MaxNano.inference.weights import Weights
 from MaxNano.models.setup import ModelSetup
@@ -39,20 +39,28 @@ class EnginePrograms:
     slots: int
     steps: int  # most decode steps between two host syncs
     prefill_rows: int  # prompts per shard and prefill call
+    prefix_entries: int = 0  # entries of the prefix cache
 
     @classmethod
     def build(
-        cls, setup: ModelSetup, *, slots: int, max_length: int, is_full: bool = False
+        cls,
+        setup: ModelSetup,
+        *,
+        slots: int,
+        max_length: int,
+        prefix_entries: int = 0,
+        is_full: bool = False,
     ) -> Self:
-        """Programs for at least `slots` sequences of up to `max_length` tokens, prompt included.
+        """Programs for at least `slots` sequences of up to `max_length` tokens, prompt included,
+        and at least `prefix_entries` entries of the prefix cache.
 
         is_full: loops run as long as they ever can, for the compile report.
         """
         config, shards = setup.config, setup.data_parallel_size
         plan = decode.make_plan(config, setup.numerics, max_length)._replace(is_full=is_full)
         prefill_rows = config.prefill_rows or (1 if setup.numerics.backend == "cpu" else 8)
-        slots = -(-slots // shards) * shards
-        return cls(setup, plan, slots, config.stream_interval, prefill_rows)
+        slots, prefix_entries = (-(-n // shards) * shards for n in (slots, prefix_entries))
+        return cls(setup, plan, slots, config.stream_interval, prefill_rows, prefix_entries)
 
     @property
     def slots_per_shard(self) -> int:
@@ -93,11 +101,15 @@ class EnginePrograms:
         return decode.cache_shapes(self.plan, self.setup.mesh, self.slots)
 
     @cached_property
-    def cache_formats(self) -> KVCache:
-        """Memory layout of the cache; on a TPU, the heads of a position are adjacent."""
+    def store(self) -> KVCache:
+        """The store of the prefix cache as abstract arrays."""
+        return decode.cache_shapes(self.plan, self.setup.mesh, self.prefix_entries)
+
+    def formats(self, cache: KVCache) -> KVCache:
+        """Memory layout of the cache or store; on a TPU, the heads of a position are adjacent."""
         if self.setup.numerics.backend != "tpu":
-            return jax.tree.map(lambda x: x.sharding, self.cache)
-        return jax.tree.map(lambda x: Format(Layout((0, 2, 1, 3)), x.sharding), self.cache)
+            return jax.tree.map(lambda x: x.sharding, cache)
+        return jax.tree.map(lambda x: Format(Layout((0, 2, 1, 3)), x.sharding), cache)
 
     @cached_property
     def by_slot(self) -> NamedSharding:
@@ -167,19 +179,56 @@ class EnginePrograms:
         rows = self.setup.batch_spec
         return self._jit(local, (rows, rows, rows, PartitionSpec()), rows, _CPU_OPTIONS)
 
-    def _jit(self, function: Callable, in_specs, out_spec, cpu_options: dict[str, Any]) -> Callable:
+    @cached_property
+    def extend(self) -> Callable:
+        """(weights, cache, work, tokens, *leaves of the store) -> (cache, ()): see
+        extend.extend. work (shards, 5) int32 has a Work per shard, tokens (shards, L) int32.
+        Donates the cache.
+        """
+        store = jax.tree.structure(self.store)
+
+        def local(weights, cache, work, tokens, *leaves):
+            kept = jax.tree.unflatten(store, leaves)
+            return extend.extend(self.plan, weights, cache, kept, work, tokens), ()
+
+        rows, specs = self.setup.batch_spec, jax.tree.leaves(self.setup.manual_specs(self.store))
+        formats = jax.tree.leaves(self.formats(self.store))
+        return self._jit(local, (rows, rows, *specs), rows, _CPU_OPTIONS, formats)
+
+    @cached_property
+    def save(self) -> Callable:
+        """(store, cache, work) -> store: see extend.save. Donates the store."""
+        setup, formats = self.setup, self.formats(self.store)
+        store, cache = setup.manual_specs(self.store), setup.manual_specs(self.cache)
+        return jax.jit(
+            setup.over_devices(extend.save, (store, cache, setup.batch_spec), store),
+            donate_argnums=0,
+            in_shardings=(formats, self.formats(self.cache), None),
+            out_shardings=formats,
+        )
+
+    def _jit(
+        self,
+        function: Callable,
+        in_specs,
+        out_spec,
+        cpu_options: dict[str, Any],
+        formats: Sequence[Any] = (),
+    ) -> Callable:
         """jit of `function(weights, cache, *inputs) -> (cache, output)` over the shards.
 
-        in_specs: of the inputs; out_spec: of the output, which every host receives whole.
+        in_specs: of the inputs; out_spec: of the output, which every host receives whole; formats:
+        of the last inputs.
         """
         setup, backend = self.setup, self.setup.numerics.backend
         weights, cache = setup.manual_specs(self.weights), setup.manual_specs(self.cache)
         local = setup.over_devices(function, (weights, cache, *in_specs), (cache, out_spec))
+        kept = self.formats(self.cache)
         return jax.jit(
             local,
             donate_argnums=1,
-            in_shardings=(None, self.cache_formats, *[None] * len(in_specs)),
-            out_shardings=(self.cache_formats, setup.replicated),
+            in_shardings=(None, kept, *[None] * (len(in_specs) - len(formats)), *formats),
+            out_shardings=(kept, setup.replicated),
             compiler_options=(cpu_options if backend == "cpu" else {})
             | hardware.compiler_options(setup.config, backend),
         )
@@ -243,7 +292,8 @@ class ModelRunner:
     def __init__(self, programs: EnginePrograms):
         self.programs = programs
         self.weights: Weights | None = None
-        self.cache = self._empty_cache()
+        self.cache = self._empty(programs.cache)
+        self.store: KVCache | None = None  # allocated when first used
         seen = np.zeros((programs.slots, programs.weights["head"].shape[1]), np.bool_)
         self._none_seen = jax.device_put(seen, programs.by_slot)
 
@@ -263,16 +313,40 @@ class ModelRunner:
             )
 
     def clear(self) -> None:
-        """Replace the cache, after a call that failed and may have consumed it."""
-        self.cache = self._empty_cache()
+        """Replace cache and store, after a call that failed and may have consumed them."""
+        self.cache, self.store = self._empty(self.programs.cache), None
 
-    def _empty_cache(self) -> KVCache:
-        shapes, formats = self.programs.cache, self.programs.cache_formats
-
+    def _empty(self, shapes: KVCache) -> KVCache:
         def zeros():
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-        return jax.jit(zeros, out_shardings=formats)()
+        return jax.jit(zeros, out_shardings=self.programs.formats(shapes))()
+
+    def save(self, shard: int, entry: int, slot: int) -> None:
+        """Copy a slot to an entry of the store, both of a shard; a negative shard compiles only."""
+        programs = self.programs
+        if self.store is None:
+            self.store = self._empty(programs.store)
+        self.store = programs.save(self.store, self.cache, self._work(shard, entry, slot))
+
+    def extend(self, shard: int, entry: int, slot: int, prompt: Sequence[int], length: int) -> None:
+        """Write a prompt but its last token to a slot; the first `length` tokens, at least one, are
+        those of an entry of the store. A negative shard compiles only.
+        """
+        programs, count = self.programs, max(0, len(prompt) - 1 - length)
+        work = self._work(shard, entry, slot, length, count)
+        size = -(-programs.plan.max_length // extend.CHUNK) * extend.CHUNK
+        tokens = np.zeros((len(work), size + 1), np.int32)
+        tokens[shard, : count + 1] = prompt[length - 1 : -1]
+        tokens = jax.device_put(tokens, programs.by_slot)
+        leaves = jax.tree.leaves(self.store)
+        self.cache, _ = programs.extend(self.weights, self.cache, work, tokens, *leaves)
+
+    def _work(self, shard: int, *fields: int) -> jax.Array:
+        work = np.zeros((self.programs.setup.data_parallel_size, 5), np.int32)
+        if shard >= 0:
+            work[shard, : 1 + len(fields)] = 1, *fields
+        return jax.device_put(work, self.programs.by_slot)
 
     def prefill(
         self, inputs: Sequence[np.ndarray], is_scored: bool, with_top: bool

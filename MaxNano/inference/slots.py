@@ -78,6 +78,7 @@ class RunningSample:
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # until the first event
         self._decoder = ReplyDecoder(tokenizer, request.stop) if tokenizer else None
         self.grammar = request.grammar.start() if request.grammar else None
+        self.tokens: list[int] = []  # of earlier rounds
         self.sampled = 0  # tokens that were not forced, counted if penalties need them
         self.stop_ids = request.stop_ids | ({request.grammar.end} if request.grammar else set())
 
@@ -216,6 +217,7 @@ class SlotTable:
         control.previous[slot] = tokens[-2] if len(tokens) > 1 else control.token[slot]
         control.token[slot] = tokens[-1]
         control.position[slot] += len(tokens)
+        sample.tokens += tokens
         if sample.request.repetition_penalty != 1:
             self.seen[slot, tokens] = True
         if sample.request.is_adjusted:

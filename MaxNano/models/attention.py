@@ -428,13 +428,18 @@ def _on_local_blocks(kernel, arrays, logical_axes, out_axes, rules, kv_heads):
 
 def _block(q, k, v, window, *, first_query: int, first_key: int):
     """One masked softmax: queries from position first_query on, keys from position first_key on."""
+    position = first_query + jnp.arange(q.shape[2])[:, None]
+    key_position = first_key + jnp.arange(k.shape[2])[None, :]
+    visible = (key_position <= position) & (key_position >= position - window)
+    return masked(q, k, v, visible)
+
+
+def masked(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    """Attention of queries (B, N, Q, H) to the `visible` (Q, S) of the keys (B, K, S, H), as q."""
     batch, heads, queries, head_dim = q.shape
     kv_heads = k.shape[1]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, queries, head_dim)
     scores = jnp.einsum("BKGQH,BKSH->BKGQS", grouped, k, preferred_element_type=jnp.float32)
-    position = first_query + jnp.arange(queries)[:, None]
-    key_position = first_key + jnp.arange(k.shape[2])[None, :]
-    visible = (key_position <= position) & (key_position >= position - window)
     scores = jnp.where(visible, scores * head_dim**-0.5, -jnp.inf)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("BKGQS,BKSH->BKGQH", probabilities, v)

@@ -5,7 +5,6 @@ and 0 are off where the field says so. Unknown fields are ignored and logged onc
 Source: https://platform.openai.com/docs/api-reference.
 """
 
-import functools
 import json
 import logging
 import math
@@ -17,6 +16,7 @@ log = logging.getLogger("maxnano.serve")
 MAX_BODY_BYTES = 1 << 20
 MAX_JSON_DEPTH = 64
 MAX_INTEGER = 1 << 63
+MAX_LOGGED = 200  # unknown fields: clients could fill the log
 
 # Known fields without an effect on the reply of this server.
 IGNORED = {
@@ -107,9 +107,14 @@ def _children(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
-@functools.lru_cache(maxsize=1000)  # the cache is what makes it once
+_logged: set[str] = set()  # names of unknown fields, at most MAX_LOGGED
+
+
 def _log_ignored(name: str) -> None:
-    log.info("Ignoring the field %r of requests: it is not a field of this API", name)
+    """Log the name of an unknown field once."""
+    if name not in _logged and len(_logged) < MAX_LOGGED:
+        _logged.add(name)
+        log.info("Ignoring the field %r of requests: it is not a field of this API", name)
 
 
 class BodyFields:

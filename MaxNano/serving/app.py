@@ -330,11 +330,17 @@ class ReplySender:
                 raise item
             position, event = item
             if event.finish == "error":
-                raise ApiError(500, "the engine failed; the request may be sent again")
+                raise self._failure()
             choice = self.choices[position * self.call.samples + event.sample]
             for delta in self._deltas_of(choice, event):
                 yield delta
             running -= event.finish is not None
+
+    def _failure(self) -> ApiError:
+        if self.call.requests[0].grammar:
+            message = "the reply failed: its JSON schema takes too much work, or the engine failed"
+            return ApiError(400, message)  # clients repeat what fails with 500
+        return ApiError(500, "the engine failed; the request may be sent again")
 
     def _deltas_of(self, choice: ReplyChoice, event: Event) -> Iterator[ReplyDelta]:
         if not choice.has_begun:

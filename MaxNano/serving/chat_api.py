@@ -197,7 +197,7 @@ def _fit(
 ) -> list[int]:
     longest = rules.max_length - 1
     if not rules.trims:
-        check_size(map(dialogue.text_of, messages), rules, "messages")
+        check_size([dialogue.text_of(message) for message in messages], rules, "messages")
         ids = dialogue.prompt_ids(tokenizer, messages)
         if len(ids) > longest:
             raise overflow(len(ids), rules, "messages")

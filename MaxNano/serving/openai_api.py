@@ -7,7 +7,7 @@ Source: https://platform.openai.com/docs/api-reference (completions).
 
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,18 +156,18 @@ def take_max_tokens(fields: BodyFields, name: str) -> int | None:
 
 def overflow(tokens: int, rules: ApiRules, param: str) -> ApiError:
     """The error for a prompt of this many tokens, which leaves no room for a reply."""
+    # Clients recognize OpenAI's words.
     message = (
-        f"the prompt has {tokens} tokens, which does not fit into the context of"
-        f" {rules.max_length} tokens with room for a reply"
+        f"this model's maximum context length is {rules.max_length} tokens, but the prompt has"
     )
+    message += f" {tokens} and the reply needs at least one: shorten the messages"
     return ApiError(400, message, param, "context_length_exceeded")
 
 
-def check_size(texts: Iterable[str], rules: ApiRules, param: str) -> None:
+def check_size(texts: Collection[str], rules: ApiRules, param: str) -> None:
     """Raise ApiError for texts that cannot fit, before they are encoded."""
     if sum(map(len, texts)) > rules.max_length * MAX_TOKEN_CHARACTERS:
-        message = f"{param} cannot fit into the context of {rules.max_length} tokens"
-        raise ApiError(400, message, param, "context_length_exceeded")
+        raise overflow(sum(map(len, texts)) // MAX_TOKEN_CHARACTERS, rules, param)
 
 
 def check_sequences(call: ApiCall, rules: ApiRules) -> ApiCall:

@@ -39,6 +39,14 @@ class ServerMetrics:
             "slots": ("Slots of the engines", lambda engine: engine.slots),
             "sequences_running": ("Sequences in slots", lambda engine: engine.running),
             "requests_waiting": ("Requests in the engines' queues", lambda engine: engine.waiting),
+            "prefix_tokens_looked_up": (
+                "Prompt tokens since the start, with those that the prefix cache held",
+                lambda engine: engine.prefix_cache.tokens_looked_up,
+            ),
+            "prefix_tokens_reused": (
+                "Prompt tokens since the start that the prefix cache held",
+                lambda engine: engine.prefix_cache.tokens_reused,
+            ),
         }
         for name, (help_text, read) in gauges.items():
             gauge = prometheus_client.Gauge(name, help_text, **common)

@@ -38,4 +38,14 @@ def load_engine(
     """The engine that serves a run's checkpoint; see load_params, and Engine for the arguments."""
     setup = set_up_model(config, devices)
     params, tokenizer = load_params(setup)
-    return Engine(setup, params, tokenizer, slots=slots, max_length=max_length, streams=streams)
+    # Two prefixes per slot: of the prompt, and of prompt and answer.
+    most = 2 * (slots or config.decode_slots)
+    return Engine(
+        setup,
+        params,
+        tokenizer,
+        slots=slots,
+        max_length=max_length,
+        streams=streams,
+        prefix_entries=min(config.prefix_cache_entries, most) if streams else 0,
+    )

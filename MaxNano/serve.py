@@ -32,7 +32,8 @@ from collections.abc import Sequence
 from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
-from MaxNano.distributed import hardware, runtime
+from MaxNano.distributed import runtime
+from MaxNano.inference.memory import check_memory
 from MaxNano.serving.access import read_api_key
 from MaxNano.serving.app import make_models_app
 from MaxNano.serving.http_server import bind, serve
@@ -75,7 +76,7 @@ def load(models: Models, configs: Sequence[FrozenConfigDict]) -> None:
     runtime.initialize(configs[0])
     for config in configs:
         models.set_progress(f"reading the checkpoint of {config.run_name}")
-        hardware.check_inference_memory(config)
+        check_memory(config)
         engine = load_engine(config, streams=True)
         models.set_progress(f"compiling the programs of {config.run_name}")
         programs = engine.compile_programs()

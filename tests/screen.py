@@ -139,7 +139,7 @@ class Terminal:
     def interrupt(self):
         self.process.send_signal(signal.SIGINT)
 
-    def wait_for(self, condition, seconds=60):
+    def wait_for(self, condition, seconds=200):
         """Read until the screen has the text, or fulfills the condition; returns its text."""
         is_met = condition if callable(condition) else lambda text: condition in text
         deadline = time.monotonic() + seconds
@@ -164,4 +164,4 @@ class Terminal:
         """Read until the program ends; its exit status."""
         while self._read():
             pass
-        return self.process.wait(60)
+        return self.process.wait(200)

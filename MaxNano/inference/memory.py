@@ -3,7 +3,7 @@
 import jax
 from ml_collections import FrozenConfigDict
 
-from MaxNano import scaling
+from MaxNano import pyconfig, scaling
 from MaxNano.distributed import hardware
 
 
@@ -12,7 +12,8 @@ def check_memory(config: FrozenConfigDict) -> None:
     devices = jax.local_devices()
     backend = devices[0].platform
     itemsize = 4 if hardware.compute_dtype(config, backend) == "float32" else 2
-    positions = config.num_decoder_layers * (config.decode_max_length or config.max_target_length)
+    length = config.decode_max_length or config.max_target_length
+    positions = sum(min(window + 1, length) for window in pyconfig.windows_of(config))
     sequences = config.decode_slots + min(config.prefix_cache_entries, 2 * config.decode_slots)
     cache_bytes = 2 * sequences * positions * config.num_kv_heads * config.head_dim
     # The checkpoint's parameters in float32, and the weights that decoding reads.

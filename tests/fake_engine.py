@@ -60,7 +60,7 @@ class FakeEngine:
     def is_idle(self) -> bool:
         return not (self._queue or self._running or self._events)
 
-    def compile_programs(self) -> Iterable[str]:
+    def compile_programs(self, with_scores: bool = True) -> Iterable[str]:
         for name in self.programs:
             time.sleep(self.compile_seconds)
             self.compiled.append(name)

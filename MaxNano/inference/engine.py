@@ -169,13 +169,15 @@ class Engine:
         for _ in self.compile_programs():
             pass
 
-    def compile_programs(self) -> Iterator[str]:
+    def compile_programs(self, with_scores: bool = True) -> Iterator[str]:
         """Compile a program per step, in the order of need; yields its name. After the first two,
         every short prompt has its programs. Take a step only while no sample is running.
+
+        with_scores: also those that score prompts.
         """
         self._runner.decode(self._table.packed, None, is_eager=False, with_scores=False)
         yield "decode"
-        for is_scored in (False, True):
+        for is_scored in (False, True) if with_scores else (False,):
             for length in self.programs.buckets:
                 inputs = PrefillBatch(self.programs, length).arrays()
                 self._runner.prefill(inputs, is_scored, with_top=False)

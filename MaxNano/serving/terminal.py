@@ -63,7 +63,7 @@ class EngineWorker(threading.Thread):
             self.error = error
             self._on_change()
             return
-        programs = engine.compile_programs()
+        programs = engine.compile_programs(with_scores=False)
         self._show(COMPILING)
         while True:
             self.is_busy = bool(self.status)

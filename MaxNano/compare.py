@@ -36,7 +36,7 @@ from MaxNano.reporting import charts, comparison, leaderboard, render
 from MaxNano.reporting.blocks import Curves, Heading, Missing, Report, Table
 from MaxNano.reporting.run_history import Run, read_run
 from MaxNano.storage import files
-from MaxNano.training.config_changes import RESULT_KEYS
+from MaxNano.training.config_changes import result_keys
 
 EXIT_STOPPED = 75  # as train.py exits after SIGTERM: the same command resumes
 TRAIN = Path(__file__).resolve().with_name("train.py")
@@ -88,6 +88,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--leaderboard",
         metavar="FOLDER",
         help="train nothing, write results.md and results.csv of all finished runs in a folder",
+    )
+    parser.add_argument(
+        "--price",
+        type=float,
+        metavar="USD",
+        help="price per chip-hour of --leaderboard; default: that of the chip table",
     )
     return parser
 
@@ -145,7 +151,7 @@ def finished_run(job: Job) -> Run | None:
     )
     if not (run.is_finished and saved and evaluated):
         return None
-    for key in sorted(RESULT_KEYS):
+    for key in sorted(result_keys()):
         # What follows from the data or from another run is not known here.
         if key in run.lines and not {"chat_epochs", "the run"} & {run.lines[key][1]}:
             now = config_schema.format_value(config[key])
@@ -288,15 +294,15 @@ def comparison_folder(config: FrozenConfigDict) -> epath.Path:
     return files.run_directory(config, "comparisons") / config.run_name
 
 
-def write_leaderboard(folder: epath.Path) -> None:
-    """Print and write the results of the finished runs in a folder."""
+def write_leaderboard(folder: epath.Path, price: float | None = None) -> None:
+    """Print and write the results of the finished runs in a folder; price: USD per chip-hour."""
     runs, problems = leaderboard.read_runs(folder)
     if not runs:
         raise ValueError(f"{folder} has no finished run")
-    table = leaderboard.table(runs)
+    table = leaderboard.table(runs, price)
     print_table(f"results of {folder}", table.header, table.rows)
-    write(leaderboard.make_leaderboard(folder.name, runs, problems), folder, "results")
-    files.write_whole(folder / "results.csv", leaderboard.to_csv(runs))
+    write(leaderboard.make_leaderboard(folder.name, runs, problems, price), folder, "results")
+    files.write_whole(folder / "results.csv", leaderboard.to_csv(runs, price))
     print(f"Wrote {folder / 'results.csv'}")
 
 
@@ -306,7 +312,7 @@ def write_leaderboard(folder: epath.Path) -> None:
 def main(config: FrozenConfigDict, words: Sequence[str], options: argparse.Namespace) -> int:
     """Train what is missing, compare; returns the exit status."""
     if options.leaderboard is not None:
-        write_leaderboard(epath.Path(options.leaderboard).expanduser())
+        write_leaderboard(epath.Path(options.leaderboard).expanduser(), options.price)
         return 0
     if options.runs is not None:
         folder = files.run_directory(config)

@@ -2,7 +2,8 @@
 
 A stage is a way to train: its batches, its loss, its validation. Those are in training/stages.py.
 This half gives the row length, the batch size and the values that contradict the stage. A new stage
-is a row here, a row in training/stages.py and a file configs/stages/NAME.yml.
+is a row here, a row in training/stages.py and a file configs/stages/NAME.yml; a new dataset_type
+needs its contents in data/fingerprint.py too.
 """
 
 from collections.abc import Callable, Iterator, Mapping

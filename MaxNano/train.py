@@ -28,7 +28,7 @@ from MaxNano import pyconfig
 from MaxNano.compile.profile import StepProfiler
 from MaxNano.data.loader import merge_states
 from MaxNano.distributed import compile_cache, hardware, runtime
-from MaxNano.distributed.preemption import EXIT_PREEMPTED, Preempted, Preemption
+from MaxNano.distributed.preemption import EXIT_PREEMPTED, Halted, Preempted, Preemption
 from MaxNano.evals.base import EVALS, Eval, is_due, measured_steps, open_evals
 from MaxNano.evals.results import Results
 from MaxNano.tokenization.tokenizer import load_tokenizer
@@ -81,10 +81,10 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
         extra = start_state(run, checkpointer, record)
         start, measured = int(run.state.step), measured_steps(extra)
         record.start(start)
-        run.setup, compiled = compile_train(setup)
-        run.programs = build_programs(run.setup, compiled, tokenizer.token_bytes())
         run.batches = setup.stage.open_batches(run, extra.get("data"))
         cleanup.callback(run.batches.close)
+        run.setup, compiled = compile_train(setup)
+        run.programs = build_programs(run.setup, compiled, tokenizer.token_bytes())
         logger = make_logger(run, start, extra.get("metrics"))
         cleanup.callback(logger.close)
         cleanup.callback(compile_cache.finish)
@@ -115,7 +115,7 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
                 if last:
                     break
 
-                batch = next_batch(run, logger)
+                batch = next_batch(run, logger, preemption, step)
                 profiler.start(step)
                 run.state, metrics = run.programs.train(run.state, batch)
                 if step == start:
@@ -126,14 +126,14 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
                 if arrived:
                     skipped_in_a_row = skipped_in_a_row + 1 if arrived["skipped"] else 0
                 check_finite(run, skipped_in_a_row, step - 1)
-        except (Preempted, NoBatch) as stop:
+        except (Preempted, Halted) as stop:
             # Raised only between steps, or within an evaluation: the state is that of `step`.
             if config.enable_checkpointing and (step > start or isinstance(stop, Preempted)):
                 save(step)
                 checkpointer.wait()
                 logger.message(f"Saved checkpoint at step {step}; the same command resumes the run")
-            if isinstance(stop, NoBatch):
-                raise stop.__cause__ from None
+            if isinstance(stop, Halted):
+                raise stop.error from None
             record.preempt(step, EXIT_PREEMPTED)
             return EXIT_PREEMPTED
         checkpointer.wait()
@@ -141,22 +141,29 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
     return 0
 
 
-class NoBatch(Exception):
-    """The next batch cannot be made, for the reason in __cause__; the state is that of the step."""
+def next_batch(
+    run: RunContext, logger: MetricLogger, preemption: Preemption, step: int
+) -> dict[str, jax.Array]:
+    """The batch of `step`. Raises Halted if it cannot be made, or Preempted while it waits for data.
 
-
-def next_batch(run: RunContext, logger: MetricLogger) -> dict[str, jax.Array]:
-    """The batch of the next step. Raises NoBatch, or Preempted while it waits for data.
-
-    One of several processes cannot save alone: there, the error itself is raised.
+    Of several processes, all raise Halted before the first batch that is missing in one of them.
+    They cannot save if sampling rollouts fails, which they do together: the error itself is raised.
     """
+    is_alone = jax.process_count() == 1
     try:
         with run.at_once(), logger.waiting():  # for data, maybe long
             run.batches.fill()
     except (ValueError, OSError, RuntimeError) as error:
-        if jax.process_count() > 1:
-            raise
-        raise NoBatch from error
+        if is_alone:
+            raise Halted(error) from None
+        raise
+    ready, error = run.batches.shortage() or (None, None)
+    if ready is not None and step + ready >= run.config.steps:
+        ready, error = None, None  # no later batch is needed
+    if not is_alone:
+        preemption.check_batches(step, ready, error)
+    elif ready == 0:
+        raise Halted(error)
     return next(run.batches)
 
 
@@ -244,13 +251,22 @@ def evaluate_if_due(
     step: int,
     record: RunRecord,
 ) -> None:
-    """Measure and log the evaluations that are due at `step` and were not yet measured there."""
+    """Measure and log the evaluations that are due at `step` and were not yet measured there.
+
+    Raises Halted if one fails in all processes.
+    """
     for name, evaluation in evaluations.items():
         if measured.get(name) != step and is_due(evaluation, run.config, step):
             logger.flush()  # a step's time does not include evaluation
             run_id = record.parameters_id(logger.run_id)
             results = Results(run.directory, step, run_id, is_training=True)
-            logger.event(step, evaluation.event, evaluation.measure(results))
+            try:
+                values = evaluation.measure(results)
+            except (ValueError, OSError) as error:  # such as missing data; the parameters are saved
+                if jax.process_count() > 1 and not isinstance(error, runtime.SharedError):
+                    raise
+                raise Halted(error) from None
+            logger.event(step, evaluation.event, values)
             measured[name] = step
 
 

@@ -14,15 +14,11 @@
     resumed --before=FILE [--like=RUN]
                                   checks that the run resumed where it stopped, given FILE, a copy of
                                   metrics.jsonl from then, and that its losses equal those of RUN
-    table --runs=A,B,... [--chips= --price=]
-                                  prints a row per run and writes <base_output_directory>/table.csv
 
 Exit status 0: the check passed; 1: it failed, with one line on stderr that says why; 2: wrong
 arguments. Never imports JAX.
 """
 
-import csv
-import io
 import json
 import math
 import statistics
@@ -37,12 +33,10 @@ import yaml  # noqa: E402
 from etils import epath  # noqa: E402
 from ml_collections import FrozenConfigDict  # noqa: E402
 
-from MaxNano import console, pyconfig, scaling  # noqa: E402
+from MaxNano import console, pyconfig  # noqa: E402
 from MaxNano.storage import files  # noqa: E402
 
 # Scripts call this often: commands import slow modules themselves.
-
-FIRST_TIMED_STEP = 11  # as in MaxNano/training/metrics.py, which imports JAX
 
 
 class CheckFailed(Exception):
@@ -103,6 +97,8 @@ def evaluated_core(folder: epath.Path, step: int) -> float | None:
 
 def median_of(steps: Sequence[dict[str, Any]], key: str) -> float | None:
     """Returns the median of a metric over the steps after warm-up, or None if no step has it."""
+    from MaxNano.training.display import FIRST_TIMED_STEP
+
     values = [row[key] for row in steps[FIRST_TIMED_STEP:] or steps if key in row]
     return statistics.median(values) if values else None
 
@@ -282,63 +278,6 @@ def check_whole(config: FrozenConfigDict) -> list[dict[str, Any]]:
     return rows
 
 
-def print_table(config: FrozenConfigDict, options: dict[str, str]) -> None:
-    header = [
-        "run",
-        "layers",
-        "parameters",
-        "scaling",
-        "tokens",
-        "FLOPs",
-        "bpb",
-        "loss",
-        "MFU",
-        "minutes",
-        "USD",
-    ]
-    cells = [table_row(config, run, options) for run in options["runs"].split(",")]
-    shown = [
-        header,
-        *(
-            [f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in row]
-            for row in cells
-        ),
-    ]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    for row in shown:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([header, *cells])
-    path = epath.Path(config.base_output_directory).expanduser() / "table.csv"
-    files.write_whole(path, out.getvalue())
-    print(f"also in {path}")
-
-
-def table_row(config: FrozenConfigDict, run: str, options: dict[str, str]) -> list[Any]:
-    folder = files.run_directory(config, run)
-    rows = rows_of(folder)
-    steps, bpb = steps_of(rows), bpb_of(rows)
-    run_config = pyconfig.initialize([str(folder / "config.yml")])
-    counts = scaling.parameter_counts(scaling.shape_of(run_config))
-    tokens = run_config.steps * run_config.global_batch_tokens
-    flops = scaling.flops_per_token(scaling.shape_of(run_config), pyconfig.windows_of(run_config))
-    seconds = steps[-1]["elapsed_seconds"]
-    mfu, dollars = median_of(steps, "mfu"), price_of(seconds, options)
-    return [
-        run,
-        run_config.num_decoder_layers,
-        float(counts.total),
-        float(counts.scaling),
-        float(tokens),
-        float(flops * tokens),
-        bpb[-1] if bpb else "",
-        steps[-1]["smoothed_loss"],
-        "" if mfu is None else mfu,
-        seconds / 60,
-        "" if dollars is None else dollars,
-    ]
-
-
 COMMANDS: dict[str, Callable[[FrozenConfigDict, dict[str, str]], None]] = {
     "text": check_text,
     "core": check_core,
@@ -350,7 +289,6 @@ COMMANDS: dict[str, Callable[[FrozenConfigDict, dict[str, str]], None]] = {
     "summary": print_summary,
     "smoke": check_smoke,
     "resumed": check_resumed,
-    "table": print_table,
 }
 
 

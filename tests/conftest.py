@@ -12,10 +12,13 @@ import pytest
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # libtpu is installed to compile with; programs run on the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The tests compile for minutes and run for seconds. Programs that tests start inherit these flags.
+# The tests compile for minutes and run for seconds, so LLVM does little, and fusions are emitted
+# without MLIR, whose passes take three quarters of the time at this level. Programs that tests start
+# inherit these flags.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
 )
 # The compilation cache of the programs that tests start, shared by all workers of one session.
 os.environ.setdefault("MAXNANO_TEST_CACHE", tempfile.mkdtemp(prefix="maxnano_test_cache_"))

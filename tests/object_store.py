@@ -684,7 +684,7 @@ class Fault:
         """How many requests have met it."""
         return self._store.call("hits", number=self._number)
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=200):
         """Returns when a request has met it."""
         end = time.monotonic() + timeout
         while not self.hits:

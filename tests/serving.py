@@ -15,7 +15,7 @@ from MaxNano.serving.app import make_app
 from MaxNano.serving.http_server import bind, make_server
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=100):
     """Wait until the condition holds; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -55,7 +55,7 @@ class Server:
 
     def request(self, method, path, body=None, headers=None, raw=None):
         """(status, headers, body) of one request; a body is sent as JSON, `raw` as it is."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=200)
         headers = {"Content-Type": "application/json", **(headers or {})}
         if self.key:
             headers.setdefault("Authorization", f"Bearer {self.key}")
@@ -90,7 +90,7 @@ class Server:
 
     def connection(self, rest: bytes) -> socket.socket:
         """A connection with the beginning of a chat request."""
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=200)
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(head.encode() + rest)
         return connection

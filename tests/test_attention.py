@@ -176,9 +176,12 @@ def test_auto_picks_a_kernel_that_runs_on_the_device():
 @pytest.mark.parametrize(
     "values, problem",
     [
-        ({"dtype": "float32"}, "computes in 16 bits, not in dtype=float32"),
+        ({"dtype": "float32"}, "supports bfloat16 and float16, not dtype=float32"),
         ({"capability": "7.5"}, "this Some chip has 7.5"),  # a T4
-        ({"capability": "gfx942"}, "this is a Some chip"),  # AMD's name for an architecture
+        (
+            {"capability": "gfx942"},
+            "but the device is a Some chip",
+        ),  # AMD's name for an architecture
         ({"capability": "8.9", "head_dim": 256}, "up to 128 here, not 256"),
         ({"head_dim": 12}, "multiple of 8 up to 256 here, not 12"),
     ],
@@ -215,7 +218,7 @@ def test_a_kernel_is_a_function_and_a_row(monkeypatch):
 
     monkeypatch.setitem(attention.KERNELS, "mean", attention.Kernel(mean_of_values, ("cpu",)))
     assert resolve("mean", "cpu") == "mean"
-    with pytest.raises(ValueError, match="attention=mean is a CPU kernel, this is gpu"):
+    with pytest.raises(ValueError, match="attention=mean is a CPU kernel, but the backend is gpu"):
         resolve("mean", "gpu")
     q, k, v = inputs(8, 2, 2)
     expected = np.broadcast_to(v.mean(2, keepdims=True), q.shape)

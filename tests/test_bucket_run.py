@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import object_store
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ports import free_port
 
 ROOT = Path(__file__).parents[1]
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix strange and bright potions".split()
@@ -79,7 +79,7 @@ class Place:
 
     def finish(self, process, status=0):
         """Its output; a failure is one line."""
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=280)
         err = "".join(line for line in err.splitlines(True) if "GOOGLE_AUTH_TOKEN" not in line)
         assert process.returncode == status, out + err
         return out + err
@@ -114,6 +114,7 @@ def place():
         yield place
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_and_stopped_in_the_middle_of_uploads_it_goes_on_bit_for_bit_and_can_be_used(place):
     store = place.store
@@ -123,7 +124,7 @@ def test_killed_and_stopped_in_the_middle_of_uploads_it_goes_on_bit_for_bit_and_
     # kill -9 while the arrays of step 4 are half uploaded
     fault = store.fail("hang", "write", r"runs/broken/checkpoints/4/state/ocdbt.process_0/d/")
     process = place.start("MaxNano/train.py", "broken")
-    fault.wait(120)
+    fault.wait()
     process.send_signal(signal.SIGKILL)
     process.communicate()
     store.mend()
@@ -134,7 +135,7 @@ def test_killed_and_stopped_in_the_middle_of_uploads_it_goes_on_bit_for_bit_and_
     store.slow(latency_seconds=0.02, writes_per_second=1)
     fault = store.fail("hang", "write", r"runs/broken/checkpoints/4/MANIFEST")
     process = place.start("MaxNano/train.py", "broken")
-    fault.wait(120)
+    fault.wait()
     assert place.steps("broken") == ({2, 4}, {2})
     process.send_signal(signal.SIGTERM)
     store.mend()
@@ -195,9 +196,11 @@ def test_two_processes_share_a_run_in_the_bucket(place):
     """
 
     def start():
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
-        more = [f"coordinator_address={address}", "num_processes=2", "dcn_data_parallelism=2"]
+        more = [
+            f"coordinator_address=127.0.0.1:{free_port()}",
+            "num_processes=2",
+            "dcn_data_parallelism=2",
+        ]
         return [
             place.start("MaxNano/train.py", "two", *more, f"process_id={index}")
             for index in range(2)
@@ -206,7 +209,7 @@ def test_two_processes_share_a_run_in_the_bucket(place):
     fault = place.store.fail("hang", "write", r"runs/two/checkpoints/2/MANIFEST")
     processes = start()
     try:
-        fault.wait(120)
+        fault.wait()
         for process in processes:
             process.send_signal(signal.SIGTERM)
         place.store.mend()

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 
 TINY = (
     "model=d2 emb_dim=32 head_dim=16 num_query_heads=2 max_target_length=32 vocab_size=300"
-    " global_batch_tokens=256 steps=4 num_cpu_devices=1 jax_cache_dir= dataset_type=synthetic"
+    " global_batch_tokens=256 steps=4 num_cpu_devices=1 dataset_type=synthetic"
+    f" jax_cache_dir={os.environ['MAXNANO_TEST_CACHE']}"
 ).split()
 HELPERS = f"""
 import numpy as np
@@ -55,9 +56,7 @@ class Copy:
         self.folder = folder
         self.touched = set()
         for name in ("MaxNano", "configs"):
-            shutil.copytree(
-                ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
-            )
+            shutil.copytree(ROOT / name, folder / name)  # with the modules as bytecode
 
     def write(self, path, text):
         """Adds a file."""

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import test_end_to_end as scripts
 import yaml
+from ports import free_port
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "end_to_end/cloud").glob("*.yaml"))
@@ -122,7 +122,7 @@ def test_the_cpu_task_stops_with_75_and_the_next_machine_resumes(settings, place
     first = start(task, settings, **more)
     scripts.wait_for_step(folder, 5, first)
     os.killpg(first.pid, signal.SIGTERM)  # as `sky` and the init of a machine that shuts down do
-    out, _ = first.communicate(timeout=120)
+    out, _ = first.communicate(timeout=250)
     assert first.returncode == 75, out
     assert len(scripts.steps_of(folder)) < steps
 
@@ -137,10 +137,7 @@ def start_slice(task, settings, **more):
     """The task on both hosts of a slice of two, here two processes of JAX on the CPU; the second
     one first.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    more |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    more |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     second = start(task, settings, JAX_PROCESS_ID="1", SKYPILOT_NODE_RANK="1", **more)
     line = ""
     while "training" not in line and "waiting for the tokenizer" not in line:
@@ -161,7 +158,7 @@ def test_a_slice_trains_one_run_stops_as_one_and_resumes(settings, place):
     scripts.wait_for_step(folder, 5, hosts[0])
     for host in hosts:
         os.killpg(host.pid, signal.SIGTERM)
-    said = [host.communicate(timeout=120)[0] for host in hosts]
+    said = [host.communicate(timeout=250)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [75, 75], said
     assert ["Training a tokenizer" in out for out in said] == [True, False]
 

@@ -201,11 +201,17 @@ def test_the_leaderboard_has_a_row_per_finished_run(runs, tmp_path, capsys):
     assert rows[0]["commit"] == "0123456789abcdef" and "TPU v6 lite" in rows[0]["hardware"]
     assert float(rows[1]["seconds"]) == 75
     assert float(rows[1]["usd"]) == pytest.approx(8 * 75 / 3600 * 0.540137)
+    assert float(rows[1]["flops"]) > 0 and float(rows[1]["loss"]) > 0 and rows[1]["layers"]
     by_name = {row["run"]: row for row in rows}
     assert by_name["on_a_cpu"]["usd"] == "" and by_name["on_a_cpu"]["bpb"] == ""
     text = (folder / "results.md").read_text()
     assert "begun is not finished: 12 of 30 steps" in text and "| scored |" in text
     assert "scored" in capsys.readouterr().out
+    assert command_in_process([BASE, "--leaderboard", str(folder), "--price=2"]) == 0
+    by_name = {row["run"]: row for row in csv.DictReader((folder / "results.csv").open())}
+    assert float(by_name["lr0.03_s1"]["usd"]) == pytest.approx(8 * 75 / 3600 * 2)
+    assert float(by_name["on_a_cpu"]["usd"]) == pytest.approx(2 * 75 / 3600 * 2)
+    assert "2 USD/h" in (folder / "results.md").read_text()
     with pytest.raises(ValueError, match="no finished run"):
         compare.write_leaderboard(epath.Path(tmp_path / "nothing"))
 
@@ -223,7 +229,14 @@ def test_an_unreadable_run_is_a_line_of_the_leaderboard(tmp_path):
 
 
 def options_of(*arms, **values):
-    made = {"arm": list(arms), "seeds": 2, "devices": None, "runs": None, "leaderboard": None}
+    made = {
+        "arm": list(arms),
+        "seeds": 2,
+        "devices": None,
+        "runs": None,
+        "leaderboard": None,
+        "price": None,
+    }
     return argparse.Namespace(**made | values)
 
 
@@ -490,11 +503,19 @@ def command_in_process(arguments):
 def test_stopped_again_and_again_a_comparison_has_the_same_numbers(folder):
     arms = ["--arm", "", "--arm", "matrix_lr=0.2", "--seeds", "2"]
     run(*command_of(folder, "run_name=whole", *arms))
-    for number, seconds in ((signal.SIGTERM, 8), (signal.SIGINT, 14), (signal.SIGTERM, 20)):
+    # In the first three runs of four, or in the start of the one after each.
+    for number, name in (
+        (signal.SIGTERM, "unchanged_s42"),
+        (signal.SIGINT, "matrix-lr-0.2_s42"),
+        (signal.SIGTERM, "unchanged_s43"),
+    ):
         process = subprocess.Popen(command_of(folder, "run_name=stopped", *arms))
-        time.sleep(seconds)
+        path = folder / f"runs/stopped_{name}/metrics.jsonl"
+        while not (path.exists() and '"step": 5,' in path.read_text()):
+            assert process.poll() is None
+            time.sleep(0.02)
         process.send_signal(number)
-        assert process.wait(timeout=120) == 75
+        assert process.wait(timeout=250) == 75
     run(*command_of(folder, "run_name=stopped", *arms))
     for arm in ("unchanged", "matrix-lr-0.2"):
         for seed in (42, 43):

@@ -111,7 +111,7 @@ def test_a_store_that_cannot_be_read_costs_one_time_limit_and_one_warning(
     began = time.monotonic()
     other = programs_of_another_machine()
     assert [get(other, "a-cache") for _ in range(50)] == [None] * 50
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20  # a time limit for each would take 25 s
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(
         f"warning: cannot read compiled programs from {FOLDER}, compiling them again: "
@@ -130,10 +130,10 @@ def test_a_store_that_cannot_be_written_costs_one_warning_and_is_tried_again(
     programs.write("a-cache", b"a")
     programs.write("b-cache", b"b")
     programs.finish()  # does not wait for a store that fails
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert get(programs, "a-cache") == b"a"
     store.mend()
-    while len(store.objects()) < 2 and time.monotonic() - began < 60:
+    while len(store.objects()) < 2 and time.monotonic() - began < 120:
         time.sleep(0.01)
     assert get(programs_of_another_machine(), "b-cache") == b"b"
     (line,) = capfd.readouterr().err.splitlines()
@@ -190,7 +190,7 @@ def test_jax_compiles_where_the_store_hangs(store, tmp_path):
     limits = {"LIST_TIMEOUT_SECONDS": 0.5, "WRITE_TIMEOUT_SECONDS": 0.5}
     (_, misses, result), err = compile_on_a_machine(store, tmp_path / "machine", **limits)
     assert misses > 0 and result == 64.0
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 200
     assert err.count("compiled programs") == 2 and "Traceback" not in err
 
 

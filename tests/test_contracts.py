@@ -25,7 +25,7 @@ def run_python(*arguments, cwd=ROOT):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
         check=False,
     )
 

@@ -1,6 +1,7 @@
 """The scripts of end_to_end, run for real: on the CPU, a tiny model, a stand-in gcloud."""
 
 import contextlib
+import csv
 import functools
 import hashlib
 import http.server
@@ -105,7 +106,7 @@ def power_off(process):
 def run(script, settings, *arguments, status=0, **more):
     """What the script prints on both streams."""
     process = start(script, settings, *arguments, **more)
-    out, _ = process.communicate(timeout=280)
+    out, _ = process.communicate(timeout=800)
     assert process.returncode == status, out
     return out
 
@@ -360,19 +361,23 @@ def tuning_words(folder):
 
 
 @pytest.mark.slow
-def test_speedrun_downloads_its_text_and_goes_all_the_way(settings, place, hub, tmp_path):
+@pytest.mark.parametrize("is_repeated", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_speedrun_downloads_its_text_and_goes_all_the_way(
+    settings, place, hub, tmp_path, is_repeated
+):
     """The whole of d24_speedrun.sh; started again it asks the hub for nothing and does nothing
     twice.
     """
+    run_name = f"downloaded{is_repeated:d}"
     extra = f"{settings['EXTRA']} hub_url={hub} core_bundle_url={hub}/core.zip core_max_per_task=2 sample_tokens=2"
     more = {
         "DATASET_PATH": "",
         "DATASET_NAME": "us/text",
         "DOWNLOAD_SHARDS": "2",
-        "DOWNLOAD_PATH": f"{place}/downloads",
+        "DOWNLOAD_PATH": f"{tmp_path}/downloads",
         "CORE_BUNDLE": "",
-        "TOKENIZER_PATH": f"{place}/another tokenizer",
-        "RUN_NAME": "downloaded",
+        "TOKENIZER_PATH": f"{tmp_path}/another tokenizer",
+        "RUN_NAME": run_name,
         "CHAT_DATA": str(tmp_path),
         "RL": "1",
         "SFT_EXTRA": tuning_words(tmp_path),
@@ -392,17 +397,17 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(settings, place, hub, 
         "result",
     ]
     assert "3 of 3 files" in out
-    found = json.loads((place / f"runs/downloaded/evals/step_{STEPS:06}.json").read_text())["evals"]
+    found = json.loads((place / f"runs/{run_name}/evals/step_{STEPS:06}.json").read_text())["evals"]
     assert {"bpb train", "bpb validation", "core", "core copa", "core winograd", "samples"} == set(
         found
     )
     assert f"CORE           {found['core']['values']['core']:.4f}" in out.splitlines()
     for stage, start in (
-        ("sft", f"{STEPS} of {place}/runs/downloaded"),
-        ("rl", f"4 of {place}/runs/downloaded_sft"),
+        ("sft", f"{STEPS} of {place}/runs/{run_name}"),
+        ("rl", f"4 of {place}/runs/{run_name}_sft"),
     ):
         assert f"Starting from step {start}\n" in out
-        folder = place / f"runs/downloaded_{stage}"
+        folder = place / f"runs/{run_name}_{stage}"
         steps = steps_of(folder)
         assert (
             steps == list(range(len(steps)))
@@ -411,7 +416,9 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(settings, place, hub, 
         asked = json.loads((folder / f"evals/step_{len(steps):06}.json").read_text())["evals"]
         assert asked["chat SimpleSpelling/test"]["values"]["problems"] == 2
     assert "2 answers to each of 2 problems of SimpleSpelling/train" in out
-    assert f"Wrote {place}/runs/downloaded_rl/report.html" in out
+    assert f"Wrote {place}/runs/{run_name}_rl/report.html" in out
+    if not is_repeated:
+        return
 
     # The last line is a command that chats with the last run, by its name alone.
     assert (
@@ -433,9 +440,9 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(settings, place, hub, 
     )
     assert again.count("is finished") == 2 and "loss" not in again
 
-    shutil.rmtree(place / "runs/downloaded_rl")
+    shutil.rmtree(place / f"runs/{run_name}_rl")
     out = run("tpu/d24_speedrun.sh", {**settings, **more}, STAGES="report")
-    assert f"Wrote {place}/runs/downloaded_sft/report.html" in out, "of the last run that there is"
+    assert f"Wrote {place}/runs/{run_name}_sft/report.html" in out, "of the last run that there is"
 
 
 @pytest.mark.slow
@@ -481,16 +488,13 @@ def test_smoke_then_resume_after_preemption(settings, place):
 def test_miniseries_ends_with_a_table(settings, place):
     more = {"DEPTHS": "1 2", "RATIO": "0.2", "NUM_ITERATIONS": ""}
     out = run("tpu/miniseries.sh", settings, **more)
-    table = [line.split() for line in out[out.rindex("====") :].splitlines()[1:4]]
-    assert table[0][:2] == ["run", "layers"] and [row[:2] for row in table[1:]] == [
-        ["d1", "1"],
-        ["d2", "2"],
-    ]
-    lines = (place / "runs/miniseries/table.csv").read_text().splitlines()
-    rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
-    for row in rows:
+    assert "results of " in out[out.rindex("====") :]
+    with (place / "runs/miniseries/results.csv").open() as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert {name: row["layers"] for name, row in rows.items()} == {"d1": "1", "d2": "2"}
+    for row in rows.values():
         assert float(row["tokens"]) / float(row["scaling"]) == pytest.approx(0.2, rel=0.05)
-        assert float(row["USD"]) > 0 and float(row["loss"]) < 6
+        assert float(row["usd"]) > 0 and float(row["flops"]) > 0 and float(row["loss"]) < 6
 
 
 # ---- Renting
@@ -524,7 +528,8 @@ class Cloud:
         self.settings["ZONES"] = " ".join(zones)
 
     def calls(self, command):
-        lines = (self.folder / "calls.jsonl").read_text().splitlines()
+        text = (self.folder / "calls.jsonl").read_text()
+        lines = text[: text.rindex("\n") + 1].splitlines()  # the last one may be half written
         return [call for call in map(json.loads, lines) if call["command"].endswith(command)]
 
     def left(self):
@@ -1009,7 +1014,7 @@ def test_stopped_it_saves_and_leaves_nothing_running(training, number):
     process = start("tpu/launch.sh", training.settings)
     training_began(training, process)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=250)
     assert process.returncode == 128 + number, out
     assert training.left() == []
     assert "machines: 1," in out
@@ -1024,7 +1029,7 @@ def test_after_its_hours_the_machine_saves_and_deletes_itself(training):
     watched = training_began(training, process)
     wait_until((watched / "until").exists)
     power_off(process)
-    assert 3 * 3600 - 100 < int((watched / "until").read_text()) - time.time() < 3 * 3600 + 61
+    assert 3 * 3600 - 280 < int((watched / "until").read_text()) - time.time() < 3 * 3600 + 61
     time.sleep(1)
     assert training.left() == ["us-east5-a/maxnano-d24"]
     (watched / "until").write_text(str(int(time.time())))
@@ -1058,7 +1063,7 @@ def test_a_machine_that_trains_on_alone_ends_when_its_job_has(training):
     assert last_words(training) == "0 no job runs, and launch.sh has not checked for 600 s\n"
 
     process.send_signal(signal.SIGCONT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=250)
     assert process.returncode == 0, out
     assert "the machine deleted itself: no job runs" in out and "machines: 1," in out
     assert len(training.calls("create")) == 1, "what is done is not done once more"
@@ -1072,7 +1077,7 @@ def test_killed_launch_finds_its_machine_again(training):
     process = start("tpu/launch.sh", training.settings)
     wait_until(lambda: len(training.calls("ssh")) > 6, process)
     (training.folder / "finish").touch()
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=250)
     assert process.returncode == 0, out
     assert "maxnano-d24 already exists in us-east5-a" in out and "copying MaxNano" not in out
     assert "training\n" in out, "the log from its beginning"
@@ -1122,7 +1127,7 @@ def test_without_a_network_it_waits_and_the_machine_trains_on(training):
     wait_until(lambda: len(calls.read_text().splitlines()) > before + 6, process)
     (training.folder / "finish").touch()
     training.play({"us-east5-a": [ACTIVE]})
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=250)
     assert process.returncode == 0, out
     assert (
         out.count("gcloud cannot reach the machine, retrying: ERROR: (gcloud) There was a problem")

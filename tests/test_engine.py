@@ -616,7 +616,7 @@ def test_slots_and_heads_over_several_devices(served):
     """Two data-parallel shards of two tensor-parallel devices, with a prefix cache."""
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path]),
     }
     result = subprocess.run(

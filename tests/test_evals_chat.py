@@ -162,7 +162,7 @@ def test_chatcore_is_the_mean_of_its_five_tasks_centered_on_guessing():
 
 
 def test_what_cannot_be_asked_is_one_line(folder):  # noqa: F811
-    with pytest.raises(ValueError, match="SmolTalk/train is only trained on"):
+    with pytest.raises(ValueError, match="SmolTalk/train is for training only"):
         problems_of(folder, "SmolTalk/train")
     tasks.TASKS["none"] = lambda config, argument: ListTask([])
     try:

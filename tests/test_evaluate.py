@@ -21,6 +21,7 @@ from MaxNano import evaluate, pyconfig, train
 from MaxNano.data import loader
 from MaxNano.distributed.preemption import EXIT_PREEMPTED, Preempted
 from MaxNano.evals import core
+from MaxNano.evals.bpb import BpbEval
 from MaxNano.evals.results import Results
 from MaxNano.inference import prefix_scoring
 from MaxNano.tokenization.tokenizer import load_tokenizer
@@ -289,6 +290,29 @@ def test_a_damaged_file_of_results_is_written_anew(tmp_path, capsys):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_other_data_than_at_the_step_before_are_told_once(tmp_path, capsys):
+    """A CORE bundle or chat data that were replaced during a run: the curve has a break."""
+    tasks = {"core copa": "a", "core winograd": "b"}
+
+    def measure(step, digests, is_training=True, **settings):
+        results = Results(tmp_path, step, "run", is_training=is_training)
+        for name, digest in digests.items():
+            results.put(name, {"task": digest, "shots": (1, 2), **settings}, {"centered": 0.5})
+        return capsys.readouterr().err
+
+    assert measure(90, tasks) == measure(100, tasks) == measure(200, tasks) == ""
+    other = {"core copa": "c", "core winograd": "d"}
+    assert measure(300, other, is_training=False) == ""
+    (tmp_path / "evals/step_000300.json").unlink()
+    (line,) = measure(300, other).splitlines()
+    assert "core copa is measured on other data" in line and "step_000200.json: task chang" in line
+    assert measure(400, other) == ""
+    assert ": max_per_task changed;" in measure(1_000_000, other, max_per_task=3)
+    assert "step_1000000.json: task changed;" in measure(1_000_001, tasks, max_per_task=3)
+    (tmp_path / "evals/step_1000001.json").write_text("{")
+    assert measure(1_000_002, other) == ""
+
+
 def test_validation_rows_are_packed_once_and_kept():
     rows = np.random.default_rng(0).integers(0, 300, (3, 2, 9))
     rows[0, 1, 4:] = ~rows[0, 1, 4:]  # not to be predicted
@@ -373,3 +397,33 @@ def test_core_while_training(place, monkeypatch, capsys):
     assert run(place, "evals=core", "run_name=trained") == 0
     assert len(answered) == len(TASKS), "nothing is done again"
     assert "3 of 3 CORE tasks are already done" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_fails_while_training_leaves_a_saved_run(place, monkeypatch, capsys):
+    """Held-out data or questions that are gone after hours."""
+    changed = (
+        "run_name=failing",
+        "steps=3",
+        "num_decoder_layers=1",
+        "eval_interval=2",
+        "sample_interval=0",
+        "checkpoint_interval_steps=0",
+        "tensorboard=false",
+    )
+    config = pyconfig.initialize([BASE, *words(place), *SHAPE, *changed])
+    measure, setup = BpbEval.measure, set_up(config)
+
+    def fail(evaluation, results):
+        if int(evaluation._run.state.step) == 2:
+            raise ValueError("held_out.parquet is gone")
+        return measure(evaluation, results)
+
+    monkeypatch.setattr(BpbEval, "measure", fail)
+    with jax.set_mesh(setup.mesh), pytest.raises(ValueError, match="held_out.parquet is gone"):
+        train.train(setup, Preemption(lambda: False))
+    folder = place / "runs/failing"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["2"]
+    assert "Saved checkpoint at step 2; the same command resumes" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "event" not in row] == [0, 1]
+    assert [row["step"] for row in rows if row.get("event") == "validation"] == [0]

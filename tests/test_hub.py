@@ -191,13 +191,13 @@ def library(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home/token"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home/hub"))
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.25)
-    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.25)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.5)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     impatient = types.SimpleNamespace(sleep=lambda seconds: None, time=time.time)
     monkeypatch.setattr(_http, "time", impatient)
     monkeypatch.setattr(file_download, "time", impatient)
-    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.25)
+    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.5)
     monkeypatch.setattr(hub, "ATTEMPTS", 3)
     monkeypatch.setattr(hub, "FIRST_WAIT_SECONDS", 0.002)
     yield
@@ -618,7 +618,7 @@ def test_a_list_of_files_that_never_arrives_times_out(server, tmp_path):
     begin = time.monotonic()
     with pytest.raises(ValueError, match="could not download the data set.*timed out"):
         get(server, tmp_path)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 100
 
 
 # ---- Access -------------------------------------------------------------------------------------
@@ -801,9 +801,9 @@ def test_the_program_resumes_after_any_end(server, tmp_path):
         server.scripted = min(SHARDS.keys() - set(visible(folder) if folder.exists() else ()))
         server.script = iter([hang])
         with start(server, tmp_path) as process:
-            assert hanging.wait(60), process.communicate(timeout=30)
+            assert hanging.wait(200), process.communicate(timeout=30)
             process.send_signal(number)
-            _, stderr = process.communicate(timeout=30)
+            _, stderr = process.communicate(timeout=200)
         assert process.returncode == expected, stderr
         assert "Traceback" not in stderr
         assert server.scripted not in visible(folder)
@@ -811,7 +811,7 @@ def test_the_program_resumes_after_any_end(server, tmp_path):
     complete = {name for name in visible(folder) if name.endswith(".parquet")}
     server.requests.clear()
     with start(server, tmp_path) as process:
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stderr
     assert "6 of 6 files" in stdout and f"Downloaded {folder}" in stdout
     for name, content in SHARDS.items():

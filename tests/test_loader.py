@@ -528,7 +528,7 @@ def test_a_killed_worker_is_one_clear_error(shards):
         next(batches)
         (worker,) = multiprocessing.active_children()
         os.kill(worker.pid, signal.SIGKILL)
-        with pytest.raises(RuntimeError, match=r"a data worker died \(exit code -9\)"):
+        with pytest.raises(ValueError, match=r"a data worker died \(exit code -9\)"):
             take(batches, 200)
 
 
@@ -594,7 +594,7 @@ def is_running(pid):
 
 
 def wait_for_end(pid):
-    for _ in range(200):
+    for _ in range(2000):
         if not is_running(pid):
             return
         time.sleep(0.05)
@@ -618,7 +618,7 @@ def test_a_trainer_that_forgets_to_close_still_ends(tmp_path):
     process, worker = start_parent(tmp_path, "leave")
     with process:
         try:
-            assert process.wait(timeout=30) == 0
+            assert process.wait(timeout=200) == 0
         finally:
             process.kill()
     wait_for_end(worker)
@@ -635,3 +635,37 @@ def test_device_prefetch_hands_out_global_arrays_with_their_own_state(shards, ex
     batches.close()
     with open_loader(make_config(shards), state=state) as again:
         np.testing.assert_array_equal(take(again, 5), expected[3:8])
+
+
+class BreakingLoader:
+    """Three batches, then an error; `snapshot` counts them."""
+
+    snapshot = 0
+
+    def __next__(self):
+        if self.snapshot == 3:
+            raise ValueError("damaged")
+        self.snapshot += 1
+        return {"inputs": np.full((1, 1), self.snapshot)}
+
+    def state(self, snapshot):
+        return snapshot
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_device_prefetch_hands_out_the_batches_before_an_error(size):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    batches = loader.DevicePrefetch(BreakingLoader(), sharding, size)
+    known = []
+    for number in (1, 2, 3):
+        batches.fill()
+        shortage = batches.shortage()
+        known.append(shortage and shortage.ready)
+        assert np.asarray(next(batches)["inputs"]) == number
+        assert batches.state() == number
+    assert known == ([None, None, 1] if size == 1 else [3, 2, 1])
+    batches.fill()
+    assert batches.shortage().ready == 0 and str(batches.shortage().error) == "damaged"
+    with pytest.raises(ValueError, match="damaged"):
+        next(batches)
+    assert batches.state() == 3

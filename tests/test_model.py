@@ -137,7 +137,7 @@ LAYOUTS = {
 }
 
 
-IN_SHORT = ("a tail of 2", "grouped heads", "nothing extra")  # the others are behind -m long
+IN_SHORT = ("a tail of 2", "nothing extra")  # the others are behind -m long
 
 
 def test_layers_are_unrolled_on_a_gpu_unless_the_config_says_otherwise():

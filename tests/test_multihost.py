@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -15,6 +14,7 @@ import object_store
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ports import free_port
 
 from MaxNano.tokenization.bpe import train_bpe
 
@@ -85,12 +85,6 @@ def clean(**env):
     return {**kept, "JAX_PLATFORMS": "cpu", **env}
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 STARTED = []
 
 
@@ -117,18 +111,21 @@ def start_python(*words, **env):
     return process
 
 
-def start(words, **env):
+def start(words, pause=None, **env):
+    """train.py, with a pause of so many seconds before each step if a test interrupts it."""
+    if pause is not None:
+        return start_python(str(ROOT / "tests/slow_train.py"), str(pause), *words, **env)
     return start_python(str(ROOT / "MaxNano/train.py"), *words, **env)
 
 
-def start_two(words, by="keys"):
+def start_two(words, by="keys", pause=None):
     """The same command twice, told by `by` who they are."""
     address = f"127.0.0.1:{free_port()}"
     if by == "keys":
         keys = [*words, f"coordinator_address={address}", "num_processes=2"]
-        return [start([*keys, f"process_id={index}"]) for index in range(2)]
+        return [start([*keys, f"process_id={index}"], pause) for index in range(2)]
     env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    return [start(words, **env, JAX_PROCESS_ID=str(index)) for index in range(2)]
+    return [start(words, pause, **env, JAX_PROCESS_ID=str(index)) for index in range(2)]
 
 
 def finish(processes, status=0):
@@ -191,8 +188,9 @@ def copy_of_first_checkpoint(place, run_name, copy):
         shutil.rmtree(place / "runs" / copy / "checkpoints" / str(step))
 
 
-def test_two_processes_told_by_keys_give_the_losses_of_one(place, one):
-    (out, _), (other_out, _) = finish(start_two(words_of(place, "two", *TWO)))
+@pytest.mark.long
+def test_two_processes_told_by_the_environment_give_the_losses_of_one(place, one):
+    (out, _), (other_out, _) = finish(start_two(words_of(place, "two", *TWO), by="environment"))
     assert_same_losses(place, "two")
     assert f"step  {STEPS - 1}/{STEPS}" in out and "4 x cpu, data 4" in out
     assert "loss" not in other_out, "only process 0 speaks"
@@ -217,16 +215,48 @@ def test_two_processes_go_on_where_one_stopped(place, one):
 
 def test_asked_to_stop_both_save_one_step_and_one_process_goes_on(place, one):
     words = words_of(place, "stopped", "checkpoint_interval_steps=0")
-    processes = start_two([*words, *TWO], by="environment")
+    # JAX looks for the signal once a second.
+    processes = start_two([*words, *TWO], pause=1)
     wait_for_step(place, "stopped", 1, processes)
     for process in processes:
         process.send_signal(signal.SIGTERM)
-    (out, _), _ = finish(processes, status=75)
+    (out, _), (other_out, _) = finish(processes, status=75)
+    assert "4 x cpu, data 4" in out and "loss" not in other_out, "only process 0 speaks"
     (step,) = steps_saved(place, "stopped")
     assert 1 < step < STEPS and f"Saved checkpoint at step {step}" in out
     out, _ = finish([start([*words, *ONE])])[0]
     assert f"from step {step}" in out
     assert_same_losses(place, "stopped")
+
+
+@pytest.mark.long  # a minute; tests/test_runtime.py has the agreement of the processes
+def test_data_that_fail_in_one_process_stop_both_with_one_checkpoint(place, one):
+    """A part that only the readers of process 1 come to: the run ended unsaved."""
+    (place / "damaged").mkdir()
+    for shard in sorted((place / "text").iterdir()):
+        options = {"row_group_size": 10, "write_page_checksum": True, "use_dictionary": False}
+        pq.write_table(pq.read_table(shard), place / "damaged" / shard.name, **options)
+    path = place / "damaged/shard_0.parquet"
+    column = pq.ParquetFile(path).metadata.row_group(9).column(0)
+    content = bytearray(path.read_bytes())
+    content[column.data_page_offset + column.total_compressed_size - 3] ^= 0xFF
+    path.write_bytes(content)
+    values = ("checkpoint_interval_steps=0", "packing_buffer_documents=5", "steps=20")
+    words = words_of(place, "damaged", f"dataset_path={place}/damaged", *values)
+    (out, err), (_, other_err) = finish(start_two([*words, *TWO]), status=2)
+    (step,) = steps_saved(place, "damaged")
+    assert 1 < step < 20 and f"Saved checkpoint at step {step}; the same command resumes" in out
+    for text, start_of_line in ((err, "error: process 1: "), (other_err, "error: ")):
+        (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert line.startswith(start_of_line + str(path)) and "Traceback" not in text
+        assert "row group 9: cannot be read" in line and "skip_corrupt_data=true" in line
+    before = losses_of(place, "damaged")
+    assert [row[0] for row in before] == list(range(step))
+
+    (out, _), _ = finish(start_two([*words, "skip_corrupt_data=true", *TWO]))
+    assert f"from step {step}" in out
+    rows = losses_of(place, "damaged")
+    assert rows[:step] == before and [row[0] for row in rows] == list(range(20))
 
 
 IN_EACH_PROCESS = """

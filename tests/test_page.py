@@ -107,7 +107,7 @@ def test_stop_keeps_what_came_and_frees_the_slot(browser):
             assert server.engine.running == 1
             stop()
             page.locator(".stats").get_by_text("stopped").last.wait_for()
-            wait_until(lambda: server.engine.running == 0, seconds=1)
+            wait_until(lambda: server.engine.running == 0)
         assert page.locator(REPLY).count() == 2
 
 

@@ -656,7 +656,7 @@ def run_report(*arguments, before=""):
     code += "runpy.run_path('MaxNano/report.py', run_name='__main__')"
     command = [sys.executable, "-c", code] if before else [sys.executable, "MaxNano/report.py"]
     return subprocess.run(
-        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=250, check=False
     )
 
 

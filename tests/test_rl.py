@@ -195,7 +195,7 @@ def test_a_task_without_a_reward_is_refused_in_a_line(tmp_path):
     path.write_text(json.dumps(talk) + "\n")
     config = pyconfig.initialize(["configs/base.yml", f"rl_task=json:{path}"])
     with pytest.raises(
-        ValueError, match="talk.jsonl is only trained on; choose a task that judges"
+        ValueError, match="talk.jsonl is for training only; choose a task that grades"
     ):
         rollouts.open_task(config)
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import re
 import signal
 import socket
@@ -9,16 +10,19 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
+from ports import free_port
 
 from MaxNano import pyconfig
 from MaxNano.distributed import hardware, preemption, runtime
-from MaxNano.distributed.preemption import Preemption
+from MaxNano.distributed.preemption import Halted, HaltNotice, Preemption
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -227,8 +231,7 @@ def test_a_tpu_machine_is_asked_for_its_neighbors(environment, attributes, expec
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_processes_that_do_not_find_each_other_say_what_to_check(index):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     code = f"""
         from MaxNano import pyconfig
         from MaxNano.distributed import runtime
@@ -502,3 +505,143 @@ def test_of_several_processes_each_passes_its_signal_on_as_the_one_that_jax_sees
     finally:
         signal.signal(signal.SIGTERM, before)
     assert seen == ["SIGTERM"] * 2
+
+
+# ---- Several processes, in threads --------------------------------------------------------------
+
+
+class Coordinator:
+    """The key-value store of jax.distributed, and a train step as a collective operation."""
+
+    def __init__(self, count):
+        self.values, self.count = {}, count
+        self.changed = threading.Condition()
+        self.started = [-1] * count  # the latest step of each process
+        self.meeting = threading.Barrier(count)
+
+    def key_value_set(self, key, value):
+        with self.changed:
+            if key in self.values:
+                raise RuntimeError("ALREADY_EXISTS")
+            self.values[key] = value
+
+    def key_value_try_get(self, key):
+        with self.changed:
+            if key not in self.values:
+                raise RuntimeError("NOT_FOUND")
+            return self.values[key]
+
+    def wait_at_barrier(self, key, timeout_in_ms):
+        try:
+            self.meeting.wait(timeout_in_ms / 1000)
+        except threading.BrokenBarrierError:
+            raise RuntimeError("DEADLINE_EXCEEDED") from None
+
+    def start(self, process, step):
+        with self.changed:
+            self.started[process] = step
+            self.changed.notify_all()
+
+    def read_metrics(self, step):
+        with self.changed:
+            assert self.changed.wait_for(lambda: min(self.started) >= step, timeout=60), "deadlock"
+
+
+STEPS = 12
+
+
+def train_in_threads(monkeypatch, missing, seed=0, lookahead=preemption.LOOKAHEAD_BATCHES):
+    """What ends each process's loop, (step, error); `missing`: the first batch that it cannot make."""
+    coordinator, here = Coordinator(len(missing)), threading.local()
+    together, gathered = threading.Barrier(len(missing)), {}
+
+    def gather(value):
+        gathered[here.process] = value
+        together.wait(60)
+        return [list(gathered[process]) for process in range(len(missing))]
+
+    monkeypatch.setattr(preemption, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(runtime, "gather_json", gather)
+    monkeypatch.setattr(jax, "process_index", lambda: here.process)
+
+    def train(process):
+        here.process, pause = process, random.Random(f"{seed} {process}")
+        error = ValueError(f"damaged {process}")
+        notice, made = HaltNotice(coordinator), 0
+        try:
+            for step in range(STEPS):
+                time.sleep(pause.choice([0, 0, 0.002]))
+                notice.check(step)
+                last = missing[process]
+                made = min(step + lookahead + 1, last)
+                if made < step + lookahead + 1 and last < STEPS:
+                    notice.check_batches(step, made - step, error)
+                else:
+                    notice.check_batches(step, None, None)
+                assert step < last, "trained on a missing batch"
+                coordinator.start(process, step)
+                coordinator.read_metrics(step - 1)
+            return STEPS, None
+        except (Halted, ValueError) as stop:
+            return step, stop
+        finally:
+            notice.close()
+
+    with ThreadPoolExecutor(len(missing)) as pool:
+        return list(pool.map(train, range(len(missing))))
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        (STEPS, 7),
+        (7, STEPS, STEPS),
+        (7, 7),
+        (8, 7, STEPS),
+        (6, 7),
+        (STEPS, 3),
+        (STEPS, 4, 5),
+        (STEPS, 2),
+        (1, 0),
+        (STEPS - 1, STEPS),
+    ],
+)
+def test_processes_stop_together_before_the_first_missing_batch(monkeypatch, missing):
+    for seed in range(3):
+        ends = train_in_threads(monkeypatch, missing, seed)
+        (step,) = {step for step, _ in ends}
+        assert min(missing) - 1 <= step <= min(missing)
+        for process, (_, stop) in enumerate(ends):
+            assert isinstance(stop, Halted)
+            if missing[process] == STEPS:
+                assert re.fullmatch(r"process \d+: damaged \d+", str(stop.error))
+            elif missing[process] == min(missing):
+                assert str(stop.error) == f"damaged {process}"
+
+
+def test_data_that_no_step_needs_stop_nobody(monkeypatch):
+    assert train_in_threads(monkeypatch, (STEPS, STEPS)) == [(STEPS, None)] * 2
+
+
+def test_a_process_that_gets_no_answer_ends_with_its_error(monkeypatch):
+    """The others are dead, or hang: it must not wait for them for ever."""
+    monkeypatch.setattr(preemption, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(preemption, "AGREE_SECONDS", 0.05)
+    monkeypatch.setattr(runtime, "gather_json", lambda value: [value])
+    notice, error = HaltNotice(Coordinator(2)), ValueError("damaged")
+    notice.check_batches(0, None, None)
+    with pytest.raises(ValueError, match="damaged"):
+        notice.check_batches(1, 3, error)
+    notice.close()
+
+
+def test_an_error_of_one_process_is_raised_in_all(monkeypatch):
+    with pytest.raises(OSError, match="gone"):
+        runtime.raise_together(OSError("gone"))
+    runtime.raise_together(None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(runtime, "gather_json", lambda value: [value, "process 1: gone"])
+    with pytest.raises(runtime.SharedError, match="process 1: gone"):
+        runtime.raise_together(None)
+    with pytest.raises(runtime.SharedError, match="process 0: here"):
+        runtime.raise_together(OSError("here"))

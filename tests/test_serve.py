@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -619,26 +618,26 @@ def test_other_sites_only_where_the_config_says():
 # ---- Load, leaving and ends ---------------------------------------------------------------------
 
 
-def test_a_client_that_leaves_frees_its_slot_within_a_second():
+def test_a_client_that_leaves_frees_its_slot():
     engine = FakeEngine(chatter, slots=2, max_length=1 << 30, step_seconds=0.01)
     with Server(engine, "max_new_tokens=1000000") as running:
         with running.streaming(n=2):
             assert engine.running == 2
-        wait_until(lambda: engine.running == 0, seconds=1)
+        wait_until(lambda: engine.running == 0)
         body = json.dumps(chat_with()).encode()
         with running.connection(
             f"Content-Length: {len(body)}\r\n\r\n".encode() + body
         ):  # not streamed
             wait_until(lambda: engine.running == 1)
-        wait_until(lambda: engine.running == 0, seconds=1)
+        wait_until(lambda: engine.running == 0)
         with contextlib.ExitStack() as stack:  # and one that waits for a slot leaves the queue
             for _ in range(2):
                 stack.enter_context(running.streaming())
             waiting = running.connection(f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
             wait_until(lambda: engine.waiting == 1)
             waiting.close()
-            wait_until(lambda: engine.waiting == 0, seconds=1)
-        wait_until(lambda: running.service.pending == 0, seconds=1)
+            wait_until(lambda: engine.waiting == 0)
+        wait_until(lambda: running.service.pending == 0)
         counted = running.request("GET", "/metrics")[2].decode()
         assert 'status="499"' in counted
 
@@ -689,7 +688,7 @@ def test_a_broken_engine_is_told(caplog):
 
 
 def test_deadlines():
-    limits = ["serve_timeout=0.3", "max_new_tokens=1000000"]
+    limits = ["serve_timeout=1", "max_new_tokens=1000000"]
     with Server(
         FakeEngine(chatter, slots=2, max_length=1 << 30, step_seconds=0.01), *limits
     ) as running:
@@ -697,7 +696,7 @@ def test_deadlines():
         assert status == 504 and answer["error"]["code"] == "timeout"
         _, _, content = running.request("POST", CHAT, chat_with(stream=True))
         assert b'"code":"timeout"' in content and content.endswith(b"data: [DONE]\n\n")
-        wait_until(lambda: running.engine.running == 0, seconds=1)
+        wait_until(lambda: running.engine.running == 0)
 
 
 def test_a_client_that_does_not_read_holds_no_slot():
@@ -730,6 +729,14 @@ from MaxNano.serving.http_server import bind, serve
 
 config = pyconfig.initialize(["configs/base.yml", "run_name=tiny"])
 engine = FakeEngine(lambda request, sample: itertools.cycle(b"ab"), slots=1, step_seconds=0.02)
+submit = engine.submit
+
+def submit_and_say(request):
+    number = submit(request)
+    print("submitted", flush=True)
+    return number
+
+engine.submit = submit_and_say
 serve(make_app(config, engine), bind("127.0.0.1", 0), drain_seconds=30)
 print("left", engine.running, engine.waiting)
 """
@@ -750,18 +757,18 @@ def test_sigterm_lets_replies_end():
             base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0
         )
         create = client.chat.completions.create
-        stream = create(model="tiny", messages=[USER], max_tokens=200, stream=True)
+        stream = create(model="tiny", messages=[USER], max_tokens=400, stream=True)
         first = next(stream)
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(create, model="tiny", messages=[USER], max_tokens=40)
-            time.sleep(0.3)  # for it to be in the queue
+            assert [process.stdout.readline() for _ in range(2)] == ["submitted\n"] * 2
             process.send_signal(signal.SIGTERM)
             text = first.choices[0].delta.content + "".join(
                 chunk.choices[0].delta.content or "" for chunk in stream
             )
-            assert text == "ab" * 100
+            assert text == "ab" * 200
             assert waiting.result().choices[0].message.content == "ab" * 20
-        assert process.wait(30) == 0
+        assert process.wait(100) == 0
         assert process.stdout.read() == "left 0 0\n"
         with pytest.raises(OSError):
             socket.create_connection(("127.0.0.1", port), timeout=5)

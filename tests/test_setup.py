@@ -141,7 +141,7 @@ def machine(tmp_path):
             cwd="/",
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=200,
             check=False,
         )
 

@@ -115,9 +115,10 @@ def make_setup(place, *more):
     return config, set_up(config, jax.devices()[:1])
 
 
-def start(*words):
+def start(*words, pause=0):
+    """train.py, with a pause of so many seconds before each step."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "MaxNano/train.py"), *words],
+        [sys.executable, str(ROOT / "tests/slow_train.py"), str(pause), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -285,7 +286,7 @@ def test_chat_tasks_are_asked_at_intervals(place, whole):
 
 def wait_for_step(place, run_name, step, process):
     path = place / "runs" / run_name / "metrics.jsonl"
-    for _ in range(6000):
+    for _ in range(12_000):
         if process.poll() is not None:
             break
         if path.exists() and f'"step": {step},' in path.read_text():
@@ -294,9 +295,10 @@ def wait_for_step(place, run_name, step, process):
     raise AssertionError(f"never saw step {step}: {process.communicate()}")
 
 
+@pytest.mark.long
 def test_killed_it_goes_on_bit_for_bit(place, whole):
     words = sft_words(place, "chat_epochs=2", "run_name=killed")
-    process = start(*words)
+    process = start(*words, pause=0.2)
     wait_for_step(place, "killed", 5, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()

@@ -51,6 +51,9 @@ class Pairs:
         batch = self.draw(self.place)
         self.ready = batch | {"reference_losses": self.run.programs.score(self.reference, batch)}
 
+    def shortage(self):
+        return None
+
     def __next__(self):
         self.fill()
         self.place += 1

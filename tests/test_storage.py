@@ -148,12 +148,12 @@ def test_what_lasts_is_one_line_that_names_the_object(store, run, kind, words, o
 
 @pytest.mark.parametrize("operation", ["write", "read", "list"])
 def test_a_store_that_never_answers_is_given_up(store, run, operation, monkeypatch):
+    files.write_whole(run / "a", "1")
     monkeypatch.setattr(bucket, "SILENCE_SECONDS", 0.2)
     monkeypatch.setattr(bucket.Bucket, "cachable", False)
     monkeypatch.setattr(
         epath.backend.fsspec_backend, "_get_filesystem", lambda name: bucket.Bucket()
     )
-    files.write_whole(run / "a", "1")
     fault = store.fail("hang", operation, count=None)
     acts = {
         "write": lambda: files.write_whole(run / "a", LARGE),
@@ -189,7 +189,7 @@ def test_shards_in_a_bucket_that_fails_are_told_in_a_line(store, operation, monk
     begin = time.monotonic()
     with pytest.raises(ValueError, match="cannot be read") as caught:
         list(sources.SOURCES["parquet"](config, "train").open(0).documents(0))
-    assert time.monotonic() - begin < 20 and "\n" not in str(caught.value)
+    assert time.monotonic() - begin < 100 and "\n" not in str(caught.value)
 
 
 # ---- Checkpoints
@@ -390,7 +390,7 @@ def test_a_save_outlasts_a_store_that_does_not_answer(store, run):
         "-c",
         textwrap.dedent(code),
     ]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=100)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=250)
     assert fault.hits == 1
     assert_same(restore(run)[0], make_state(1))
 

@@ -22,9 +22,9 @@ def stress(folder, *words):
 
 @pytest.mark.slow
 def test_interruptions_and_damage_lose_nothing(tmp_path):
-    table = stress(tmp_path, "--only", "pretraining/kill=1,damage=20")
+    table = stress(tmp_path, "--only", "pretraining/kill=1,damage=6")
     assert "| pretraining/kill | 1 | 1 | 0 | 0 |" in table
-    assert "| damage | 20 | 0 | 20 | 0 |" in table
+    assert "| damage | 6 | 0 | 6 | 0 |" in table
 
 
 @pytest.mark.long

@@ -191,7 +191,7 @@ def test_spelling_wants_every_letter():
 
 def test_what_is_only_trained_on_has_no_verdict(folder):
     task = open_task("SmolTalk/train", folder)
-    with pytest.raises(NotImplementedError, match="SmolTalk is only trained on"):
+    with pytest.raises(NotImplementedError, match="SmolTalk is for training only"):
         task.evaluate(task.conversation(0), "")
 
 

@@ -236,6 +236,7 @@ def test_two_slices_talk_over_the_data_center_network(tmp_path):
 
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(900)
+@pytest.mark.long
 def test_too_much_for_the_memory_is_one_line_with_a_batch_that_fits(tmp_path):
     """32003 is prime, so that a batch of one row is the only smaller one."""
     rows = 32003

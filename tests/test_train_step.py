@@ -127,7 +127,7 @@ def test_eight_updates_are_nanochats():
 def test_micro_batches_add_up_to_the_batch():
     """Also where they have different numbers of targets: the mean is over the targets of all."""
     states = []
-    for rows in (8, 4, 1):
+    for rows in (8, 1):
         config = make_config(*TINY, f"per_device_batch_size={rows}")
         setup, state, programs = start(config)
         assert setup.plan.accumulation_steps == 8 // rows
@@ -272,8 +272,8 @@ print("equal")
 @pytest.mark.parametrize(
     "layouts",
     [
-        ("fsdp 8", "data 2 x fsdp 2 x tensor 2"),
-        pytest.param(("data 8", "fsdp 2 x tensor 4"), marks=pytest.mark.long),
+        ("data 2 x fsdp 2 x tensor 2",),
+        pytest.param(("data 8", "fsdp 8", "fsdp 2 x tensor 4"), marks=pytest.mark.long),
     ],
 )
 def test_every_layout_gives_the_losses_of_one_device(layouts):

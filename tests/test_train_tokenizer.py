@@ -80,7 +80,7 @@ def run(*words, script=True):
         env=env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
     )
 
 

@@ -31,6 +31,13 @@ SAMPLED_CONVERSATIONS = 256  # of a task
 THREADS = 16
 DIGITS = 16  # hexadecimal digits of a fingerprint
 
+# The keys that, with the files, decide the rows of a split.
+ROW_KEYS = (
+    "dataset_type dataset_splits text_column dataset_mixture seed global_batch_tokens data_readers"
+    " tokenize_batch_documents packing_buffer_documents long_documents skip_corrupt_data"
+    " chat_train_mixture chat_validation_mixture chat_mixture_unit"
+).split()
+
 Contents = dict[str, str]  # name of a file or a task -> its fingerprint
 
 
@@ -48,7 +55,7 @@ def contents_of_run(config: Any) -> dict[str, Contents]:
 def contents_of_split(config: Any, split: str) -> Contents:
     """The contents of split "train" or "validation", in the order in which they are read.
 
-    {} for a dataset_type that is not known here. Raises ValueError if data are missing.
+    {} for a dataset_type that is not known here: its changes are not noticed. Raises ValueError if data are missing.
     """
     if config.dataset_type == "chat":
         mixture = config.chat_train_mixture if split == "train" else config.chat_validation_mixture
@@ -70,7 +77,9 @@ def contents_of_source(config: Any, source: Any) -> Contents:
         }
     if isinstance(source, TfdsSource):
         return _contents_of_tfds(config)
-    if not hasattr(source, "filesystem"):  # synthetic: from the seed, which is a key
+    if not hasattr(
+        source, "filesystem"
+    ):  # without files, such as synthetic: follows from config keys
         return dict.fromkeys(source.files, "")
     listed = source.listed()
     known = {

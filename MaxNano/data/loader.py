@@ -406,31 +406,50 @@ def put_global(batch: Batch, sharding: jax.sharding.Sharding) -> dict[str, jax.A
     }
 
 
+class Shortage(NamedTuple):
+    """The number of batches that are ready, and why no further batch can be made."""
+
+    ready: int
+    error: Exception
+
+
 class DevicePrefetch:
     """A loader's batches as global arrays, `size` of them in transfer to the devices.
 
-    `state` and `position` are those after the batch returned last, like the loader's.
+    `state` and `position` are those after the batch returned last, like the loader's. An error of
+    the loader is raised when the batches before it have been returned.
     """
 
     def __init__(self, loader: Loader, sharding: jax.sharding.Sharding, size: int):
         self._loader, self._sharding, self._size = loader, sharding, size
         self._snapshot = loader.snapshot
         self._in_transfer: collections.deque = collections.deque()
+        self._error: Exception | None = None
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
         return self
 
     def fill(self) -> None:
-        """Load and transfer until the next batch is available.
+        """Load and transfer until the next batch is available, or known to be impossible to make.
 
         If it is interrupted, only `state` may be used afterwards.
         """
-        while len(self._in_transfer) <= self._size:
-            batch = put_global(next(self._loader), self._sharding)
-            self._in_transfer.append((batch, self._loader.snapshot))
+        while self._error is None and len(self._in_transfer) <= self._size:
+            try:
+                batch = put_global(next(self._loader), self._sharding)
+            except (ValueError, OSError, RuntimeError) as error:
+                self._error = error
+            else:
+                self._in_transfer.append((batch, self._loader.snapshot))
+
+    def shortage(self) -> Shortage | None:
+        """What is left if no further batch can be made."""
+        return None if self._error is None else Shortage(len(self._in_transfer), self._error)
 
     def __next__(self) -> dict[str, jax.Array]:
         self.fill()
+        if not self._in_transfer:
+            raise self._error
         batch, self._snapshot = self._in_transfer.popleft()
         return batch
 

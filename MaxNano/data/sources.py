@@ -2,7 +2,7 @@
 
 A source is a sorted list of files, a file is a sequence of row groups, and a row group is a short
 run of documents; stream.py reads them. folder.py decides which files train. To add a format, write
-a class and a row of SOURCES.
+a class and a row of SOURCES, and list its name at `dataset_type` in configs/base.yml.
 """
 
 import fnmatch

@@ -205,7 +205,7 @@ class _Worker:
             return reply
         except (EOFError, ConnectionError):
             self._process.join(_EXIT_SECONDS)
-            raise RuntimeError(
+            raise ValueError(
                 f"a data worker died (exit code {self._process.exitcode}); if the host ran out of "
                 "memory, set a smaller data_workers"
             ) from None

@@ -1,12 +1,16 @@
 """Facts about devices, and what follows from them: chip table, memory, dtypes, compiler flags."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import jax
 from ml_collections import FrozenConfigDict
+
+if TYPE_CHECKING:  # the chip table is read by programs that never import JAX
+    import jax
 
 # ---- Chips --------------------------------------------------------------------------------------
 
@@ -77,6 +81,8 @@ def memory_limit_bytes() -> int | None:
 
     For a CPU device: its share of the available memory of the host or container.
     """
+    import jax
+
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
         host = host_memory_bytes()

@@ -147,6 +147,24 @@ def first_problem(problem: str | None) -> str | None:
     return next((other for other in gather_json(problem) if other is not None), None)
 
 
+class SharedError(ValueError):
+    """An error of one process that all processes raise, at the same point."""
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise an error of this or another process in all of them, SharedError if there are several.
+
+    All processes call this, with None if they have no error.
+    """
+    if jax.process_count() == 1:
+        if error is not None:
+            raise error
+        return
+    problem = error and f"process {jax.process_index()}: {console.one_line(error)}"
+    if (problem := first_problem(problem)) is not None:
+        raise SharedError(problem) from error
+
+
 class _Process(NamedTuple):
     """Address and index of this process; None for what JAX finds out from the cluster."""
 

@@ -43,7 +43,7 @@ class Eval(Protocol):
 
 # By the name that the config key `evals` takes. Training measures them in this order.
 EVALS: dict[str, type[Eval]] = {
-    "bpb": BpbEval,
+    "bpb": BpbEval,  # what the stage validates with; event "validation"
     "samples": SamplesEval,
     "core": CoreEval,
     "chat": ChatEval,

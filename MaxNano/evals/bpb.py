@@ -14,13 +14,6 @@ from MaxNano.training import stages
 from MaxNano.training.context import RunContext, eval_batches
 from MaxNano.training.validation import bits_per_byte
 
-# The keys that, with the files, decide the rows.
-KEYS = (
-    "dataset_type dataset_splits text_column dataset_mixture seed global_batch_tokens data_readers"
-    " tokenize_batch_documents packing_buffer_documents long_documents skip_corrupt_data"
-    " chat_train_mixture chat_validation_mixture chat_mixture_unit"
-).split()
-
 
 class BpbEval:
     """Validation of a stage, and bits per byte; see base.Eval."""
@@ -55,7 +48,7 @@ class BpbEval:
         measured_on = {
             "data": fingerprint.summary(fingerprint.contents_of_split(config, split)),
             "batches": [count, pyconfig.row_length(config)],
-            **{key: config[key] for key in KEYS},
+            **{key: config[key] for key in fingerprint.ROW_KEYS},
             **measured_with(run),
         }
         values = results.get(f"bpb {split}", measured_on)

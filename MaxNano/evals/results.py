@@ -1,7 +1,9 @@
 """Results: the finished evaluations of a checkpoint, in a file in the run's folder."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +13,8 @@ from MaxNano import console, scaling
 from MaxNano.distributed import runtime
 from MaxNano.storage import files
 from MaxNano.training.context import RunContext
+
+_STEP = re.compile(r"step_(\d+)\.json")
 
 
 class ResultTable(NamedTuple):
@@ -40,15 +44,15 @@ class Results:
         warning, as its numbers are also in metrics.jsonl.
         """
         self.path = directory / "evals" / f"step_{step:06}.json"
-        self._run_id, self._is_training = run_id, is_training
+        self._step, self._run_id, self._is_training = step, run_id, is_training
         self._writes = jax.process_index() == 0
         evals = None
         if self._writes and self.path.exists():
-            try:
-                evals = json.loads(self.path.read_text())["evals"]
-            except (ValueError, KeyError, TypeError):
+            evals = _read(self.path)
+            if evals is None:
                 console.warn(f"{self.path} is damaged and is overwritten")
         self._evals = runtime.gather_json(evals)[0] or {}
+        self._compares = is_training and self._writes  # until a difference was said
 
     def get(self, name: str, measured_on: Mapping[str, Any]) -> dict[str, Any] | None:
         """The values of an evaluation, if it is done and was measured on the same things."""
@@ -57,7 +61,13 @@ class Results:
         return entry["values"] if entry and entry["of"] == expected else None
 
     def put(self, name: str, measured_on: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-        """Keep an evaluation and write the file."""
+        """Keep an evaluation and write the file.
+
+        In training, a warning says once if it was measured on other data, or in another way, than
+        at the step before.
+        """
+        if self._compares:
+            self._compare(name, measured_on)
         self._evals[name] = {"of": self._with_run(measured_on), "values": dict(values)}
         self.write(self.path, json.dumps({"evals": self._evals}, indent=1) + "\n")
 
@@ -72,8 +82,41 @@ class Results:
                 raise
             console.warn(f"{path} cannot be written ({console.type_and_text(error)})")
 
+    def _compare(self, name: str, measured_on: Mapping[str, Any]) -> None:
+        before, earlier = self._before
+        now = json.loads(json.dumps(measured_on))
+        known = earlier.get(name, {"of": now})["of"]
+        changed = [key for key in now if known.get(key) != now[key]]
+        if changed:
+            self._compares = False
+            console.warn(
+                f"{name} is measured on other data or in another way now than in {before}: "
+                f"{', '.join(changed)} changed; the scores of these steps cannot be compared"
+            )
+
+    @cached_property
+    def _before(self) -> tuple[str, dict[str, Any]]:
+        """(name, evaluations) of the file of the newest step before this one."""
+        try:
+            names = files.names(self.path.parent)
+        except OSError:
+            names = []
+        steps = {int(match[1]): match[0] for match in map(_STEP.fullmatch, names) if match}
+        newest = max((step for step in steps if step < self._step), default=None)
+        if newest is None:
+            return "", {}
+        return steps[newest], _read(self.path.parent / steps[newest]) or {}
+
     def _with_run(self, measured_on: Mapping[str, Any]) -> dict[str, Any]:
         return {"run": self._run_id, **measured_on}
+
+
+def _read(path: epath.Path) -> dict[str, Any] | None:
+    """The evaluations of a file, None if it is damaged."""
+    try:
+        return json.loads(path.read_text())["evals"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def measured_with(run: RunContext) -> dict[str, Any]:

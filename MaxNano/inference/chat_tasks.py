@@ -1,4 +1,4 @@
-"""Asks a model the problems of a chat task: the engine generates answers, the task judges them.
+"""Runs a chat task on a model: the engine generates answers, the task grades them.
 
 Reinforcement learning and the chat evaluation share this. Each problem leaves a record: what was
 asked, what the model said, whether it is right.
@@ -19,7 +19,7 @@ from MaxNano.inference.requests import Completion, Request
 from MaxNano.models.setup import ModelSetup
 from MaxNano.tokenization.tokenizer import Tokenizer
 
-SLOTS = {"cpu": 8, "other": 16}  # sequences per device if chat_slots is null
+SLOTS = {"cpu": 8, "other": 16}  # sequences per data-parallel shard if chat_slots is null
 
 Record = dict[str, Any]
 
@@ -51,7 +51,7 @@ def load_problems(
     """
     task = tasks.open_task(config, name)
     if task.kind is None:
-        raise ValueError(f"the task {name} is only trained on, it cannot be evaluated")
+        raise ValueError(f"the task {name} is for training only and cannot be evaluated")
     count = min(len(task), limits[task.kind] or len(task))
     if not count:
         raise ValueError(f"the task {name} has no problems")
@@ -102,20 +102,20 @@ def generate_answers(
     ]
     completions = dict(zip(fitting, engine.generate(requests, on_step), strict=True))
 
-    def judge(index: int) -> Record:
-        judged = [
-            _judge(problems, index, completion, engine.tokenizer)
+    def grade(index: int) -> Record:
+        graded = [
+            _grade(problems, index, completion, engine.tokenizer)
             for completion in completions.get(index, ())
         ]
-        right = any(entry["right"] for entry in judged)
-        return {**problems.record(index), "completions": judged, "right": right}
+        right = any(entry["right"] for entry in graded)
+        return {**problems.record(index), "completions": graded, "right": right}
 
-    # Some tasks run programs, each in two processes.
+    # Grading may run code; each sandbox takes two processes.
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        return list(pool.map(judge, range(len(problems.prompts))))
+        return list(pool.map(grade, range(len(problems.prompts))))
 
 
-def _judge(
+def _grade(
     problems: ProblemSet, index: int, completion: Completion, tokenizer: Tokenizer
 ) -> Record:
     # The text holds the names of special tokens, as nanochat's graders see it.

@@ -34,9 +34,15 @@ MODEL_TYPE = "maxnano"
 SHARD_BYTES = 5 * 10**9  # larger models become several files
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 CODE = ("configuration_maxnano.py", "modeling_maxnano.py")
-# Versions in which the exported code was tested. tests/run_transformers.sh runs the first and the
-# last, with this torch; the folder's README.md names all.
-TESTED = ("4.57.6", "5.0.0", "5.10.4", "5.23.0", "5.24.0")
+# Versions in which the exported code was tested: the last 4.x, and one of each minor version of 5.
+# tests/run_transformers.sh runs the first and the last, with this torch; the folder's README.md
+# names all.
+TESTED = tuple(
+    """
+    4.57.6 5.0.0 5.1.0 5.2.0 5.3.0 5.4.0 5.5.4 5.6.2 5.7.0 5.8.1 5.9.0 5.10.4 5.11.0 5.12.1 5.13.1
+    5.14.1 5.15.1 5.16.1 5.17.0 5.18.0 5.19.0 5.20.2 5.21.1 5.22.2 5.23.0 5.24.0
+    """.split()
+)
 TESTED_TORCH = "2.13.0"
 
 NAMES = TensorNames(

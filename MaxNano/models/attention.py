@@ -1,6 +1,7 @@
 """Attention: one table of kernels, KERNELS, and the functions that call them.
 
-To add a kernel, write a function and give it a row in KERNELS: the backends on which it runs, those
+To add a kernel, write a function, list its name at `attention` in configs/base.yml (a Pallas kernel
+is called through `_on_local_blocks`) and give it a row in KERNELS: the backends on which it runs, those
 on which `attention=auto` picks it, the layout of queries, keys and values that it takes, and its
 limits.
 
@@ -44,7 +45,7 @@ class KernelSettings(NamedTuple):
     splash_short_backward: tuple[int, int, int]
     splash_fused_backward: bool
     flash_block: int
-    interpret: bool  # Pallas interprets its kernels, as it must where the backend is not a TPU
+    interpret: bool  # run the TPU's Pallas kernels in interpret mode, on any other backend
 
     @classmethod
     def from_config(cls, config: FrozenConfigDict, backend: str | None = None) -> Self:
@@ -193,7 +194,7 @@ def resolve(kernel: str, device: jax.Device, *, dtype: str, head_dim: int) -> st
     row = _row(kernel)
     problem = row.problem(device, dtype, head_dim)
     if not problem and backend not in (*row.backends, *row.interpreted):
-        problem = f"is a {' and '.join(row.backends).upper()} kernel, this is {backend}"
+        problem = f"is a {' and '.join(row.backends).upper()} kernel, but the backend is {backend}"
     if problem:
         raise ValueError(f"attention={kernel} {problem}: choose attention=auto")
     return kernel
@@ -213,14 +214,14 @@ def cudnn_problem(device: jax.Device, dtype: str, head_dim: int) -> str | None:
     checks in jax/_src/cudnn/fused_attention_stablehlo.py.
     """
     if device.platform != "gpu":
-        return f"needs an NVIDIA GPU, this is {device.platform}"
+        return f"needs an NVIDIA GPU, but the backend is {device.platform}"
     if dtype not in ("bfloat16", "float16"):
-        return f"computes in 16 bits, not in dtype={dtype}"
+        return f"supports bfloat16 and float16, not dtype={dtype}"
     # JAX names the capability of NVIDIA's GPUs "9.0", the architecture of AMD's "gfx942".
     capability = getattr(device, "compute_capability", "")
     major, _, minor = capability.partition(".")
     if not (major.isdigit() and minor.isdigit()):
-        return f"needs an NVIDIA GPU, this is a {device.device_kind}"
+        return f"needs an NVIDIA GPU, but the device is a {device.device_kind}"
     if int(major) < 8:
         return f"needs compute capability 8.0 (Ampere) or newer, this {device.device_kind} has {capability}"
     most = 256 if int(major) >= 9 else 128
@@ -230,7 +231,7 @@ def cudnn_problem(device: jax.Device, dtype: str, head_dim: int) -> str | None:
 
 
 def reference(q, k, v, window, settings, rules):
-    """All scores at once, masked: the definition, with which tests compare the other kernels."""
+    """Computes all scores at once, masked: the reference that tests compare other kernels with."""
     del settings, rules
     return _block(q, k, v, window, first_query=0, first_key=0)
 

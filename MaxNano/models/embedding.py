@@ -1,7 +1,8 @@
 """Embedding lookup, and the gradient of the tables: the sum of the rows of each token.
 
-The gradient of a table is a scatter of one row per token. On a TPU the rows are sorted by token and
-a Pallas kernel sums them tile by tile. All tables of a batch use the same sorted order.
+The gradient of a table is a scatter of one row per token. By default on a TPU, without tensor
+parallelism, the rows are sorted by token and a Pallas kernel sums them tile by tile. All tables of a
+batch use the same sorted order.
 
 Legend: T tokens (flat), V vocab, W width of a row, E tables.
 """
@@ -17,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 METHODS = ("scatter", "sorted", "one_hot")
 
-_LARGEST_TILE = 256  # table rows, and gradient rows, that the kernel processes at a time
+_LARGEST_TILE = 256  # most table rows, and most gradient rows, of one tile of the kernel
 _SUBLANES = 16
 
 
@@ -92,7 +93,10 @@ lookup.defvjp(_lookup_forward, _lookup_backward)
 def table_gradient(
     rows: jax.Array, tokens: Order, size: int, method: str, interpret: bool
 ) -> jax.Array:
-    """The sum of the `rows` (T, W) of each token, in float32: (size, W)."""
+    """The sum of the `rows` (T, W) of each token: (size, W), summed in float32.
+
+    "sorted" returns the dtype of the rows, the other methods float32.
+    """
     if method == "scatter":
         zeros = jnp.zeros((size, rows.shape[1]), jnp.float32)
         return zeros.at[tokens.tokens].add(rows.astype(jnp.float32))

@@ -33,7 +33,8 @@ def check(kind: str, devices: Sequence[jax.Device]) -> None:
         )
     if float(device.compute_capability) < FP8_COMPUTE_CAPABILITY:
         raise ValueError(
-            f"quantization=fp8 needs an H100 or newer, this is {device.device_kind}: choose int8"
+            f"quantization=fp8 needs compute capability 8.9 or newer (Ada, Hopper), "
+            f"this is {device.device_kind}: choose int8"
         )
 
 

@@ -1,6 +1,7 @@
 """The parameter groups: which parameters each optimizer trains, with which hyperparameters.
 
-Another group, or another optimizer for a group, is one row in `parameter_groups`.
+Another group is one row in `parameter_groups`; another optimizer for a group is a row and a
+`use_<name>` function.
 
 Source: nanochat/gpt.py@92d63d4 (groups and hyperparameters).
 """
@@ -25,7 +26,7 @@ TUNED_WIDTH = 768  # emb_dim at which the learning rates of tables and head were
 
 
 class ParameterGroup(NamedTuple):
-    """Parameters that share an optimizer and its hyperparameters, scaling laws applied.
+    """Parameters that share an optimizer and its hyperparameters, after scaling.
 
     Schedules then vary the learning rate, and Muon's momentum and weight decay.
     """

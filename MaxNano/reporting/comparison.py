@@ -8,6 +8,7 @@ from typing import NamedTuple
 from scipy.special import stdtrit
 
 from MaxNano import config_schema
+from MaxNano.data import fingerprint
 from MaxNano.reporting.blocks import (
     Block,
     Curves,
@@ -30,23 +31,8 @@ CHART = "compare.svg"  # next to the table
 UNCOMPARED = frozenset(("run_name", "base_output_directory", "seed", "jax_cache_dir", "dry_run"))
 UNCOMPARED_SECTIONS = ("Checkpoints", "Logging and safety", "Several hosts")
 # Keys that decide which tokens a step trains on.
-BATCH_KEYS = (
-    "dataset_type",
-    "dataset_path",
-    "dataset_name",
-    "dataset_splits",
-    "dataset_mixture",
-    "text_column",
-    "data_readers",
-    "packing_buffer_documents",
-    "tokenizer_type",
-    "tokenizer_path",
-    "vocab_size",
-    "max_target_length",
-    "global_batch_tokens",
-    "chat_train_mixture",
-    "chat_mixture_unit",
-    "rl_task",
+BATCH_KEYS = frozenset(fingerprint.ROW_KEYS) - {"chat_validation_mixture"} | frozenset(
+    "dataset_path dataset_name tokenizer_type tokenizer_path vocab_size max_target_length rl_task".split()
 )
 
 

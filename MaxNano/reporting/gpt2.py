@@ -2,7 +2,7 @@
 
 import statistics
 
-from MaxNano.evals.core import center
+from MaxNano.evals.core_tasks import center
 
 # Accuracies of guessing, of GPT-2 (124 M parameters) and of GPT-2 XL (1.6 B) on CORE's tasks.
 # Source: the result files of the CORE bundle (https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip).

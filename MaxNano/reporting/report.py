@@ -137,7 +137,7 @@ FACTS: dict[str, Callable[[Run], str]] = {
     "batch": lambda run: f"{run.config['global_batch_tokens']:,} tokens",
     "done": status,
     "tokens": lambda run: f"{tokens_done(run):,}" if run.steps else "",
-    "FLOPs": lambda run: f"{_training_flops(run):.3g}" if run.steps else "",
+    "FLOPs": lambda run: f"{training_flops(run):.3g}" if run.steps else "",
     "updates skipped": lambda run: f"{run.steps[-1]['skipped_in_all']:,}" if run.steps else "",
     "hardware": describe_devices,
     "software": _describe_software,
@@ -174,7 +174,7 @@ def tokens_done(run: Run) -> int:
     return run.steps_done * run.config["global_batch_tokens"]
 
 
-def _training_flops(run: Run) -> float:
+def training_flops(run: Run) -> float:
     """FLOPs of the steps done."""
     flops = scaling.flops_per_token(scaling.shape_of(run.config), pyconfig.windows_of(run.config))
     return float(flops * tokens_done(run))
@@ -196,14 +196,18 @@ class Price(NamedTuple):
         return self.chips * self.hours * self.chip_hour
 
 
-def price_of(run: Run) -> Price | None:
-    """The price of a run's recorded time by the chip table, None if one of them is unknown."""
+def price_of(run: Run, chip_hour: float | None = None) -> Price | None:
+    """The price of a run's recorded time, None if its devices or their price are unknown.
+
+    chip_hour: USD; None is the spot price of the chip table.
+    """
     devices = run.saved.get("devices")
-    chip = hardware.CHIPS.get(devices["kind"]) if devices else None
-    if chip is None or chip.spot_price is None:
+    if devices and chip_hour is None and (chip := hardware.CHIPS.get(devices["kind"])):
+        chip_hour = chip.spot_price
+    if not devices or chip_hour is None:
         return None
     hours = (recorded_seconds(run) + evaluation_seconds(run)) / 3600
-    return Price(devices["count"], hours, chip.spot_price)
+    return Price(devices["count"], hours, chip_hour)
 
 
 def recorded_seconds(run: Run) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 from MaxNano.reporting.run_history import Run
 from MaxNano.stage_configs import STAGE_CONFIGS, stage_config
-from MaxNano.training.metrics import FIRST_TIMED_STEP
+from MaxNano.training.display import FIRST_TIMED_STEP
 
 Points = list[tuple[float, float | None]]
 

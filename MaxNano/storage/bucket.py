@@ -19,7 +19,7 @@ except ImportError:
 # gcsfs itself has no limits. It retries transient errors six times in about half a minute.
 CONNECT_SECONDS = 20
 SILENCE_SECONDS = 30  # without a byte of the response
-REQUEST_SECONDS = 300  # per request; an upload's have at most 5 MiB each
+REQUEST_SECONDS = 300  # per request; an upload is split into requests of at most 5 MiB
 
 
 class BucketError(OSError, ValueError):
@@ -27,7 +27,7 @@ class BucketError(OSError, ValueError):
 
 
 class Bucket(core.GCSFileSystem):
-    """gcsfs for flat buckets.
+    """gcsfs for buckets without a hierarchical namespace.
 
     Listings are not cached, because other machines write to the same bucket. Every error is an
     OSError: FileNotFoundError, or BucketError with one line. gcsfs's default class asks by gRPC for
@@ -59,7 +59,7 @@ class Bucket(core.GCSFileSystem):
 
 
 def _object(path: str, args: tuple[str, ...]) -> str:
-    """The gs:// path that a request is about."""
+    """The gs:// path that a request refers to."""
     if args:
         return "gs://" + "/".join(args[:2])
     url = urllib.parse.urlsplit(path)

@@ -72,7 +72,7 @@ class CheckpointFolder:
             except OSError as error:  # of permissions, the disk or the network: it may be intact
                 raise CheckpointError(
                     f"the checkpoint of step {candidate} in {self.run} cannot be read: "
-                    f"{console.one_line(error, 300)}; mend this, or rename its folder to use the one "
+                    f"{console.one_line(error, 300)}; fix this, or rename its folder to use the one "
                     "before"
                 ) from error
             if problem is None:

@@ -21,7 +21,7 @@ from etils import epath
 
 from MaxNano import console
 
-# What to do about errors of the system that no program can mend.
+# What to do about OS errors that the user has to fix.
 DISK_ERRORS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space or choose another folder"),
     **dict.fromkeys(

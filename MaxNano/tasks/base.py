@@ -46,7 +46,7 @@ class Task(abc.ABC):
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether the text `completion` is a correct answer to the conversation."""
-        raise NotImplementedError(f"{type(self).__name__} is only trained on")
+        raise NotImplementedError(f"{type(self).__name__} is for training only")
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         """The reward of `completion` in reinforcement learning."""

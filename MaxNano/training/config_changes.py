@@ -1,8 +1,9 @@
 """What may change between the starts of a run: which keys change its numbers, and the refusal.
 
-Every key that train.py reads is in exactly one of the two tables below.
+A key that train.py reads and that is not in FREE_KEYS changes numbers.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,35 +16,6 @@ from MaxNano.data import fingerprint
 from MaxNano.storage.checkpoints import CheckpointError, newest_extra
 from MaxNano.storage.files import run_directory
 
-# A resumed run with another value of these keys would have other parameters, or measure them
-# differently: it is refused.
-RESULT_KEYS = frozenset(
-    """
-    stage seed load_optimizer
-    num_decoder_layers aspect_ratio head_dim emb_dim mlp_dim num_query_heads num_kv_heads
-    max_target_length vocab_size vocab_multiple window_pattern short_window_fraction
-    short_window_multiple rope_theta qk_norm_scale value_embed_gate_channels value_embed_gate_range
-    norm_epsilon smear_gate_channels use_backout logits_soft_cap
-    embed_init_std head_init_std mlp_init_scale gate_init_max resid_lambda_init x0_lambda_init
-    backout_lambda_init
-    dataset_type dataset_name dataset_splits text_column dataset_mixture data_readers
-    tokenize_batch_documents packing_buffer_documents long_documents tokenizer_type
-    global_batch_tokens steps target_flops target_param_data_ratio
-    matrix_lr embedding_lr unembedding_lr scalar_lr value_embed_lr_factor resid_lr_factor smear_lr
-    learning_rate_scale weight_decay_scale warmup_steps warmdown_ratio final_lr_fraction
-    muon_momentum_start muon_momentum muon_momentum_warmup_steps muon_momentum_final
-    weight_decay_schedule weight_decay muon_beta2 muon_iterations muon_norm_margin
-    muon_row_equilibration muon_renormalize muon_dtype adam_epsilon lm_head_betas
-    lm_head_weight_decay embedding_betas embedding_weight_decay value_embed_betas
-    value_embed_weight_decay resid_betas resid_weight_decay x0_betas x0_weight_decay smear_betas
-    smear_weight_decay dtype embedding_dtype quantization
-    eval_tokens core_max_per_task core_max_length chat_tasks chat_interval_categorical
-    chat_interval_generative chat_samples chat_temperature top_k max_new_tokens
-    chat_train_mixture chat_validation_mixture chat_mixture_unit chat_epochs
-    rl_task rl_problems rl_samples rl_row_tokens rl_clip rl_kl rl_eval_task rl_eval_problems
-    rl_eval_samples
-    """.split()
-)
 # These may change: when something is measured, saved or printed; where files are, whose contents
 # are compared by fingerprint (load_from by start.py); which devices compute, and how they share and
 # schedule the same computation, equal up to rounding.
@@ -85,6 +57,15 @@ class Change(NamedTuple):
     now: Any
 
 
+@functools.cache
+def result_keys() -> frozenset[str]:
+    """The keys with another value of which a resumed run would have other parameters, or measure
+    them differently: it is refused.
+    """
+    keys = config_schema.base_keys().values()
+    return frozenset(key.name for key in keys if "train" in key.programs) - FREE_KEYS
+
+
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Change]:
     """The keys of `now` whose value differs from that in `before`.
 
@@ -105,7 +86,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Chan
 
 def result_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Change]:
     """The changes of keys that change numbers."""
-    return {name: pair for name, pair in changes(before, now).items() if name in RESULT_KEYS}
+    return {name: pair for name, pair in changes(before, now).items() if name in result_keys()}
 
 
 def describe(found: Mapping[str, Change], limit: int = 5) -> str:

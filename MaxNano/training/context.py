@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import NamedSharding
 from ml_collections import FrozenConfigDict
 
-from MaxNano.distributed import sharding
+from MaxNano.distributed import runtime, sharding
 from MaxNano.inference import prefix_scoring
 from MaxNano.storage.files import run_directory
 from MaxNano.tokenization.tokenizer import Tokenizer
@@ -80,9 +80,18 @@ class RunContext:
 
     @cached_property
     def held_out(self) -> PackedRows:
-        """The validation batches: config.eval_tokens, rounded down to whole batches, at least one."""
-        with self.at_once(), stages.open_loader(self, "validation") as batches:
-            return PackedRows(batches, eval_batches(self.config), self.config.vocab_size)
+        """The validation batches: config.eval_tokens, rounded down to whole batches, at least one.
+
+        Raises an error of the data in all processes.
+        """
+        rows, failure = None, None
+        try:
+            with self.at_once(), stages.open_loader(self, "validation") as batches:
+                rows = PackedRows(batches, eval_batches(self.config), self.config.vocab_size)
+        except (ValueError, OSError, RuntimeError) as error:
+            failure = error
+        runtime.raise_together(failure)
+        return rows
 
 
 def eval_batches(config: FrozenConfigDict) -> int:

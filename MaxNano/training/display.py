@@ -9,6 +9,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+# Steps before this one do not count in training_seconds: they compile and warm up. The number is
+# nanochat's, so that the totals can be compared.
+# Source: nanochat/scripts/base_train.py@92d63d4.
+FIRST_TIMED_STEP = 11
 SHOWN_WAIT = 0.1  # the line shows a wait for the batch above this share of the step
 
 

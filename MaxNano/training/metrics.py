@@ -16,13 +16,9 @@ import jax
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano.training.display import Display, event_lines
+from MaxNano.training.display import FIRST_TIMED_STEP, Display, event_lines
 from MaxNano.training.metric_files import MetricFiles
 
-# Steps before this one do not count in training_seconds: they compile and warm up. The number is
-# nanochat's, so that the totals can be compared.
-# Source: nanochat/scripts/base_train.py@92d63d4.
-FIRST_TIMED_STEP = 11
 SMOOTHING = 0.9  # of `smoothed_loss` and of the time per step behind `seconds_left`
 CLOCK_SECONDS = 1e-6  # no step counts as shorter
 

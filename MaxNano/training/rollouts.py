@@ -94,7 +94,7 @@ def open_task(config: FrozenConfigDict) -> tasks.Task:
     task = tasks.open_task(config, config.rl_task)
     if type(task).evaluate is tasks.Task.evaluate and type(task).reward is tasks.Task.reward:
         raise ValueError(
-            f"rl_task={config.rl_task} is only trained on; choose a task that judges or rewards an answer"
+            f"rl_task={config.rl_task} is for training only; choose a task that grades answers"
         )
     if not len(task):
         raise ValueError(f"rl_task={config.rl_task} has no problems")
@@ -198,6 +198,9 @@ class Rollouts:
             "stopped": float(np.mean([rollout.stopped for rollout in rollouts])),
             "rollout_seconds": time.monotonic() - started,
         }
+
+    def shortage(self) -> None:
+        """Nothing runs ahead: `fill` raises."""
 
     def __next__(self) -> dict[str, jax.Array]:
         self.fill()

@@ -16,7 +16,15 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
 from MaxNano.data import conversations
-from MaxNano.data.loader import DevicePrefetch, Loader, host_share, make_loader, put_global
+from MaxNano.data.loader import (
+    DevicePrefetch,
+    Loader,
+    Shortage,
+    host_share,
+    make_loader,
+    put_global,
+)
+from MaxNano.distributed.preemption import LOOKAHEAD_BATCHES
 from MaxNano.stage_configs import stage_config
 from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training import rollouts
@@ -32,7 +40,10 @@ class BatchStream(Protocol):
     """Endless batches of global arrays, which can be resumed."""
 
     def fill(self) -> None:
-        """Wait until the next batch is ready."""
+        """Wait until the next batch is ready, or known to be impossible to make."""
+
+    def shortage(self) -> Shortage | None:
+        """What is left if no further batch can be made; else None."""
 
     def __next__(self) -> dict[str, jax.Array]: ...
 
@@ -97,7 +108,8 @@ def open_loader(run: RunContext, split: str, state: Mapping[str, Any] | None = N
 def open_text_batches(run: RunContext, state: Mapping[str, Any] | None) -> DevicePrefetch:
     """The training split, packed, with batches in transfer to the devices ahead of the step."""
     loader = open_loader(run, "train", state)
-    return DevicePrefetch(loader, run.rows_sharding, run.config.prefetch_batches)
+    least = LOOKAHEAD_BATCHES if jax.process_count() > 1 else 0
+    return DevicePrefetch(loader, run.rows_sharding, max(run.config.prefetch_batches, least))
 
 
 def count_text_bits(run: RunContext) -> Callable[[Mapping], tuple[jax.Array, jax.Array]]:

@@ -33,7 +33,8 @@ def abstract_state(
 ) -> TrainState:
     """TrainState of ShapeDtypeStructs with shardings: the target of initialization and of restore.
 
-    The path of an optimizer leaf ends with its parameter's path; it gets that sharding. A factored
+    The path of an optimizer leaf ends with its parameter's path; it gets that sharding; any
+    other leaf is replicated. A factored
     moment has size 1 on its reduced axes, and an axis of size 1 is never sharded.
     """
     axes = {_names(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(model.axes)}

@@ -54,7 +54,7 @@ class Tracker:
         while True:
             try:
                 run = self._opener()
-                while (row := row or self._rows.get()) is not None:
+                while (row := row or self._next()) is not None:
                     numbers, step = row
                     run.log(numbers, step=step)
                     row, self._is_failing = (), False
@@ -66,6 +66,12 @@ class Tracker:
                 self._warn(f"failed, retrying every {RETRY_SECONDS:g} s ({reason})")
             if self._closing.wait(RETRY_SECONDS):
                 return None
+
+    def _next(self) -> tuple | None:
+        """The next row, None at the end, for which close() finds no place in a full queue."""
+        if self._closing.is_set() and self._rows.empty():
+            return None
+        return self._rows.get()
 
     def _warn(self, problem: str) -> None:
         if not self._is_failing:

@@ -37,13 +37,11 @@ if [ -n "$dry_run" ]; then
   exit
 fi
 
-run_names=
 for depth in "${depths[@]}"; do
   choose_depth "$depth"
   heading "depth $depth"
   run_stages
-  run_names=${run_names:+$run_names,}$RUN_NAME
 done
 
 heading "$SERIES, $RATIO tokens per scaling parameter"
-results table "--runs=$run_names" "--chips=$CHIPS" "--price=$PRICE_PER_CHIP_HOUR"
+"$MAXNANO_PYTHON" MaxNano/compare.py configs/base.yml --leaderboard "$OUTPUT" ${PRICE_PER_CHIP_HOUR:+"--price=$PRICE_PER_CHIP_HOUR"}

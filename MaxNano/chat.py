@@ -1,10 +1,12 @@
 """Chat with a checkpoint in the terminal.
 
-    python MaxNano/chat.py configs/base.yml model=d24 stage=sft
-    python MaxNano/chat.py configs/base.yml model=d24 stage=sft prompt="Why is the sky blue?"
+    python MaxNano/chat.py configs/base.yml run_name=NAME
+    python MaxNano/chat.py configs/base.yml run_name=NAME prompt="Why is the sky blue?"
 
-A base model continues the text. Without a terminal, each line of standard input is a message, and
-only the replies are printed to standard output.
+Config values are those of the run, unless the command line sets them. A base model continues the
+text. At a terminal the prompt appears at once, and a thread loads and compiles the model meanwhile.
+Without a terminal, each line of standard input is a message, and only the replies are printed to
+standard output.
 """
 
 import sys
@@ -15,41 +17,41 @@ if __name__ == "__main__":
         sys.path[0] = str(Path(__file__).resolve().parents[1])
     from MaxNano import pyconfig
 
-    pyconfig.check_command_line()  # before the import of JAX
+    pyconfig.check_command_line()  # sets the platform, before anything imports JAX
 
 import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
-from MaxNano.distributed import runtime
-from MaxNano.serving.terminal_chat import (
-    ChatSession,
-    TerminalOutput,
-    handle_line,
-    run_interactive,
-    show_reply,
-)
-from MaxNano.training.loading import load_engine
+from MaxNano.serving import terminal_chat
+from MaxNano.training.run_config import config_of_run
+
+if TYPE_CHECKING:
+    from MaxNano.inference.engine import Engine
 
 
-def main(config: FrozenConfigDict) -> None:
-    """Load the run's checkpoint and chat."""
-    is_terminal = sys.stdout.isatty()
-    is_styled = is_terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-    output = TerminalOutput(sys.stdout, sys.stdout if is_terminal else sys.stderr, is_styled)
+def load(config: FrozenConfigDict) -> "Engine":
+    """The engine of the run's checkpoint. JAX is imported here: that takes as long as loading."""
+    from MaxNano.distributed import runtime
+    from MaxNano.training.loading import load_engine
+
     runtime.initialize(config)
-    session = ChatSession(config, load_engine(config, slots=1, streams=True))
-    if config.prompt is not None:
-        session.ask(config.prompt)
-        show_reply(session, output)
-    elif sys.stdin.isatty():
-        run_interactive(session, output, config.run_name)
-    else:
-        for line in sys.stdin:
-            if not handle_line(session, output, line):
-                return
+    return load_engine(config, slots=1, streams=True)
+
+
+def main(config: FrozenConfigDict, argv: Sequence[str]) -> int:
+    """Load the run's checkpoint and chat."""
+    config = config_of_run(config, argv)
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    if config.prompt is None and is_terminal:
+        from MaxNano.serving.terminal import run_interactive
+
+        return run_interactive(config, load)
+    return terminal_chat.run_plain(config, load(config))
 
 
 if __name__ == "__main__":
-    sys.exit(pyconfig.launch(main))
+    sys.exit(pyconfig.launch(lambda config: main(config, sys.argv[1:])))

@@ -59,6 +59,15 @@ def keep_output() -> None:
             setattr(sys, name, lossy)
 
 
+def exit_now(status: int) -> None:
+    """End the process although a thread still works in JAX, which the interpreter would wait for or
+    crash on.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 class _LossyFile(io.FileIO):
     """A descriptor whose writes never fail: what cannot be written is lost."""
 

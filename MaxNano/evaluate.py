@@ -38,6 +38,7 @@ from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.config_changes import parameters_id
 from MaxNano.training.context import RunContext, say
+from MaxNano.training.run_config import config_of_run
 from MaxNano.training.setup import set_up
 from MaxNano.training.state import TrainState
 from MaxNano.training.step import build_programs
@@ -52,24 +53,10 @@ def chosen_evals(config: FrozenConfigDict) -> list[str]:
     return [name for name in EVALS if name in names]
 
 
-def config_of_run(config: FrozenConfigDict, argv: Sequence[str]) -> FrozenConfigDict:
-    """The config that the run was trained with, if it was saved, overridden by the command line."""
-    saved = run_directory(config) / "config.yml"
-    if Path(argv[0]).name == saved.name or not saved.exists():
-        return config
-    words = [word for word in argv[1:] if not word.startswith("model=")]
-    names = ("base_output_directory", "run_name")  # the folder may have been moved
-    return pyconfig.initialize([str(saved), *(f"{name}={config[name]}" for name in names), *words])
-
-
 def evaluate(config: FrozenConfigDict) -> None:
     """Restore the checkpoint, run the evaluations, print and write their results."""
     names = chosen_evals(config)
     directory = run_directory(config)
-    if not (directory / "checkpoints").exists():
-        raise ValueError(
-            f"{directory} holds no checkpoint: give run_name and base_output_directory of a trained run"
-        )
     runtime.initialize(config)
     check_output(directory)
     run = RunContext(set_up(config), load_tokenizer(config))

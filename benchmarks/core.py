@@ -31,7 +31,7 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from benchmarks import common
-from MaxNano import evaluate, pyconfig
+from MaxNano import pyconfig
 from MaxNano.distributed import runtime
 from MaxNano.evals import core, core_tasks
 from MaxNano.evals.core_tasks import CoreTask
@@ -42,6 +42,7 @@ from MaxNano.storage.files import run_directory
 from MaxNano.tokenization.bpe import FILE_NAME
 from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer
 from MaxNano.training.checkpointing import Checkpointer
+from MaxNano.training.run_config import config_of_run
 from MaxNano.training.setup import set_up
 
 
@@ -120,7 +121,7 @@ def measure(task: CoreTask, tokenizer: Tokenizer, score: Scorer, limit: int) -> 
 
 def main(config: FrozenConfigDict) -> None:
     """Measure and compare."""
-    config = evaluate.config_of_run(config, sys.argv[1:])
+    config = config_of_run(config, sys.argv[1:])
     runtime.initialize(config)
     setup, tokenizer = set_up(config), load_tokenizer(config)
     tasks = core_tasks.load_bundle(config.core_bundle)

@@ -178,6 +178,9 @@ run_stages() {
     "stage_$name"
   done
   heading "done"
+  if [[ " $STAGES " == *" result "* ]]; then
+    say_how_to_chat
+  fi
 }
 
 venv_is_missing() {
@@ -342,6 +345,16 @@ last_run() {
 
 stage_result() {
   results summary "--chips=$CHIPS" "--price=$PRICE_PER_CHIP_HOUR"
+}
+
+# Prints the command that chats with the last run.
+say_how_to_chat() {
+  local folder=
+  if [ "$OUTPUT" != runs ]; then
+    printf -v folder ' base_output_directory=%q' "$OUTPUT"
+  fi
+  printf 'Chat with it:\n  %q MaxNano/chat.py configs/base.yml run_name=%s%s\n' \
+    "$MAXNANO_PYTHON" "$(last_run)" "$folder"
 }
 
 # ---- Training

@@ -27,6 +27,8 @@ class FakeEngine:
         max_length: int = 512,
         step_seconds: float = 0.0,
         step_tokens: int = 4,
+        programs: Iterable[str] = (),
+        compile_seconds: float = 0.0,
     ):
         self.tokenizer = byte_tokenizer()
         self.trained_steps = 2100
@@ -37,6 +39,9 @@ class FakeEngine:
         self.step_tokens = step_tokens
         self.prefix_cache = SimpleNamespace(tokens_looked_up=8, tokens_reused=3)
         self.requests: list[Request] = []  # all that were submitted
+        self.programs = programs
+        self.compile_seconds = compile_seconds
+        self.compiled: list[str] = []
         self.fails = False  # the next step raises
         self._numbers = itertools.count()
         self._queue: list[tuple[int, int, Request]] = []
@@ -55,6 +60,12 @@ class FakeEngine:
     @property
     def is_idle(self) -> bool:
         return not (self._queue or self._running or self._events)
+
+    def compile_programs(self, with_scores: bool = True) -> Iterable[str]:
+        for name in self.programs:
+            time.sleep(self.compile_seconds)
+            self.compiled.append(name)
+            yield name
 
     def submit(self, request: Request) -> int:
         if request.seed == 13:

@@ -24,15 +24,18 @@ def wait_until(condition, seconds=100):
 
 
 class Server:
-    """Serves an engine within a `with` block. overrides: key=value words, without a config."""
+    """Serves an engine within a `with` block. overrides: key=value words, without a config.
 
-    def __init__(self, engine, *overrides, key=None, config=None):
+    app: what to serve instead of the engine alone.
+    """
+
+    def __init__(self, engine, *overrides, key=None, config=None, app=None):
         self.engine = engine
         self.config = config or pyconfig.initialize(
             ["configs/base.yml", "run_name=tiny", *overrides]
         )
-        app = make_app(self.config, engine, key)
-        self.service = app.state.service
+        app = app or make_app(self.config, engine, key)
+        self.service = next(iter(app.state.models.services.values()), None)
         self.key = key
         bound = bind("127.0.0.1", 0)
         self.port = bound.getsockname()[1]

@@ -3,13 +3,8 @@
 import itertools
 import json
 import os
-import pty
-import re
-import select
-import signal
 import subprocess
 import sys
-import time
 from io import StringIO
 from pathlib import Path
 
@@ -24,6 +19,7 @@ from MaxNano.serving.terminal_chat import (
     CommandError,
     TerminalOutput,
     handle_line,
+    run_command,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,7 +129,9 @@ def test_commands():
         "/temperature hot",
         "/temperature 3",
         "/topk",
-        "/topk -1",
+        "/set top_k -1",
+        "/set seed 7",
+        "/set what 1",
         "/what",
         "/clear",
         "new",
@@ -149,9 +147,12 @@ def test_commands():
     assert "hi" not in TOKENIZER.decode(requests[2].prompt)
     for told in (
         "temperature 0",
-        "top-k 5",
-        "number from 0 to 2",
-        "takes an integer",
+        "top_k 5",
+        "a number from 0 (greedy) to 2, not 'hot'",
+        "top_k takes an integer",
+        "top_k takes an integer; 0 samples from all tokens, not '-1'",
+        "seed 7",
+        "unknown setting what; the settings are temperature,",
         "unknown command /what",
     ):
         assert told in notes
@@ -161,12 +162,80 @@ def test_commands():
     )
 
 
-def test_regenerate_answers_the_last_message_again():
+@pytest.mark.parametrize("command", ["/retry", "/regenerate"])
+def test_retry_answers_the_last_message_again(command):
     talk = make()
-    assert "no message to reply to" in run(talk, "/regenerate")[1]
-    assert run(talk, "hi", "/regenerate")[0] == "yes\n" * 2
+    assert "no message to reply to" in run(talk, command)[1]
+    assert run(talk, "hi", command)[0] == "yes\n" * 2
     first, second = talk.engine.requests
     assert first.prompt == second.prompt and len(talk.messages) == 2
+
+
+def test_settings_reach_the_engine():
+    talk = make()
+    run(talk, "/set top_p 0.5", "/set min_p 0.1", "/set repetition_penalty 1.5", "/set seed 3")
+    run(talk, "/set max_tokens 2", "/set markdown off", "a", "b")
+    for request in talk.engine.requests:
+        assert (request.top_p, request.min_p, request.repetition_penalty) == (0.5, 0.1, 1.5)
+        assert (request.seed, request.max_tokens) == (3, 2)
+    shown = run(talk, "/show")[1]
+    for fact in ("d4: d4, ", " M parameters, chat model", "markdown off", "2 tokens", "4 messages"):
+        assert fact in shown
+    assert "takes on or off" in run(talk, "/set markdown maybe")[1]
+    assert "top_p" in run(talk, "/set")[1]
+
+
+def test_undo_removes_a_message_with_its_reply():
+    talk = make()
+    assert "no message to remove" in run(talk, "/system be kind", "/undo")[1]
+    run(talk, "first", "second", "/undo", "third")
+    last = TOKENIZER.decode(talk.engine.requests[-1].prompt)
+    assert "first" in last and "second" not in last and "third" in last
+
+
+def test_the_system_message_is_in_every_prompt():
+    """It is kept by /clear and counts for the room that a message has."""
+    talk = make(max_length=128)
+    run(
+        talk,
+        "/system be kind",
+        "hi",
+        "/clear",
+        "again",
+        "/system be brief",
+        "more",
+        "/system",
+        "end",
+    )
+    prompts = [TOKENIZER.decode(request.prompt) for request in talk.engine.requests]
+    start = "<|bos|><|user_start|>"
+    assert prompts[0].startswith(f"{start}be kind\n\nhi<|user_end|>")
+    assert prompts[1] == f"{start}be kind\n\nagain<|user_end|><|assistant_start|>"
+    assert prompts[2].startswith(f"{start}be brief\n\nagain")
+    assert prompts[3].startswith(f"{start}again")
+    assert "at most 64 fit" in run(talk, f"/system {'x' * 60}", "hello")[1]
+    assert "a base model" in run(make("yes", "chat_turns=false"), "/system be kind")[1]
+
+
+def test_load_continues_a_saved_conversation(tmp_path, monkeypatch):
+    first, talk = make(), make()
+    monkeypatch.chdir(tmp_path)
+    run(first, "/system be kind", "hi", "/save a b.json")
+    assert "loaded a b.json: 3 messages" in run(talk, "/load a b.json", "more")[1]
+    prompt = TOKENIZER.decode(talk.engine.requests[0].prompt)
+    assert "be kind\n\nhi<|user_end|><|assistant_start|>yes<|assistant_end|>" in prompt
+    before = list(talk.messages)
+    for content in (
+        b"{",
+        b"[]",
+        b'{"messages": [{"role": "dog", "content": ""}]}',
+        b"\xff",
+        b"[" * 10**5,
+    ):
+        Path("bad.json").write_bytes(content)
+        assert run(talk, "/load bad.json")[1].startswith("could not load bad.json: ")
+    assert "could not load nowhere" in run(talk, "/load nowhere")[1]
+    assert talk.messages == before and "takes a file name" in run(talk, "/load")[1]
 
 
 def test_save(tmp_path, monkeypatch):
@@ -181,7 +250,7 @@ def test_save(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["talk.json"]
     assert "could not write" in run(talk, "/save talk.json/talk.json")[1]
     with pytest.raises(CommandError):
-        talk.command("/save")
+        run_command(talk, "/save")
 
 
 def test_the_oldest_turns_go_where_the_context_is_full():
@@ -238,80 +307,34 @@ def last_words(request, sample):
     return ids[start:-2]
 
 fake = FakeEngine(last_words, step_seconds=0.01)
-chat.load_engine = lambda config, slots, streams: fake
-sys.exit(pyconfig.launch(chat.main, ["configs/base.yml", "chat_turns=true", *sys.argv[1:]]))
-"""
+chat.load = lambda config: fake
+argv = ["ROOT/configs/base.yml", "run_name=tiny", "chat_turns=true", *sys.argv[1:]]
+sys.exit(pyconfig.launch(lambda config: chat.main(config, argv), argv))
+""".replace("ROOT", str(ROOT))
 
 
-def command(*words):
-    return [sys.executable, "-c", SESSION, *words]
-
-
-@pytest.fixture
-def environment():
-    """The environment of the command, with UTF-8 output."""
+def test_one_shot_and_piped_lines(tmp_path):
+    """Only replies are on standard output; characters that cannot be encoded are replaced, and a
+    line that cannot be decoded is refused.
+    """
+    (tmp_path / "runs/tiny/checkpoints/1").mkdir(parents=True)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return os.environ | {
-        "PYTHONPATH": paths,
-        "PYTHONIOENCODING": "utf-8",
-        "TERM": "xterm",
-        "JAX_PLATFORMS": "cpu",
-    }
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONIOENCODING": "utf-8"}
 
+    def chat(*words, **more):
+        return subprocess.run(
+            [sys.executable, "-c", SESSION, *words], capture_output=True, cwd=tmp_path, **more
+        )
 
-def test_one_shot_and_piped_lines(environment):
-    """Only replies are on standard output; unencodable characters are replaced."""
-    ran = subprocess.run(command("prompt=né 😀"), env=environment, capture_output=True, check=True)
-    assert ran.stdout.decode() == "né 😀\n"
-    ran = subprocess.run(
-        command(),
+    ran = chat("prompt=né 😀".encode(), env=environment)
+    assert (ran.returncode, ran.stdout.decode()) == (0, "né 😀\n")
+    ran = chat(
         env=environment | {"PYTHONIOENCODING": "ascii"},
-        input=b"one\n\n/temperature 7\ntwo\n/quit\nthree\n",
-        capture_output=True,
-        check=True,
+        input=b"\xef\xbb\xbfone\n\n/temperature 7\ncaf\xe9\ntwo\n/quit\nthree\n",
     )
-    assert ran.stdout == b"one\ntwo\n" and b"0 to 2" in ran.stderr
-
-
-def test_at_a_terminal(environment):
-    """History, Ctrl-C at the prompt and Ctrl-D, in a pseudoterminal."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        command(), env=environment, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
+    assert ran.stdout == b"one\ntwo\n" and b"0 (greedy) to 2" in ran.stderr
+    assert (
+        b"line 4 is not UTF-8 and was not sent: byte 4 is 0xe9\n" in ran.stderr
+        and ran.returncode == 1
     )
-    os.close(theirs)
-    seen = ""
-
-    def wait_for(pattern, since, again=lambda: None):
-        nonlocal seen
-        deadline = time.monotonic() + 200
-        while not re.search(pattern, seen[since:]):
-            assert time.monotonic() < deadline, seen
-            if select.select([ours], [], [], 3)[0]:
-                seen += os.read(ours, 4096).decode(errors="replace")
-            else:
-                again()
-        return len(seen)
-
-    def interrupt():
-        process.send_signal(signal.SIGINT)
-
-    try:
-        at = wait_for("> ", 0)
-        os.write(ours, b"first words\n")
-        at = wait_for(r"first words\r\nfirst words\r\n.*> ", at)
-        os.write(ours, b"half")
-        at = wait_for("half", at)
-        interrupt()
-        # Python's input() sleeps through a signal that comes while it takes a letter: then one
-        # presses Ctrl-C again.
-        at = wait_for("\n.*> ", at, interrupt)
-        os.write(ours, b"\x1b[A\n")
-        at = wait_for(r"first words\r\nfirst words\r\n.*> ", at)
-        os.write(ours, b"\x04")
-        assert process.wait(200) == 0
-        assert "/help lists the commands" in seen
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
+    assert b"Traceback" not in ran.stderr

@@ -57,8 +57,9 @@ def test_import_contracts():
             "tools.sandbox",
             "inference.dialogue",
         ],
+        ["chat", "serving.terminal", "serving.reply_view", "training.run_config"],
     ],
-    ids=["configuration", "host", "tasks and tools"],
+    ids=["configuration", "host", "tasks and tools", "the chat until its prompt"],
 )
 def test_starts_without_jax(modules):
     """What the libraries bring in counts too, which the contracts do not see."""

@@ -420,6 +420,17 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(
     if not is_repeated:
         return
 
+    # The last line is a command that chats with the last run, by its name alone.
+    assert (
+        out.splitlines()[-2] == "Chat with it:"
+        and " run_name=downloaded_rl " in out.splitlines()[-1]
+    )
+    chat = f'{out.splitlines()[-1]} prompt="the quick" max_new_tokens=4 temperature=0'
+    said = subprocess.run(
+        ["bash", "-c", chat], env=settings, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert said.returncode == 0 and said.stdout.strip(), said.stderr
+
     extra = extra.replace(f"hub_url={hub}", "hub_url=http://127.0.0.1:9")
     more |= {"EXTRA": extra, "STAGES": "data evaluation sft rl", "EVALS": "core"}
     again = run("tpu/d24_speedrun.sh", {**settings, **more})

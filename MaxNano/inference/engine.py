@@ -13,7 +13,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -167,12 +167,25 @@ class Engine:
 
     def compile(self) -> None:
         """Compile every program now, so that no request waits for the compiler."""
+        for _ in self.compile_programs():
+            pass
+
+    def compile_programs(self, with_scores: bool = True) -> Iterator[str]:
+        """Compile a program per step, in the order of need; yields its name. After the first two,
+        every short prompt has its programs. Take a step only while no sample is running.
+
+        with_scores: also those that score prompts.
+        """
         self._runner.decode(self._table.packed, None, is_eager=False, with_scores=False)
-        for length in self.programs.buckets:
-            inputs = PrefillBatch(self.programs, length).arrays()
-            for is_scored in (False, True):
+        yield "decode"
+        for is_scored in (False, True) if with_scores else (False,):
+            for length in self.programs.buckets:
+                inputs = PrefillBatch(self.programs, length).arrays()
                 self._runner.prefill(inputs, is_scored, with_top=False)
-        self.prefix_cache.compile()
+                yield f"prefill {length}" + ", scored" * is_scored
+            if not is_scored:
+                self.prefix_cache.compile()
+                yield "prefix cache"
 
     def _admit(self) -> bool:
         """Prefill waiting requests in one call with the first; False if no slot is free."""

@@ -14,8 +14,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from MaxNano.serving.api_fields import ApiError
+from MaxNano.serving.models import Models
 from MaxNano.serving.responses import error_response
-from MaxNano.serving.service import Service
 
 log = logging.getLogger("maxnano.serve")
 
@@ -44,13 +44,13 @@ class AccessControl:
     "other".
     """
 
-    def __init__(self, app: ASGIApp, service: Service, public: set[str], known: set[str]):
+    def __init__(self, app: ASGIApp, models: Models, public: set[str], known: set[str]):
         self.app = app
-        self.service = service
+        self.metrics = models.metrics
         self.public = public
         self.known = known
-        self.key = service.api_key.encode() if service.api_key else None
-        self.hosts = service.config.serve_allowed_hosts
+        self.key = models.api_key.encode() if models.api_key else None
+        self.hosts = models.config.serve_allowed_hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -80,7 +80,7 @@ class AccessControl:
             await error_response(ApiError(500, "the server failed"))(scope, receive, send_secured)
         finally:
             label = path if path in self.known else "other"
-            self.service.metrics.requests.labels(label, str(status)).inc()
+            self.metrics.requests.labels(label, str(status)).inc()
             if label.startswith("/v1/"):
                 seconds = time.monotonic() - started
                 log.info("%s %s %d %.2f s", scope["method"], label, status, seconds)

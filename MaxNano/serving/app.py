@@ -26,6 +26,7 @@ from MaxNano.serving.access import AccessControl
 from MaxNano.serving.api_fields import ApiError, BodyFields
 from MaxNano.serving.chat_api import parse_chat, take_messages
 from MaxNano.serving.engine_thread import EventStream
+from MaxNano.serving.models import Models
 from MaxNano.serving.openai_api import ApiCall, are_ids, parse_completion
 from MaxNano.serving.openai_replies import ReplyChoice, ReplyDelta, ReplyObjects
 from MaxNano.serving.openai_responses import ResponseObjects, parse_response
@@ -44,39 +45,45 @@ CONTENT_TYPES = {
 
 
 def make_app(config: FrozenConfigDict, engine: Engine, api_key: str | None = None) -> Starlette:
-    """The ASGI application, which runs the engine from its startup to its shutdown."""
-    service = Service(config, engine, api_key)
+    """The ASGI application of one engine."""
+    models = Models(config, [config.run_name], api_key)
+    models.add(config, engine)
+    return make_models_app(models)
+
+
+def make_models_app(models: Models) -> Starlette:
+    """The ASGI application, which runs the models' engines from its startup to its shutdown."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        service.thread.start(asyncio.get_running_loop())
+        models.start(asyncio.get_running_loop())
         yield
-        service.thread.stop()
+        models.stop()
 
     pages = _pages()
     generations = {
-        "/v1/completions": GenerationEndpoint(service, parse_completion, ReplyObjects),
-        "/v1/chat/completions": GenerationEndpoint(service, parse_chat, ReplyObjects),
-        "/v1/responses": GenerationEndpoint(service, parse_response, ResponseObjects),
+        "/v1/completions": GenerationEndpoint(models, parse_completion, ReplyObjects),
+        "/v1/chat/completions": GenerationEndpoint(models, parse_chat, ReplyObjects),
+        "/v1/responses": GenerationEndpoint(models, parse_response, ResponseObjects),
     }
     routes = [
         *(Route(path, page) for path, page in pages.items()),
         *(Route(path, endpoint, methods=["POST"]) for path, endpoint in generations.items()),
-        *_service_routes(service),
-        *_tokenizer_routes(service),
+        *_service_routes(models),
+        *_tokenizer_routes(models),
     ]
     public, known = {"/health", *pages}, {route.path for route in routes}
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
         middleware=[
-            *_cors(config),
-            Middleware(AccessControl, service=service, public=public, known=known),
+            *_cors(models.config),
+            Middleware(AccessControl, models=models, public=public, known=known),
         ],
         exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error},
     )
     app.router.redirect_slashes = False
-    app.state.service = service
+    app.state.models = models
     return app
 
 
@@ -109,49 +116,47 @@ async def _on_http_error(request: Request, error: HTTPException) -> Response:
 # ---- Endpoints ----------------------------------------------------------------------------------
 
 
-def _service_routes(service: Service) -> list[Route]:
-    async def models(request: Request) -> Response:
-        return json_response({"object": "list", "data": [service.model()]})
+def _service_routes(models: Models) -> list[Route]:
+    async def list_models(request: Request) -> Response:
+        data = [service.model() for service in models.ready()]
+        return json_response({"object": "list", "data": data})
 
     async def model(request: Request) -> Response:
-        if request.path_params["name"] != service.rules.model:
-            message = f"the model of this server is {service.rules.model}"
-            raise ApiError(404, message, code="model_not_found")
-        return json_response(service.model())
+        return json_response(models.choose(request.path_params["name"]).model())
 
     async def health(request: Request) -> Response:
-        if service.thread.is_alive:
-            return json_response({"status": "ok"})
-        return json_response({"status": "the engine has stopped"}, 503)
+        body, status = models.health()
+        return json_response(body, status, {"retry-after": "1"} if status == 503 else None)
 
     async def metrics(request: Request) -> Response:
-        return Response(service.metrics.text(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+        return Response(models.metrics.text(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     return [
-        Route("/v1/models", models),
+        Route("/v1/models", list_models),
         Route("/v1/models/{name}", model),
         Route("/health", health),
         Route("/metrics", metrics),
     ]
 
 
-def _tokenizer_routes(service: Service) -> list[Route]:
+def _tokenizer_routes(models: Models) -> list[Route]:
     """Source: vLLM's endpoints of these names, as lm-eval's RemoteTokenizer uses them."""
-    tokenizer = service.tokenizer
-    bos = tokenizer.decode([tokenizer.bos_id])
 
     async def info(request: Request) -> Response:
+        bos = _bos_text(models.choose(request.query_params.get("model")).tokenizer)
         return json_response({"tokenizer_class": "maxnano", "bos_token": bos, "eos_token": bos})
 
     async def tokenize(request: Request) -> Response:
         body = await read_json(request)
-        ids = await asyncio.to_thread(_ids_to_count, body, tokenizer, bos)
+        service = models.choose(body.get("model"))
+        ids = await asyncio.to_thread(_ids_to_count, body, service.tokenizer)
         return json_response(
             {"tokens": ids, "count": len(ids), "max_model_len": service.rules.max_length}
         )
 
     async def detokenize(request: Request) -> Response:
-        tokens = (await read_json(request)).get("tokens")
+        body = await read_json(request)
+        tokenizer, tokens = models.choose(body.get("model")).tokenizer, body.get("tokens")
         if not are_ids(tokens, tokenizer):
             raise ApiError(400, "tokens must be a list of token ids", "tokens")
         return json_response({"prompt": tokenizer.decode(tokens)})
@@ -163,7 +168,11 @@ def _tokenizer_routes(service: Service) -> list[Route]:
     ]
 
 
-def _ids_to_count(body: Mapping[str, Any], tokenizer: Tokenizer, bos: str) -> list[int]:
+def _bos_text(tokenizer: Tokenizer) -> str:
+    return tokenizer.decode([tokenizer.bos_id])
+
+
+def _ids_to_count(body: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
     """Token ids of the prompt, or of the messages with the beginning of a reply."""
     fields = BodyFields(body)
     if "messages" in body:
@@ -171,7 +180,9 @@ def _ids_to_count(body: Mapping[str, Any], tokenizer: Tokenizer, bos: str) -> li
     text = fields.take("prompt")
     if not isinstance(text, str):
         raise ApiError(400, "prompt must be a string, or messages a list of messages", "prompt")
-    if text == bos:  # text never encodes to special tokens, but lm-eval asks for this
+    if text == _bos_text(
+        tokenizer
+    ):  # text never encodes to special tokens, but lm-eval asks for this
         return [tokenizer.bos_id]
     return [tokenizer.bos_id] * fields.flag("add_special_tokens") + tokenizer.encode(text)
 
@@ -204,18 +215,19 @@ class GenerationEndpoint:
 
     def __init__(
         self,
-        service: Service,
+        models: Models,
         parse: Callable[[Mapping[str, Any], Any, Any], ApiCall],
         make_objects: Callable[[ApiCall, Any], ReplyObjects | ResponseObjects],
     ):
-        self.service = service
+        self.models = models
         self.parse = parse
         self.make_objects = make_objects
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service, arrived = self.service, time.monotonic()
-        with service.upload():
+        arrived = time.monotonic()
+        with self.models.least_busy().upload():
             body = await read_json(Request(scope, receive))
+            service = self.models.choose(body.get("model"))
             call = await asyncio.to_thread(self.parse, body, service.tokenizer, service.rules)
         with service.admit(call) as stream:
             objects = self.make_objects(call, service.tokenizer)

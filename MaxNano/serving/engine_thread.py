@@ -5,7 +5,7 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from MaxNano.inference.engine import Engine
@@ -34,10 +34,14 @@ class RunningCall(NamedTuple):
 
 
 class EngineThread:
-    """The only thread that uses the engine. Commands come by a queue, events go to the loop."""
+    """The only thread that uses the engine. Commands come by a queue, events go to the loop.
 
-    def __init__(self, engine: Engine):
+    programs: compiles a program per step, which the thread does while the engine is idle.
+    """
+
+    def __init__(self, engine: Engine, programs: Iterator[str] | None = None):
         self.engine = engine
+        self._programs = programs  # None: all are compiled
         self.is_alive = False
         self._commands: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = (
             queue.SimpleQueue()
@@ -79,6 +83,8 @@ class EngineThread:
                 self._run_commands()
                 if not self.engine.is_idle:
                     self._publish(self._step())
+                elif self._programs is not None and next(self._programs, None) is None:
+                    self._programs = None
         except Exception:
             log.exception("The engine failed and cannot be reset: restart the server")
         finally:
@@ -97,8 +103,8 @@ class EngineThread:
         return list(streams.values())
 
     def _run_commands(self) -> None:
-        """Run the queued commands; wait for one if the engine is idle."""
-        wait = self.engine.is_idle
+        """Run the queued commands; wait for one if there is nothing else to do."""
+        wait = self.engine.is_idle and self._programs is None
         with contextlib.suppress(queue.Empty):
             while True:
                 command, arguments = self._commands.get(block=wait)

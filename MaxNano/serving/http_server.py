@@ -4,12 +4,15 @@ import asyncio
 import math
 import signal
 import socket
+import threading
+from collections.abc import Callable
 
 import h11
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from MaxNano import console
 from MaxNano.serving import responses
 
 KEEP_ALIVE_SECONDS = 15
@@ -68,15 +71,45 @@ def make_server(app: Starlette, drain_seconds: float) -> uvicorn.Server:
     )
 
 
-def serve(app: Starlette, bound: socket.socket, drain_seconds: float) -> None:
-    """Serve until SIGTERM or SIGINT, then let running replies end for up to `drain_seconds`."""
+def serve(
+    app: Starlette,
+    bound: socket.socket,
+    drain_seconds: float,
+    load: Callable[[], None] | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then let running replies end for up to `drain_seconds`.
+
+    load: loads the models of app.state.models, in a thread of its own while the server answers that
+    they are loading; None: they are ready. If it raises, the server stops and the error is raised.
+    """
     server = make_server(app, drain_seconds)
     # uvicorn raises the signal again after shutdown; the exit status is to be 0.
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: None)
     host, port = bound.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    model = app.state.service.rules.model
+    names = ", ".join(app.state.models.names)
+    serving = f"Serving {names} at http://{address} (Ctrl-C to stop)"
+    errors: list[BaseException] = []
+
+    def run_load() -> None:
+        try:
+            load()
+            print(serving, flush=True)
+        except BaseException as error:  # noqa: BLE001 (raised below)
+            errors.append(error)
+            server.should_exit = True
+
     bound.listen()  # clients may connect from now on
-    print(f"Serving {model} at http://{address} (Ctrl-C to stop)", flush=True)
+    if load is None:
+        print(serving, flush=True)
+        server.run(sockets=[bound])
+        return
+    print(f"Loading {names}; http://{address}/health tells when it is ready", flush=True)
+    thread = threading.Thread(target=run_load, name="load", daemon=True)
+    thread.start()
     server.run(sockets=[bound])
+    if errors:
+        raise errors[0]
+    if thread.is_alive():
+        console.exit_now(0)  # JAX works on in the thread

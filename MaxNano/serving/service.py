@@ -1,9 +1,9 @@
-"""State shared by the endpoints: the engine's thread, the admission queue, limits and metrics."""
+"""A model that is served: its engine's thread, the admission queue, limits; and the metrics."""
 
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import prometheus_client
@@ -23,7 +23,7 @@ MAX_RETRY_SECONDS = 60  # in the Retry-After header
 class ServerMetrics:
     """The Prometheus metrics of /metrics."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engines: Callable[[], Sequence[Engine]]):
         prometheus_client.disable_created_metrics()  # a second time series per metric
         self.registry = prometheus_client.CollectorRegistry()
         common = {"namespace": "maxnano", "registry": self.registry}
@@ -37,20 +37,21 @@ class ServerMetrics:
             "first_token_seconds", "Time to first token", **seconds
         )
         gauges = {
-            "slots": ("Slots of the engine", lambda: engine.slots),
-            "sequences_running": ("Sequences in slots", lambda: engine.running),
-            "requests_waiting": ("Requests in the engine's queue", lambda: engine.waiting),
+            "slots": ("Slots of the engines", lambda engine: engine.slots),
+            "sequences_running": ("Sequences in slots", lambda engine: engine.running),
+            "requests_waiting": ("Requests in the engines' queues", lambda engine: engine.waiting),
             "prefix_tokens_looked_up": (
                 "Prompt tokens since the start, with those that the prefix cache held",
-                lambda: engine.prefix_cache.tokens_looked_up,
+                lambda engine: engine.prefix_cache.tokens_looked_up,
             ),
             "prefix_tokens_reused": (
                 "Prompt tokens since the start that the prefix cache held",
-                lambda: engine.prefix_cache.tokens_reused,
+                lambda engine: engine.prefix_cache.tokens_reused,
             ),
         }
         for name, (help_text, read) in gauges.items():
-            prometheus_client.Gauge(name, help_text, **common).set_function(read)
+            gauge = prometheus_client.Gauge(name, help_text, **common)
+            gauge.set_function(lambda read=read: sum(map(read, engines())))
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""
@@ -58,15 +59,23 @@ class ServerMetrics:
 
 
 class Service:
-    """The state of the server; `pending` sequences run or wait, at most `capacity`."""
+    """A model that is served; `pending` sequences run or wait, at most `capacity`.
 
-    def __init__(self, config: FrozenConfigDict, engine: Engine, api_key: str | None):
+    programs: what the engine's thread compiles while it is idle, a program per step.
+    """
+
+    def __init__(
+        self,
+        config: FrozenConfigDict,
+        engine: Engine,
+        metrics: ServerMetrics,
+        programs: Iterator[str] | None = None,
+    ):
         self.config = config
         self.engine = engine
         self.tokenizer = engine.tokenizer
-        self.thread = EngineThread(engine)
-        self.metrics = ServerMetrics(engine)
-        self.api_key = api_key
+        self.thread = EngineThread(engine, programs)
+        self.metrics = metrics
         self.capacity = engine.slots + config.serve_queue
         self.rules = ApiRules(
             model=config.run_name,

@@ -68,6 +68,8 @@ checkpoints  {run}/checkpoints
 metrics      {run}/metrics.jsonl, and curves in {run}/tensorboard
 
 Next:
+  let it continue your text:
+    .venv/bin/python MaxNano/chat.py configs/base.yml run_name={run.removeprefix("runs/")}
   train a model for twice as long:
     .venv/bin/python MaxNano/train.py {config} run_name={run.removeprefix("runs/")}_long steps={2 * (last["step"] + 1)}
   list the config keys:

@@ -1,0 +1,53 @@
+"""The config of a run that exists: `run_name=NAME` is enough to evaluate it or to chat with it.
+
+Imports no JAX: an unknown run is reported at once.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import FrozenConfigDict
+
+from MaxNano import pyconfig
+from MaxNano.config_schema import suggest
+from MaxNano.storage.files import names, run_directory
+
+# Which of several processes this is: known to the machine that runs it, not to the run.
+PROCESS_KEYS = ("coordinator_address", "num_processes", "process_id")
+
+
+def config_of_run(config: FrozenConfigDict, argv: Sequence[str]) -> FrozenConfigDict:
+    """The config that the run was trained with, if it was saved, overridden by the command line.
+
+    config: what `argv` says; run_name and base_output_directory name the run. Raises ValueError if
+    the run has no checkpoint, or if argv names another model.
+    """
+    directory = run_directory(config)
+    if not names(directory / "checkpoints"):
+        runs = [
+            run for run in names(directory.parent) if names(directory.parent / run / "checkpoints")
+        ]
+        known = f"; runs with a checkpoint: {', '.join(runs)}" if runs else ""
+        hint = suggest(config.run_name, runs) or known
+        raise ValueError(
+            f"{directory} holds no checkpoint: give run_name and base_output_directory of a trained"
+            f" run{hint}"
+        )
+    saved = directory / "config.yml"
+    if Path(argv[0]).name == saved.name or not saved.exists():
+        return config
+    model = pyconfig.saved_values(saved).get("model")
+    if config.origin["model"] == pyconfig.COMMAND_LINE and config.model != model:
+        raise ValueError(
+            f"{directory} was trained with model={model}: leave out model={config.model}"
+        )
+    words = [word for word in argv[1:] if not word.startswith("model=")]
+    moved = ("base_output_directory", "run_name")  # the folder may have been moved
+    return pyconfig.initialize(
+        [
+            str(saved),
+            *(f"{name}=null" for name in PROCESS_KEYS),
+            *(f"{name}={config[name]}" for name in moved),
+            *words,
+        ]
+    )

@@ -223,6 +223,7 @@ def test_two_tabs_show_the_same_chats(browser):
         with page.context.expect_page() as opening:
             page.evaluate("open(location.href)")
         other = opening.value
+        other.wait_for_load_state("networkidle")  # its modules run
         say(other, "second", 2)
         page.locator(REPLY).get_by_text("second").wait_for()
         menu(other, "Delete")
@@ -379,6 +380,7 @@ def test_text_files_are_attached(browser):
         page.locator(".edit textarea").fill("Read again.")
         page.keyboard.press("Enter")
         page.locator(COUNT).get_by_text("2 / 2").wait_for()
+        page.locator(DONE).wait_for(state="attached")
         assert expected.replace("this", "again") in last_prompt(server)
         page.keyboard.press("Control+Shift+o")
         upload(page, "#files", **{"alone.txt": b"alone"})

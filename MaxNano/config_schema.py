@@ -8,6 +8,7 @@ import difflib
 import functools
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -390,3 +391,36 @@ def format_value(value: Any) -> str:
         if not is_word or value in _NULL_WORDS or value.lower() in _BOOLS:
             return yaml.safe_dump(value, default_style='"', width=math.inf).rstrip("\n")
     return str(value)
+
+
+def help_text(program: str | None = None, *, show_all: bool = True) -> str:
+    """The keys that a program reads, with type, range, default and help, by section of base.yml.
+
+    program: one of PROGRAMS; any other name stands for all of them.
+    show_all: all keys, or only the common ones.
+    """
+    keys = base_keys()
+    defaults = default_values(keys, BASE.name)
+    programs = {program} & set(PROGRAMS) or set(PROGRAMS)
+    keys = {name: key for name, key in keys.items() if programs & set(key.programs)}
+    shown = [key for key in keys.values() if show_all or programs & set(key.common_in)]
+    lines = []
+    section = None
+    for key in shown:
+        if key.section != section:
+            section = key.section
+            lines += ["", section]
+        facts = " ".join(filter(None, (key.type_text, key.range_text)))
+        first = f"{key.name}={format_value(defaults[key.name])}  ({facts})"
+        for text, indent in ((first, "  "), (key.help, "      ")):
+            lines += textwrap.wrap(
+                text,
+                100,
+                initial_indent=indent,
+                subsequent_indent="      ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+    if not show_all:
+        lines += ["", f"These are {len(shown)} of {len(keys)} keys; --help=all shows all."]
+    return "\n".join(lines) + "\n"

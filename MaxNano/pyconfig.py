@@ -10,7 +10,6 @@ are refused. This module does not import JAX, so that a mistyped key is reported
 import os
 import re
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -515,39 +514,6 @@ def saved_values(path: Path) -> dict[str, Any]:
 # ---- Entry points -------------------------------------------------------------------------------
 
 
-def help_text(program: str | None = None, *, show_all: bool = True) -> str:
-    """The keys that a program reads, with type, range, default and help, by section of base.yml.
-
-    program: one of config_schema.PROGRAMS; any other name stands for all of them.
-    show_all: all keys, or only the common ones.
-    """
-    keys = config_schema.base_keys()
-    defaults = config_schema.default_values(keys, BASE.name)
-    programs = {program} & set(config_schema.PROGRAMS) or set(config_schema.PROGRAMS)
-    keys = {name: key for name, key in keys.items() if programs & set(key.programs)}
-    shown = [key for key in keys.values() if show_all or programs & set(key.common_in)]
-    lines = []
-    section = None
-    for key in shown:
-        if key.section != section:
-            section = key.section
-            lines += ["", section]
-        facts = " ".join(filter(None, (key.type_text, key.range_text)))
-        first = f"{key.name}={config_schema.format_value(defaults[key.name])}  ({facts})"
-        for text, indent in ((first, "  "), (key.help, "      ")):
-            lines += textwrap.wrap(
-                text,
-                100,
-                initial_indent=indent,
-                subsequent_indent="      ",
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-    if not show_all:
-        lines += ["", f"These are {len(shown)} of {len(keys)} keys; --help=all shows all."]
-    return "\n".join(lines) + "\n"
-
-
 HELP_WORDS = {"-h": False, "--help": False, "--help=all": True}  # word -> whether to show all keys
 
 
@@ -590,7 +556,7 @@ def launch(
             program = Path(sys.argv[0])
             print(f"usage: python {program} configs/base.yml [key=value ...]")
             print(options, end="")
-            print(help_text(program.stem, show_all=HELP_WORDS[word]), end="")
+            print(config_schema.help_text(program.stem, show_all=HELP_WORDS[word]), end="")
             return 0
         return main(initialize(argv)) or 0
     except ValueError as error:

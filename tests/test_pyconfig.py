@@ -103,7 +103,12 @@ def test_every_key_is_there_and_those_of_the_backend_stay_null():
         "to_nanochat",
         "compile_report",
     }
-    asked |= {"from_huggingface", "to_huggingface"}
+    asked |= {
+        "from_huggingface",
+        "to_huggingface",
+        "serve_cors_origin_regex",
+        "serve_allowed_hosts",
+    }
     asked |= {
         "download_shards",
         "hub_url",
@@ -524,7 +529,7 @@ def test_any_text_survives_saving(tmp_path_factory, text):
 
 
 def test_all_help_lists_every_key_with_type_range_default_and_text():
-    text = pyconfig.help_text()
+    text = config_schema.help_text()
     assert all(f"  {key}=" in text for key in KEYS)
     assert "  remat_policy=none  (str one of none minimal full names)" in text
     assert "  num_decoder_layers=null  (int? 1..256)" in text
@@ -535,10 +540,10 @@ def test_all_help_lists_every_key_with_type_range_default_and_text():
 
 @pytest.mark.parametrize("program", config_schema.PROGRAMS)
 def test_help_fits_a_screen_and_is_the_programs(program):
-    common = pyconfig.help_text(program, show_all=False)
+    common = config_schema.help_text(program, show_all=False)
     shown = [key for key in KEYS if f"  {key}=" in common]
     assert 0 < len(shown) <= 30
-    every = pyconfig.help_text(program)
+    every = config_schema.help_text(program)
     read = [key for key in KEYS if f"  {key}=" in every]
     assert set(shown) <= set(read)
     assert f"These are {len(shown)} of {len(read)} keys; --help=all" in common

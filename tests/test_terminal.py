@@ -59,6 +59,8 @@ def start(tmp_path, monkeypatch):
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "TERM": "xterm-256color",
         "PYTHONIOENCODING": "utf-8",
+        "COLUMNS": "80",  # of an earlier size of the terminal
+        "LINES": "24",
         "XDG_STATE_HOME": str(tmp_path / "state"),
     }
     environment.pop("NO_COLOR", None)

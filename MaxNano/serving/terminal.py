@@ -194,6 +194,8 @@ class InteractiveChat:
 
     def __init__(self, config: FrozenConfigDict, load: "Callable[[FrozenConfigDict], Engine]"):
         self.session = ChatSession(config)
+        for name in ("COLUMNS", "LINES"):  # the terminal knows its size; exported ones may be old
+            os.environ.pop(name, None)
         self.console = Console(highlight=False)
         self.worker = EngineWorker(lambda: load(config), self._on_change)
         self.reader: PromptSession[str] = PromptSession(

@@ -35,6 +35,7 @@ from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training import checkpoint_identity
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.context import RunContext
+from MaxNano.training.metric_files import has_all_rows
 from MaxNano.training.metrics import MetricLogger
 from MaxNano.training.run_record import RunRecord, check_processes
 from MaxNano.training.setup import RunSetup, check_memory, flops_per_token, print_plan, set_up
@@ -188,6 +189,8 @@ def is_complete(run: RunContext, record: RunRecord) -> bool:
     record.check(extra)
     measured = measured_steps(extra) | record.measured_at_end(extra)
     if any(row.interval(config) and measured.get(name) != step for name, row in EVALS.items()):
+        return False
+    if extra.get("metrics") and not has_all_rows(run.directory, extra["metrics"]):
         return False
     run.say(f"Run already complete ({step} of {config.steps} steps)")
     return True

@@ -488,6 +488,19 @@ def test_a_tracker_that_failed_for_a_while_gets_every_row(tmp_path, monkeypatch,
 # ---- Disks and stores that fail -----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("end", ["", '{"step": 1'], ids=["absent", "torn"])
+def test_a_run_is_not_complete_before_all_its_rows_are_written(config, tmp_path, end):
+    """A full disk, or a kill after the last checkpoint, left them in its state only."""
+    assert metric_files.has_all_rows(tmp_path, {"rows": 0, "unwritten": []})
+    state = {"rows": 1, "unwritten": [[0.0, {"step": 1}], [0.0, {"step": 2}]]}
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' + end)
+    assert not metric_files.has_all_rows(tmp_path, state)
+    files = metric_files.MetricFiles(config, tmp_path, state, next_step=3, is_main=True)
+    files.close()
+    assert metric_files.has_all_rows(tmp_path, state)
+    assert [row["step"] for row in rows_of(tmp_path)] == [0, 1, 2]
+
+
 def test_what_cannot_be_written_stops_nothing(config, tmp_path, caplog):
     (tmp_path / "metrics.jsonl").mkdir()  # cannot be written, whoever asks
     logger = start(config, tmp_path)

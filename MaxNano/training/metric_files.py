@@ -23,6 +23,16 @@ CLOSE_TIMEOUT_SECONDS = 30.0  # the end of a run waits this long for all files a
 Entry = list  # [time in seconds since 1970, row]
 
 
+def has_all_rows(directory: epath.PathLike, state: Mapping[str, Any]) -> bool:
+    """Whether metrics.jsonl has the rows that were written when MetricFiles returned `state`.
+
+    Those that a full disk or a kill kept back are only in the state.
+    """
+    path = epath.Path(directory).expanduser() / "metrics.jsonl"
+    lines = path.read_bytes().count(b"\n") if path.exists() else 0
+    return lines >= state["rows"] + len(state.get("unwritten", []))
+
+
 class MetricFiles:
     """Writes rows to the files and trackers of the run in `directory` (local or gs://).
 

@@ -532,7 +532,8 @@ def fill_disk(stress: Stress, kind: str, trial: int) -> Trial:
         if status or "Traceback" in start.output():
             raise Lost(f"{name}, with room: status {status}: {start.output()[-1500:]}")
         if rows_of(run) != rows_of(stress.runs / "pretraining"):
-            raise Lost(f"{name}: other rows")
+            shutil.copy(run / "metrics.jsonl", stress.runs / "lost.jsonl")
+            raise Lost(f"{name}: other rows, in {stress.runs}/lost.jsonl")
     finally:
         disk.close()
     outcome = "refused" if case.ends else "identical"

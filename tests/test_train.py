@@ -173,11 +173,16 @@ def test_a_profile_shows_where_the_time_of_its_steps_is_spent(place, whole):
     times = [float(row.split()[0]) for row in rows]
     assert times == sorted(times, reverse=True) and times[-1] > 0
     assert any(re.search(r"\b(layer|loss|optimizer)/\w+", row) for row in rows)
-    sources = [match for row in rows if (match := re.search(r"(\w+\.py):(\d+)", row))]
-    assert len(sources) >= 5
-    for match in sources:
-        (path,) = (ROOT / "MaxNano").rglob(match[1])
-        assert int(match[2]) <= len(path.read_text().splitlines())
+    # A file name may be that of two folders, or of a library.
+    sources = [
+        any(
+            int(match[2]) <= len(path.read_text().splitlines())
+            for path in (ROOT / "MaxNano").rglob(match[1])
+        )
+        for row in rows
+        if (match := re.search(r"(\w+\.py):(\d+)", row))
+    ]
+    assert sum(sources) >= 5, table
     folder = place / "runs/whole/tensorboard/plugins/profile"
     assert len(list(folder.glob("*/*.xplane.pb"))) == 1
     (events,) = folder.glob("*/*.trace.json.gz")

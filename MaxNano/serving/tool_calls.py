@@ -1,4 +1,4 @@
-"""Tools of the OpenAI API: what the model is told about them, and its calls in a reply.
+"""Tools of the OpenAI API: their description in the prompt, and tool calls in a reply.
 
 A call is the JSON object {"name": ..., "arguments": {...}}, alone in a reply. With tool_choice
 "required" or a function's name, a grammar makes any model write that. With "auto" the reply is
@@ -17,7 +17,7 @@ from MaxNano.serving.api_fields import ApiError, BodyFields
 
 MAX_TOOLS = 128
 MAX_NAME_CHARACTERS = 128
-MAX_DESCRIPTION_CHARACTERS = 200  # that the model is told
+MAX_DESCRIPTION_CHARACTERS = 200  # of a tool, in the prompt
 
 _CALL_BEGINS = '{"name":'
 _CALL_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
@@ -59,7 +59,7 @@ class Tools:
         return [_call_schema(function, index) for index, function in enumerate(self.functions)]
 
     def describe(self) -> str:
-        """What the model is told about the tools."""
+        """The description of the tools in the prompt."""
         lines = [_signature(function) for function in self.functions]
         asked = "Call a tool" if self.is_forced else "To call a tool, reply"
         call = '{"name": "...", "arguments": {...}}'

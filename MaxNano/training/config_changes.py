@@ -59,9 +59,7 @@ class Change(NamedTuple):
 
 @functools.cache
 def result_keys() -> frozenset[str]:
-    """The keys with another value of which a resumed run would have other parameters, or measure
-    them differently: it is refused.
-    """
+    """The keys that a resumed run may not change: they change its parameters or measurements."""
     keys = config_schema.base_keys().values()
     return frozenset(key.name for key in keys if "train" in key.programs) - FREE_KEYS
 

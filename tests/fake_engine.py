@@ -43,6 +43,7 @@ class FakeEngine:
         self.compile_seconds = compile_seconds
         self.compiled: list[str] = []
         self.fails = False  # the next step raises
+        self.failure: str | None = None  # how samples end instead of "stop"
         self._numbers = itertools.count()
         self._queue: list[tuple[int, int, Request]] = []
         self._running: dict[tuple[int, int], tuple[Request, Iterable[int], int]] = {}
@@ -122,6 +123,8 @@ class FakeEngine:
         parts = self._decoders[key].feed(new)
         if self._decoders[key].is_stopped:
             finish = "stop"
+        if finish == "stop" and self.failure:
+            finish = self.failure
         if finish:
             parts = merge_parts([*parts, *self._decoders[key].finish()])
         self._running[key] = request, tokens, left - len(new)

@@ -1,6 +1,7 @@
 """Conversations: prompts that fit the context, and replies decoded from tokens."""
 
 import itertools
+import random
 
 import pytest
 from fake_engine import byte_tokenizer
@@ -100,7 +101,7 @@ def turn(text, answer="yes"):
 
 def test_the_oldest_turns_go_first_and_the_system_message_stays():
     system = {"role": "system", "content": "be brief"}
-    messages = [system, *turn("a" * 50), *turn("b" * 50), {"role": "user", "content": "c"}]
+    messages = [system, *turn("a" * 70), *turn("b" * 50), {"role": "user", "content": "c"}]
     whole = len(dialogue.prompt_ids(TOKENIZER, messages))
     assert trim(TOKENIZER, messages, whole)[0] == messages
     kept, ids = trim(TOKENIZER, messages, whole - 1)
@@ -111,13 +112,39 @@ def test_the_oldest_turns_go_first_and_the_system_message_stays():
 
 def test_turns_of_several_messages_go_together():
     system = [{"role": "system", "content": "x"}, {"role": "system", "content": "y"}]
-    greeting = {"role": "assistant", "content": "g" * 30}
-    first = [{"role": "user", "content": "a" * 20}, *turn("b" * 20), greeting]
+    greeting = {"role": "assistant", "content": "g" * 140}
+    first = [{"role": "user", "content": "a" * 20}, *turn("b" * 20, "d" * 20)]
     messages = [*system, greeting, *first, {"role": "user", "content": "c"}]
     whole = len(dialogue.prompt_ids(TOKENIZER, messages))
     assert trim(TOKENIZER, messages, whole - 1)[0] == [*system, *first, messages[-1]]
     shorter = len(dialogue.prompt_ids(TOKENIZER, [*system, *first, messages[-1]]))
     assert trim(TOKENIZER, messages, shorter - 1)[0] == [*system, messages[-1]]
+
+
+def test_a_long_chat_begins_with_the_same_turn_for_several_turns():
+    """Half of the space is dropped at a time: prompts in between continue the one before."""
+    rng, limit = random.Random(0), 400
+    messages, begins, before = [{"role": "system", "content": "be brief"}], [], []
+    for _ in range(80):
+        messages.append({"role": "user", "content": "q" * rng.randrange(5, 30)})
+        kept, ids = trim(TOKENIZER, messages, limit)
+        assert len(ids) <= limit and kept[0] == messages[0] and kept[-1] == messages[-1]
+        begins.append(len(messages) - len(kept))
+        if begins[-1]:
+            assert len(ids) > limit // 2 - 100  # of a turn
+        if begins[-1:] == begins[-2:-1]:
+            assert ids[: len(before)] == before
+        before = ids
+        messages.append({"role": "assistant", "content": "a" * rng.randrange(5, 30)})
+    tokens = len(dialogue.prompt_ids(TOKENIZER, messages))
+    assert begins == sorted(begins) and len(set(begins)) <= 1 + tokens // (limit // 2)
+
+
+def test_a_last_turn_that_leaves_little_space_has_the_turns_that_fit():
+    long = {"role": "user", "content": "c" * 180}
+    messages = [*turn("a" * 20), *turn("b" * 10), *turn("d" * 10), long]
+    kept, ids = trim(TOKENIZER, messages, 205)
+    assert kept == messages[4:] and len(ids) <= 205
 
 
 def test_one_message_that_is_too_long_is_told():

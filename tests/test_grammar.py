@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from MaxNano.inference import grammar
-from MaxNano.inference.grammar import CLOSING_TOKENS, compile_json
+from MaxNano.inference.grammar import CLOSING_TOKENS, compile_calls, compile_json
+from MaxNano.inference.json_schema import check
 from MaxNano.tokenization.bpe import BpeTokenizer
 from MaxNano.tokenization.sentence_piece import SentencePieceTokenizer
 from MaxNano.tokenization.tokenizer import SpecialIds, Tokenizer
@@ -284,7 +285,7 @@ def test_the_end_follows_a_complete_value_and_no_special_token_is_text(name):
 def test_a_text_that_cannot_go_on_is_an_error():
     state = compile_json({"type": "integer"}, TOKENIZERS["bytes"]).start()
     state.take(ord("x"))
-    assert state.finish == "error"
+    assert state.finish == "grammar_error"
 
 
 def test_samples_do_not_share_their_state():
@@ -389,6 +390,125 @@ def test_hard_schemas_cost_bounded_time(name):
     else:
         text, _ = write(compiled, tokenizer, seed=1, limit=20)
         assert text
+
+
+SELF = {"$ref": "#"}
+NEXT = {"type": "object", "properties": {"a": SELF}, "required": ["a"]}
+PAIR = {"type": "object", "properties": {"a": {"$ref": "#/$defs/d1"}}, "required": ["a"]}
+BACK = {"type": "array", "items": {"$ref": "#/$defs/d0"}, "minItems": 2}
+
+
+def chain(names, last):
+    """References in a row; names: the order in which they are written."""
+    links = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}]} for i in names}
+    return {"$ref": "#/$defs/d0", "$defs": links | {f"d{len(names)}": last}}
+
+
+ENDLESS_SCHEMAS = {
+    "itself": SELF,
+    "a property": NEXT,
+    "an item": {"type": "array", "items": SELF, "minItems": 1},
+    "a first item": {"type": "array", "prefixItems": [{}, SELF], "items": {}, "minItems": 2},
+    "the rest": {"type": "array", "prefixItems": [{}], "items": SELF, "minItems": 2},
+    "any additional property": {"type": "object", "required": ["x"], "additionalProperties": SELF},
+    "each option": {"anyOf": [NEXT, {"type": "array", "items": SELF, "minItems": 1}]},
+    "one part": {"allOf": [{"type": "object"}, NEXT]},
+    "each type": NEXT | {"type": ["object", "array"], "items": SELF, "minItems": 1},
+    "two in turn": {"$ref": "#/$defs/d0", "$defs": {"d0": PAIR, "d1": BACK}},
+    "escaped names": {"$ref": "#/$defs/a~1b%25", "$defs": {"a/b%": NEXT}},
+    "a long chain": chain(range(300), {"$ref": "#/$defs/d0"}),
+}
+ENDING_SCHEMAS = {
+    "an optional property": {"type": "object", "properties": {"a": SELF}},
+    "a list": {"type": "array", "items": SELF},
+    "no type": {"properties": {"a": SELF}, "required": ["a"]},
+    "or null": NEXT | {"type": ["object", "null"]},
+    "an option": {"anyOf": [NEXT, {"const": 1}]},
+    "one of two in turn": {"$ref": "#/$defs/d0", "$defs": {"d0": PAIR, "d1": BACK | {"minItems": 0}}},
+    "constants": {"const": {"$ref": "#"}},
+    "an unused one": {"type": "integer", "$defs": {"a": {"$ref": "#/$defs/a"}}},
+    "by a pattern": {"type": "object", "required": ["x"], "patternProperties": {"x": SELF}},
+    "a chain": chain(range(300), {"type": "null"}),
+    "a chain in reverse": chain(range(299, -1, -1), {"type": "null"}),
+    "a chain in zigzag": chain(sorted(range(300), key=lambda i: (i % 7) * 2000 + i), {}),
+    "what is not valid": {"type": {}, "required": 1, "anyOf": {}, "minItems": "1", "$ref": 3},
+    "what is missing": {"$ref": "#/$defs/none"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDLESS_SCHEMAS)
+def test_a_schema_that_requires_itself_without_an_end_is_refused(name):
+    with pytest.raises(ValueError, match="requires itself without an end"):
+        check(ENDLESS_SCHEMAS[name])
+    with pytest.raises(ValueError, match="cannot be used: it requires itself"):
+        compile_json(ENDLESS_SCHEMAS[name], TOKENIZERS["bytes"])
+    with pytest.raises(ValueError, match="cannot be used: it requires itself"):
+        compile_calls(ENDLESS_SCHEMAS[name], 2, None, TOKENIZERS["bytes"])
+
+
+@pytest.mark.parametrize("name", ENDING_SCHEMAS)
+def test_a_schema_that_may_end_is_not_refused_for_that(name):
+    check(ENDING_SCHEMAS[name])
+
+
+NAMED = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+NAMED |= {"additionalProperties": False}
+# Tokens that end a value and begin the next one at once.
+LINES = BpeTokenizer(
+    r"\s+|\S+",
+    {bytes([i]): i for i in range(256)}
+    | {piece: 256 + i for i, piece in enumerate([b"}\n", b'1}\n{"', b'\n{"n": 2}', b'{"n":'])},
+)
+
+
+def values_of(text):
+    """The JSON values of a text, one per line."""
+    values, at = [], 0
+    while at < len(text):
+        assert values == [] or text[at] == "\n"
+        at += len(text[at:]) - len(text[at:].lstrip())
+        value, at = json.JSONDecoder().raw_decode(text, at)
+        values.append(value)
+    return values
+
+
+@pytest.mark.parametrize("tokenizer", [LINES, TOKENIZERS["bytes"]], ids=["lines", "bytes"])
+@pytest.mark.parametrize(
+    ("most", "reply"), [(1, None), (1, {"const": "no"}), (3, None), (3, {"const": "no"})]
+)
+def test_values_follow_each_other_if_there_is_space(tokenizer, most, reply):
+    """Whatever the budget is: whole values, one per line, or the reply."""
+    compiled = compile_calls(NAMED, most, reply, tokenizer)
+    seen = {}
+    for seed in range(60):
+        budget = (12, 30, 60, 200)[seed % 4]
+        rng, state, tokens = random.Random(seed), compiled.start(), []
+        while state.finish is None and len(tokens) < budget:
+            state.limit(budget - len(tokens))
+            ids = allowed(state)
+            closing = [i for i in ids if b"}" in tokenizer.decode_bytes([i])]
+            tokens.append(rng.choice(closing if closing and rng.random() < 0.3 else ids))
+            if tokens[-1] == compiled.end:
+                break
+            state.take(tokens[-1])
+        ended = state.finish == "stop" or tokens.pop() == compiled.end
+        text = tokenizer.decode_bytes(tokens).decode()
+        assert ended and (reply or text.startswith("{")), (budget, text)
+        values = values_of(text)
+        is_call = [isinstance(value, dict) and type(value["n"]) is int for value in values]
+        assert all(is_call) or reply and values == ["no"]
+        seen.setdefault(budget, set()).add(len(values))
+    assert seen[12] == {1} and min(most, 2) <= max(seen[200]) <= most
+
+
+@pytest.mark.parametrize("name", ["no schema", "unknown type", "missing", "empty", "bad pattern"])
+def test_a_schema_of_calls_that_cannot_be_compiled_is_refused_with_the_same_words(name):
+    for call, reply in ((REFUSED[name], None), ({"type": "null"}, REFUSED[name])):
+        with pytest.raises(ValueError, match="cannot be used") as told:
+            compile_calls(call, 2, reply, TOKENIZERS["bytes"])
+        with pytest.raises(ValueError, match="cannot be used") as expected:
+            compile_json(REFUSED[name], TOKENIZERS["bytes"])
+        assert str(told.value) == str(expected.value)
 
 
 def test_keywords_without_support_are_ignored_on_request():

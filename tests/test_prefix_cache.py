@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from MaxNano import pyconfig
-from MaxNano.inference import extend
+from MaxNano.inference import dialogue, extend
 from MaxNano.inference.engine import Engine
 from MaxNano.inference.prefix_cache import SHORTEST, PrefixIndex
 from MaxNano.inference.requests import Request
@@ -216,6 +217,34 @@ def test_without_entries_there_is_no_store_and_no_program(setup, params):
     engine = Engine(setup, params, None, slots=2, max_length=LONGEST)
     engine.prefix_cache.compile()
     assert engine._runner.store is None and not {"save", "extend"} & vars(engine.programs).keys()
+
+
+class Characters:
+    """A tokenizer whose tokens are characters, for what dialogue.trim asks of one."""
+
+    special = SimpleNamespace(assistant_start=1)
+
+    def render_conversation(self, conversation):
+        ids = [0]
+        for message in conversation["messages"]:
+            ids += [2 if message["role"] == "user" else 1, *map(ord, message["content"]), 3]
+        return ids, None
+
+
+def test_a_chat_that_was_trimmed_is_reused_again(cached, plain):
+    """After a cut, later turns begin as the turn before until the next cut; equal answers."""
+    messages, hits, limit = [], [], LONGEST - 40
+    for number in range(16):
+        said = "".join(map(chr, prompt(20, number)))
+        messages.append({"role": "user", "content": said})
+        kept, ids = dialogue.trim(Characters(), messages, limit)
+        before = cached.prefix_cache.tokens_reused
+        answer = check_same(cached, plain, replace(FIRST, prompt=tuple(ids)))
+        if len(kept) < len(messages):
+            reused = cached.prefix_cache.tokens_reused - before
+            hits.append(reused > len(ids) / 2)
+        messages.append({"role": "assistant", "content": "".join(map(chr, answer.tokens))})
+    assert len(hits) > 8 and sum(hits) >= 2 / 3 * (len(hits) - 1)
 
 
 # ---- The index ----------------------------------------------------------------------------------

@@ -53,7 +53,10 @@ def untrained(request, sample):
     state = request.grammar.start() if request.grammar else None
     while state is None:
         yield draw.randrange(32, 127)
-    while state.finish is None:
+    for left in range(request.max_tokens, 0, -1):
+        if state.finish:
+            return
+        state.limit(left)
         allowed = [t for t in range(265) if state.allowed[t // 32] >> (t % 32) & 1]
         # Texts of a schema may be of any length; this model prefers short ones.
         closing = [t for t in allowed if t in CLOSING]
@@ -272,16 +275,24 @@ def test_the_length_of_a_reply_is_clamped_to_the_context(server):
 
 def test_a_long_chat_loses_its_oldest_turns(server):
     first = [system("Be brief.")]
-    turns = [[user(f"question {i} " + "x" * 40), assistant("y" * 40)] for i in range(12)]
+    turns = [[user(f"question {i:2} " + "x" * 40), assistant("y" * 40)] for i in range(30)]
     last = [user("the last")]
-    ask(server, messages=[*first, *sum(turns, []), *last], max_tokens=None)
-    prompt = list(server.engine.requests[-1].prompt)
-    kept = next(
-        n for n in range(13) if prompt == prompt_ids(TOKENIZER, first + sum(turns[n:], []) + last)
-    )
-    # A quarter of the context is left for the reply, and one turn more would not fit.
-    before = prompt_ids(TOKENIZER, first + sum(turns[kept - 1 :], []) + last)
-    assert 0 < kept < 12 and len(prompt) <= 384 < len(before)
+
+    def turns_dropped(count):
+        """Of a chat of so many turns."""
+        ask(server, messages=[*first, *sum(turns[:count], []), *last], max_tokens=None)
+        prompt = list(server.engine.requests[-1].prompt)
+        kept = [
+            n
+            for n in range(count + 1)
+            if prompt == prompt_ids(TOKENIZER, first + sum(turns[n:count], []) + last)
+        ]
+        # A quarter of the context is left for the reply.
+        assert len(kept) == 1 and len(prompt) <= 384
+        return kept[0]
+
+    # Turns of 97 tokens go two at a time, so that every second prompt continues the one before.
+    assert [turns_dropped(count) for count in range(3, 12)] == [0, 2, 2, 4, 4, 6, 6, 8, 8]
     # The last turn alone may be longer than that, but not longer than the context.
     ask(server, messages=[*first, *turns[0], user("z" * 450)], max_tokens=None)
     assert len(server.engine.requests[-1].prompt) > 384
@@ -352,6 +363,7 @@ def test_a_model_without_any_training_calls_a_tool(server, choice, stream):
         "messages": [user("weather?")],
         "tools": [WEATHER] if choice == "required" else [SEARCH, WEATHER],
         "tool_choice": choice,
+        "parallel_tool_calls": False,
         "seed": 3,
     }
     if not stream:
@@ -690,6 +702,7 @@ BOMB = {  # each definition is two of the next: 2^40 objects
     }
     | {"d40": False},
 }
+NODE = {"type": "object", "properties": {"b": {"$ref": "#"}}, "required": ["b"]}
 SCHEMA_ABUSE = [
     # Shapes of the fields
     {"response_format": "json"},
@@ -728,6 +741,12 @@ SCHEMA_ABUSE = [
     with_tool({"$ref": "#/$defs/missing"}),
     # Recursive ones without an end
     with_schema(LOOP),
+    with_schema({"$ref": "#"}),
+    with_schema({"type": "array", "items": {"$ref": "#"}, "minItems": 1}),
+    with_schema({"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}], "$defs": {"a": NODE}}),
+    with_tool({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}),
+    with_tool({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "auto")
+    | with_schema({"type": "object"}),
     with_schema(BOMB),
     # Deep ones
     with_schema(nested(40)),
@@ -747,7 +766,6 @@ SCHEMA_ABUSE = [
 
 # Expensive or endless while the reply is generated, which a limit on each token bounds.
 EXPENSIVE = [
-    with_tool({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}),
     with_schema({"type": "string", "pattern": "(a|b|c){1,1000}(d|e){1,1000}(f?){1000}"}),
     with_schema({"type": "string", "pattern": ".*a.{4000}b.{4000}"}),
 ]

@@ -89,7 +89,9 @@ def trim(
     """Drop the oldest turns until the prompt has at most `limit` tokens: (messages, prompt).
 
     A turn is what the user says until the reply, with the reply; system messages at the beginning
-    are kept. Raises TooLongError if the last turn alone is too long.
+    are kept. About half of `limit` is dropped at a time: the chat then begins with the same turn
+    while it grows by that much, and the prefix cache holds it. Raises TooLongError if the last turn
+    alone is too long.
     """
     system = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
     turns = list(messages[len(system) :])
@@ -100,17 +102,28 @@ def trim(
         if before == "assistant" != role
     ]
 
-    def tokens_from(start: int) -> int:
-        kept = [*system, *turns[start:]]
+    def tokens_of(kept: Sequence[Message]) -> int:
         characters = sum(len(text_of(message)) for message in kept)
         if characters > limit * MAX_TOKEN_CHARACTERS:  # it may take long to encode
             return characters // MAX_TOKEN_CHARACTERS
         return len(prompt_ids(tokenizer, kept))
 
-    first = bisect.bisect_left(starts, True, key=lambda start: tokens_from(start) <= limit)
+    def fits(start: int) -> bool:
+        return tokens_of([*system, *turns[start:]]) <= limit
+
+    first = bisect.bisect_left(starts, True, key=fits)
     if first == len(starts):
-        raise TooLongError(tokens_from(starts[-1]), limit)
-    kept = [*system, *turns[starts[first] :]]
+        raise TooLongError(tokens_of([*system, *turns[starts[-1] :]]), limit)
+    # Where the chat may begin depends on its older turns only, not on how long it has become.
+    start, dropped = starts[first], 0
+    for begin, end in itertools.pairwise(starts if first else []):
+        dropped += tokens_of(turns[begin:end])
+        if dropped >= limit // 2:
+            dropped = 0
+            if end >= start:
+                start = end
+                break
+    kept = [*system, *turns[start:]]
     return kept, prompt_ids(tokenizer, kept)
 
 

@@ -113,7 +113,8 @@ class Event(NamedTuple):
     forced: tuple[bool, ...]  # per token: from a tool, not from the model
     parts: tuple[ReplyPart, ...]  # new text, as ReplyDecoder returns it; () without a tokenizer
     logprobs: tuple[TokenLogprobs, ...]  # empty unless requested
-    finish: str | None  # None while the sample runs; then stop, length, cancelled or error
+    # None while the sample runs; then stop, length, cancelled, error or grammar_error
+    finish: str | None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # with the sample's first event
 
 

@@ -21,7 +21,6 @@ MAX_LOGGED = 200  # unknown fields: clients could fill the log
 # Known fields without an effect on the reply of this server.
 IGNORED = {
     "metadata",
-    "parallel_tool_calls",
     "prediction",
     "prompt_cache_key",
     "prompt_cache_retention",
@@ -140,9 +139,9 @@ class BodyFields:
             raise self.refusal(name, "must be a string")
         return value
 
-    def flag(self, name: str) -> bool:
-        """A boolean field, false by default."""
-        value = self._take_filled(name, False)
+    def flag(self, name: str, default: bool = False) -> bool:
+        """A boolean field."""
+        value = self._take_filled(name, default)
         if not isinstance(value, bool):
             raise self.refusal(name, "must be true or false")
         return value

@@ -36,6 +36,11 @@ from MaxNano.tokenization.tokenizer import Tokenizer
 
 STATIC = Path(__file__).resolve().parent / "static"
 GRACE_SECONDS = 5.0  # after serve_timeout, for a client to read the end of its reply
+# Of samples, by how they end: (status, message). Clients repeat what fails with 500.
+FAILURES = {
+    "error": (500, "the engine failed; the request may be sent again"),
+    "grammar_error": (400, "the reply failed: its JSON schema takes too much work"),
+}
 CONTENT_TYPES = {
     ".css": "text/css; charset=utf-8",
     ".html": "text/html; charset=utf-8",
@@ -329,18 +334,12 @@ class ReplySender:
             if isinstance(item, Exception):
                 raise item
             position, event = item
-            if event.finish == "error":
-                raise self._failure()
+            if event.finish in FAILURES:
+                raise ApiError(*FAILURES[event.finish])
             choice = self.choices[position * self.call.samples + event.sample]
             for delta in self._deltas_of(choice, event):
                 yield delta
             running -= event.finish is not None
-
-    def _failure(self) -> ApiError:
-        if self.call.requests[0].grammar:
-            message = "the reply failed: its JSON schema takes too much work, or the engine failed"
-            return ApiError(400, message)  # clients repeat what fails with 500
-        return ApiError(500, "the engine failed; the request may be sent again")
 
     def _deltas_of(self, choice: ReplyChoice, event: Event) -> Iterator[ReplyDelta]:
         if not choice.has_begun:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from MaxNano.inference import dialogue
-from MaxNano.inference.grammar import Grammar, compile_json
+from MaxNano.inference.grammar import Grammar, compile_calls, compile_json
 from MaxNano.inference.requests import Request
 from MaxNano.serving.api_fields import ApiError, BodyFields
 from MaxNano.serving.openai_api import (
@@ -24,7 +24,7 @@ from MaxNano.serving.openai_api import (
     take_sampling,
     take_streaming,
 )
-from MaxNano.serving.tool_calls import Tools, move_references, render_calls, take_tools
+from MaxNano.serving.tool_calls import Tools, render_calls, take_tools
 from MaxNano.tokenization.chat_format import PART_TYPES
 from MaxNano.tokenization.tokenizer import Tokenizer
 
@@ -233,21 +233,17 @@ def take_schema(fields: BodyFields, name: str) -> ReplySchema | None:
 
 
 def _compile(chat: Chat, tokenizer: Tokenizer) -> Grammar | None:
-    """The grammar of the reply: of a call, of the response format, or of either."""
+    """The grammar of the reply: of calls, of the response format, or of either."""
     tools, asked = chat.tools, chat.schema
-    if tools and tools.is_forced:
-        schema, param = {"anyOf": tools.schemas()}, "tools"
-    elif asked is None:
+    if asked is None and not (tools and tools.is_forced):
         return None
-    elif tools:
-        calls = tools.schemas()
-        reply = {"type": "object"} if asked.schema is None else asked.schema
-        reply = move_references(reply, f"#/anyOf/{len(calls)}")
-        schema, param = {"anyOf": [*calls, reply]}, "tools"
-    else:
-        schema, param = asked.schema, "response_format"
-    is_strict = param != "tools" and asked.is_strict
+    param = "tools" if tools else "response_format"
     try:
-        return compile_json(schema, tokenizer, lenient=not is_strict)
+        if not tools:
+            return compile_json(asked.schema, tokenizer, lenient=not asked.is_strict)
+        reply = None
+        if not tools.is_forced:
+            reply = {"type": "object"} if asked.schema is None else asked.schema
+        return compile_calls(tools.schema(), tools.max_calls, reply, tokenizer)
     except ValueError as error:
         raise ApiError(400, f"{param}: {error}", param) from None

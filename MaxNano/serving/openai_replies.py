@@ -4,6 +4,7 @@ Calls of the calculator are returned in a field `parts` next to `content`, a lis
 {"type": "text" | "python" | "python_output", "text"}; calls of the client's tools in `tool_calls`.
 """
 
+import itertools
 import secrets
 import time
 from collections.abc import Sequence
@@ -143,7 +144,8 @@ class ReplyObjects:
             return [self._chunk([self._text_choice(delta)])]
         choice = {
             "index": delta.index,
-            "delta": (_chat_content(delta.parts) if delta.parts else {}) | _call_delta(delta.calls),
+            "delta": (_chat_content(delta.parts) if delta.parts else {})
+            | _call_deltas(delta.calls),
             "logprobs": self._chat_logprobs(delta.tokens),
             "finish_reason": delta.finish,
         }
@@ -186,9 +188,9 @@ class ReplyObjects:
         message = {"role": "assistant", "content": "", "refusal": None}
         message |= _chat_content(delta.parts)
         if delta.calls:
-            [call] = _call_delta(delta.calls)["tool_calls"]
-            del call["index"]
-            message |= {"content": message["content"] or None, "tool_calls": [call]}
+            message |= {"content": message["content"] or None} | _call_deltas(delta.calls)
+            for call in message["tool_calls"]:
+                del call["index"]
         return {
             "index": delta.index,
             "message": message,
@@ -253,16 +255,18 @@ def _chat_content(parts: Sequence[ReplyPart]) -> dict[str, Any]:
     return content
 
 
-def _call_delta(calls: Sequence[CallDelta]) -> dict[str, Any]:
-    """`tool_calls` with what is new of the reply's only call; empty if nothing is."""
-    if not calls:
-        return {}
-    function = {"arguments": "".join(call.arguments for call in calls)}
-    first = calls[0]
-    if first.id is None:
-        return {"tool_calls": [{"index": 0, "function": function}]}
-    function = {"name": first.name} | function
-    return {"tool_calls": [{"index": 0, "id": first.id, "type": "function", "function": function}]}
+def _call_deltas(calls: Sequence[CallDelta]) -> dict[str, Any]:
+    """`tool_calls` with what is new of each call; empty if nothing is."""
+    entries = []
+    for index, group in itertools.groupby(calls, key=lambda call: call.index):
+        first, *others = group
+        function = {"arguments": "".join(call.arguments for call in (first, *others))}
+        entry: dict[str, Any] = {"index": index, "function": function}
+        if first.id is not None:
+            entry["function"] = {"name": first.name} | function
+            entry |= {"id": first.id, "type": "function"}
+        entries.append(entry)
+    return {"tool_calls": entries} if entries else {}
 
 
 def _token_text(raw: bytes) -> str:

@@ -40,6 +40,7 @@ from MaxNano.tokenization.tokenizer import (
     load_tokenizer_from,
 )
 from MaxNano.training.checkpointing import Checkpointer
+from MaxNano.training.run_config import config_of_run
 from MaxNano.training.state import TrainState
 
 TABLES = ("token_embed", "value_embeds")  # parameters in embedding_dtype; all others are float32
@@ -235,21 +236,21 @@ def _cast(array: np.ndarray, dtype: str, path: tuple) -> np.ndarray:
 # ---- Export -------------------------------------------------------------------------------------
 
 
-def export_nanochat(config: FrozenConfigDict) -> None:
+def export_nanochat(config: FrozenConfigDict, argv: list[str]) -> None:
     """Writes a checkpoint of the run as the nanochat checkpoint config.to_nanochat."""
     target = nanochat.check_target(config.to_nanochat)
     files.check_writable(target.parent, "choose another path")
-    saved, params, step = _read_run(config, nanochat.check_exportable)
+    saved, params, step = _read_run(config, argv, nanochat.check_exportable)
     arrays = nanochat.from_params(params, saved)
     nanochat.write_checkpoint(target, arrays, nanochat.meta_of(saved, step))
     print(f"Exported {files.run_directory(config)}, step {step}, to {target}")
 
 
-def export_huggingface(config: FrozenConfigDict) -> None:
+def export_huggingface(config: FrozenConfigDict, argv: list[str]) -> None:
     """Writes a checkpoint of the run, with its tokenizer, as the folder config.to_huggingface."""
     target = huggingface.check_target(config.to_huggingface, config.convert_overwrite)
     files.check_writable(target.parent, "choose another path")
-    saved, params, step = _read_run(config, huggingface.check_exportable)
+    saved, params, step = _read_run(config, argv, huggingface.check_exportable)
     tensors = parameters.from_params(params, saved, huggingface.NAMES)
     huggingface.write_folder(
         target, saved, step, tensors, load_tokenizer(saved), replace=config.convert_overwrite
@@ -258,14 +259,15 @@ def export_huggingface(config: FrozenConfigDict) -> None:
 
 
 def _read_run(
-    config: FrozenConfigDict, check: Callable[[FrozenConfigDict], None]
+    config: FrozenConfigDict, argv: list[str], check: Callable[[FrozenConfigDict], None]
 ) -> tuple[FrozenConfigDict, dict, int]:
     """(config, parameters, step) of a run's newest checkpoint, or of checkpoint config.step.
 
-    `check` sees the run's config before anything large is read. Tokenizer keys of the command line
-    replace the saved ones, because a tokenizer may have moved.
+    The config is the run's, as far as the checkpoint does not say it. `check` sees it before
+    anything large is read. Tokenizer keys of the command line replace the saved ones, because a
+    tokenizer may have moved.
     """
-    run = files.run_directory(config)
+    config, run = config_of_run(config, argv), files.run_directory(config)
     with Checkpointer(config, run, writer=False) as checkpointer:
         saved = checkpointer.read_extra(config.step)["run"]["config"]
     saved = {**saved, **scaling.architecture_of(saved)}
@@ -290,9 +292,9 @@ def main(config: FrozenConfigDict, argv: list[str]) -> None:
     if config.from_nanochat or config.from_huggingface:
         import_run(config, argv)
     elif config.to_nanochat:
-        export_nanochat(config)
+        export_nanochat(config, argv)
     elif config.to_huggingface:
-        export_huggingface(config)
+        export_huggingface(config, argv)
     else:
         directions = ("from_nanochat", "to_nanochat", "from_huggingface", "to_huggingface")
         raise ValueError(f"set one of {', '.join(f'{name}=PATH' for name in directions)}")

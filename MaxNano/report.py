@@ -25,11 +25,15 @@ from MaxNano import pyconfig
 from MaxNano.reporting import render, run_history
 from MaxNano.reporting.report import make_report
 from MaxNano.storage import files
+from MaxNano.training.run_config import similar_runs
 
 
 def main(config: FrozenConfigDict) -> None:
     """Read the run, write its report."""
     folder = files.run_directory(config)
+    if not run_history.has_run(folder):
+        hint = similar_runs(config, "a config", run_history.has_run)
+        raise ValueError(run_history.NO_RUN.format(folder=folder) + hint)
     report = make_report(*run_history.read_chain(folder))
     for path, text in (
         (folder / "report.md", render.to_markdown(report)),

@@ -3,10 +3,14 @@
 tests/test_serve.py and tests/test_serve_clients.py test the same without them, in every run.
 """
 
+import contextlib
+import functools
+import http.server
 import json
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -57,6 +61,53 @@ def test_clients_for_python(server, tmp_path, client):
 def test_openais_client_for_node(server, tmp_path):
     output = run(["node", TESTS / "with_clients.mjs", CLIENTS / "node", server.url], tmp_path)
     assert json.loads(output)["passed"]
+
+
+@contextlib.contextmanager
+def website(folder):
+    """The address of a site of its own origin with the files of a folder."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as site:
+        thread = threading.Thread(target=site.serve_forever)
+        thread.start()
+        try:
+            yield f"http://localhost:{site.server_port}"
+        finally:
+            site.shutdown()
+            thread.join()
+
+
+@pytest.mark.skipif(not (CLIENTS / "node").exists(), reason="needs npm")
+@pytest.mark.parametrize("rule", ["serve_cors_origins=[{}]", "serve_cors_origin_regex={}"])
+def test_openais_client_in_a_page_of_another_site(rule):
+    """The npm package in Chromium: preflights, streams, errors; other sites have no access."""
+    import browser  # needs playwright
+
+    if browser.CHROMIUM is None:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+    script, key = (TESTS / "with_browser.js").read_text(), "a-key-of-sixteen-or-more"
+    with website(CLIENTS / "node") as origin, website(CLIENTS / "node") as other:
+        pattern = origin if "origins" in rule else r"http://localhost:" + origin.split(":")[-1]
+        config, engine = test_serve_engine.make(4, rule.format(pattern), max_length=512)
+        with Server(engine, config=config, key=key) as server, browser.launched() as chromium:
+            page = chromium.new_page()
+            page.goto(f"{origin}/node_modules/openai/package.json")
+            results = page.evaluate(script, [server.url, key])
+            page.goto(f"{other}/node_modules/openai/package.json")
+            with pytest.raises(
+                browser.playwright.Error, match="APIConnectionError|Connection error"
+            ):
+                page.evaluate(script, [server.url, key])
+    assert results["origin"] == origin != server.url.removesuffix("/v1")
+    assert 0 < results["tokens"] <= 8 and results["chunks"] > 1
+    cities = [call["city"] for call in results["calls"]]
+    assert cities and set(cities) <= {"Ulm", "Rome"}
+    assert results["items"]
+    assert {kind for kind, _ in results["items"]} == {"function_call"}
+    assert {arguments["city"] for _, arguments in results["items"]} <= {"Ulm", "Rome"}
+    assert results["models"] == ["tiny"]
+    assert results["long"] == "400 context_length_exceeded"
+    assert results["stranger"] == "401 invalid_api_key"
 
 
 TASK = """

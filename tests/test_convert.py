@@ -397,12 +397,20 @@ def test_a_run_older_than_an_architecture_key_is_exported(tmp_path, checkpoint, 
     run_command(tmp_path, f"from_nanochat={path}", "run_name=a")
     keys = {**scaling.ARCHITECTURE_KEYS, "mlp_activation": "relu2"}
     monkeypatch.setattr(scaling, "ARCHITECTURE_KEYS", keys)
-    config = pyconfig.initialize([BASE, f"base_output_directory={tmp_path / 'runs'}", "run_name=a"])
+    argv = [BASE, f"base_output_directory={tmp_path / 'runs'}", "run_name=a"]
+    config = pyconfig.initialize(argv)
     newer = pyconfig.FrozenConfigDict({**config.to_dict(), "mlp_activation": "swiglu"})
-    saved, _, step = convert._read_run(newer, nanochat.check_exportable)
+    saved, _, step = convert._read_run(newer, argv, nanochat.check_exportable)
     assert (saved.mlp_activation, step) == ("relu2", 7)
     with pytest.raises(ValueError, match="mlp_activation is swiglu, in nanochat relu2"):
         nanochat.check_exportable(newer)
+
+
+def test_an_unknown_run_is_named_with_similar_ones(tmp_path, checkpoint):
+    run_command(tmp_path, f"from_nanochat={checkpoint[0]}", "run_name=small")
+    for target in (f"to_nanochat={tmp_path}/model_1.npz", f"to_huggingface={tmp_path}/model"):
+        with pytest.raises(ValueError, match=r"smal holds no checkpoint: .*did you mean small\?"):
+            run_command(tmp_path, target, "run_name=smal")
 
 
 @pytest.mark.parametrize("path", ["weights.npz", "model_1.bin", "model_1"])

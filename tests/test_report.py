@@ -717,6 +717,16 @@ def test_a_run_that_does_not_exist(tmp_path, capsys):
     line = f"error: no run in {tmp_path}/nothing: give run_name and base_output_directory of a run that was started\n"
     assert capsys.readouterr() == ("", line)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "something").mkdir()
+    (tmp_path / "something/config.yml").touch()
+    for name, hint in (
+        ("somthing", "; did you mean something?"),
+        ("x", "; runs with a config: something"),
+    ):
+        words = [BASE, f"base_output_directory={tmp_path}", f"run_name={name}"]
+        assert pyconfig.launch(command.main, words) == 2
+        out, told = capsys.readouterr()
+        assert out == "" and told.endswith(f" of a run that was started{hint}\n")
 
 
 # ---- In a browser -------------------------------------------------------------------------------

@@ -43,9 +43,12 @@ for (const tool_choice of ["required", { type: "function", function: { name: "ge
   const stream = client.chat.completions.stream({ ...common, tools, tool_choice });
   const final = await stream.finalChatCompletion();
   assert.equal(final.choices[0].finish_reason, "tool_calls");
-  const [call] = final.choices[0].message.tool_calls;
-  assert.equal(call.function.name, "get_weather");
-  assert.ok(["Ulm", "Rome"].includes(JSON.parse(call.function.arguments).city));
+  const calls = final.choices[0].message.tool_calls;
+  for (const call of calls) {
+    assert.equal(call.function.name, "get_weather");
+    assert.ok(["Ulm", "Rome"].includes(JSON.parse(call.function.arguments).city));
+  }
+  assert.ok(tool_choice === "required" || calls.length === 1);
 }
 
 const text = await client.completions.create({ model: "tiny", prompt: "hi", max_tokens: 3 });
@@ -58,6 +61,19 @@ assert.equal(typeof response.output_text, "string");
 const events = client.responses.stream({ model: "tiny", input: messages, max_output_tokens: 8 });
 const whole = await events.finalResponse();
 assert.ok(["completed", "incomplete"].includes(whole.status));
+
+const flat = tools.map((tool) => ({ type: "function", strict: false, ...tool.function }));
+const asked = { model: "tiny", input: "hi", tools: flat, tool_choice: "required" };
+for (const called of [
+  await client.responses.create(asked),
+  await client.responses.stream(asked).finalResponse(),
+]) {
+  for (const item of called.output) {
+    assert.equal(item.type, "function_call");
+    assert.ok(["Ulm", "Rome"].includes(JSON.parse(item.arguments).city));
+  }
+  assert.ok(called.output.length > 0);
+}
 
 const long = [{ role: "user", content: "x".repeat(600) }];
 await assert.rejects(

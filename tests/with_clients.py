@@ -56,13 +56,18 @@ def check_openai(url: str) -> None:
     format = {"type": "json_schema", "json_schema": {"name": "a", "schema": titled}}
     endless = chat.create(**common, response_format=format).choices[0]
     assert endless.finish_reason == "stop" and "title" in json.loads(endless.message.content)
-    forced = chat.create(**common, tools=[TOOL], tool_choice="required").choices[0]
+    common["max_tokens"] = 240
+    asked = {"tools": [TOOL], "tool_choice": "required"}
+    forced = chat.create(**common, **asked).choices[0]
     assert forced.finish_reason == "tool_calls"
-    [call] = forced.message.tool_calls
-    Weather.model_validate_json(call.function.arguments)
-    with chat.stream(**common, tools=[TOOL], tool_choice="required") as events:
+    called = [call.function.arguments for call in forced.message.tool_calls]
+    for arguments in called:
+        Weather.model_validate_json(arguments)
+    with chat.stream(**common, **asked) as events:
         streamed = events.get_final_completion().choices[0].message.tool_calls
-    assert streamed[0].function.arguments == call.function.arguments
+    assert [call.function.arguments for call in streamed] == called
+    forced = chat.create(**common, **asked, parallel_tool_calls=False).choices[0]
+    [call] = forced.message.tool_calls
     history = [*MESSAGES, forced.message, {"role": "tool", "tool_call_id": call.id, "content": "5"}]
     chat.create(**common | {"messages": history}, tools=[TOOL], tool_choice="none")
     assert client.completions.create(model="tiny", prompt="hi", max_tokens=3, logprobs=2).choices
@@ -73,6 +78,15 @@ def check_openai(url: str) -> None:
     with client.responses.stream(model="tiny", input="hi", max_output_tokens=8) as stream:
         kinds = [event.type for event in stream]
     assert kinds[-1] in ("response.completed", "response.incomplete")
+    asked = {"model": "tiny", "input": MESSAGES, "tool_choice": "required"}
+    asked["tools"] = [{"type": "function", **TOOL["function"]}]
+    called = client.responses.create(**asked).output
+    with client.responses.stream(**asked) as stream:
+        streamed = stream.get_final_response().output
+    for item in (*called, *streamed):
+        Weather.model_validate_json(item.arguments)
+    result = {"type": "function_call_output", "call_id": called[0].call_id, "output": "5"}
+    client.responses.create(**asked | {"input": [*MESSAGES, *called[:1], result]})
     for error, fields in (
         (openai.BadRequestError, {"messages": [{"role": "user", "content": "x" * 600}]}),
         (openai.NotFoundError, {"model": "gpt-4"}),
@@ -99,8 +113,12 @@ def check_langchain(url: str) -> None:
     assert model.bind(max_tokens=4, stop=["x"]).invoke([*history, AIMessage("It is")])
     for choice in ("any", "required", "Weather"):
         message = model.bind_tools([Weather], tool_choice=choice).invoke(history)
-        [call] = message.tool_calls
-        Weather.model_validate(call["args"])
+        for call in message.tool_calls:
+            Weather.model_validate(call["args"])
+        assert len(message.tool_calls) == 1 or choice != "Weather"
+    single = model.bind_tools([Weather], tool_choice="any", parallel_tool_calls=False)
+    message = single.invoke(history)
+    [call] = message.tool_calls
     answered = [*history, message, ToolMessage("5 degrees", tool_call_id=call["id"])]
     assert short.bind(tools=[TOOL]).invoke(answered).response_metadata
     for method in ("function_calling", "json_schema"):
@@ -117,6 +135,13 @@ def check_langchain(url: str) -> None:
     )
     assert responses.invoke(history).response_metadata["object"] == "response"
     assert list(responses.stream(history))
+    tools = responses.bind(max_tokens=200).bind_tools([Weather], tool_choice="any")
+    for call in tools.invoke(history).tool_calls:
+        Weather.model_validate(call["args"])
+    streamed = None
+    for chunk in tools.stream(history):
+        streamed = chunk if streamed is None else streamed + chunk
+    Weather.model_validate(streamed.tool_calls[0]["args"])
 
 
 def check_litellm(url: str) -> None:
@@ -136,8 +161,8 @@ def check_litellm(url: str) -> None:
     chunks = list(litellm.completion(**common, max_tokens=8, stream=True))
     assert chunks[-1].choices[0].finish_reason in ("stop", "length")
     forced = litellm.completion(**common, tools=[TOOL], tool_choice="required").choices[0]
-    [call] = forced.message.tool_calls
-    Weather.model_validate_json(call.function.arguments)
+    for call in forced.message.tool_calls:
+        Weather.model_validate_json(call.function.arguments)
     content = litellm.completion(**common, response_format=Weather).choices[0].message.content
     Weather.model_validate_json(content)
     continued = [*MESSAGES, {"role": "assistant", "content": "It is"}]

@@ -14,6 +14,8 @@ from MaxNano.storage import files, history
 from MaxNano.storage.checkpoints import newest_extra
 from MaxNano.training.config_changes import parameters_id
 
+NO_RUN = "no run in {folder}: give run_name and base_output_directory of a run that was started"
+
 
 class Evaluation(NamedTuple):
     """The evaluations of the checkpoint of one step."""
@@ -95,12 +97,15 @@ def read_chain(folder: epath.Path) -> tuple[list[Run], str | None]:
     return runs, None
 
 
+def has_run(folder: epath.Path) -> bool:
+    """Whether a run was started in a folder."""
+    return (folder / "config.yml").exists()
+
+
 def read_run(folder: epath.Path) -> Run:
     """Read a run's folder. Raises ValueError, in one line, if it has no run."""
-    if not (folder / "config.yml").exists():
-        raise ValueError(
-            f"no run in {folder}: give run_name and base_output_directory of a run that was started"
-        )
+    if not has_run(folder):
+        raise ValueError(NO_RUN.format(folder=folder))
     values = pyconfig.saved_values(folder / "config.yml")
     base = pyconfig.saved_values(pyconfig.BASE)
     text = (folder / "config.yml").read_text()

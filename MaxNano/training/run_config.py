@@ -1,11 +1,12 @@
-"""The config of a run that exists: `run_name=NAME` is enough to evaluate it or to chat with it.
+"""A run that exists: `run_name=NAME` is enough to evaluate it, to chat with it, to convert it.
 
 Imports no JAX: an unknown run is reported at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from etils import epath
 from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
@@ -24,11 +25,7 @@ def config_of_run(config: FrozenConfigDict, argv: Sequence[str]) -> FrozenConfig
     """
     directory = run_directory(config)
     if not names(directory / "checkpoints"):
-        runs = [
-            run for run in names(directory.parent) if names(directory.parent / run / "checkpoints")
-        ]
-        known = f"; runs with a checkpoint: {', '.join(runs)}" if runs else ""
-        hint = suggest(config.run_name, runs) or known
+        hint = similar_runs(config, "a checkpoint", lambda run: bool(names(run / "checkpoints")))
         raise ValueError(
             f"{directory} holds no checkpoint: give run_name and base_output_directory of a trained"
             f" run{hint}"
@@ -51,3 +48,11 @@ def config_of_run(config: FrozenConfigDict, argv: Sequence[str]) -> FrozenConfig
             *words,
         ]
     )
+
+
+def similar_runs(config: FrozenConfigDict, what: str, has: Callable[[epath.Path], bool]) -> str:
+    """The end of an error about run_name: "; did you mean NAME?", or the runs that have `what`."""
+    folder = run_directory(config).parent
+    runs = [run for run in names(folder) if has(folder / run)]
+    known = f"; runs with {what}: {', '.join(runs)}" if runs else ""
+    return suggest(config.run_name, runs) or known

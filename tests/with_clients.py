@@ -130,18 +130,18 @@ def check_langchain(url: str) -> None:
     for chunk in model.bind_tools([Weather], tool_choice="any").stream(history):
         streamed = chunk if streamed is None else streamed + chunk
     Weather.model_validate(streamed.tool_calls[0]["args"])
-    responses = ChatOpenAI(
-        model="tiny", base_url=url, api_key="none", use_responses_api=True, max_tokens=8
-    )
+    unlimited = ChatOpenAI(model="tiny", base_url=url, api_key="none", use_responses_api=True)
+    responses = unlimited.bind(max_tokens=8)
     assert responses.invoke(history).response_metadata["object"] == "response"
     assert list(responses.stream(history))
-    tools = responses.bind(max_tokens=200).bind_tools([Weather], tool_choice="any")
-    for call in tools.invoke(history).tool_calls:
-        Weather.model_validate(call["args"])
+    tools = unlimited.bind_tools([Weather], tool_choice="any")
     streamed = None
     for chunk in tools.stream(history):
         streamed = chunk if streamed is None else streamed + chunk
-    Weather.model_validate(streamed.tool_calls[0]["args"])
+    for reply in (tools.invoke(history), streamed):
+        assert reply.tool_calls
+        for call in reply.tool_calls:
+            Weather.model_validate(call["args"])
 
 
 def check_litellm(url: str) -> None:

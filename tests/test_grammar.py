@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from MaxNano.inference import grammar
 from MaxNano.inference.grammar import CLOSING_TOKENS, compile_calls, compile_json
-from MaxNano.inference.json_schema import check
+from MaxNano.inference.json_schema import check_end
 from MaxNano.tokenization.bpe import BpeTokenizer
 from MaxNano.tokenization.sentence_piece import SentencePieceTokenizer
 from MaxNano.tokenization.tokenizer import SpecialIds, Tokenizer
@@ -439,7 +439,7 @@ ENDING_SCHEMAS = {
 @pytest.mark.parametrize("name", ENDLESS_SCHEMAS)
 def test_a_schema_that_requires_itself_without_an_end_is_refused(name):
     with pytest.raises(ValueError, match="requires itself without an end"):
-        check(ENDLESS_SCHEMAS[name])
+        check_end(ENDLESS_SCHEMAS[name])
     with pytest.raises(ValueError, match="cannot be used: it requires itself"):
         compile_json(ENDLESS_SCHEMAS[name], TOKENIZERS["bytes"])
     with pytest.raises(ValueError, match="cannot be used: it requires itself"):
@@ -448,7 +448,7 @@ def test_a_schema_that_requires_itself_without_an_end_is_refused(name):
 
 @pytest.mark.parametrize("name", ENDING_SCHEMAS)
 def test_a_schema_that_may_end_is_not_refused_for_that(name):
-    check(ENDING_SCHEMAS[name])
+    check_end(ENDING_SCHEMAS[name])
 
 
 NAMED = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}

@@ -175,10 +175,11 @@ def _json_text(schema: dict | bool | None, options: Mapping[str, Any] | None = N
         schema = {} if schema else {"enum": []}
     if not isinstance(schema, dict):
         raise ValueError(f"it must be an object, not {type(schema).__name__}")
-    json_schema.check(schema)
+    json_schema.check_depth(schema)
     text = json.dumps({**schema, **(options or {})}, allow_nan=False)
     if len(text) > MAX_SCHEMA_BYTES:
         raise ValueError(f"it has {len(text)} bytes; the limit is {MAX_SCHEMA_BYTES}")
+    json_schema.check_end(schema)
     return text
 
 

@@ -8,15 +8,20 @@ MAX_DEPTH = 64  # objects and lists inside each other
 MAX_ROUNDS = 50  # over the references of a schema
 
 
-def check(schema: Any) -> None:
-    """Raise ValueError, in one line, for a schema that is too deep or that only endless values
-    satisfy.
-    """
+def check_depth(schema: Any) -> None:
+    """Raise ValueError, in one line, for a schema that is nested too deeply."""
     level = [schema]
     for _ in range(MAX_DEPTH + 1):
         level = [child for value in level for child in _children(value)]
     if level:
         raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+
+
+def check_end(schema: Any) -> None:
+    """Raise ValueError, in one line, for a schema that only endless values satisfy.
+
+    Time is bounded by the size of the schema times MAX_ROUNDS.
+    """
     if not _has_end(schema):
         raise ValueError(
             "it requires itself without an end: make a property optional or permit null"

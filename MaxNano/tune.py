@@ -5,8 +5,8 @@
 
 Checks every kernel that the config can choose, measures train steps with other settings, each in a
 process of its own, and writes configs/tuned/<device>-<devices>-<model>.yml, which train.py uses. No
-setting changes the numbers beyond rounding. What the command line, the model or the stage sets is
-kept. The same command resumes after Ctrl-C.
+setting changes the numbers beyond rounding. What the command line or the stage sets is kept. The
+same command resumes after Ctrl-C.
 """
 
 import sys
@@ -72,8 +72,9 @@ def tune(config: FrozenConfigDict, argv: Sequence[str]) -> int:
     default_seconds, best_seconds = search.compare(
         session.start, winner, session.measure, session.has_any_time
     )
-    if not default_seconds:
-        raise ValueError("no comparison with the defaults succeeded; the journal says why")
+    if not default_seconds:  # each turn failed, so the first measurement has to do
+        default_seconds = [session.row(Trial(session.start, FIRST_STEPS))["seconds"]]
+        best_seconds = default_seconds
     if not search.is_faster(default_seconds, best_seconds):
         best, best_seconds = session.start, default_seconds
     session.say(f"fastest: {words_of(best)}")
@@ -85,6 +86,7 @@ def tune(config: FrozenConfigDict, argv: Sequence[str]) -> int:
     comments = {
         **row,
         **description,
+        **tuned_file.replaced(config, best),
         "command": shlex.join(["python", "MaxNano/tune.py", *argv]),
         "all versions": " ".join(f"{name}={text}" for name, text in facts.versions.items()),
     }

@@ -177,7 +177,8 @@ def test_what_is_tried_on_a_tpu_slice():
 
 def test_flags_that_change_more_than_speed_are_kept():
     facts = FACTS._replace(backend="gpu")
-    groups = "[[deterministic, gpu, xla_a=true], [fast, gpu, xla_b=1], [faster, gpu, xla_b=2]]"
+    groups = "[[vmem, tpu, xla_v=1], [deterministic, gpu, xla_a=true], [fast, gpu, xla_b=1],"
+    groups += " [faster, gpu, xla_b=2]]"
     config = make_config(f"xla_flag_groups={groups}")
     assert names_and_values(config, facts)["XLA flags"] == [
         {"xla_flags": ("vmem", "fast")},
@@ -545,6 +546,24 @@ def test_the_command_line_and_the_model_win(place, machine, capsys):
     assert "remat_policy, attention as set elsewhere" in capsys.readouterr().out
 
 
+def test_a_value_of_the_models_file_is_replaced_if_the_search_began_with_it(place, machine):
+    """d24.yml has a remat policy for a TPU, which is slow on a large GPU."""
+    config = tuned_config(place, "model=d24")
+    assert {} in names_and_values(config, FACTS)["remat"]  # "names" is one of those tried
+    path = write_tuned(place, "model=d24", name="tpu-v6-lite-8-d24.yml")
+    facts, values = tuned_file.read(path)
+    tuned_file.write(path, facts | tuned_file.replaced(config, values), values)
+    tuned = tuned_file.with_tuned(config)
+    assert used(tuned) == VALUES
+    begin(place, tuned, "d24")
+    assert used(tuned_file.with_tuned(config)) == VALUES  # resumed
+    path.write_text(path.read_text().replace("replaces: remat_policy=names", "replaces: x=1"))
+    fresh = tuned_config(place, "model=d24", "run_name=fresh")
+    assert tuned_file.with_tuned(fresh).remat_policy == "names"  # the model's file has changed
+    given = tuned_config(place, "model=d24", "run_name=fresh", "remat_policy=minimal")
+    assert tuned_file.with_tuned(given).remat_policy == "minimal"
+
+
 def test_a_file_for_something_else_is_not_used_and_the_reason_is_one_line(place, machine, capsys):
     write_tuned(place, "global_batch_tokens=8192")
     assert used(tuned_file.with_tuned(tuned_config(place))) == {}
@@ -591,9 +610,9 @@ def test_a_file_that_is_missing_is_one_line(place, machine):
         tuned_file.with_tuned(tuned_config(place, "tuned=nowhere.yml"))
 
 
-def begin(place, config):
+def begin(place, config, name="d4"):
     """A run that was started with a config."""
-    pyconfig.save(config, place / "runs/d4/config.yml")
+    pyconfig.save(config, place / f"runs/{name}/config.yml")
     return tuned_config(place)
 
 

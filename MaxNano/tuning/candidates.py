@@ -108,8 +108,8 @@ class Knob(NamedTuple):
 
 
 def is_free(config: Mapping[str, Any], key: str) -> bool:
-    """Whether a key has the value of base.yml, so that a tuned file may replace it."""
-    return config[pyconfig.ORIGIN][key] == "base"
+    """Whether a search may change a key: its value is from base.yml or from the model's file."""
+    return config[pyconfig.ORIGIN][key] in ("base", f"{config['model']}.yml")
 
 
 def attention_choices(config: Mapping[str, Any], facts: Facts) -> list[Overrides]:
@@ -154,7 +154,7 @@ def knobs(
     """What to choose on these devices, the choices that matter most first.
 
     attention, gradients: those of attention_choices and gradient_choices that are correct. Keys
-    that the command line, the model or the stage sets are left alone.
+    that the command line or the stage sets are left alone.
     """
     measured = measured_rows(config, facts)
     # A step of several micro-batches also has an array of gradients; so must the measured one.

@@ -132,7 +132,8 @@ class Session:
         """(time limit of a process, whether the budget is the reason for it)."""
         longest = max(self.journal.walls, default=math.inf)
         limit = min(FIRST_LIMIT_SECONDS, max(LEAST_LIMIT_SECONDS, LIMIT_FACTOR * longest))
-        left = max(60.0, self._budget_seconds - self.spent_seconds())
+        least = max([60.0, *(2 * wall for wall in self.journal.walls)])
+        left = max(least, self._budget_seconds - self.spent_seconds())
         return min(limit, left), left < limit
 
     def _measure_anew(self, trial: Trial) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The file of tuned settings: tune.py writes it, and train.py reads it as the key `tuned` says.
 
 configs/tuned/<device>-<devices>-<model>.yml has values of TUNABLE keys, and comment lines
-`# name: value` with what it was measured for. Values of the command line, of a model or stage file
-and of a saved config win over it.
+`# name: value` with what it was measured for. Values of the command line, of a stage file and of a
+saved config win over it; so does a value of the model's file, unless the search found a faster one
+than just that value.
 """
 
 import re
@@ -49,6 +50,16 @@ def description(
     }
 
 
+def replaced(config: Mapping[str, Any], overrides: Overrides) -> dict[str, str]:
+    """The values of the model's file that the overrides replace, as a fact of a tuned file."""
+    words = [_word(config, key) for key in overrides if config[pyconfig.ORIGIN][key] != "base"]
+    return {"replaces": "; ".join(words)} if words else {}
+
+
+def _word(config: Mapping[str, Any], key: str) -> str:
+    return f"{key}={format_value(config[key])}"
+
+
 def write(path: Path, facts: Mapping[str, str], overrides: Overrides) -> None:
     """Write a tuned file. facts: `description`, and whatever else a reader wants to know."""
     comments = [f"# {name}: {console.one_line(value)}" for name, value in facts.items()]
@@ -88,7 +99,8 @@ def with_tuned(config: FrozenConfigDict) -> FrozenConfigDict:
         path = Path(config.tuned).expanduser()
         facts, values = read(path)
         different = _difference(facts, expected)
-        return _replace(config, path, values, f", although {different}" if different else "")
+        remark = f", although {different}" if different else ""
+        return _replace(config, path, facts, values, remark)
     path = FOLDER / file_name(config, devices["kind"], devices["count"])
     saved = files.run_directory(config) / "config.yml"
     if config.enable_checkpointing and saved.exists():
@@ -97,13 +109,15 @@ def with_tuned(config: FrozenConfigDict) -> FrozenConfigDict:
         return config
     try:
         facts, values = read(path)
+        different = _difference(facts, expected)
+        if not different:
+            return _replace(config, path, facts, values, "")
+        problem = f"{path} is not used: {different}; tune.py measures again"
     except ValueError as error:
-        _say_unused(console.one_line(error))
-        return config
-    if different := _difference(facts, expected):
-        _say_unused(f"{path} is not used: {different}; tune.py measures again")
-        return config
-    return _replace(config, path, values, "")
+        problem = console.one_line(error)
+    if jax.process_index() == 0:
+        console.warn(problem)
+    return config
 
 
 def _difference(facts: Mapping[str, str], expected: Mapping[str, str]) -> str:
@@ -122,9 +136,14 @@ def _pairs(before: str, now: str) -> Iterable[tuple[str, str]]:
 
 
 def _replace(
-    config: FrozenConfigDict, path: Path, values: Overrides, remark: str
+    config: FrozenConfigDict, path: Path, facts: Mapping[str, str], values: Overrides, remark: str
 ) -> FrozenConfigDict:
-    used = {key: value for key, value in values.items() if is_free(config, key)}
+    known = facts.get("replaces", "").split("; ")
+    used = {
+        key: value
+        for key, value in values.items()
+        if config.origin[key] == "base" or (is_free(config, key) and _word(config, key) in known)
+    }
     groups = {group[0] for group in config.xla_flag_groups}
     if unknown := sorted(set(used.get("xla_flags", ())) - groups):
         raise ValueError(f"{path} sets xla_flags={unknown[0]}, which is not in xla_flag_groups")
@@ -157,8 +176,3 @@ def _keep(config: FrozenConfigDict, path: Path, saved: Any) -> FrozenConfigDict:
 def _say(line: str) -> None:
     if jax.process_index() == 0:
         print(line, flush=True)
-
-
-def _say_unused(line: str) -> None:
-    if jax.process_index() == 0:
-        console.warn(line)

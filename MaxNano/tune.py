@@ -70,7 +70,7 @@ def tune(config: FrozenConfigDict, argv: Sequence[str]) -> int:
     session = Session(config, argv, facts, journal)
     winner = best = find(session)
     default_seconds, best_seconds = search.compare(
-        session.start, winner, session.measure, session.has_any_time
+        session.start, winner, session.measure, lambda: session.has_time(to_compare=True)
     )
     if not default_seconds:  # each turn failed, so the first measurement has to do
         default_seconds = [session.row(Trial(session.start, FIRST_STEPS))["seconds"]]
@@ -134,7 +134,7 @@ def find(session: Session) -> Overrides:
     half = max(3, (len(attention) + 1) // 2)
     knobs = candidates.knobs(config, facts, attention[:half], gradients)
     for knob in knobs:
-        values = "; ".join(words_of(session.changes(choice)) for choice in knob.choices)
+        values = "; ".join(words_of(session.merge({}, choice)) for choice in knob.choices)
         print(f"To try for {knob.name}: {values}", flush=True)
     return search.search(session.start, knobs, session.measure, session.has_time, session.merge)
 
@@ -147,8 +147,8 @@ def first_settings(session: Session, attention: Sequence[Overrides]) -> Override
     """
     config = session.config
     start: Overrides = {}
-    if attention and {} not in [session.changes(choice) for choice in attention]:
-        start = session.changes(attention[0])
+    if attention and {} not in [session.merge({}, choice) for choice in attention]:
+        start = session.merge({}, attention[0])
         session.say(f"the default attention is struck off: starting from {words_of(start)}")
     outcome = None
     for smaller in ({}, *candidates.allowed(config, candidates.SMALLER)):

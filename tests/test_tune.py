@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -15,7 +16,7 @@ from MaxNano import pyconfig, tune
 from MaxNano.models import attention
 from MaxNano.training import checkpoint_identity
 from MaxNano.training.run_config import config_of_run
-from MaxNano.tuning import candidates, children, kernels, search, session, tuned_file
+from MaxNano.tuning import candidates, children, kernels, measure, search, session, tuned_file
 from MaxNano.tuning.candidates import Facts, Knob
 from MaxNano.tuning.results import Journal
 from MaxNano.tuning.search import Outcome, Trial
@@ -252,21 +253,21 @@ class FakeDevice:
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
     """A folder for runs, and another for tuned files."""
     monkeypatch.setattr(tuned_file, "FOLDER", tmp_path / "tuned")
     return tmp_path
 
 
-def start(place, device, monkeypatch, *words):
+def start(folder, device, monkeypatch, *words):
     monkeypatch.setattr(children, "run", device)
-    argv = [BASE, *WORDS, f"base_output_directory={place}/runs", *words]
+    argv = [BASE, *WORDS, f"base_output_directory={folder}/runs", *words]
     return tune.main(pyconfig.initialize(argv), argv)
 
 
-def test_a_whole_search_on_a_device_that_fails(place, monkeypatch, capsys):
+def test_a_whole_search_on_a_device_that_fails(folder, monkeypatch, capsys):
     device = FakeDevice()
-    assert start(place, device, monkeypatch) == 0
+    assert start(folder, device, monkeypatch) == 0
     out = capsys.readouterr().out
     for row, words in {
         1: "out of memory",
@@ -277,47 +278,47 @@ def test_a_whole_search_on_a_device_that_fails(place, monkeypatch, capsys):
         assert f"per_device_batch_size={row}: {words}" in out
     assert "struck off: output differs" in out and "struck off: ended with signal 6" in out
     assert "attention_chunk" not in "".join(map(str, (t.get("overrides") for t in device.tasks)))
-    facts, values = tuned_file.read(place / "tuned/some-chip-1-d4.yml")
+    facts, values = tuned_file.read(folder / "tuned/some-chip-1-d4.yml")
     assert values == {"per_device_batch_size": 16}
-    assert (facts["device"], facts["devices"], facts["times"]) == ("Some chip", "1", "2.000")
+    assert (facts["device"], facts["devices"], facts["times"]) == ("Some chip", "1", "1.980")
     assert "command" in facts and "jax=2" in facts["all versions"]
-    table = (place / "runs/tune/some-chip-1-d4.md").read_text()
+    table = (folder / "runs/tune/some-chip-1-d4.md").read_text()
     assert "| per_device_batch_size=16 |" in table and "a table" in table
-    rows = (place / "runs/tune/some-chip-1-d4.csv").read_text().splitlines()
+    rows = (folder / "runs/tune/some-chip-1-d4.csv").read_text().splitlines()
     assert len(rows) == 2 and rows[0].startswith("date,device,devices,model,defaults tokens/s")
     assert not any("\r" in line or "\x1b" in line for line in out.splitlines())
 
 
 @pytest.mark.parametrize("stop_at", [2, 3, 6, 9, 20])
 def test_a_search_that_was_stopped_resumes_without_measuring_again(
-    stop_at, place, monkeypatch, capsys
+    stop_at, folder, monkeypatch, capsys
 ):
     whole = FakeDevice()
-    start(place, whole, monkeypatch, "base_output_directory=" + str(place / "whole"))
+    start(folder, whole, monkeypatch, "base_output_directory=" + str(folder / "whole"))
     stopped, after = FakeDevice(stop_at), FakeDevice()
-    assert start(place, stopped, monkeypatch) == tune.EXIT_STOPPED
-    journal = place / "runs/tune/some-chip-1-d4.jsonl"
+    assert start(folder, stopped, monkeypatch) == tune.EXIT_STOPPED
+    journal = folder / "runs/tune/some-chip-1-d4.jsonl"
     with journal.open("a") as file:
         file.write('{"key": "half a li')
     capsys.readouterr()
-    assert start(place, after, monkeypatch) == 0
+    assert start(folder, after, monkeypatch) == 0
     total = stopped.count("steps") + after.count("steps")
-    assert total == whole.count("steps") + (stop_at > 3)  # the measurement that was stopped
+    assert total == whole.count("steps") + (stop_at > 2)  # the measurement that was stopped
     again = FakeDevice()
-    assert start(place, again, monkeypatch) == 0
+    assert start(folder, again, monkeypatch) == 0
     assert (again.count("kernels"), again.count("steps")) == (0, 1)  # the trace
     assert "Resuming from" in capsys.readouterr().out
 
 
-def test_the_journal_of_another_search_is_replaced(place, monkeypatch, capsys):
-    start(place, FakeDevice(), monkeypatch)
+def test_the_journal_of_another_search_is_replaced(folder, monkeypatch, capsys):
+    start(folder, FakeDevice(), monkeypatch)
     device = FakeDevice()
-    start(place, device, monkeypatch, "qk_norm_scale=1.1")
+    start(folder, device, monkeypatch, "qk_norm_scale=1.1")
     assert device.count("steps") > 10
     assert "was of another search" in capsys.readouterr().out
 
 
-def test_where_the_defaults_do_not_fit_a_smaller_start_is_taken(place, monkeypatch, capsys):
+def test_where_the_defaults_do_not_fit_a_smaller_start_is_taken(folder, monkeypatch, capsys):
     class Small(FakeDevice):
         def __call__(self, task, limit):
             rows = task.get("overrides", {}).get("per_device_batch_size", 32)
@@ -328,30 +329,31 @@ def test_where_the_defaults_do_not_fit_a_smaller_start_is_taken(place, monkeypat
                 return children.Report([FIRST, {"seconds": 1.0 / rows}], "")
             return super().__call__(task, limit)
 
-    assert start(place, Small(), monkeypatch) == 0
-    values = tuned_file.read(place / "tuned/some-chip-1-d4.yml")[1]
+    assert start(folder, Small(), monkeypatch) == 0
+    values = tuned_file.read(folder / "tuned/some-chip-1-d4.yml")[1]
     assert values["per_device_batch_size"] == 4
 
 
-def test_where_nothing_runs_the_error_says_why(place, monkeypatch):
+def test_where_nothing_runs_the_error_says_why(folder, monkeypatch):
     def run(task, limit):
         if task["task"] == "steps":
             return children.Report([], "out of memory")
         return FakeDevice()(task, limit)
 
     with pytest.raises(ValueError, match="no settings could be measured: out of memory"):
-        start(place, run, monkeypatch)
+        start(folder, run, monkeypatch)
 
 
-def test_bad_input_is_one_line(place, monkeypatch):
-    with pytest.raises(ValueError, match="stage=rl"):
-        start(place, FakeDevice(), monkeypatch, "stage=rl", "global_batch_tokens=null")
+def test_bad_input_is_one_line(folder, monkeypatch):
+    argv = [BASE, "model=d4", "stage=rl", "load_from=d4"]
+    with pytest.raises(ValueError, match="stage=rl: tune.py measures"):
+        tune.main(pyconfig.initialize(argv), argv)
     failing = children.Report([{"failure": "d4 needs at least 90 GB"}], "d4 needs at least 90 GB")
     with pytest.raises(ValueError, match="d4 needs at least 90 GB"):
-        start(place, lambda task, limit: failing, monkeypatch)
+        start(folder, lambda task, limit: failing, monkeypatch)
 
 
-def test_a_result_is_not_faster_than_noise(place, monkeypatch):
+def test_a_result_is_not_faster_than_noise(folder, monkeypatch):
     """The defaults then stay, and the file says so."""
 
     def run(task, limit):
@@ -359,13 +361,13 @@ def test_a_result_is_not_faster_than_noise(place, monkeypatch):
             return FakeDevice()(task, limit)
         return children.Report([FIRST, {"seconds": 1.0 - 0.002 * len(task["overrides"])}], "")
 
-    start(place, run, monkeypatch)
-    path = place / "tuned/some-chip-1-d4.yml"
+    start(folder, run, monkeypatch)
+    path = folder / "tuned/some-chip-1-d4.yml"
     assert tuned_file.read(path)[1] == {} and "The defaults are the fastest" in path.read_text()
 
 
 @pytest.mark.parametrize(
-    "found, problem",
+    "result, problem",
     [
         ({"loss": [6.0, 5.0003], "grad_norm": [1.0, 1.0005]}, ""),
         ({"loss": [6.0, 5.1], "grad_norm": [1.0, 1.0]}, "wrong: loss at step 1"),
@@ -373,10 +375,10 @@ def test_a_result_is_not_faster_than_noise(place, monkeypatch):
         ({"loss": [6.0, float("nan")], "grad_norm": [1.0, 1.0]}, "wrong: loss at step 1 is nan"),
     ],
 )
-def test_losses_must_be_equal_up_to_rounding(found, problem):
+def test_losses_must_be_equal_up_to_rounding(result, problem):
     reference = {"loss": [6.0, 5.0], "grad_norm": [1.0, 1.0]}
-    assert session.difference(reference, found, "float32").startswith(problem)
-    assert bool(session.difference(reference, found, "float32")) == bool(problem)
+    assert session.difference(reference, result, "float32").startswith(problem)
+    assert bool(session.difference(reference, result, "float32")) == bool(problem)
 
 
 def test_a_trial_that_only_lacked_time_is_measured_when_there_is_more(tmp_path):
@@ -449,32 +451,28 @@ def test_a_process_ends_with_the_search():
 SMALL = ("model=d2", "emb_dim=32", "head_dim=16", "num_query_heads=2", "max_target_length=64")
 
 
-def check(*words):
-    return kernels.check(
-        pyconfig.initialize([BASE, *SMALL, "short_window_multiple=8", "vocab_size=64", *words])
-    )
+def small_config(*words):
+    return pyconfig.initialize([BASE, *SMALL, "short_window_multiple=8", "vocab_size=64", *words])
 
 
-def test_a_correct_kernel_passes_and_a_wrong_one_is_struck_off(monkeypatch):
-    right = check("attention=chunked", "attention_chunk=16")
-    assert right["problem"] == "" and right["error"] < 1 and right["milliseconds"] > 0
-
-    def one_key_too_many(q, k, v, window, settings, rules):
-        return attention.reference(q, k, v, window + 1, settings, rules)
-
-    def no_gradient_of_values(q, k, v, window, settings, rules):
-        import jax
-
-        return attention.reference(q, k, jax.lax.stop_gradient(v), window, settings, rules)
-
+def test_a_correct_kernel_passes_and_a_wrong_one_does_not(monkeypatch):
     monkeypatch.setattr(kernels, "CALLS", 1)
     monkeypatch.setattr(kernels, "LEAST_SECONDS", 0)
-    for wrong, what in ((one_key_too_many, "window 16"), (no_gradient_of_values, "gradient of")):
-        monkeypatch.setitem(
-            attention.KERNELS, "chunked", attention.Kernel(wrong, attention.EVERYWHERE)
-        )
-        found = check("attention=chunked")
-        assert what in found["problem"] and found["error"] > 1
+    right = kernels.check(small_config("attention=chunked", "num_decoder_layers=1"))
+    assert right["problem"] == "" and right["error"] < 1 and right["milliseconds"] > 0
+
+    def wrong(q, k, v, window, settings, rules):
+        """One key too many, and no gradient of the values."""
+        return attention.reference(q, k, jax.lax.stop_gradient(v), window + 1, settings, rules)
+
+    row = attention.Kernel(wrong, attention.EVERYWHERE)
+    monkeypatch.setitem(attention.KERNELS, "chunked", row)
+    errors, _ = kernels.attention_error(small_config("attention=chunked"), 8, "float32")
+    assert errors["output (window 8)"] > 1 and errors["gradient of qkv (window 8)"] > 1
+    assert errors["gradient of value embeddings (window 8)"] > 1
+    monkeypatch.setattr(kernels, "attention_error", lambda *_: (errors, 0.001))
+    result = kernels.check(small_config("attention=chunked"))
+    assert "(window 8) differs from the reference by" in result["problem"] and result["error"] > 1
 
 
 def test_the_error_of_a_kernel_is_relative_to_that_of_the_reference_in_its_dtype():
@@ -486,7 +484,28 @@ def test_the_error_of_a_kernel_is_relative_to_that_of_the_reference_in_its_dtype
 
 
 def test_embedding_gradients_are_checked():
-    assert check("embedding_gradient=one_hot")["problem"] == ""
+    assert kernels.check(small_config("embedding_gradient=one_hot"))["problem"] == ""
+
+
+# ---- A real measurement -------------------------------------------------------------------------
+
+
+def test_steps_are_measured_and_their_losses_fall(monkeypatch):
+    """In this process, as measure.main does it in one of its own."""
+    monkeypatch.setattr(kernels, "LEAST_SECONDS", 0)
+    words = [BASE, *SMALL, "num_decoder_layers=1", "vocab_size=64", "global_batch_tokens=256"]
+    words += ["value_embed_gate_channels=0", "smear_gate_channels=0", "use_backout=false"]
+    words += ["short_window_multiple=8", "muon_iterations=1", "steps=1000", "warmup_steps=0"]
+    answers = []
+    task = {"argv": words, "overrides": {"per_device_batch_size": 4, "remat_names": ["qkv"]}}
+    measure.probe(task, answers.append)
+    facts = Facts(**answers.pop()["facts"])
+    assert (facts.backend, facts.micro_rows, facts.dtype) == ("cpu", 4, "float32")
+    assert set(facts.kernels) == {"chunked", "reference"}
+    measure.time_steps({**task, "steps": 2, "with_data": False}, answers.append)
+    first, second = json.loads(json.dumps(answers))
+    assert first["loss"] == sorted(first["loss"], reverse=True) and len(first["grad_norm"]) == 3
+    assert second["seconds"] > 0 and second["micro_rows"] == 4
 
 
 # ---- What train.py uses -------------------------------------------------------------------------
@@ -495,23 +514,23 @@ VALUES = {"per_device_batch_size": 4, "remat_policy": "full", "attention": "refe
 
 
 @pytest.fixture
-def machine(monkeypatch, place):
+def machine(monkeypatch, folder):
     """Other devices than the tests': 8 x TPU."""
-    found = SimpleNamespace(
+    result = SimpleNamespace(
         devices={"kind": "TPU v6 lite", "count": 8}, versions={"maxnano": "1", "jax": "2"}
     )
-    monkeypatch.setattr(checkpoint_identity, "describe", lambda config, fingerprint: vars(found))
-    return found
+    monkeypatch.setattr(checkpoint_identity, "describe", lambda config, fingerprint: vars(result))
+    return result
 
 
-def tuned_config(place, *words):
-    return make_config(f"base_output_directory={place}/runs", *words)
+def tuned_config(folder, *words):
+    return make_config(f"base_output_directory={folder}/runs", *words)
 
 
-def write_tuned(place, *words, name="tpu-v6-lite-8-d4.yml", values=VALUES, versions=None):
-    path = place / "tuned" / name
-    found = versions or {"maxnano": "1", "jax": "2"}
-    facts = tuned_file.description(tuned_config(place, *words), "TPU v6 lite", 8, found)
+def write_tuned(folder, *words, name="tpu-v6-lite-8-d4.yml", values=VALUES, versions=None):
+    path = folder / "tuned" / name
+    result = versions or {"maxnano": "1", "jax": "2"}
+    facts = tuned_file.description(tuned_config(folder, *words), "TPU v6 lite", 8, result)
     tuned_file.write(path, facts, values)
     return path
 
@@ -525,58 +544,58 @@ def used(config):
     }
 
 
-def test_auto_uses_the_file_for_these_devices_and_says_so(place, machine, capsys):
-    assert tuned_file.with_tuned(tuned_config(place)) == tuned_config(place)
+def test_auto_uses_the_file_for_these_devices_and_says_so(folder, machine, capsys):
+    assert tuned_file.with_tuned(tuned_config(folder)) == tuned_config(folder)
     assert capsys.readouterr().out == ""  # without a file, nothing is said
-    path = write_tuned(place)
-    config = tuned_file.with_tuned(tuned_config(place))
+    path = write_tuned(folder)
+    config = tuned_file.with_tuned(tuned_config(folder))
     assert used(config) == VALUES
     assert config.origin["attention"] == "tuned/tpu-v6-lite-8-d4.yml"
     out = capsys.readouterr().out
     assert out.startswith(f"Tuned settings of {path}: per_device_batch_size=4, ")
     assert out.count("\n") == 1
-    assert used(tuned_file.with_tuned(tuned_config(place, "tuned=off"))) == {}
+    assert used(tuned_file.with_tuned(tuned_config(folder, "tuned=off"))) == {}
 
 
-def test_the_command_line_and_the_model_win(place, machine, capsys):
-    write_tuned(place, "model=d24", name="tpu-v6-lite-8-d24.yml")
-    config = tuned_file.with_tuned(tuned_config(place, "model=d24", "attention=chunked"))
+def test_the_command_line_and_the_model_win(folder, machine, capsys):
+    write_tuned(folder, "model=d24", name="tpu-v6-lite-8-d24.yml")
+    config = tuned_file.with_tuned(tuned_config(folder, "model=d24", "attention=chunked"))
     assert (config.attention, config.remat_policy) == ("chunked", "names")
     assert used(config) == {"per_device_batch_size": 4}
     assert "remat_policy, attention as set elsewhere" in capsys.readouterr().out
 
 
-def test_a_value_of_the_models_file_is_replaced_if_the_search_began_with_it(place, machine):
+def test_a_value_of_the_models_file_is_replaced_if_the_search_began_with_it(folder, machine):
     """d24.yml has a remat policy for a TPU, which is slow on a large GPU."""
-    config = tuned_config(place, "model=d24")
+    config = tuned_config(folder, "model=d24")
     assert {} in names_and_values(config, FACTS)["remat"]  # "names" is one of those tried
-    path = write_tuned(place, "model=d24", name="tpu-v6-lite-8-d24.yml")
+    path = write_tuned(folder, "model=d24", name="tpu-v6-lite-8-d24.yml")
     facts, values = tuned_file.read(path)
     tuned_file.write(path, facts | tuned_file.replaced(config, values), values)
     tuned = tuned_file.with_tuned(config)
     assert used(tuned) == VALUES
-    begin(place, tuned, "d24")
+    begin(folder, tuned, "d24")
     assert used(tuned_file.with_tuned(config)) == VALUES  # resumed
     path.write_text(path.read_text().replace("replaces: remat_policy=names", "replaces: x=1"))
-    fresh = tuned_config(place, "model=d24", "run_name=fresh")
+    fresh = tuned_config(folder, "model=d24", "run_name=fresh")
     assert tuned_file.with_tuned(fresh).remat_policy == "names"  # the model's file has changed
-    given = tuned_config(place, "model=d24", "run_name=fresh", "remat_policy=minimal")
+    given = tuned_config(folder, "model=d24", "run_name=fresh", "remat_policy=minimal")
     assert tuned_file.with_tuned(given).remat_policy == "minimal"
 
 
-def test_a_file_for_something_else_is_not_used_and_the_reason_is_one_line(place, machine, capsys):
-    write_tuned(place, "global_batch_tokens=8192")
-    assert used(tuned_file.with_tuned(tuned_config(place))) == {}
+def test_a_file_for_something_else_is_not_used_and_the_reason_is_one_line(folder, machine, capsys):
+    write_tuned(folder, "global_batch_tokens=8192")
+    assert used(tuned_file.with_tuned(tuned_config(folder))) == {}
     printed = capsys.readouterr()
     assert "workload global_batch_tokens=8192, and this run has global_batch_tokens=4096" in (
         printed.err
     )
     assert (printed.out, printed.err.count("\n")) == ("", 1)
-    path = write_tuned(place, versions={"maxnano": "1", "jax": "3"})
-    assert used(tuned_file.with_tuned(tuned_config(place))) == {}
+    path = write_tuned(folder, versions={"maxnano": "1", "jax": "3"})
+    assert used(tuned_file.with_tuned(tuned_config(folder))) == {}
     assert "versions jax=3, and this run has jax=2" in capsys.readouterr().err
     # By name it is used.
-    assert used(tuned_file.with_tuned(tuned_config(place, f"tuned={path}"))) == VALUES
+    assert used(tuned_file.with_tuned(tuned_config(folder, f"tuned={path}"))) == VALUES
     assert "although it was measured for versions jax=3" in capsys.readouterr().out
 
 
@@ -592,62 +611,62 @@ def test_a_file_for_something_else_is_not_used_and_the_reason_is_one_line(place,
         ("{head}xla_flags: [other]\n", "sets xla_flags=other, which is not in xla_flag_groups"),
     ],
 )
-def test_a_damaged_or_foreign_file_is_one_line(text, problem, place, machine, capsys):
-    path = write_tuned(place)
+def test_a_damaged_or_foreign_file_is_one_line(text, problem, folder, machine, capsys):
+    path = write_tuned(folder)
     head = path.read_text().split("\n\n")[0] + "\n\n"
     path.write_text(text.replace("{head}", head))
     with pytest.raises(ValueError, match=problem) as error:
-        tuned_file.with_tuned(tuned_config(place, f"tuned={path}"))
+        tuned_file.with_tuned(tuned_config(folder, f"tuned={path}"))
     assert "\n" not in str(error.value)
-    assert tuned_file.with_tuned(tuned_config(place)) == tuned_config(place)
+    assert tuned_file.with_tuned(tuned_config(folder)) == tuned_config(folder)
     assert problem in capsys.readouterr().err
     path.write_bytes(b"\xff\xfe\x00")
-    assert tuned_file.with_tuned(tuned_config(place)) == tuned_config(place)
+    assert tuned_file.with_tuned(tuned_config(folder)) == tuned_config(folder)
 
 
-def test_a_file_that_is_missing_is_one_line(place, machine):
+def test_a_file_that_is_missing_is_one_line(folder, machine):
     with pytest.raises(ValueError, match="nowhere.yml does not exist"):
-        tuned_file.with_tuned(tuned_config(place, "tuned=nowhere.yml"))
+        tuned_file.with_tuned(tuned_config(folder, "tuned=nowhere.yml"))
 
 
-def begin(place, config, name="d4"):
+def begin(folder, config, name="d4"):
     """A run that was started with a config."""
-    pyconfig.save(config, place / f"runs/{name}/config.yml")
-    return tuned_config(place)
+    pyconfig.save(config, folder / f"runs/{name}/config.yml")
+    return tuned_config(folder)
 
 
-def test_a_run_that_is_resumed_keeps_what_it_began_with(place, machine, capsys):
-    config = begin(place, tuned_config(place))
-    path = write_tuned(place)
+def test_a_run_that_is_resumed_keeps_what_it_began_with(folder, machine, capsys):
+    config = begin(folder, tuned_config(folder))
+    path = write_tuned(folder)
     assert tuned_file.with_tuned(config) == config  # it began without
     assert f"tuned={path} uses it" in capsys.readouterr().out
-    assert used(tuned_file.with_tuned(tuned_config(place, f"tuned={path}"))) == VALUES
-    begin(place, tuned_file.with_tuned(tuned_config(place, "run_name=new")))
-    write_tuned(place, values={"attention": "flash", "flash_block": 512})  # tuned again
+    assert used(tuned_file.with_tuned(tuned_config(folder, f"tuned={path}"))) == VALUES
+    begin(folder, tuned_file.with_tuned(tuned_config(folder, "run_name=new")))
+    write_tuned(folder, values={"attention": "flash", "flash_block": 512})  # tuned again
     assert used(tuned_file.with_tuned(config)) == VALUES
     capsys.readouterr()
     path.unlink()
     assert used(tuned_file.with_tuned(config)) == VALUES
     assert "as at the start of the run: " in capsys.readouterr().out
-    changed = tuned_file.with_tuned(tuned_config(place, "attention=chunked"))
+    changed = tuned_file.with_tuned(tuned_config(folder, "attention=chunked"))
     assert (changed.attention, changed.remat_policy) == ("chunked", "full")
     machine.devices["count"] = 4  # resumed on other devices
     assert used(tuned_file.with_tuned(config)) == {}
 
 
-def test_the_saved_config_trains_with_the_same_settings(place, machine):
-    write_tuned(place)
-    begin(place, tuned_file.with_tuned(tuned_config(place)))
-    saved = pyconfig.initialize([str(place / "runs/d4/config.yml")])
+def test_the_saved_config_trains_with_the_same_settings(folder, machine):
+    write_tuned(folder)
+    begin(folder, tuned_file.with_tuned(tuned_config(folder)))
+    saved = pyconfig.initialize([str(folder / "runs/d4/config.yml")])
     assert {key: tuned_file.with_tuned(saved)[key] for key in VALUES} == VALUES
 
 
-def test_other_programs_use_no_settings_of_the_devices_that_trained(place, machine):
+def test_other_programs_use_no_settings_of_the_devices_that_trained(folder, machine):
     """Which may not run on theirs; a value of the command line stays."""
-    write_tuned(place)
-    begin(place, tuned_file.with_tuned(tuned_config(place, "scan_layers=false")))
-    (place / "runs/d4/checkpoints/7").mkdir(parents=True)
-    argv = [BASE, "run_name=d4", f"base_output_directory={place}/runs"]
+    write_tuned(folder)
+    begin(folder, tuned_file.with_tuned(tuned_config(folder, "scan_layers=false")))
+    (folder / "runs/d4/checkpoints/7").mkdir(parents=True)
+    argv = [BASE, "run_name=d4", f"base_output_directory={folder}/runs"]
     config = config_of_run(pyconfig.initialize(argv), argv)
     assert (config.attention, config.remat_policy, config.scan_layers) == ("auto", "none", False)
     assert config.max_target_length == 128
@@ -680,9 +699,9 @@ main = {{"tune": lambda config: tune.main(config, words), "train": train.main}}[
 sys.exit(pyconfig.launch(main, words))
 """
 
-    def start(program, *more):
+    def start(program, *extra):
         return subprocess.Popen(
-            [sys.executable, "-c", code, program, *words, *more],
+            [sys.executable, "-c", code, program, *words, *extra],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,

@@ -48,12 +48,12 @@ def check(config: FrozenConfigDict) -> dict[str, Any]:
     """
     backend = jax.default_backend()
     dtype = hardware.compute_dtype(config, backend)
-    parts = [_embedding_error(config, dtype)] if config.embedding_gradient != "auto" else []
+    parts = [embedding_error(config, dtype)] if config.embedding_gradient != "auto" else []
     milliseconds = 0.0
     if config.attention != "auto":
         windows = Counter(pyconfig.windows_of(config))
         for window, layers in windows.items():
-            errors, seconds = _attention_error(config, window, dtype)
+            errors, seconds = attention_error(config, window, dtype)
             parts.append(errors)
             milliseconds += 1e3 * layers * seconds
     worst = max(
@@ -69,7 +69,7 @@ def check(config: FrozenConfigDict) -> dict[str, Any]:
     }
 
 
-def excess(found: Any, plain: Any, exact: Any, dtype: str) -> dict[str, float]:
+def excess(computed: Any, plain: Any, exact: Any, dtype: str) -> dict[str, float]:
     """{name: error relative to what is allowed} of arrays by name.
 
     plain: what the reference gives in the run's dtype; exact: in float32.
@@ -82,11 +82,11 @@ def excess(found: Any, plain: Any, exact: Any, dtype: str) -> dict[str, float]:
     errors = {}
     for name in exact:
         allowed = max(ERROR_FACTOR * error(plain[name]), LEAST_ERROR[dtype])
-        errors[name] = error(found[name]) / allowed
+        errors[name] = error(computed[name]) / allowed
     return errors
 
 
-def _attention_error(
+def attention_error(
     config: FrozenConfigDict, window: int, dtype: str
 ) -> tuple[dict[str, float], float]:
     """(errors by array, seconds of a forward and backward pass) of the config's attention."""
@@ -132,12 +132,12 @@ def _attention_error(
         exact = named(passes("reference")(*inputs("float32")))
     plain = named(passes("reference")(*inputs(dtype)))
     program, given = passes(config.attention), inputs(dtype)
-    found = named(program(*given))
+    computed = named(program(*given))
     seconds = timed(lambda: jax.block_until_ready(program(*given)), CALLS)
-    return excess(found, plain, exact, dtype), statistics.median(seconds)
+    return excess(computed, plain, exact, dtype), statistics.median(seconds)
 
 
-def _embedding_error(config: FrozenConfigDict, dtype: str) -> dict[str, float]:
+def embedding_error(config: FrozenConfigDict, dtype: str) -> dict[str, float]:
     """The error of the config's embedding gradient, for tokens of which some are frequent."""
     rng = np.random.default_rng(0)
     size = -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
@@ -151,5 +151,5 @@ def _embedding_error(config: FrozenConfigDict, dtype: str) -> dict[str, float]:
         return {"embedding gradient": np.asarray(total.astype(dtype), np.float32)}
 
     exact = gradient("scatter", "float32")
-    found = gradient(config.embedding_gradient, dtype)
-    return excess(found, gradient("scatter", dtype), exact, dtype)
+    computed = gradient(config.embedding_gradient, dtype)
+    return excess(computed, gradient("scatter", dtype), exact, dtype)

@@ -46,14 +46,14 @@ class Session:
         """Time of the search, with that before it was interrupted."""
         return self._earlier_seconds + time.monotonic() - self._began
 
-    def has_time(self) -> bool:
-        """Whether another trial fits before the comparison with the defaults has to begin."""
+    def has_time(self, *, to_compare: bool = False) -> bool:
+        """Whether another trial fits before the comparison with the defaults has to begin, or in
+        that comparison.
+        """
+        if to_compare:
+            return self.spent_seconds() < self._budget_seconds
         last = (2 * TURNS + 1) * min(self.journal.walls, default=0.0)
         return self.spent_seconds() + min(last, self._budget_seconds / 2) < self._budget_seconds
-
-    def has_any_time(self) -> bool:
-        """Whether the budget is not used up."""
-        return self.spent_seconds() < self._budget_seconds
 
     def say(self, line: str) -> None:
         """Print a line after the time that was spent."""
@@ -78,7 +78,7 @@ class Session:
             wall = (time.monotonic() - begin) / max(1, len(results))
             for index, result in results.items():
                 self.journal.add({**result, "wall": wall}, "kernel", choices[index])
-                self.say(f"kernel {words_of(self.changes(choices[index]))}: {_verdict(result)}")
+                self.say(f"kernel {words_of(self.merge({}, choices[index]))}: {_verdict(result)}")
             if not results:
                 raise ValueError("the check of kernels ended without a result; start it again")
             pending = [i for i in pending if i not in results]
@@ -86,24 +86,20 @@ class Session:
 
     # ---- Trials
 
-    def changes(self, overrides: Overrides) -> Overrides:
-        """As candidates.changes, of this config."""
-        return candidates.changes(self.config, self.facts, overrides)
-
     def merge(self, best: Overrides, choice: Overrides) -> Overrides:
         """Settings with a knob's choice, without what the config has anyway."""
-        return self.changes({**best, **choice})
+        return candidates.changes(self.config, self.facts, {**best, **choice})
 
     def measure(self, trial: Trial) -> Outcome:
         """Measure a trial, or read its result. It fails if its losses are not the defaults'."""
-        row = self.journal.get(*self._key(trial))
+        row = self.journal.get(*_key(trial))
         if row is None:
             row = self._measure_anew(trial)
         return Outcome(row.get("seconds"), row.get("failure", ""))
 
     def row(self, trial: Trial) -> dict[str, Any]:
         """All that is known of a trial that was measured."""
-        return self.journal.get(*self._key(trial)) or {}
+        return self.journal.get(*_key(trial)) or {}
 
     def tokens_per_second(self, seconds: float) -> float:
         """Throughput of a step that takes `seconds`."""
@@ -115,9 +111,6 @@ class Session:
         task = self._task(Trial(overrides, 1)) | {"trace": True}
         report = self._run(task, self._limit_seconds()[0])
         return report.answer.get("operations", f"No trace: {report.failure}")
-
-    def _key(self, trial: Trial) -> tuple[Any, ...]:
-        return ("trial", trial.overrides, trial.steps, trial.with_data, trial.turn)
 
     def _task(self, trial: Trial) -> dict[str, Any]:
         return {
@@ -149,7 +142,7 @@ class Session:
         self.say(self._describe(trial, row))
         if failure.startswith("timed out") and is_short:
             return row  # with more time it may do
-        return self.journal.add(row, *self._key(trial))
+        return self.journal.add(row, *_key(trial))
 
     def _check_losses(self, trial: Trial, row: Mapping[str, Any]) -> str:
         """How the first losses differ from those of the defaults, "" if they do not."""
@@ -173,6 +166,10 @@ class Session:
         return text + (f", {row['gib']:.1f} GiB" if row.get("gib") else "")
 
 
+def _key(trial: Trial) -> tuple[Any, ...]:
+    return ("trial", *trial)
+
+
 def measured_words(config: Mapping[str, Any], argv: Sequence[str], facts: Facts) -> list[str]:
     """The command line of the measured steps: as many rows as measured_rows, and no warm-up of the
     learning rate, so that a wrong gradient shows in the next losses.
@@ -185,12 +182,12 @@ def measured_words(config: Mapping[str, Any], argv: Sequence[str], facts: Facts)
     return [*argv, *words]
 
 
-def difference(reference: Mapping[str, Any], found: Mapping[str, Any], dtype: str) -> str:
+def difference(reference: Mapping[str, Any], measured: Mapping[str, Any], dtype: str) -> str:
     """How the losses and gradient norms of the first steps differ from the reference's by more than
     rounding, "" if they do not.
     """
     for name, tolerance in (("loss", LOSS_TOLERANCE), ("grad_norm", NORM_TOLERANCE)):
-        for step, (expected, value) in enumerate(zip(reference[name], found[name], strict=True)):
+        for step, (expected, value) in enumerate(zip(reference[name], measured[name], strict=True)):
             if not math.isclose(value, expected, rel_tol=tolerance[dtype]):
                 return f"wrong: {name} at step {step} is {value:.6g} instead of {expected:.6g}"
     return ""

@@ -53,7 +53,7 @@ class Session:
         if to_compare:
             return self.spent_seconds() < self._budget_seconds
         last = (2 * TURNS + 1) * min(self.journal.walls, default=0.0)
-        return self.spent_seconds() + min(last, self._budget_seconds / 2) < self._budget_seconds
+        return self.spent_seconds() + min(last, self._budget_seconds / 4) < self._budget_seconds
 
     def say(self, line: str) -> None:
         """Print a line after the time that was spent."""

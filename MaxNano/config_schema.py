@@ -30,6 +30,7 @@ PROGRAMS = (
     "report",
     "compare",
     "train_compile",
+    "tune",
     "download",
 )
 

@@ -26,6 +26,7 @@ from MaxNano.storage import files
 
 ORIGIN = "origin"  # the only entry of a config that is not a key: key -> origin of its value
 DERIVED = "derived"
+TUNED_ORIGIN = "tuned/"  # begins the origin of a value from a file that tune.py wrote
 SAVED_HEADER = "# A resolved config"  # first words of a file that `save` wrote
 
 # Values that the saved config of an earlier version implies beside scaling.ARCHITECTURE_KEYS: its
@@ -509,6 +510,17 @@ def saved_values(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is damaged")
     return values
+
+
+def saved_lines(text: str) -> dict[str, tuple[str, str]]:
+    """{key: (its value as text, its origin)} of a file that `save` wrote."""
+    lines = {}
+    for line in text.splitlines():
+        if not line.startswith("#") and ":" in line:
+            written, _, origin = line.rpartition("  # ")
+            name, _, value = written.partition(":")
+            lines[name] = value.strip(), origin
+    return lines
 
 
 # ---- Entry points -------------------------------------------------------------------------------

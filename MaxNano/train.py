@@ -43,11 +43,13 @@ from MaxNano.training.stages import with_horizon
 from MaxNano.training.start import load_start, with_start
 from MaxNano.training.state import initialize
 from MaxNano.training.step import build_programs, compile_train
+from MaxNano.tuning.tuned_file import with_tuned
 
 
 def main(config: FrozenConfigDict) -> int:
     """Set up, show the plan, train; returns the exit status."""
     runtime.initialize(config)
+    config = with_tuned(config)
     check_processes(config)
     config = with_horizon(with_start(config))
     setup = set_up(config)

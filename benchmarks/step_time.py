@@ -8,7 +8,8 @@ Prints median and quartiles of the steps, tokens/s, memory and, for a known chip
 line. If the machine only has a CPU and the step is too large for it, prints train_compile.py's
 estimate for compile_topology instead. With a nanochat checkout in NANOCHAT, and a Python that has
 its packages in NANOCHAT_PYTHON, nanochat's compiled model and optimizer run the same steps in
-alternation, and the ratio of the medians is printed.
+alternation, and the ratio of the medians is printed. Settings that tune.py found are used as in
+train.py: tuned=off measures the defaults.
 """
 
 import sys
@@ -39,6 +40,7 @@ from MaxNano.distributed import hardware, runtime, sharding
 from MaxNano.training import state as train_state
 from MaxNano.training.setup import BatchPlan, RunSetup, check_memory, flops_per_token, set_up
 from MaxNano.training.step import build_programs, compile_train
+from MaxNano.tuning.tuned_file import with_tuned
 
 TURNS = 6
 STEPS_PER_TURN = 4
@@ -148,6 +150,7 @@ def statistics_of(seconds: list[float], config: FrozenConfigDict, peak: float | 
 def main(config: FrozenConfigDict) -> int | None:
     """Run TURNS turns of STEPS_PER_TURN steps each."""
     runtime.initialize(config)
+    config = with_tuned(config)
     if is_too_large(config):
         print(
             f"ESTIMATED for {config.compile_topology}, not measured: this machine has no accelerator",

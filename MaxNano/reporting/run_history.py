@@ -4,7 +4,7 @@ Reading changes nothing, starts no JAX and loads no parameters, so it works whil
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -119,7 +119,7 @@ def read_run(folder: epath.Path) -> Run:
     return Run(
         folder=folder,
         config=base | values,  # a run of an older version does not have newer keys
-        lines=dict(_config_lines(text)),
+        lines=pyconfig.saved_lines(text),
         steps=[row for row in rows if "event" not in row],
         events=[row for row in rows if "event" in row],
         saved=extra.get("run", {}),
@@ -127,14 +127,6 @@ def read_run(folder: epath.Path) -> Run:
         problems=problems,
         history=history.read(folder),
     )
-
-
-def _config_lines(text: str) -> Iterator[tuple[str, tuple[str, str]]]:
-    for line in text.splitlines():
-        if not line.startswith("#") and ":" in line:
-            written, _, origin = line.rpartition("  # ")
-            name, _, value = written.partition(":")
-            yield name, (value.strip(), origin)
 
 
 def _rows(path: epath.Path) -> tuple[list[dict[str, Any]], bool]:

@@ -33,7 +33,7 @@ FREE_KEYS = frozenset(
     mesh_axes logical_axis_rules coordinator_address num_processes process_id
     remat_policy remat_names scan_layers vocab_chunk_size embedding_gradient xla_flags
     xla_flag_groups attention attention_chunk flash_block splash_short_window splash_short_forward
-    splash_short_backward splash_long_forward splash_long_backward splash_fused_backward
+    splash_short_backward splash_long_forward splash_long_backward splash_fused_backward tuned
     """.split()
 )
 # Of these, the processes of one run may have different values: each host has its own paths.

@@ -9,7 +9,7 @@ from pathlib import Path
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import pyconfig
+from MaxNano import config_schema, pyconfig
 from MaxNano.config_schema import suggest
 from MaxNano.storage.files import names, run_directory
 
@@ -40,9 +40,17 @@ def config_of_run(config: FrozenConfigDict, argv: Sequence[str]) -> FrozenConfig
         )
     words = [word for word in argv[1:] if not word.startswith("model=")]
     moved = ("base_output_directory", "run_name")  # the folder may have been moved
+    # Settings for the devices that trained may not run on those of now.
+    defaults = config_schema.default_values(config_schema.base_keys(), config_schema.BASE.name)
+    tuned = [
+        f"{name}={config_schema.format_value(defaults[name])}"
+        for name, (_, origin) in pyconfig.saved_lines(config_schema.read_text(saved)).items()
+        if origin.startswith(pyconfig.TUNED_ORIGIN) and name in defaults
+    ]
     return pyconfig.initialize(
         [
             str(saved),
+            *tuned,
             *(f"{name}=null" for name in PROCESS_KEYS),
             *(f"{name}={config[name]}" for name in moved),
             *words,

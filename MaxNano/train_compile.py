@@ -81,12 +81,10 @@ def compiler_packages(topology: str) -> list[str]:
 def remedy_for(setup: RunSetup, program: str) -> str:
     """What to change if a program does not fit; looks for a micro-batch size that does."""
     if PROGRAMS[program].batch_key != "per_device_batch_size":
-        return "choose a smaller one, a shorter decode_max_length or a larger slice"
+        return "choose a smaller one, a shorter decode_max_length or larger chips"
     rows = largest_micro_batch(setup, program)
     if rows is None:
-        return (
-            "and with no smaller one: choose remat_policy=full, a larger slice or a smaller model"
-        )
+        return "and with no smaller one: choose remat_policy=full, more or larger chips or a smaller model"
     return f"set per_device_batch_size={rows}, the largest that fits"
 
 

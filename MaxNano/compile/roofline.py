@@ -21,8 +21,8 @@ from MaxNano.distributed import gpus, hardware
 ASSUMPTIONS = (
     "a roofline: the larger of FLOPs of matrix products at the chip's peak and bytes at its memory bandwidth, for each "
     "kernel; kernels reach less than either",
-    "each kernel reads and writes its arrays once in the GPU's memory: the L2 cache keeps nothing between kernels, which "
-    "makes loops over small arrays look slower than they are",
+    "each kernel reads and writes its arrays once in the GPU's memory: the L2 cache keeps nothing between kernels, so "
+    "that loops over small arrays look slower than they are",
     "FLOPs of float32 products at half, of 8-bit products at twice the peak of bfloat16; all others cost nothing",
     "cuDNN's attention: FLOPs of the scores that mask and window leave, 2 products forward and 5 backward",
     "starting a kernel costs nothing: a step of many short kernels takes longer",
@@ -172,37 +172,49 @@ def traffic(module: hlo.Module, computation: hlo.Computation, instruction: hlo.I
         # An instruction alone is the root of a body whose parameters are its operands.
         names = {name: computation.instructions[name] for name in instruction.operands}
         body = hlo.Computation("", {**names, instruction.name: instruction._replace(is_root=True)})
-        parameters = list(names)
+        parameters = set(names)
     else:
-        numbered = sorted(
-            (int(i.literal), i.name) for i in body.instructions.values() if i.opcode == "parameter"
-        )
-        parameters = [name for _, name in numbered]
-    users = defaultdict(list)
-    for user in body.instructions.values():
-        if user.name not in parameters:
-            for name in dict.fromkeys(user.operands):
-                users[name].append(user)
+        parameters = {i.name for i in body.instructions.values() if i.opcode == "parameter"}
+    reader = _Reader(body, parameters)
     root = next(i for i in body.instructions.values() if i.is_root)
-    read = sum(_read_bytes(body, users, name) for name in parameters)
-    return read + _written_bytes(body, root)
+    return sum(map(reader.bytes, parameters)) + _written_bytes(body, root)
 
 
-def _read_bytes(body: hlo.Computation, users: dict[str, list], name: str) -> int:
-    """Bytes that a body reads of its array `name`."""
-    whole = sum(array.bytes for array in body.instructions[name].result)
-    total = 0
-    for user in users[name]:
-        first = bool(user.operands) and user.operands[0] == name
-        if user.opcode == "bitcast":
-            total += _read_bytes(body, users, user.name)
-        elif user.opcode in _SLICES and first:
-            total += user.result[0].bytes
-        elif user.opcode in ("dynamic-update-slice", "scatter") and first:
-            total += 0
-        else:
-            return whole
-    return min(total, whole)
+class _Reader:
+    """Counts what a kernel reads of its parameters: it computes only elements that it needs."""
+
+    def __init__(self, body: hlo.Computation, parameters: set[str]):
+        self.body = body
+        self.users = defaultdict(list)
+        for user in body.instructions.values():
+            if user.name not in parameters:
+                for name in dict.fromkeys(user.operands):
+                    self.users[name].append(user)
+        self.needed: dict[str, int] = {}
+
+    def bytes(self, name: str) -> int:
+        """Bytes that are read of the array `name`."""
+        arrays = self.body.instructions[name].result
+        whole = sum(array.bytes for array in arrays)
+        elements = sum(array.elements for array in arrays)
+        return whole * self.elements(name) // elements if elements else 0
+
+    def elements(self, name: str) -> int:
+        """Elements of the array `name` that are needed."""
+        if name not in self.needed:
+            instruction = self.body.instructions[name]
+            whole = sum(array.elements for array in instruction.result)
+            parts = [self._used(instruction, user, whole) for user in self.users[name]]
+            self.needed[name] = min(whole, sum(parts)) if not instruction.is_root else whole
+        return self.needed[name]
+
+    def _used(self, instruction: hlo.Instruction, user: hlo.Instruction, whole: int) -> int:
+        is_first = user.operands[0] == instruction.name
+        if is_first and user.opcode in ("dynamic-update-slice", "scatter"):
+            return 0
+        is_sliced = is_first and user.opcode in _SLICES
+        is_elementwise = sum(a.elements for a in user.result) == whole and user.opcode != "dot"
+        return self.elements(user.name) if is_sliced or is_elementwise else whole
 
 
 def _written_bytes(body: hlo.Computation, root: hlo.Instruction) -> int:

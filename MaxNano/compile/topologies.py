@@ -136,7 +136,7 @@ def gpu_devices(name: str) -> list[Any]:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"compile_topology={name} needs JAX's plugin for CUDA ({reason}): install the extra gpu with "
-            "pip install -e '.[gpu]'"
+            "DEVICE=gpu bash setup.sh"
         ) from error
 
 

@@ -1,10 +1,12 @@
-"""Compiles the programs of training and of the engine for a TPU slice and reports their cost.
+"""Compiles the programs of training and of the engine for a TPU slice or GPUs and reports their cost.
 
     python MaxNano/train_compile.py configs/base.yml model=d24 compile_topology=v6e-8
     python MaxNano/train_compile.py configs/base.yml model=d24 compile_programs=[prefill,decode] decode_slots=128
     python MaxNano/train_compile.py configs/base.yml model=d24 stage=sft      the train step of another stage
+    python MaxNano/train_compile.py configs/base.yml model=d12 compile_topology=h100-1
 
-The machine needs no accelerator: libtpu compiles on a CPU for a slice that is given by name.
+The machine needs no accelerator: libtpu and JAX's plugin for CUDA (extra gpu) compile on a CPU for
+devices that are given by name.
 """
 
 import os
@@ -22,6 +24,7 @@ if __name__ == "__main__":
 
 import importlib.metadata
 import json
+import re
 from typing import Any
 
 import jax
@@ -29,11 +32,12 @@ from etils import epath
 from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
-from MaxNano.compile.costs import ASSUMPTIONS
+from MaxNano.compile.gpu_report import GpuReport
 from MaxNano.compile.programs import PROGRAMS, OutOfMemory, compile_program, largest_micro_batch
 from MaxNano.compile.report import CostReport
-from MaxNano.compile.topologies import slice_devices
+from MaxNano.compile.topologies import topology_devices
 from MaxNano.console import print_table
+from MaxNano.distributed import gpus
 from MaxNano.storage import files
 from MaxNano.training.setup import RunSetup, set_up
 
@@ -45,10 +49,13 @@ def report_path(config: FrozenConfigDict) -> epath.Path:
     return files.run_directory(config) / "compile_report.json"
 
 
-def to_json(setup: RunSetup, reports: dict[str, CostReport]) -> dict[str, Any]:
+def to_json(setup: RunSetup, reports: dict[str, CostReport | GpuReport]) -> dict[str, Any]:
     """The reports by program, and the set-up and versions that they are for."""
     config, plan = setup.config, setup.plan
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in compiler_packages(config.compile_topology)
+    }
     return {
         "model": config.model,
         "topology": config.compile_topology,
@@ -62,15 +69,22 @@ def to_json(setup: RunSetup, reports: dict[str, CostReport]) -> dict[str, Any]:
     }
 
 
+def compiler_packages(topology: str) -> list[str]:
+    """The installed packages that decide what is compiled for a topology."""
+    if topology not in gpus.topology_names():
+        return ["jax", "jaxlib", "libtpu"]
+    wanted = re.compile(r"jax(lib)?|jax-cuda\d+-p.*|nvidia-(cudnn|cublas|cuda-nvcc)(-cu\d+)?")
+    names = {d.metadata["Name"] for d in importlib.metadata.distributions()}
+    return sorted(name for name in names if name and wanted.fullmatch(name))
+
+
 def remedy_for(setup: RunSetup, program: str) -> str:
     """What to change if a program does not fit; looks for a micro-batch size that does."""
     if PROGRAMS[program].batch_key != "per_device_batch_size":
-        return "choose a smaller one, a shorter decode_max_length or a larger slice"
+        return "choose a smaller one, a shorter decode_max_length or larger chips"
     rows = largest_micro_batch(setup, program)
     if rows is None:
-        return (
-            "and with no smaller one: choose remat_policy=full, a larger slice or a smaller model"
-        )
+        return "and with no smaller one: choose remat_policy=full, more or larger chips or a smaller model"
     return f"set per_device_batch_size={rows}, the largest that fits"
 
 
@@ -80,7 +94,7 @@ def main(config: FrozenConfigDict) -> int:
     jax.config.update("jax_enable_compilation_cache", False)
     path = report_path(config)
     files.check_writable(path.parent, "set compile_report to another path")
-    setup = set_up(config, slice_devices(config.compile_topology, config.compile_num_slices))
+    setup = set_up(config, topology_devices(config.compile_topology, config.compile_num_slices))
     reports = {}
     for program in config.compile_programs:
         try:
@@ -90,8 +104,9 @@ def main(config: FrozenConfigDict) -> int:
             raise ValueError(f"{error}: {remedy_for(setup, program)}") from error
         for title, header, rows in reports[program].tables():
             print_table(f"{program}: {title}", header, rows)
-    header = ("what the compiler does not cost",)
-    print_table("assumptions", header, [(line,) for line in ASSUMPTIONS])
+    assumptions = {line: None for report in reports.values() for line in report.assumptions}
+    header = ("what the estimates assume",)
+    print_table("assumptions", header, [(line,) for line in assumptions])
     text = json.dumps(to_json(setup, reports), indent=1, default=str)
     files.write_whole(path, text + "\n")
     print(f"Wrote the report to {path}")

@@ -1,4 +1,4 @@
-"""What programs cost: compiled for a TPU without a TPU (HLO, estimate, report, slices), or traced.
+"""What programs cost: compiled for a TPU or GPU without one (HLO, estimate, report), or traced.
 
 Everything else that runs on a device is elsewhere.
 """

@@ -124,10 +124,10 @@ class Walk(NamedTuple):
         return sum(self.by_class().values())
 
     def by_class(self) -> dict[str, float]:
-        """Cycles per step of each of CLASSES."""
+        """Cycles per step of each of CLASSES, or of the kinds of a GPU's kernels."""
         total = dict.fromkeys(CLASSES, 0.0)
         for operation in self.operations:
-            total[operation.kind] += operation.total
+            total[operation.kind] = total.get(operation.kind, 0.0) + operation.total
         total["collective"] += sum(c.exposed_cycles * c.count for c in self.collectives)
         return total
 
@@ -155,10 +155,10 @@ def walk(
     mesh: names the axes of collectives. vocab_size: distinguishes tables from other weights.
     Raises hlo.HloError if the trip count of a loop cannot be read.
     """
-    return _Walker(module, chip, mesh, vocab_size).walk(module.entry)
+    return Walker(module, chip, mesh, vocab_size).walk(module.entry)
 
 
-class _Walker:
+class Walker:
     """Costs each computation of one program once, inner ones first."""
 
     def __init__(
@@ -166,7 +166,7 @@ class _Walker:
         module: hlo.Module,
         chip: hardware.Chip,
         mesh: Mesh | None,
-        vocab_size: int | None,
+        vocab_size: int | None = None,
     ):
         self.module, self.chip = module, chip
         self.collectives = CollectiveReader(module, chip, mesh)
@@ -174,6 +174,7 @@ class _Walker:
         self.walks: dict[str, Walk] = {}
 
     def walk(self, name: str) -> Walk:
+        """The walk of the computation `name`."""
         if name not in self.walks:
             self.walks[name] = _Timeline(self, self.module.computations[name]).walk()
         return self.walks[name]
@@ -196,6 +197,7 @@ class _Walker:
         return None
 
     def cycles(self, size: float, bandwidth: float) -> float:
+        """Cycles of `size` bytes, or FLOPs, at a bandwidth per second."""
         return size / bandwidth * self.chip.clock_hz
 
     def operation(
@@ -271,7 +273,7 @@ class _Timeline:
     A network runs one collective at a time, and the memory one copy.
     """
 
-    def __init__(self, walker: _Walker, computation: hlo.Computation):
+    def __init__(self, walker: Walker, computation: hlo.Computation):
         self.walker, self.computation = walker, computation
         self.now = 0.0
         self.busy_until = {"ici": 0.0, "dcn": 0.0, "copy": 0.0}

@@ -1,4 +1,4 @@
-"""Parses the text of a compiled TPU program: its schedule, trip counts, FLOPs and source lines."""
+"""Parses the text of a compiled program: its schedule, trip counts, FLOPs and source lines."""
 
 import itertools
 import math
@@ -292,18 +292,28 @@ def matmul_flops(module: Module, computation: Computation) -> int:
     """FLOPs of the dot and convolution instructions of a computation and its fusions, without its
     loops.
     """
-    total = 0
-    for instruction in computation.instructions.values():
-        if instruction.opcode == "dot":
-            lhs = computation.operands(instruction)[0]
-            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
-            depth = math.prod(lhs.dims[int(axis)] for axis in contracted.split(",") if axis)
-            total += 2 * instruction.result[0].elements * depth
-        elif instruction.opcode == "convolution":
-            total += _convolution_flops(instruction, *computation.operands(instruction))
-        elif instruction.opcode == "fusion":
-            total += matmul_flops(module, module.called(instruction))
-    return total
+    instructions = computation.instructions.values()
+    return sum(flops for i in instructions for flops, _ in products(module, computation, i))
+
+
+def products(
+    module: Module, computation: Computation, instruction: Instruction
+) -> Iterator[tuple[int, str]]:
+    """(FLOPs, dtype of the left operand) of each dot and convolution of an instruction, which may
+    be a fusion.
+    """
+    if instruction.opcode == "dot":
+        lhs = computation.operands(instruction)[0]
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
+        depth = math.prod(lhs.dims[int(axis)] for axis in contracted.split(",") if axis)
+        yield 2 * instruction.result[0].elements * depth, lhs.dtype
+    elif instruction.opcode == "convolution":
+        operands = computation.operands(instruction)
+        yield _convolution_flops(instruction, *operands), operands[0].dtype
+    elif instruction.opcode == "fusion":
+        called = module.called(instruction)
+        for inner in called.instructions.values():
+            yield from products(module, called, inner)
 
 
 def _convolution_flops(instruction: Instruction, lhs: Array, rhs: Array) -> int:

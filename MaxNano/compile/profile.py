@@ -72,7 +72,11 @@ def operations(trace: bytes, program: str, *, steps: int, devices: int) -> list[
     total, turns = sum(seconds.values()), steps * devices
     return [
         Operation(
-            name, spent / turns, calls[name] / turns, spent / total, *_origin(module, known, name)
+            name,
+            spent / turns,
+            calls[name] / turns,
+            spent / total,
+            *_known_origin(module, known, name),
         )
         for name, spent in sorted(seconds.items(), key=lambda item: -item[1])
     ]
@@ -103,11 +107,15 @@ def _events(
                     yield name, 1e-9 * event.duration_ns
 
 
-def _origin(module: hlo.Module, known: dict[str, hlo.Instruction], name: str) -> tuple[str, str]:
+def _known_origin(
+    module: hlo.Module, known: Mapping[str, hlo.Instruction], name: str
+) -> tuple[str, str]:
+    return origin(module, known[name]) if name in known else ("", "")
+
+
+def origin(module: hlo.Module, instruction: hlo.Instruction) -> tuple[str, str]:
     """(scope, source line) of an operation, or of the last part of its fusion that has one."""
-    if name not in known:
-        return "", ""
-    instruction, body = known[name], module.body(known[name])
+    body = module.body(instruction)
     paths = (scope_of(part.op_name) for part in (instruction, *reversed(body)))
     return next(filter(None, paths), ""), hlo.source_of(module, instruction, body)
 

@@ -1,5 +1,6 @@
 """PROGRAMS: what train_compile.py can compile, the train step and the programs of the engine."""
 
+import contextlib
 import re
 import time
 from collections.abc import Callable
@@ -9,8 +10,11 @@ from typing import NamedTuple
 import jax
 
 from MaxNano import pyconfig
+from MaxNano.compile import gpu_report
+from MaxNano.compile.gpu_report import GpuReport
 from MaxNano.compile.report import CostReport, ProgramWork, analyze
-from MaxNano.distributed import hardware
+from MaxNano.compile.topologies import cuda_without_gpu
+from MaxNano.distributed import gpus, hardware
 from MaxNano.inference import programs as engine_programs
 from MaxNano.training.setup import RunSetup, flops_per_token
 from MaxNano.training.step import compile_train, lower_evaluate, lower_train, with_micro_rows
@@ -28,12 +32,14 @@ class OutOfMemory(ValueError):
     """A program does not fit in the memory of a chip."""
 
 
-def compile_program(setup: RunSetup, program: str) -> tuple[RunSetup, CostReport]:
+def compile_program(setup: RunSetup, program: str) -> tuple[RunSetup, CostReport | GpuReport]:
     """Compile one of PROGRAMS; returns the set-up that it was compiled for, and its report.
 
     As in train.py, the train step is compiled with smaller micro-batches if it does not fit and
     per_device_batch_size is null. Raises OutOfMemory if the program does not fit.
     """
+    if _is_for_gpu(setup):
+        return _compile_for_gpu(setup, program)
     config = setup.config
     started = time.monotonic()
     if program == "train" and config.per_device_batch_size is None:
@@ -51,13 +57,42 @@ def compile_program(setup: RunSetup, program: str) -> tuple[RunSetup, CostReport
     return setup, report
 
 
-def largest_micro_batch(setup: RunSetup, program: str) -> int | None:
+def _compile_for_gpu(setup: RunSetup, program: str) -> tuple[RunSetup, GpuReport]:
+    """As compile_program; the report of the train step has the largest micro-batch that fits."""
+    rows = None
+    started = time.monotonic()
+    try:
+        compiled = _compile(setup, program)
+    except OutOfMemory as error:
+        if program != "train" or setup.config.per_device_batch_size is not None:
+            raise
+        rows = largest_micro_batch(setup, program)
+        if rows is None:
+            raise
+        print(f"{error}; compiling for {rows} rows per device", flush=True)
+        setup = replace(setup, plan=with_micro_rows(setup.plan, rows))
+        started = time.monotonic()
+        compiled = _compile(setup, program)
+    report = gpu_report.analyze(
+        compiled,
+        setup.mesh,
+        work=PROGRAMS[program].work(setup),
+        compile_seconds=time.monotonic() - started,
+    )
+    if program == "train":
+        rows = rows or largest_micro_batch(setup, program, larger=True) or setup.plan.micro_rows
+        report = replace(report, largest_micro_batch=rows)
+    return setup, report
+
+
+def largest_micro_batch(setup: RunSetup, program: str, *, larger: bool = False) -> int | None:
     """The largest per_device_batch_size below the set-up's that fits, by bisection; None if none
-    fits.
+    fits. larger: above the set-up's instead.
     """
     plan = setup.plan
     device_rows = plan.accumulation_steps * plan.micro_rows
-    candidates = [rows for rows in range(1, plan.micro_rows) if device_rows % rows == 0]
+    sizes = range(plan.micro_rows + 1, device_rows + 1) if larger else range(1, plan.micro_rows)
+    candidates = [rows for rows in sizes if device_rows % rows == 0]
     best = None
     while candidates:
         middle = len(candidates) // 2
@@ -71,26 +106,46 @@ def largest_micro_batch(setup: RunSetup, program: str) -> int | None:
     return best
 
 
+def _is_for_gpu(setup: RunSetup) -> bool:
+    return setup.mesh.devices.flat[0].platform == "gpu"
+
+
 def _compile(setup: RunSetup, program: str) -> jax.stages.Compiled:
+    for_gpu = _is_for_gpu(setup)
     try:
-        return PROGRAMS[program].lower(setup).compile()
+        with cuda_without_gpu() if for_gpu else contextlib.nullcontext():
+            compiled = PROGRAMS[program].lower(setup).compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error) and not for_gpu:
             raise
         reason = str(error).splitlines()[0]
-        if "hbm" not in reason.lower():  # a kernel that needs too much vector memory
+        # On a TPU, a kernel that needs too much vector memory.
+        if for_gpu or "hbm" not in reason.lower():
             raise ValueError(f"the compiler refuses the {program} program: {reason}") from error
         need = re.search(
             r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)|Used ([\d.]+\w) of ([\d.]+\w)",
             reason,
         )
-        sizes = f" ({' of '.join(filter(None, need.groups()))})" if need else ""
-        key = PROGRAMS[program].batch_key
-        value = setup.plan.micro_rows if key == "per_device_batch_size" else setup.config[key]
-        raise OutOfMemory(
-            f"the {program} program of {setup.config.model} does not fit in a chip of {setup.config.compile_topology}"
-            f"{sizes} with {key}={value}"
-        ) from error
+        sizes = filter(None, need.groups()) if need else ()
+        raise _out_of_memory(setup, program, *sizes) from error
+    if for_gpu:  # whose compiler does not compare with the memory
+        gpu = gpus.gpu_of(setup.mesh.devices.flat[0].device_kind)
+        memory = gpu_report.memory_of(compiled, gpu)
+        if memory.total > memory.limit:
+            sizes = (f"{size / 2**30:.1f} GiB" for size in (memory.total, memory.limit))
+            raise _out_of_memory(setup, program, *sizes)
+    return compiled
+
+
+def _out_of_memory(setup: RunSetup, program: str, *sizes: str) -> OutOfMemory:
+    """sizes: bytes needed and available, as text, if they are known."""
+    need = f" ({' of '.join(sizes)})" if sizes else ""
+    key = PROGRAMS[program].batch_key
+    value = setup.plan.micro_rows if key == "per_device_batch_size" else setup.config[key]
+    return OutOfMemory(
+        f"the {program} program of {setup.config.model} does not fit in a chip of {setup.config.compile_topology}"
+        f"{need} with {key}={value}"
+    )
 
 
 # ---- The programs -------------------------------------------------------------------------------

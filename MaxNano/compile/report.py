@@ -94,8 +94,8 @@ class CostReport:
 
     def _memory_rows(self) -> list[tuple[str, ...]]:
         parts = self.memory._asdict().items()
-        rows = [(kind, _gib(size)) for kind, size in parts if kind != "limit" and size]
-        return [*rows, ("total", _gib(self.memory.total)), ("limit", _gib(self.memory.limit))]
+        rows = [(kind, gib(size)) for kind, size in parts if kind != "limit" and size]
+        return [*rows, ("total", gib(self.memory.total)), ("limit", gib(self.memory.limit))]
 
     def _cycle_rows(self) -> list[tuple[str, ...]]:
         parts = [
@@ -148,20 +148,20 @@ class CostReport:
         matmul = f"{self.matmul_flops:.4g} and {self.pallas_flops:.4g} in Pallas calls"
         rows = [
             ("chips", str(self.chips)),
-            ("model FLOPs per chip", _or_unknown(self.model_flops, ".4g")),
+            ("model FLOPs per chip", or_unknown(self.model_flops, ".4g")),
             ("HLO matmul FLOPs per chip", matmul),
             ("estimated step", f"{self.step_seconds:.4g} s"),
-            ("estimated MFU", _or_unknown(self.mfu, ".1%")),
+            ("estimated MFU", or_unknown(self.mfu, ".1%")),
         ]
         if self.bandwidth_utilization is not None:
             rows.append(("estimated bandwidth utilization", f"{self.bandwidth_utilization:.1%}"))
         minutes = self.run_seconds and self.run_seconds / 60
         return [
             *rows,
-            ("estimated tokens/s", _or_unknown(self.tokens_per_second, ",.0f")),
-            ("estimated run", _or_unknown(minutes, ",.1f", " min")),
-            ("estimated price", _or_unknown(self.run_price, ",.2f", " USD")),
-            ("compiled in", _or_unknown(self.compile_seconds, ".0f", " s")),
+            ("estimated tokens/s", or_unknown(self.tokens_per_second, ",.0f")),
+            ("estimated run", or_unknown(minutes, ",.1f", " min")),
+            ("estimated price", or_unknown(self.run_price, ",.2f", " USD")),
+            ("compiled in", or_unknown(self.compile_seconds, ".0f", " s")),
         ]
 
 
@@ -203,7 +203,7 @@ def analyze(
         cycles_by_class=by_class,
         cycles_by_basis=dict(by_basis.most_common()),
         cycles_by_source=dict(by_source.most_common(top)),
-        collectives=_merge(result.collectives),
+        collectives=merge_collectives(result.collectives),
         copied_bytes=sum(copy.bytes * copy.count for copy in result.copies),
         copied_cycles=sum(copy.cycles * copy.count for copy in result.copies),
         most_expensive=tuple(sorted(result.operations, key=lambda o: -o.total)[:top]),
@@ -230,7 +230,7 @@ def _memory_of(compiled: jax.stages.Compiled, chip: hardware.Chip) -> ProgramMem
     )
 
 
-def _merge(collectives: Iterable[Collective]) -> tuple[Collective, ...]:
+def merge_collectives(collectives: Iterable[Collective]) -> tuple[Collective, ...]:
     """Collectives that differ only in their count, as one."""
     counts = Counter()
     for collective in collectives:
@@ -242,9 +242,11 @@ def _mega(number: float) -> str:
     return f"{number / 1e6:,.2f}"
 
 
-def _gib(size: int | None) -> str:
+def gib(size: int | None) -> str:
+    """Bytes as text in GiB."""
     return "unknown" if size is None else f"{size / 2**30:,.3f}"
 
 
-def _or_unknown(value: float | None, form: str, unit: str = "") -> str:
+def or_unknown(value: float | None, form: str, unit: str = "") -> str:
+    """A value as text with its unit, or "unknown"."""
     return "unknown" if value is None else f"{value:{form}}{unit}"

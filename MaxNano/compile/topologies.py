@@ -1,11 +1,15 @@
-"""TPU slices by name, as devices to compile for on a machine without a TPU."""
+"""TPU slices and GPUs by name, as devices to compile for on a machine without them."""
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
+
+from MaxNano.distributed import gpus
 
 # libtpu does not look for a TPU near this machine, shares the machine with other processes, and
 # prints nothing.
@@ -61,6 +65,23 @@ def slice_shape(name: str) -> tuple[str, tuple[int, ...]]:
     )
 
 
+def topology_devices(name: str, num_slices: int = 1) -> list[Any]:
+    """The devices of GPUs or of `num_slices` TPU slices, for a mesh to compile for.
+
+    Raises ValueError if there is no such topology, or if its compiler is not installed.
+    """
+    if name in gpus.topology_names():
+        if num_slices > 1:
+            raise ValueError(
+                f"compile_num_slices={num_slices} is for TPU slices, and compile_topology={name} is not one: leave it 1"
+            )
+        return gpu_devices(name)
+    try:
+        return slice_devices(name, num_slices)
+    except ValueError as error:
+        raise ValueError(f"{error}; GPUs are {', '.join(gpus.topology_names())}") from error
+
+
 def slice_devices(name: str, num_slices: int = 1) -> list[Any]:
     """The devices of `num_slices` slices, for a mesh to compile for.
 
@@ -90,3 +111,63 @@ def slice_devices(name: str, num_slices: int = 1) -> list[Any]:
         raise ValueError(
             f"topology {topology} is not available ({reason}): install libtpu with pip install 'jax[tpu]'"
         ) from error
+
+
+# ---- GPUs ---------------------------------------------------------------------------------------
+
+
+def gpu_devices(name: str) -> list[Any]:
+    """The NVIDIA GPUs of a name of gpus.topology_names(), for a mesh to compile for.
+
+    On a machine without a GPU, JAX_PLATFORMS=cpu must be set before JAX is imported. Raises
+    ValueError if JAX's plugin for CUDA is not installed.
+    """
+    kind, _, count = name.rpartition("-")
+    target = gpus.target_text(gpus.GPUS[kind])
+    try:
+        with cuda_without_gpu():
+            # Slices x hosts x GPUs of a host.
+            return list(
+                topologies.get_topology_desc(
+                    platform="cuda", topology=f"1x1x{count}", target_config=target
+                ).devices
+            )
+    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"compile_topology={name} needs JAX's plugin for CUDA ({reason}): install the extra gpu with "
+            "DEVICE=gpu bash setup.sh"
+        ) from error
+
+
+@contextlib.contextmanager
+def cuda_without_gpu() -> Iterator[None]:
+    """Within it, JAX lowers for "gpu" on a machine without a GPU, and takes it for CUDA.
+
+    JAX asks its backends whether "gpu" means cuda, rocm or oneapi, and raises RuntimeError if no GPU
+    is there, although lowering needs only the name. This replaces the function that asks, inside of
+    JAX, by one that answers "cuda" where it would raise, and puts it back at the end. Raises
+    ValueError if this JAX does not have the function.
+    """
+    from jax._src import xla_bridge
+
+    asked = getattr(xla_bridge, "canonicalize_platform", None)
+    if asked is None:
+        raise ValueError(
+            f"jax {jax.__version__} cannot compile for a GPU that is not there: it has no "
+            "xla_bridge.canonicalize_platform; take jax 0.10 to 0.12"
+        )
+
+    def canonicalize_platform(platform: str) -> str:
+        try:
+            return asked(platform)
+        except RuntimeError:
+            if platform != "gpu":
+                raise
+            return "cuda"
+
+    xla_bridge.canonicalize_platform = canonicalize_platform
+    try:
+        yield
+    finally:
+        xla_bridge.canonicalize_platform = asked

@@ -59,6 +59,9 @@ CHIPS = {
     "NVIDIA H200": Chip(989e12, 141e9, 4.8e12),
     "NVIDIA H200 NVL": Chip(835e12, 141e9, 4.8e12),
     "NVIDIA B200": Chip(2250e12, 180e9, 8.0e12),
+    "NVIDIA L40S": Chip(362e12, 48 * 2**30, 0.864e12),
+    "NVIDIA GeForce RTX 4090": Chip(165.2e12, 24 * 2**30, 1.008e12),
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": Chip(503.8e12, 96 * 2**30, 1.792e12),
 }
 
 

@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import AxisType, PartitionSpec
 from ml_collections import FrozenConfigDict
 
-from MaxNano.distributed import sharding
+from MaxNano.distributed import gpus, sharding
 from MaxNano.models.kernels import flash
 from MaxNano.models.layers import apply_rotary, rms_norm
 
@@ -218,7 +218,7 @@ def cudnn_problem(device: jax.Device, dtype: str, head_dim: int) -> str | None:
     if dtype not in ("bfloat16", "float16"):
         return f"supports bfloat16 and float16, not dtype={dtype}"
     # JAX names the capability of NVIDIA's GPUs "9.0", the architecture of AMD's "gfx942".
-    capability = getattr(device, "compute_capability", "")
+    capability = gpus.compute_capability(device)
     major, _, minor = capability.partition(".")
     if not (major.isdigit() and minor.isdigit()):
         return f"needs an NVIDIA GPU, but the device is a {device.device_kind}"

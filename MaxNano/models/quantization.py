@@ -18,6 +18,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from MaxNano.distributed import gpus
+
 INT8_MAX = 127.0  # -128 is left out: the range is symmetric
 FP8_COMPUTE_CAPABILITY = 8.9  # of the first NVIDIA GPUs that multiply fp8
 
@@ -31,7 +33,7 @@ def check(kind: str, devices: Sequence[jax.Device]) -> None:
         raise ValueError(
             f"quantization=fp8 is for NVIDIA GPUs, this is {device.platform}: choose int8"
         )
-    if float(device.compute_capability) < FP8_COMPUTE_CAPABILITY:
+    if float(gpus.compute_capability(device)) < FP8_COMPUTE_CAPABILITY:
         raise ValueError(
             f"quantization=fp8 needs compute capability 8.9 or newer (Ada, Hopper), "
             f"this is {device.device_kind}: choose int8"

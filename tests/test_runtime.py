@@ -414,6 +414,20 @@ def test_the_cards_that_people_have_are_known(card):
     assert any(re.search(rf"\b{name}\b", kind) for kind in hardware.CHIPS)
 
 
+def test_accelerators_leave_tokenizing_to_other_processes(monkeypatch):
+    """data_workers=null: a thread on a CPU, elsewhere one process per device, if the cores allow."""
+    monkeypatch.setattr(hardware.os, "cpu_count", lambda: 16)
+    config = config_of()
+    assert hardware.data_workers(config, "cpu", 2) == 0
+    assert hardware.data_workers(config, "gpu", 1) == 1
+    assert hardware.data_workers(config, "tpu", 8) == 4
+    monkeypatch.setattr(hardware.os, "cpu_count", lambda: 2)
+    assert hardware.data_workers(config, "gpu", 1) == 1
+    for backend in ("cpu", "gpu"):
+        assert hardware.data_workers(config_of("data_workers=3"), backend, 8) == 3
+        assert hardware.data_workers(config_of("data_workers=0"), backend, 8) == 0
+
+
 def test_host_memory_is_the_smaller_of_machine_and_container(tmp_path):
     assert hardware.host_memory_bytes(tmp_path) is None
     (tmp_path / "proc").mkdir()

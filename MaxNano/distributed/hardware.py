@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -154,6 +155,17 @@ def compute_dtype(config: FrozenConfigDict, backend: str) -> str:
 def embedding_dtype(config: FrozenConfigDict, backend: str) -> str:
     """Name of the dtype of the embedding tables and their Adam moments on a backend."""
     return config.embedding_dtype or compute_dtype(config, backend)
+
+
+def data_workers(config: FrozenConfigDict, backend: str, devices: int) -> int:
+    """Processes that read and tokenize on a host with `devices` devices of a backend.
+
+    On an accelerator at least one: a thread that tokenizes takes the interpreter from the thread
+    that dispatches steps.
+    """
+    if config.data_workers is not None:
+        return config.data_workers
+    return 0 if backend == "cpu" else max(1, min(devices, (os.cpu_count() or 1) // 4))
 
 
 def compiler_options(config: FrozenConfigDict, backend: str) -> dict[str, bool | int | str]:

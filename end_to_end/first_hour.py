@@ -36,6 +36,14 @@ class Failed(Exception):
     """A part has no result; the message says why."""
 
 
+def is_installed(package: str) -> bool:
+    """Whether this Python has a package."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 class Hour:
     """The folder of the results, the device, and the environment of all parts."""
 
@@ -45,7 +53,7 @@ class Hour:
         self.device: Row = {}
         output.mkdir(parents=True, exist_ok=True)
         paths = [str(ROOT)]
-        if importlib.util.find_spec("ml_collections") is None:
+        if not is_installed("ml_collections"):
             paths.append(str(ROOT / "end_to_end/offline"))
         paths += filter(None, [os.environ.get("PYTHONPATH")])
         self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -135,7 +143,7 @@ print(json.dumps(dict(
 def find_device(hour: Hour, seconds: float) -> Row:
     """Devices and versions, after a matrix product."""
     hour.device = last_json(hour.python("device", seconds, "-c", DEVICE))
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    missing = [name for name in PACKAGES if not is_installed(name)]
     return {**hour.device, "packages_missing": missing}
 
 
@@ -143,17 +151,14 @@ def test_device(hour: Hour, seconds: float) -> Row:
     """The tests that need the device. Their files are found by the marks, with no import."""
     if hour.on_cpu:
         raise Failed("no accelerator: nothing to test")
-    if importlib.util.find_spec("pytest") is None:
+    if not is_installed("pytest"):
         raise Failed("pytest is not installed")
     marked = re.compile(r"pytest\.mark\.(gpu|tpu)\b")
     names = [
         str(p) for p in sorted((ROOT / "tests").glob("test_*.py")) if marked.search(p.read_text())
     ]
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu or tpu", *names]
-    if (
-        importlib.util.find_spec("hypothesis") is None
-        or importlib.util.find_spec("pytest_timeout") is None
-    ):
+    if not is_installed("hypothesis") or not is_installed("pytest_timeout"):
         words[2:2] = ["-c", os.devnull, "--rootdir", str(ROOT), "--noconftest"]
     text = hour.python("tests", seconds, *words)
     return {"pytest": text.strip().splitlines()[-1]}
@@ -244,9 +249,8 @@ def train(hour: Hour, seconds: float) -> Row:
         "eval_interval=0",
         "sample_interval=0",
         "warmup_steps=10",
-        "target_flops=null",
     ]
-    if importlib.util.find_spec("tensorboardX") is None:
+    if not is_installed("tensorboardX"):
         words.append("tensorboard=false")
     failure = None
     try:

@@ -12,8 +12,8 @@
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# shellcheck source=common.sh
-. end_to_end/common.sh
+# shellcheck source=end_to_end/common.sh
+source end_to_end/common.sh
 
 knob MINUTES 60 "time budget; what does not fit is left out"
 knob OUTPUT runs/first_hour "folder of the results"

@@ -281,12 +281,16 @@ def fit_memory(setup: RunSetup) -> RunSetup:
     The estimate is a lower bound: the compiler, and on a GPU the first step, may ask for less. If
     nothing fits, the smallest plan. On a CPU, whose memory others use too, nothing changes.
     """
-    limits = runtime.gather_json(hardware.memory_limit_bytes())
-    if setup.numerics.backend == "cpu" or None in limits:
-        return setup
-    while sum(needed_bytes(setup).values()) > min(limits) and (less := smaller(setup)):
+    limit = None if setup.numerics.backend == "cpu" else _shared_memory_limit()
+    while limit and sum(needed_bytes(setup).values()) > limit and (less := smaller(setup)):
         setup = less
     return setup
+
+
+def _shared_memory_limit() -> int | None:
+    """Bytes that a device has in every process, so that all choose the same plan; None: unknown."""
+    limits = runtime.gather_json(hardware.memory_limit_bytes())
+    return None if None in limits else min(limits)
 
 
 def describe_memory_plan(setup: RunSetup) -> str:
@@ -307,7 +311,7 @@ def _exceeds_memory(setup: RunSetup, compiled: jax.stages.Compiled) -> bool:
     """Whether the program needs more than this GPU has; a TPU's compiler refuses such a program."""
     if setup.numerics.backend != "gpu" or setup.mesh.devices.flat[0] not in jax.devices():
         return False
-    limit, stats = hardware.memory_limit_bytes(), compiled.memory_analysis()
+    limit, stats = _shared_memory_limit(), compiled.memory_analysis()
     return None not in (limit, stats) and stats.peak_memory_in_bytes > limit
 
 

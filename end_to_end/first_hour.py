@@ -30,6 +30,7 @@ class Part(NamedTuple):
     run: Callable[["Hour", float], Row]  # (hour, seconds) -> its result
     least_seconds: float
     most_seconds: float
+    share: float = 1.0  # of the time that is left, at most
 
 
 class Failed(Exception):
@@ -157,11 +158,27 @@ def test_device(hour: Hour, seconds: float) -> Row:
     names = [
         str(p) for p in sorted((ROOT / "tests").glob("test_*.py")) if marked.search(p.read_text())
     ]
-    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu or tpu", *names]
+    words = ["-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "gpu or tpu", *names]
     if not is_installed("hypothesis") or not is_installed("pytest_timeout"):
         words[2:2] = ["-c", os.devnull, "--rootdir", str(ROOT), "--noconftest"]
-    text = hour.python("tests", seconds, *words)
-    return {"pytest": text.strip().splitlines()[-1]}
+    failure = None
+    try:
+        hour.python("tests", seconds, *words)
+    except Failed as error:
+        failure = str(error)
+    return count_tests((hour.output / "tests.log").read_text(), failure)
+
+
+def count_tests(log: str, failure: str | None) -> Row:
+    """What `pytest -v` printed, also if it was ended early."""
+    outcomes = re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", log, re.MULTILINE)
+    result: Row = {"passed": sum(outcome == "PASSED" for _, outcome in outcomes)}
+    result["failed"] = [name for name, outcome in outcomes if outcome in ("FAILED", "ERROR")]
+    if failure:
+        result["failure"] = failure
+    if not result["passed"] and not result["failed"]:
+        raise Failed(failure or "no test ran")
+    return result
 
 
 def model_words(hour: Hour, large: bool) -> list[str]:
@@ -306,7 +323,7 @@ def tune(hour: Hour, seconds: float) -> Row:
 
 PARTS = {
     "device": Part(find_device, 10, 120),
-    "tests": Part(test_device, 60, 600),
+    "tests": Part(test_device, 60, 600, share=0.4),
     "step_small": Part(lambda hour, seconds: measure_step(hour, seconds, False), 30, 300),
     "train": Part(train, 60, 400),
     "step_large": Part(lambda hour, seconds: measure_step(hour, seconds, True), 60, 420),
@@ -352,7 +369,7 @@ def run_parts(hour: Hour, names: list[str], parts: dict[str, Part]) -> Row:
         else:
             print(f"==== {name}: {hour.left() / 60:.1f} minutes left", flush=True)
             try:
-                row["result"] = part.run(hour, min(hour.left(), part.most_seconds))
+                row["result"] = part.run(hour, min(part.share * hour.left(), part.most_seconds))
             except Failed as error:
                 row["failure"] = str(error)
             except (OSError, KeyError, ValueError, TypeError, IndexError) as error:

@@ -57,9 +57,10 @@ def test_what_does_not_fit_in_the_budget_is_left_out(tmp_path):
         return {}
 
     parts = {"long": Part(run, 200, 300), "short": Part(run, 10, 20), "rest": Part(run, 10, 3600)}
+    parts["half"] = Part(run, 10, 3600, share=0.5)
     first_hour.run_parts(hour, list(parts), parts)
     assert "left out: " in results_of(hour)["parts"]["long"]["failure"]
-    assert asked[0] == 20 and 90 < asked[1] <= 100
+    assert asked[0] == 20 and 90 < asked[1] <= 100 and 45 < asked[2] <= 50
 
 
 def test_a_part_is_ended_with_all_that_it_started_and_its_output_is_kept(tmp_path):
@@ -82,6 +83,20 @@ def test_a_part_is_ended_with_all_that_it_started_and_its_output_is_kept(tmp_pat
         pytest.fail("the child still runs")
     with pytest.raises(Failed, match="exit status 3: what is wrong"):
         hour.python("wrong", 30.0, "-c", "import sys; print('what is wrong'); sys.exit(3)")
+
+
+def test_tests_that_were_ended_early_count():
+    log = (
+        "tests/test_a.py::test_x PASSED [ 30%]\ntests/test_a.py::test_y[1-a b] FAILED [ 60%]\n"
+        "tests/test_a.py::test_z SKIPPED (no) [ 80%]\ntests/test_a.py::test_w "
+    )
+    assert first_hour.count_tests(log, "timed out after 5 s") == {
+        "passed": 1,
+        "failed": ["tests/test_a.py::test_y[1-a b]"],
+        "failure": "timed out after 5 s",
+    }
+    with pytest.raises(Failed, match="exit status 4"):
+        first_hour.count_tests("no module named x", "exit status 4")
 
 
 def test_the_result_is_the_last_line_of_json():

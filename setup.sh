@@ -27,10 +27,12 @@ is_right_python() {
   "$1" -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] <= (3, 13) or v[3] != "final")' >/dev/null 2>&1
 }
 
-# Prints the first supported interpreter on PATH that can import the modules $1.
+# Prints the first supported interpreter on PATH that can import the modules $1. From Python 3.12 on
+# JAX is newer: preferred for an accelerator, whose compiler came with it.
 find_python() {
-  local name path
-  for name in python3.11 python3.12 python3.13 python3 python; do
+  local name path names="python3.11 python3.12 python3.13"
+  [ "$device" = cpu ] || names="python3.13 python3.12 python3.11"
+  for name in $names python3 python; do
     # All interpreters of that name: a shim may hide the real one.
     while IFS= read -r path; do
       if is_right_python "$path" && "$path" -c "import $1" >/dev/null 2>&1; then
@@ -65,6 +67,18 @@ detect_device() {
     echo gpu
   else
     echo cpu
+  fi
+}
+
+# Prints the extra for the NVIDIA GPUs of this machine: gpu12, with CUDA 12, for a driver below 580
+# or a card before Turing (compute capability 7.5), which CUDA 13 does not take.
+# Source: https://docs.nvidia.com/cuda/cuda-toolkit-release-notes
+gpu_extra() {
+  if nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null |
+    awk -F '[., ]+' '$1 + 0 > 0 && ($1 < 580 || $(NF - 1) * 10 + $NF < 75) { old = 1 } END { exit !old }'; then
+    echo gpu12
+  else
+    echo gpu
   fi
 }
 
@@ -262,9 +276,11 @@ REASONS
 device=${DEVICE:-auto}
 extras=${EXTRAS:-}
 device_before=
+extras_before_accelerator=
 if [ -f $STAMP ]; then
   read -r device_before extras_before <$STAMP
   extras=$extras,${extras_before#extras=}
+  extras_before_accelerator=${extras_before##*[,=]}
   # DEVICE=cpu on a machine with a GPU stays in effect until DEVICE names another device.
   device=${DEVICE:-$device_before}
 fi
@@ -276,13 +292,14 @@ case $device in
   *) fail "DEVICE is '$device', but must be auto, cpu, tpu or gpu" ;;
 esac
 case ",${EXTRAS:-}," in
-  *,tpu,* | *,gpu,*) fail "EXTRAS is '$EXTRAS', but DEVICE selects tpu and gpu" ;;
+  *,tpu,* | *,gpu,* | *,gpu12,*) fail "EXTRAS is '$EXTRAS', but DEVICE selects tpu and gpu" ;;
 esac
 # Drop the extra of the previous device.
-extras=$(tr ',' '\n' <<<"$extras" | sed -E '/^(tpu|gpu|)$/d' | sort -u | paste -sd, -)
-if [ "$device" != cpu ]; then
-  extras=${extras:+$extras,}$device
-fi
+extras=$(tr ',' '\n' <<<"$extras" | sed -E '/^(tpu|gpu|gpu12|)$/d' | sort -u | paste -sd, -)
+case $device in
+  tpu) extras=${extras:+$extras,}tpu ;;
+  gpu) extras=${extras:+$extras,}$(gpu_extra) ;;
+esac
 for extra in $(tr ',' ' ' <<<"$extras"); do
   grep -q "^$extra = \[" pyproject.toml || fail "EXTRAS names '$extra', which is not an extra in pyproject.toml"
 done
@@ -320,8 +337,10 @@ if [ ! -x $VENV/bin/python ] && [ "$free_mb" -lt "$needed_mb" ]; then
 fi
 
 SECONDS=0
-# An environment for another device would keep that device's packages: create a new one.
-if [ "$device" != "${device_before:-$device}" ] || ! is_right_python $VENV/bin/python ||
+# An environment for another device or CUDA would keep its packages: create a new one. The last extra
+# is that of the accelerator.
+if [ "$device" != "${device_before:-$device}" ] ||
+  { [ "$device" = gpu ] && [ "${extras##*,}" != "${extras_before_accelerator:-${extras##*,}}" ]; } || ! is_right_python $VENV/bin/python ||
   ! $VENV/bin/python -m pip --version >/dev/null 2>&1; then
   make_venv
 fi

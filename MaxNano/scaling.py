@@ -197,11 +197,16 @@ def parameter_counts(shape: Shape) -> Counts:
     )
 
 
+# What flops_per_token counts, in words for tables.
+FLOP_COUNT = "6 per weight of a matrix product and 12 per query channel and key, as nanochat counts"
+
+
 def flops_per_token(shape: Shape, windows: tuple[int, ...]) -> int:
     """Training FLOPs per token, forward and backward.
 
     6 per weight in a matrix product, and 12 per query channel and key for the two products of
-    attention. A window w counts as w keys, not halved for the causal mask.
+    attention. A window w counts as w keys, not halved for the causal mask; what the backward pass
+    computes again (remat_policy) does not count.
     Source: https://arxiv.org/abs/2204.02311, appendix B.
     """
     weights = parameter_counts(shape).scaling + shape.smear_gate_channels

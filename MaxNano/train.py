@@ -18,7 +18,8 @@ if __name__ == "__main__":
 
 import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -42,7 +43,15 @@ from MaxNano.training.setup import RunSetup, check_memory, flops_per_token, prin
 from MaxNano.training.stages import with_horizon
 from MaxNano.training.start import load_start, with_start
 from MaxNano.training.state import initialize
-from MaxNano.training.step import build_programs, compile_train
+from MaxNano.training.step import (
+    build_programs,
+    compile_train,
+    describe_memory_plan,
+    explain_out_of_memory,
+    fit_memory,
+    is_out_of_memory,
+    smaller,
+)
 from MaxNano.tuning.tuned_file import with_tuned
 
 
@@ -52,22 +61,23 @@ def main(config: FrozenConfigDict) -> int:
     config = with_tuned(config)
     check_processes(config)
     config = with_horizon(with_start(config))
-    setup = set_up(config)
+    setup = fit_memory(set_up(config))
     if jax.process_index() == 0:
         print_plan(setup)
     check_memory(setup)
     if config.dry_run:
         return 0
     with Preemption() as preemption, jax.set_mesh(setup.mesh):
-        return train(setup, preemption)
+        return train(setup, config, preemption)
 
 
-def train(setup: RunSetup, preemption: Preemption) -> int:
+def train(setup: RunSetup, config: FrozenConfigDict, preemption: Preemption) -> int:
     """Train from the run's latest checkpoint, or from the start, to config.steps.
 
+    config: what the run records as its own; setup.config may also have values of the memory plan.
     Returns the exit status.
     """
-    config, tokenizer = setup.config, load_tokenizer(setup.config)
+    tokenizer = load_tokenizer(config)
     run = RunContext(setup, tokenizer, is_training=True, at_once=preemption.at_once)
     run.progress = lambda done=None, total=None: preemption.check()
     record = RunRecord(config, run.directory)
@@ -78,31 +88,24 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
     with contextlib.ExitStack() as cleanup:
         # ---- State, programs, data, metrics
         cleanup.enter_context(record)
+        cleanup.enter_context(explain_out_of_memory(lambda: run.setup))
         checkpointer = cleanup.enter_context(
             Checkpointer(config, run.directory, tokenizer_fingerprint=tokenizer.fingerprint())
         )
-        extra = start_state(run, checkpointer, record)
+        restart = partial(start_state, run, checkpointer, record)
+        extra = restart()
         start, measured = int(run.state.step), measured_steps(extra)
         record.start(start)
         run.batches = setup.stage.open_batches(run, extra.get("data"))
         cleanup.callback(run.batches.close)
         run.setup, compiled = compile_train(setup)
         run.programs = build_programs(run.setup, compiled, tokenizer.token_bytes())
-        logger = make_logger(run, start, extra.get("metrics"))
+        logger = make_logger(run, config, start, extra.get("metrics"))
         cleanup.callback(logger.close)
         cleanup.callback(compile_cache.finish)
         run.say = logger.message
         profiler = cleanup.enter_context(StepProfiler(run, compiled, logger))
-
-        def save(step: int) -> None:
-            extra = {
-                "data": merge_states(runtime.gather_json(run.batches.state())),
-                "metrics": logger.state(),
-                "measured_steps": measured,
-                "inputs": record.inputs(),
-            }
-            checkpointer.save(step, run.state, extra)
-            logger.flush()  # restarts the clock: the next step's time does not include saving
+        save = partial(save_checkpoint, run, checkpointer, record, logger, measured)
 
         # ---- Steps start ... config.steps; the last only evaluates and saves
         skipped_in_a_row = 0
@@ -120,9 +123,13 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
 
                 batch = next_batch(run, logger, preemption, step)
                 profiler.start(step)
-                run.state, metrics = run.programs.train(run.state, batch)
                 if step == start:
+                    metrics, recompiled = take_first_step(run, batch, restart)
+                    if recompiled:
+                        profiler = cleanup.enter_context(StepProfiler(run, recompiled, logger))
                     runtime.freeze_gc()
+                else:
+                    run.state, metrics = run.programs.train(run.state, batch)
 
                 # Metrics are read one step later: the host never waits for the current step.
                 arrived = logger.step(step, metrics, run.batches.position())
@@ -142,6 +149,52 @@ def train(setup: RunSetup, preemption: Preemption) -> int:
         checkpointer.wait()
         record.finish(step, logger.run_id, measured)
     return 0
+
+
+def save_checkpoint(
+    run: RunContext,
+    checkpointer: Checkpointer,
+    record: RunRecord,
+    logger: MetricLogger,
+    measured: Mapping[str, int | None],
+    step: int,
+) -> None:
+    """Save the state after `step` steps, with all that resumes the run."""
+    extra = {
+        "data": merge_states(runtime.gather_json(run.batches.state())),
+        "metrics": logger.state(),
+        "measured_steps": measured,
+        "inputs": record.inputs(),
+    }
+    checkpointer.save(step, run.state, extra)
+    logger.flush()  # restarts the clock: the next step's time does not include saving
+
+
+def take_first_step(
+    run: RunContext, batch: dict[str, jax.Array], restart: Callable[[], Any]
+) -> tuple[dict[str, jax.Array], jax.stages.Compiled | None]:
+    """The first step of a process; returns its metrics, and the program if it was compiled again.
+
+    If the devices run out of memory, the step is repeated with the next smaller memory plan.
+    restart: sets run.state anew, after a failed step has consumed it. Several processes may not
+    fail together, so there the error is raised.
+    """
+    compiled = None
+    while True:
+        try:
+            state, metrics = jax.block_until_ready(run.programs.train(run.state, batch))
+            run.state = state
+            return metrics, compiled
+        except jax.errors.JaxRuntimeError as error:
+            less = smaller(run.setup) if is_out_of_memory(error) else None
+            if less is None or jax.process_count() > 1:
+                raise
+        run.say(f"Out of memory with {describe_memory_plan(run.setup)}")
+        run.say(f"Compiling for {describe_memory_plan(less)}")
+        run.setup, compiled = compile_train(less)
+        run.programs = build_programs(run.setup, compiled, run.tokenizer.token_bytes())
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(run.state)):
+            restart()
 
 
 def next_batch(
@@ -226,9 +279,11 @@ def start_state(run: RunContext, checkpointer: Checkpointer, record: RunRecord) 
     return extra
 
 
-def make_logger(run: RunContext, start: int, state: Mapping[str, Any] | None) -> MetricLogger:
+def make_logger(
+    run: RunContext, config: FrozenConfigDict, start: int, state: Mapping[str, Any] | None
+) -> MetricLogger:
     """Save the config and open the run's metrics; state: from the logger of an earlier process."""
-    config, is_main = run.config, jax.process_index() == 0
+    is_main = jax.process_index() == 0
     if is_main:  # a change is allowed once, and later stages read this file
         saved = pyconfig.replace(config, "base", allow_config_change=False)
         pyconfig.save(saved, run.directory / "config.yml")

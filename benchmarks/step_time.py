@@ -39,7 +39,7 @@ from MaxNano.data.loader import put_global, to_batch
 from MaxNano.distributed import hardware, runtime, sharding
 from MaxNano.training import state as train_state
 from MaxNano.training.setup import BatchPlan, RunSetup, check_memory, flops_per_token, set_up
-from MaxNano.training.step import build_programs, compile_train
+from MaxNano.training.step import build_programs, compile_train, fit_memory
 from MaxNano.tuning.tuned_file import with_tuned
 
 TURNS = 6
@@ -157,7 +157,7 @@ def main(config: FrozenConfigDict) -> int | None:
             flush=True,
         )
         return train_compile.main(config)
-    setup = set_up(config)
+    setup = fit_memory(set_up(config))
     check_memory(setup)
     setup, program = compile_train(setup)
     with start_nanochat(config, setup.plan) as nanochat, jax.set_mesh(setup.mesh):

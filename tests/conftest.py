@@ -1,5 +1,6 @@
 """What all tests share: the CPU backend, fast compilation, one example sequence for hypothesis."""
 
+import importlib.metadata
 import os
 import shutil
 import signal
@@ -15,11 +16,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests compile for minutes and run for seconds, so LLVM does little, and fusions are emitted
 # without MLIR, whose passes take three quarters of the time at this level. Programs that tests start
 # inherit these flags.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
-)
+FLAGS = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones end at an unknown flag
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 # The compilation cache of the programs that tests start, shared by all workers of one session.
 os.environ.setdefault("MAXNANO_TEST_CACHE", tempfile.mkdtemp(prefix="maxnano_test_cache_"))
 

@@ -134,6 +134,7 @@ def test_what_is_no_training_counts_in_no_step(config, tmp_path, monkeypatch, wa
     assert [row["milliseconds"] for row in steps] == [2000.0] * 14
     assert steps[-1]["tokens_per_second"] == 500.0
     assert steps[-1]["mfu"] == pytest.approx(500 * 6 / 1e6)
+    assert steps[-1]["tflops_per_second"] == pytest.approx(500 * 6 / 1e12)
     assert steps[-1]["training_seconds"] == 3 * 2.0  # steps 11, 12 and 13: the first 11 are warm-up
     assert steps[-1]["elapsed_seconds"] == 14 * 2.0 + 1000.0
     assert steps[-1]["seconds_left"] == pytest.approx(6 * 2.0)
@@ -181,12 +182,15 @@ def test_the_line_and_the_row_of_a_step_agree(config, tmp_path, capsys):
     assert "loss 1.0000 | smoothed 2.5609" in lines[-1]
 
 
-def test_no_mfu_where_the_peak_is_unknown(config, tmp_path, capsys):
+def test_an_unknown_chip_reports_tflops_instead_of_mfu(config, tmp_path, capsys):
     logger = start(config, tmp_path, peak_flops=None)
     run(logger, [0])
     logger.close()
-    assert "mfu" not in rows_of(tmp_path)[0]
-    assert "MFU" not in capsys.readouterr().out
+    (row,) = rows_of(tmp_path)
+    assert "mfu" not in row
+    assert row["tflops_per_second"] == pytest.approx(row["tokens_per_second"] * 6 / 1e12)
+    line = capsys.readouterr().out
+    assert "MFU" not in line and f"tok/s | {row['tflops_per_second']:.3g} TFLOP/s |" in line
 
 
 def test_loss_is_smoothed_without_bias_and_past_what_is_not_finite(config, tmp_path):

@@ -384,6 +384,9 @@ def test_dtypes_follow_the_config():
         ("NVIDIA H200", 989),
         ("NVIDIA H200 NVL", 835),
         ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla T4", 65),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("TPU v4 lite", None),
         ("cpu", None),
@@ -392,6 +395,37 @@ def test_dtypes_follow_the_config():
 def test_peak_flops_by_device_kind(kind, tflops):
     peak = hardware.peak_flops([SimpleNamespace(device_kind=kind)] * 2)
     assert peak == (tflops and 2 * tflops * 1e12)
+
+
+def test_every_chip_has_plausible_figures():
+    """Units, and no figure with sparsity: no chip computes over 700 FLOPs per byte of its memory."""
+    for kind, chip in hardware.CHIPS.items():
+        assert 15e9 < chip.memory_bytes < 200e9, kind
+        assert 30 < chip.peak_flops / chip.memory_bandwidth < 700, kind
+        assert chip.price is None or 0.1 < chip.price < 20, kind
+
+
+@pytest.mark.parametrize(
+    "card",
+    "3090 4090 5090 A6000 L40S [PRO]6000 GB10 A10G L4 T4 V100 MI300X A100 H100 H200 B200".split(),
+)
+def test_the_cards_that_people_have_are_known(card):
+    name = card.replace("[PRO]", "PRO ")
+    assert any(re.search(rf"\b{name}\b", kind) for kind in hardware.CHIPS)
+
+
+def test_accelerators_leave_tokenizing_to_other_processes(monkeypatch):
+    """data_workers=null: a thread on a CPU, elsewhere one process per device, if the cores allow."""
+    monkeypatch.setattr(hardware.os, "cpu_count", lambda: 16)
+    config = config_of()
+    assert hardware.data_workers(config, "cpu", 2) == 0
+    assert hardware.data_workers(config, "gpu", 1) == 1
+    assert hardware.data_workers(config, "tpu", 8) == 4
+    monkeypatch.setattr(hardware.os, "cpu_count", lambda: 2)
+    assert hardware.data_workers(config, "gpu", 1) == 1
+    for backend in ("cpu", "gpu"):
+        assert hardware.data_workers(config_of("data_workers=3"), backend, 8) == 3
+        assert hardware.data_workers(config_of("data_workers=0"), backend, 8) == 0
 
 
 def test_host_memory_is_the_smaller_of_machine_and_container(tmp_path):

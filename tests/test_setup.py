@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import itertools
 import platform
 import re
 import shutil
@@ -91,11 +92,15 @@ def test_the_ten_packages_are_in_the_core_and_used():
 def test_every_requirement_is_pinned_within_its_range():
     groups = [CORE, *EXTRAS.values(), *PYPROJECT["dependency-groups"].values()]
     groups.append(PYPROJECT["build-system"]["requires"])
-    for text in sum(groups, []):
+    for text, python in itertools.product(sum(groups, []), ("3.11", "3.12", "3.13")):
         wanted = Requirement(text)
-        for pin, _ in PINS[canonicalize_name(wanted.name)]:
-            (version,) = pin.specifier
-            assert version.operator == "==" and wanted.specifier.contains(version.version), text
+        environment = {"python_version": python, "python_full_version": f"{python}.9"}
+        if wanted.marker and not wanted.marker.evaluate(environment):
+            continue
+        versions = pinned_versions(canonicalize_name(wanted.name), python)
+        assert versions, text
+        for version in versions:
+            assert version.startswith("==") and wanted.specifier.contains(version[2:]), text
 
 
 def test_all_that_is_installed_is_pinned():
@@ -111,8 +116,70 @@ def test_pins_have_hashes_and_no_address():
     assert "://" not in (ROOT / "constraints.txt").read_text()
 
 
-def test_extras_are_the_six():
-    assert set(EXTRAS) == {"tpu", "gpu", "serve", "track", "export", "dev"}
+def test_extras_are_the_seven():
+    assert set(EXTRAS) == {"tpu", "gpu", "gpu12", "serve", "track", "export", "dev"}
+
+
+def pinned_versions(name, python):
+    """The versions of a package that are pinned for a Python version."""
+    environment = {"python_version": python, "python_full_version": f"{python}.9"}
+    return [
+        str(pin.specifier)
+        for pin, _ in PINS[name]
+        if not pin.marker or pin.marker.evaluate(environment)
+    ]
+
+
+@pytest.mark.parametrize(
+    "python,jax,flax,libtpu",
+    [
+        ("3.11", "==0.10.2", "==0.12.8", "==0.0.42.1"),
+        ("3.12", "==0.12.0.1", "==0.12.12", "==0.0.50.1"),
+        ("3.13", "==0.12.0.1", "==0.12.12", "==0.0.50.1"),
+    ],
+)
+def test_each_python_has_its_jax(python, jax, flax, libtpu):
+    assert pinned_versions("jax", python) == [jax] == pinned_versions("jaxlib", python)
+    assert pinned_versions("jax-cuda12-plugin", python) == [jax]
+    assert pinned_versions("jax-cuda13-plugin", python) == [jax]
+    assert pinned_versions("flax", python) == [flax]
+    assert pinned_versions("libtpu", python) == [libtpu]
+
+
+def gpu_extra(tmp_path, output):
+    """What setup.sh chooses where nvidia-smi prints `output`."""
+    source = (ROOT / "setup.sh").read_text()
+    (function,) = re.findall(r"(?ms)^gpu_extra\(\) \{.*?^\}", source)
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\ncat <<'END'\n{output}\nEND\n" if output else "#!/bin/sh\nexit 9\n")
+    tool.chmod(0o755)
+    command = ["bash", "-c", f"{function}\ngpu_extra"]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "output,extra",
+    [
+        ("580.159.04, 9.0", "gpu"),
+        ("595.71.05, 12.0\n595.71.05, 12.0", "gpu"),
+        ("580.65.06, 7.5", "gpu"),
+        ("575.57.08, 8.9", "gpu12"),
+        ("580.159.04, 7.0", "gpu12"),
+        ("580.159.04, 9.0\n580.159.04, 6.1", "gpu12"),
+        ("", "gpu"),
+    ],
+)
+def test_cuda_13_where_driver_and_cards_take_it(tmp_path, output, extra):
+    assert gpu_extra(tmp_path, output) == extra
+
+
+@pytest.mark.parametrize("device,first", [("cpu", "python3.11"), ("tpu", "python3.13")])
+def test_an_accelerator_gets_the_newer_python(machine, tmp_path, device, first):
+    works = f'case "$*" in *--clear*) exit 1 ;; esac; echo "$0" >>{tmp_path}/asked'
+    pythons = dict.fromkeys(("python3.11", "python3.12", "python3.13"), works)
+    machine(pythons, DEVICE=device)
+    assert (tmp_path / "asked").read_text().splitlines()[0] == str(tmp_path / f"bin/{first}")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

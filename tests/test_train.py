@@ -121,6 +121,8 @@ def test_a_run_trains_evaluates_and_says_so(place, whole):
         "derived",
         "13/14",
         "tok/s",
+        "TFLOP/s | epoch",
+        "MFU",
         "bpb",
         "left",
         "epoch",

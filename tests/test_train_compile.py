@@ -75,6 +75,8 @@ def report(tmp_path, *words, **own):
         ("v4-64", (2, 4, 4)),
         ("v5p-128", (4, 4, 4)),
         ("v5p-2048", (8, 8, 16)),
+        ("tpu7x-8", (2, 2, 1)),
+        ("tpu7x-128", (4, 4, 4)),
     ],
 )
 def test_slices_have_the_shapes_of_cloud_tpu(name, shape):

@@ -5,14 +5,16 @@ must not happen.
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from test_model import random_params
 
-from MaxNano import pyconfig
+from MaxNano import pyconfig, train
 from MaxNano.distributed import hardware
 from MaxNano.interop import nanochat
 from MaxNano.models.setup import architecture
@@ -21,7 +23,14 @@ from MaxNano.optimizers import groups
 from MaxNano.training import state as train_state
 from MaxNano.training import step as step_module
 from MaxNano.training.setup import check_memory, check_sharding, plan_batch, set_up
-from MaxNano.training.step import build_programs, compile_train, jit_train
+from MaxNano.training.step import (
+    build_programs,
+    compile_train,
+    describe_memory_plan,
+    explain_out_of_memory,
+    fit_memory,
+    jit_train,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -213,6 +222,140 @@ def test_rows_that_do_not_fit_into_memory_are_halved(monkeypatch, capsys):
     asked = set_up(make_config(*TINY, "per_device_batch_size=4"), jax.devices()[:1])
     with pytest.raises(ValueError, match="a step with 4 rows per device does not fit"):
         compile_train(asked)
+
+
+def on_a_gpu(monkeypatch, memory_bytes, *overrides):
+    """The set-up that train.py would choose on one GPU of this much memory, 3/4 of which JAX takes."""
+    monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: memory_bytes * 3 // 4)
+    setup = set_up(make_config("dtype=bfloat16", *overrides), jax.devices()[:1])
+    return fit_memory(replace(setup, numerics=setup.numerics._replace(backend="gpu")))
+
+
+@pytest.mark.parametrize("model,memory_gb", [("d12", 24), ("d8", 8)])
+def test_small_cards_need_no_setting(monkeypatch, model, memory_gb):
+    setup = on_a_gpu(monkeypatch, memory_gb * 10**9, f"model={model}")
+    check_memory(setup)
+    whole = plan_batch(setup.config, 1)
+    assert setup.plan.rows == whole.rows and 4 <= setup.plan.micro_rows < whole.micro_rows
+    assert setup.config.remat_policy == "none"
+
+
+def test_a_memory_plan_also_recomputes_and_takes_small_chunks(monkeypatch):
+    """Only after fewer rows; and not what was asked for."""
+    setup = on_a_gpu(monkeypatch, 23 * 10**8, "model=d8")
+    check_memory(setup)
+    config = setup.config
+    assert setup.plan.micro_rows == 1
+    assert (config.remat_policy, config.vocab_chunk_size) == ("full", 2048)
+    words = "1 rows per device, remat_policy=full, vocab_chunk_size=2048"
+    assert describe_memory_plan(setup) == words
+    keys = ("per_device_batch_size=2", "remat_policy=none", "vocab_chunk_size=0")
+    asked = on_a_gpu(monkeypatch, 23 * 10**8, "model=d8", *keys)
+    assert asked.plan.micro_rows == 2 and asked.config.remat_policy == "none"
+    with pytest.raises(ValueError, match="d8 needs at least"):
+        check_memory(asked)
+
+
+def test_a_memory_plan_leaves_a_cpu_and_what_fits_alone(monkeypatch):
+    monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 10**9)
+    setup = set_up(make_config("model=d12"), jax.devices()[:1])
+    assert fit_memory(setup) is setup
+    assert on_a_gpu(monkeypatch, 80 * 10**9, "model=d12").plan.micro_rows == 32
+
+
+class FailingStep:
+    """A compiled step whose first call consumes the state and runs out of the device's memory."""
+
+    def __init__(self, step):
+        self.step, self.calls = step, 0
+
+    def __call__(self, state, *args):
+        self.calls += 1
+        if self.calls == 1:
+            jax.tree.map(lambda leaf: leaf.delete(), state)
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes"
+            )
+        return self.step(state, *args)
+
+
+def test_a_first_step_out_of_memory_is_repeated_with_half_the_rows(capsys):
+    """State and loss are bit for bit those of a run that was told to take half the rows."""
+    tiny = (*(word for word in TINY if "layers" not in word), "num_decoder_layers=1")
+    half = make_config(*tiny, "per_device_batch_size=4")
+    _, state, programs = start(half)
+    expected = programs.train(state, batch_of(half))
+
+    config = make_config(*tiny)
+    setup, state, _ = start(config)
+    failing = FailingStep(None)
+    token_bytes = np.ones(config.vocab_size, np.int32)
+    run = SimpleNamespace(
+        setup=setup,
+        state=state,
+        say=print,
+        tokenizer=SimpleNamespace(token_bytes=lambda: token_bytes),
+        programs=build_programs(setup, failing, token_bytes),
+    )
+
+    def restart():
+        run.state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
+
+    metrics, compiled = train.take_first_step(run, batch_of(config), restart)
+    assert failing.calls == 1 and compiled is not None
+    assert setup.plan == (1, 1, 8) and run.setup.plan == (1, 2, 4)
+    jax.tree.map(np.testing.assert_array_equal, (run.state, metrics), expected)
+    out = capsys.readouterr().out
+    assert "Out of memory with 8 rows per device\nCompiling for 4 rows per device\n" in out
+
+
+def test_other_errors_of_the_first_step_are_raised():
+    config = make_config(*TINY)
+    setup = set_up(config, jax.devices()[:1])
+
+    def broken(state, batch):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    run = SimpleNamespace(setup=setup, state={}, programs=SimpleNamespace(train=broken))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        train.take_first_step(run, {}, None)
+
+
+@pytest.mark.parametrize(
+    "overrides,remedy",
+    [
+        ((), "with 8 rows per device: set per_device_batch_size=4,"),
+        (("per_device_batch_size=1",), "with 1 rows per device: set remat_policy=full,"),
+        (("per_device_batch_size=1", "remat_policy=full"), "choose a smaller model"),
+    ],
+)
+def test_out_of_memory_names_the_setting_to_change(overrides, remedy):
+    setup = set_up(make_config(*TINY, *overrides), jax.devices()[:1])
+    with pytest.raises(ValueError, match=remedy), explain_out_of_memory(lambda: setup):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    with pytest.raises(jax.errors.JaxRuntimeError), explain_out_of_memory(lambda: setup):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_a_gpus_program_that_needs_more_than_the_card_is_compiled_smaller(monkeypatch):
+    """XLA compiles it all the same for a GPU; its buffers tell."""
+    peaks = {8: 90, 4: 60, 2: 40, 1: 20}
+    devices = jax.devices()[:1]
+
+    class Lowered:
+        def __init__(self, setup):
+            self.peak = peaks[setup.plan.micro_rows]
+
+        def compile(self):
+            return SimpleNamespace(
+                memory_analysis=lambda: SimpleNamespace(peak_memory_in_bytes=self.peak)
+            )
+
+    monkeypatch.setattr(step_module, "lower_train", Lowered)
+    monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 50)
+    setup = set_up(make_config(*TINY), devices)
+    gpu = replace(setup, numerics=setup.numerics._replace(backend="gpu"))
+    assert compile_train(gpu)[0].plan.micro_rows == 2
 
 
 def test_parameters_left_whole_on_every_device_are_refused():

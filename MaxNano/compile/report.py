@@ -184,7 +184,7 @@ def analyze(
     chips = mesh.size if mesh else 1
     seconds = result.cycles / chip.clock_hz
     run_seconds = seconds * work.steps if work and work.steps is not None else None
-    is_priced = run_seconds is not None and chip.spot_price is not None
+    is_priced = run_seconds is not None and chip.price is not None
     read = work.bytes if work else None
     by_basis, by_source = Counter(), Counter()
     for operation in result.operations:
@@ -212,7 +212,7 @@ def analyze(
         bandwidth_utilization=None if read is None else read / (chip.memory_bandwidth * seconds),
         tokens_per_second=work and work.tokens / seconds,
         run_seconds=run_seconds,
-        run_price=run_seconds / 3600 * chips * chip.spot_price if is_priced else None,
+        run_price=run_seconds / 3600 * chips * chip.price if is_priced else None,
     )
 
 

@@ -30,6 +30,7 @@ class Generation(NamedTuple):
     axes: int  # of the network between chips
     cores: int  # TensorCores per chip, which the names count
     largest: int  # chips of the largest slice
+    megacore: bool = True  # several cores of a chip are one device
 
 
 GENERATIONS = {
@@ -37,6 +38,7 @@ GENERATIONS = {
     "v5p": Generation(axes=3, cores=2, largest=4096),
     "v5e": Generation(axes=2, cores=1, largest=256),
     "v6e": Generation(axes=2, cores=1, largest=256),
+    "tpu7x": Generation(axes=3, cores=2, largest=2048, megacore=False),
 }
 
 
@@ -61,7 +63,7 @@ def slice_shape(name: str) -> tuple[str, tuple[int, ...]]:
             )
     raise ValueError(
         f"compile_topology={name} is no TPU slice: choose a generation of {', '.join(GENERATIONS)} and a power of two, "
-        "such as v6e-8, v5e-16, v5p-8 or v4-32 (names of v4 and v5p count two cores per chip, from 8 on)"
+        "such as v6e-8, v5e-16, v5p-8 or v4-32 (names of v4, v5p and tpu7x count two cores per chip, from 8 on)"
     )
 
 
@@ -97,7 +99,7 @@ def slice_devices(name: str, num_slices: int = 1) -> list[Any]:
     else:
         host = (2, 2, 1)
     options = {"chips_per_host_bounds": (*host, *(1 for _ in range(3 - len(host))))}
-    if GENERATIONS[kind].cores > 1:
+    if GENERATIONS[kind].cores > 1 and GENERATIONS[kind].megacore:
         options["chip_config_name"] = "megacore"  # a chip's two cores as one device
     if num_slices > 1:
         options["num_slices"] = num_slices

@@ -5,23 +5,24 @@ contiguous range of rows and opens only the readers that fill them. The batch of
 the same for any number of hosts, devices and worker processes; with R readers it is nanochat's on R
 ranks.
 
-grain provides the iteration, the state per element and the prefetching thread, but not the worker
-processes (see workers.py). Those only read and encode: packing takes microseconds per row, and its
+Worker processes (workers.py) only read and encode: packing takes microseconds per row, and its
 state stays in this process.
 """
 
 import base64
 import collections
+import contextlib
+import queue
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 
 from MaxNano.data import conversations, packing, sources, stream, workers
+from MaxNano.distributed import hardware
 
 Batch = dict[str, np.ndarray]
 
@@ -43,11 +44,8 @@ class _Snapshot:
     def __init__(self, readers: Mapping[int, ReaderState]):
         self.readers = dict(readers)
 
-    def __deepcopy__(self, memo: dict) -> "_Snapshot":
-        return self  # grain copies the state of each element
 
-
-class _PackedRows(grain.IterDataset):
+class _PackedRows:
     """Endless (rows, row_tokens) int32: this host's `rows` of each global batch.
 
     `snapshot` has the initial state of the readers that fill these rows.
@@ -63,7 +61,6 @@ class _PackedRows(grain.IterDataset):
         buffer_documents: int,
         data_workers: int,
     ):
-        super().__init__()
         self.encoding = encoding
         self.snapshot = snapshot
         self.rows = rows
@@ -76,28 +73,12 @@ class _PackedRows(grain.IterDataset):
         return _PackedRowsIterator(self)
 
 
-class _PackedRowsIterator(grain.DatasetIterator):
+class _PackedRowsIterator:
     def __init__(self, dataset: _PackedRows):
-        super().__init__()
         self._dataset = dataset
         self._reading: workers.Reading | None = None
         self._patience = stream.Patience()
-        self.set_state({"snapshot": dataset.snapshot})
-
-    def get_state(self) -> dict[str, _Snapshot]:
-        return {
-            "snapshot": _Snapshot(
-                {
-                    r: ReaderState(self._positions[r], packer.documents, packer.counts)
-                    for r, packer in self._packers.items()
-                }
-            )
-        }
-
-    def set_state(self, state: dict[str, _Snapshot]) -> None:
-        self.close()
-        self._closed = False
-        readers = state["snapshot"].readers
+        readers = dataset.snapshot.readers
         self._positions = {reader: saved.position for reader, saved in readers.items()}
         self._packers = {
             reader: packing.BestFitPacker(
@@ -111,6 +92,15 @@ class _PackedRowsIterator(grain.DatasetIterator):
             )
             for reader, saved in readers.items()
         }
+
+    def snapshot(self) -> _Snapshot:
+        """The state after the rows returned last."""
+        return _Snapshot(
+            {
+                r: ReaderState(self._positions[r], packer.documents, packer.counts)
+                for r, packer in self._packers.items()
+            }
+        )
 
     def __next__(self) -> np.ndarray:
         dataset = self._dataset
@@ -131,7 +121,6 @@ class _PackedRowsIterator(grain.DatasetIterator):
         if self._reading is not None:
             self._reading.close()
             self._reading = None
-        self._closed = True
 
     def _next_documents(self, reader: int) -> list[packing.Document]:
         while isinstance(reply := self._reading.next(reader), sources.NotArrived):
@@ -140,6 +129,40 @@ class _PackedRowsIterator(grain.DatasetIterator):
                 raise RuntimeError("the loader was closed")
         self._positions[reader], documents = reply
         return documents
+
+
+class _Prefetch:
+    """The rows of a data set and the state after each, `size` of them prepared ahead by a thread."""
+
+    def __init__(self, dataset: _PackedRows, size: int):
+        self._rows = iter(dataset)
+        self._ready: queue.Queue = queue.Queue(size)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._prepare, name="maxnano-batches", daemon=True)
+        self._thread.start()
+
+    def _prepare(self) -> None:
+        try:
+            while not self._closed.is_set():
+                self._ready.put((next(self._rows), self._rows.snapshot()))
+        except BaseException as error:  # noqa: BLE001 (raised where the rows are awaited)
+            self._ready.put(error)
+        finally:
+            self._rows.close()
+
+    def __next__(self) -> tuple[np.ndarray, _Snapshot]:
+        ready = self._ready.get()
+        if isinstance(ready, BaseException):
+            raise ready
+        return ready
+
+    def close(self) -> None:
+        """End the thread, after the rows that it prepares."""
+        self._closed.set()
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):  # makes room for what the thread still puts
+                self._ready.get(timeout=0.02)
+        self._thread.join()
 
 
 def to_batch(rows: np.ndarray) -> Batch:
@@ -166,12 +189,7 @@ class Loader:
         self._stopping = dataset.stopping
         # The state after the last batch returned, not after the prefetched ones.
         self.snapshot = dataset.snapshot
-        self._rows: Any = iter(
-            grain.experimental.ThreadPrefetchIterDataset(
-                dataset, prefetch_buffer_size=prefetch_batches
-            )
-        )
-        self._rows.start_prefetch()
+        self._rows: _Prefetch | None = _Prefetch(dataset, prefetch_batches)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -180,11 +198,10 @@ class Loader:
         if self._rows is None:
             raise ValueError("this loader is closed")
         try:
-            rows = next(self._rows)
+            rows, self.snapshot = next(self._rows)
         except BaseException:
             self.close()
             raise
-        self.snapshot = self._rows.get_state()["snapshot"]
         return to_batch(rows)
 
     def state(self, snapshot: _Snapshot | None = None) -> dict[str, Any]:
@@ -273,7 +290,7 @@ def make_loader(
         rows=rows,
         reader_rows=reader_rows,
         buffer_documents=config.packing_buffer_documents,
-        data_workers=config.data_workers,
+        data_workers=hardware.data_workers(config, jax.default_backend(), jax.local_device_count()),
     )
     return Loader(dataset, config.prefetch_batches)
 

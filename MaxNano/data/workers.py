@@ -2,8 +2,8 @@
 
 A worker process has a fixed share of the readers and answers requests in order, so each reader is
 the same sequence for any number of workers. A request names its reader because readers are consumed
-at different speeds: a round-robin prefetcher such as grain's would buffer the slower ones without
-bound. A worker ends when its pipe closes, even if its parent was killed.
+at different speeds: a round-robin prefetcher would buffer the slower ones without bound. A worker
+ends when its pipe closes, even if its parent was killed.
 """
 
 import collections

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ if TYPE_CHECKING:  # the chip table is read by programs that never import JAX
 class Chip(NamedTuple):
     """One JAX device according to its vendor's data sheet."""
 
-    peak_flops: float  # bfloat16 FLOP/s, dense
+    peak_flops: float  # bfloat16 FLOP/s, dense, summed in float32; fp16 where it has no bfloat16
     memory_bytes: float
     memory_bandwidth: float  # bytes/s
     clock_hz: float | None = None
@@ -28,7 +29,7 @@ class Chip(NamedTuple):
     ici_link_bandwidth: float | None = None
     # Bytes/s from one chip to other slices, in one direction.
     dcn_bandwidth: float | None = None
-    spot_price: float | None = None  # USD per chip-hour
+    price: float | None = None  # USD per chip-hour, as the comment of its rows says
 
 
 def _gib(count: float) -> int:
@@ -36,12 +37,14 @@ def _gib(count: float) -> int:
 
 
 # By jax.Device.device_kind. A new chip is a row here.
-# Sources: TPU https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and the pages of each
-# version there (a v4 or v5p chip is one device, a TPU7x chip two); clock and networks
-# https://jax-ml.github.io/scaling-book/tpus and peak FLOP/s over the matrix units' FLOPs per cycle;
-# program memory: libtpu's message for a program that is too large; spot price: us-central1, June
-# 2026. NVIDIA data sheets, figures without sparsity:
-# https://www.nvidia.com/en-us/data-center/{a100,h100,h200,dgx-b200}.
+# TPUs: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and the pages of each version
+# there (a v4 or v5p chip is one device, a TPU7x chip two, each with half of the chip's networks);
+# clock and networks https://jax-ml.github.io/scaling-book/tpus and peak FLOP/s over the matrix
+# units' FLOPs per cycle, for TPU7x those of v6e; program memory: libtpu's message for a program
+# that is too large; price: spot in us-central1, June 2026.
+# NVIDIA and AMD: the vendors' figures without sparsity, which GPUs of one name may miss at a lower
+# power limit. Prices of GPUs: a machine with one on demand at AWS in us-east-1, per hour
+# (https://aws.amazon.com/ec2/pricing/on-demand); other prices differ by vendor from day to day.
 CHIPS = {
     "TPU v4": Chip(275e12, 32 * 2**30, 1.228e12, 1.05e9, _gib(30.75), 45e9, 6.25e9),
     "TPU v5 lite": Chip(197e12, 16 * 2**30, 0.819e12, 1.5e9, _gib(15.75), 45e9, 3.125e9),
@@ -49,7 +52,8 @@ CHIPS = {
     "TPU v5p": Chip(459e12, 95 * 2**30, 2.765e12, 1.75e9, _gib(95.74), 90e9, 6.25e9),
     "TPU v6 lite": Chip(918e12, 32 * 2**30, 1.64e12, 1.75e9, _gib(31.25), 90e9, 12.5e9, 0.540137),
     "TPU v6e": Chip(918e12, 32 * 2**30, 1.64e12, 1.75e9, _gib(31.25), 90e9, 12.5e9, 0.540137),
-    "TPU7x": Chip(2307e12 / 2, 192 * 2**30 / 2, 7.38e12 / 2),
+    "TPU7x": Chip(2307e12 / 2, 192 * 2**30 / 2, 7.38e12 / 2, 2.2e9, None, 100e9 / 2, 12.5e9 / 2),
+    # https://www.nvidia.com/en-us/data-center/{a100,h100,h200,dgx-b200}
     "NVIDIA A100-SXM4-40GB": Chip(312e12, 40e9, 1.555e12),
     "NVIDIA A100-SXM4-80GB": Chip(312e12, 80e9, 2.039e12),
     "NVIDIA A100 80GB PCIe": Chip(312e12, 80e9, 1.935e12),
@@ -59,9 +63,29 @@ CHIPS = {
     "NVIDIA H200": Chip(989e12, 141e9, 4.8e12),
     "NVIDIA H200 NVL": Chip(835e12, 141e9, 4.8e12),
     "NVIDIA B200": Chip(2250e12, 180e9, 8.0e12),
-    "NVIDIA L40S": Chip(362e12, 48 * 2**30, 0.864e12),
+    # Data sheets of L40S, A10 (its AWS variant A10G: 70 TFLOP/s), L4, T4 and V100. The last two
+    # have no bfloat16: the peak is that of fp16. https://www.nvidia.com/en-us/data-center/{l40s,l4}
+    "NVIDIA L40S": Chip(362e12, 48 * 2**30, 0.864e12, price=1.861),  # g6e.xlarge
+    "NVIDIA A10G": Chip(70e12, 24 * 2**30, 0.6e12, price=1.006),  # g5.xlarge
+    "NVIDIA L4": Chip(121e12, 24 * 2**30, 0.3e12, price=0.8048),  # g6.xlarge
+    "Tesla T4": Chip(65e12, 16 * 2**30, 0.32e12, price=0.526),  # g4dn.xlarge
+    "Tesla V100-SXM2-16GB": Chip(125e12, 16 * 2**30, 0.9e12, price=3.06),  # p3.2xlarge
+    "Tesla V100-SXM2-32GB": Chip(125e12, 32 * 2**30, 0.9e12),
+    "Tesla V100-PCIE-16GB": Chip(112e12, 16 * 2**30, 0.9e12),
+    "Tesla V100-PCIE-32GB": Chip(112e12, 32 * 2**30, 0.9e12),
+    # The architectures' white papers: Ampere GA102, Ada, RTX Blackwell, RTX PRO Blackwell.
+    "NVIDIA GeForce RTX 3090": Chip(71e12, 24 * 2**30, 0.936e12),
     "NVIDIA GeForce RTX 4090": Chip(165.2e12, 24 * 2**30, 1.008e12),
+    "NVIDIA GeForce RTX 5090": Chip(209.5e12, 32 * 2**30, 1.792e12),
+    "NVIDIA RTX A6000": Chip(154.8e12, 48 * 2**30, 0.768e12),
     "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": Chip(503.8e12, 96 * 2**30, 1.792e12),
+    "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition": Chip(438.9e12, 96 * 2**30, 1.792e12),
+    "NVIDIA RTX PRO 6000 Blackwell Server Edition": Chip(503.8e12, 96 * 2**30, 1.597e12),
+    # https://www.nvidia.com/en-us/products/workstations/dgx-spark gives 1,000 TFLOP/s in FP4 with
+    # sparsity: bfloat16 without it is an eighth. The memory is shared with the CPU.
+    "NVIDIA GB10": Chip(125e12, 128e9, 0.273e12),
+    # https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html
+    "AMD Instinct MI300X": Chip(1307.4e12, 192e9, 5.3e12),
 }
 
 
@@ -131,6 +155,17 @@ def compute_dtype(config: FrozenConfigDict, backend: str) -> str:
 def embedding_dtype(config: FrozenConfigDict, backend: str) -> str:
     """Name of the dtype of the embedding tables and their Adam moments on a backend."""
     return config.embedding_dtype or compute_dtype(config, backend)
+
+
+def data_workers(config: FrozenConfigDict, backend: str, devices: int) -> int:
+    """Processes that read and tokenize on a host with `devices` devices of a backend.
+
+    On an accelerator at least one: a thread that tokenizes takes the interpreter from the thread
+    that dispatches steps.
+    """
+    if config.data_workers is not None:
+        return config.data_workers
+    return 0 if backend == "cpu" else max(1, min(devices, (os.cpu_count() or 1) // 4))
 
 
 def compiler_options(config: FrozenConfigDict, backend: str) -> dict[str, bool | int | str]:

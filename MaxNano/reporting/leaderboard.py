@@ -119,7 +119,7 @@ def make_leaderboard(
     name: str, runs: Sequence[Run], problems: Sequence[str], chip_hour: float | None = None
 ) -> Report:
     """The leaderboard as a report."""
-    priced = "the spot prices of the chip table" if chip_hour is None else f"{chip_hour:g} USD/h"
+    priced = "the prices of the chip table" if chip_hour is None else f"{chip_hour:g} USD/h"
     note = f"Time is the recorded time with evaluations; prices are computed from {priced}."
     blocks = [table(runs, chip_hour), Note(note), *map(Missing, problems)]
     return Report(f"Results of {name}", f"{len(runs)} finished runs", [Section("Runs", blocks)])

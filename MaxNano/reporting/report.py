@@ -199,11 +199,11 @@ class Price(NamedTuple):
 def price_of(run: Run, chip_hour: float | None = None) -> Price | None:
     """The price of a run's recorded time, None if its devices or their price are unknown.
 
-    chip_hour: USD; None is the spot price of the chip table.
+    chip_hour: USD; None is the price of the chip table.
     """
     devices = run.saved.get("devices")
     if devices and chip_hour is None and (chip := hardware.CHIPS.get(devices["kind"])):
-        chip_hour = chip.spot_price
+        chip_hour = chip.price
     if not devices or chip_hour is None:
         return None
     hours = (recorded_seconds(run) + evaluation_seconds(run)) / 3600
@@ -251,7 +251,8 @@ def _time_and_price(runs: Sequence[Run]) -> Section:
             "Step, tokens/s and MFU are medians of the steps after the warm-up. Training is the "
             "time recorded in metrics.jsonl, evaluations and checkpoints included; goodput is the "
             "share of it spent in train steps. Not included: start, compilation, and steps that "
-            "a kill undid."
+            f"a kill undid. MFU is model FLOPs ({scaling.FLOP_COUNT}; nothing for what is computed "
+            "again) over the chip table's dense bfloat16 peak."
         ),
     ]
     prices = [(run, price) for run in runs if (price := price_of(run))]
@@ -260,7 +261,7 @@ def _time_and_price(runs: Sequence[Run]) -> Section:
             f"{run.name} {price.chips} chips x {price.hours:.3f} h x ${price.chip_hour:.6g} per chip-hour"
             for run, price in prices
         )
-        source = "the spot prices in MaxNano/distributed/hardware.py"
+        source = "the prices in MaxNano/distributed/hardware.py"
         blocks.append(Note(f"Prices are computed, not billed, from {source}: {terms}."))
     for run in trained:
         kind = run.saved.get("devices", {}).get("kind")

@@ -82,6 +82,8 @@ def step_line(row: Mapping[str, Any], position: Mapping[str, int], total_steps: 
     parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
     if "mfu" in row:
         parts.append(f"MFU {100 * row['mfu']:.1f}%")
+    elif "tflops_per_second" in row:
+        parts.append(f"{row['tflops_per_second']:.3g} TFLOP/s")
     if row["skipped_in_all"]:
         parts.append(f"skipped {row['skipped_in_all']}")
     # A share of 0 is not shown: nothing is discarded.

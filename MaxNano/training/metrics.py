@@ -27,8 +27,8 @@ class MetricLogger:
     """Prints and writes what happens in the run in `directory` (local or gs://).
 
     total_steps: steps of the whole run; start_step: the first step of this process.
-    tokens_per_step, flops_per_token, peak_flops (of all devices, None if unknown): for tokens/s and
-    MFU. Only the process with `is_main` prints and writes; the others compute the same numbers.
+    tokens_per_step, flops_per_token, peak_flops (of all devices, None if unknown): for tokens/s,
+    TFLOP/s and MFU. Only the process with `is_main` prints and writes; the others compute the same numbers.
     state: what `state()` returned when the checkpoint was saved that this process resumes from,
     None for a new run.
     """
@@ -206,8 +206,10 @@ class MetricLogger:
             "batch_wait_milliseconds": 1e3 * waited_seconds,
             "tokens_per_second": tokens_per_second,
         }
+        flops = tokens_per_second * self._flops_per_token
+        row["tflops_per_second"] = flops / 1e12  # of all devices
         if self._peak_flops:
-            row["mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops
+            row["mfu"] = flops / self._peak_flops
         row |= position
         row["training_seconds"] = self._training_seconds
         row["elapsed_seconds"] = self._elapsed()

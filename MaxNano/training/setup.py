@@ -216,6 +216,7 @@ def describe_plan(setup: RunSetup) -> dict[str, str]:
     tokens = config.steps * config.global_batch_tokens
     scaling_parameters = scaling.parameter_counts(scaling.shape_of(config)).scaling
     device = setup.mesh.devices.flat[0].device_kind
+    chip = hardware.chip(setup.mesh.devices.flat[0])
     layout = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
     quantized = "" if config.quantization == "none" else f", layer matmuls {config.quantization}"
     memory = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in needed_bytes(setup).items())
@@ -223,7 +224,10 @@ def describe_plan(setup: RunSetup) -> dict[str, str]:
         "devices": f"{setup.mesh.size} x {device}, {layout}",
         "numerics": f"{setup.numerics.dtype}, embedding tables {setup.numerics.embedding_dtype}{quantized}",
         "attention": setup.numerics.attention,
-        "FLOPs": f"{flops:,} per token, {flops * tokens:.4g} in total",
+        "FLOPs": f"{flops:,} per token ({scaling.FLOP_COUNT}), {flops * tokens:.4g} in total",
+        "MFU": f"these FLOPs of {chip.peak_flops / 1e12:,.4g} TFLOP/s per device, dense bfloat16"
+        if chip
+        else f"unknown, TFLOP/s are shown: no peak of {device} in MaxNano/distributed/hardware.py",
         "batch": f"{config.global_batch_tokens:,} tokens = {plan.data_parallel_size} devices x "
         f"{plan.accumulation_steps} micro-batches x {plan.micro_rows} rows x {pyconfig.row_length(config)}",
         "horizon": f"{config.steps:,} steps, {tokens:,} tokens, "

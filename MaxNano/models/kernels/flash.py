@@ -54,6 +54,15 @@ class Head(NamedTuple):
         """
         return self.scale**2 / math.sqrt(self.head_dim) * math.log2(math.e)
 
+    def dot(self, a, b, contracting):
+        """The product of two arrays over the axes `contracting`, summed in float32."""
+        if self.interpret:  # jaxlib 0.12 has not all products of bfloat16 on a CPU; these are exact
+            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        precision = "highest" if a.dtype == jnp.float32 else None
+        return jax.lax.dot_general(
+            a, b, (contracting, ((), ())), precision=precision, preferred_element_type=jnp.float32
+        )
+
     def tiles(self, length: int) -> list[tuple[int, int]]:
         """(first query, first key) of each tile of scores that is computed, a block of queries
         after the other.
@@ -219,13 +228,13 @@ def _forward_kernel(q_ref, k_ref, v_ref, cos_ref, sin_ref, *refs, head):
         queries[start], totals[start] = q.astype(dtype), 0
 
     def score(start, low):
-        return _dot(keys[pl.ds(low, block)], queries[start], ((1,), (0,)))
+        return head.dot(keys[pl.ds(low, block)], queries[start], ((1,), (0,)))
 
     def weigh(start, low, scores):
         weights = _weights(scores, start, low, head).astype(dtype)
         # Rows of ones below the values: their product with the weights is the sum of those.
         v = jnp.concatenate([values[:, pl.ds(low, block)], ones])
-        totals[start] += _dot(v, weights, ((1,), (0,)))
+        totals[start] += head.dot(v, weights, ((1,), (0,)))
         if low == start:
             rows = pl.ds(start, block)
             total, sums = totals[start][:size], totals[start][size : size + 1]
@@ -270,7 +279,7 @@ def _backward_kernel(
         q, inverse = _prepare(raw, tables(rows), head.epsilon, head.log2_scale)
         q, cotangent = q.astype(dtype), cotangent_ref[0, rows]
         out = jax.lax.bitcast_convert_type(out_ref[0, rows], dtype)
-        along = _dot(ones[:_SUBLANES], cotangent * out, ((1,), (1,)))[:1]
+        along = head.dot(ones[:_SUBLANES], cotangent * out, ((1,), (1,)))[:1]
         cotangent = cotangent.T
         raw_queries[start], dqs[start] = (raw, inverse), 0
         queries[start] = q, cotangent
@@ -282,7 +291,7 @@ def _backward_kernel(
         span = pl.ds(low, block)
         v = values[span] if embeds else v_ref[0, span]
         rows = (jnp.concatenate([x, ones], 1) for x in (keys[span], v))
-        return [_dot(x, y, ((1,), (0,))) for x, y in zip(rows, columns[start], strict=True)]
+        return [head.dot(x, y, ((1,), (0,))) for x, y in zip(rows, columns[start], strict=True)]
 
     def write(index, span, columns):
         """Columns (H, block) as rows of part `index` of the kv head's dqkv."""
@@ -295,9 +304,9 @@ def _backward_kernel(
         weights = _weights(scores, start, low, head)
         grads = (weights * grads).astype(dtype)
         first = start == low and (group == 1 or member == 0)
-        _accumulate(dv, span, _dot(cotangent, weights.astype(dtype), ((1,), (1,))), first)
-        _accumulate(dk, span, _dot(q, grads, ((1,), (1,))), first)
-        dqs[start] += _dot(keys_t[:, span], grads, ((1,), (0,)))
+        _accumulate(dv, span, head.dot(cotangent, weights.astype(dtype), ((1,), (1,))), first)
+        _accumulate(dk, span, head.dot(q, grads, ((1,), (1,))), first)
+        dqs[start] += head.dot(keys_t[:, span], grads, ((1,), (0,)))
         if start == low:
             dq = _prepare_gradient(
                 dqs[start], *raw_queries[start], tables(span), head.log2_scale * math.log(2)
@@ -432,13 +441,6 @@ def _masked(weights, ahead, window):
     if ahead + size - 1 > window:
         weights = jnp.where(distance <= window - ahead, weights, 0)
     return weights
-
-
-def _dot(a, b, contracting):
-    precision = "highest" if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        a, b, (contracting, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
 
 
 # ---- Around the kernels -------------------------------------------------------------------------

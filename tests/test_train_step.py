@@ -3,12 +3,11 @@ must not happen.
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 from test_model import random_params
 
@@ -278,6 +277,5 @@ print("equal")
 )
 def test_every_layout_gives_the_losses_of_one_device(layouts):
     """Ten steps on eight virtual devices within 1e-5."""
-    command = [sys.executable, "-c", TEN_LOSSES, str(ROOT), *layouts]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = programs.run("-c", TEN_LOSSES, ROOT, *layouts)
     assert done.stdout.endswith("equal\n"), done.stdout + done.stderr

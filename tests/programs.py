@@ -13,7 +13,7 @@ import contextlib
 import ctypes
 import functools
 import gc
-import importlib
+import importlib.machinery
 import json
 import os
 import runpy
@@ -221,6 +221,10 @@ def become(command, cwd, env):
     os.environ.clear()
     os.environ.update(env)
     sys.path[1:1] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
+    spec = importlib.machinery.PathFinder.find_spec("MaxNano", sys.path[1:])
+    if spec and spec.origin != MaxNano.__file__:
+        for name in [name for name in sys.modules if name.split(".")[0] == "MaxNano"]:
+            del sys.modules[name]  # a copy of the package is imported anew
     if command[0] == "-c":
         sys.argv = ["-c", *command[2:]]
         sys.path[0] = ""
@@ -234,7 +238,9 @@ def become(command, cwd, env):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
+    sys.modules["programs"] = sys.modules["__main__"]  # for code of -c that imports test modules
     sys.path[0] = str(ROOT)
+    MaxNano = importlib.import_module("MaxNano")
     for name in IMPORTED:
         importlib.import_module(f"MaxNano.{name}")
     assert threading.active_count() == 1, threading.enumerate()

@@ -43,7 +43,7 @@ def place(tmp_path_factory):
 def words_of(place, run_name, *more):
     return [
         str(ROOT / "configs/base.yml"),
-        "num_decoder_layers=2",
+        "num_decoder_layers=1",
         "window_pattern=L",
         "muon_iterations=1",
         "emb_dim=32",

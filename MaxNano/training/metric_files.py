@@ -14,7 +14,6 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano.optimizers.groups import parameter_groups
 from MaxNano.storage.growing_file import GrowingFile
-from MaxNano.training import tensorboard
 from MaxNano.training.trackers import TRACKERS, Tracker
 
 CURVES_WRITE_SECONDS = 5.0  # between writes of a local TensorBoard file
@@ -119,6 +118,8 @@ class MetricFiles:
         Its start has the hyperparameters. It hides what earlier processes drew of steps that are
         written again, and redraws those events of these steps that are not.
         """
+        # Importing it takes 0.4 s, which a run without curves does not wait for.
+        from MaxNano.training import tensorboard
 
         def encode(entry: Entry) -> bytes:
             seconds, row = entry

@@ -437,13 +437,7 @@ def decode_round(
         )
         forced = jax.lax.dynamic_index_in_dim(control.forced, i, axis=1, keepdims=False)
         new = jnp.where(forced >= 0, forced, sampled)
-        logprobs = jax.lax.cond(
-            jnp.any(control.logprobs > 0),
-            lambda: sampling.log_probabilities(logits, new),
-            lambda: jnp.zeros((slots,), jnp.float32),
-        )
-        scores = TokenScores(logprobs, *_top(logits, jnp.any(control.logprobs > 1)))
-        result = Round(jnp.where(is_active, new, -1), scores)
+        result = Round(jnp.where(is_active, new, -1), _score_tokens(control, logits, new))
         out = jax.tree.map(
             lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, i, 0), out, result
         )
@@ -472,6 +466,16 @@ def decode_round(
     else:
         *_, cache, out = jax.lax.while_loop(continues, step, start)
     return cache, out
+
+
+def _score_tokens(control, logits, tokens):
+    """The TokenScores of tokens (B,) that the slots ask for, else zeros."""
+    logprobs = jax.lax.cond(
+        jnp.any(control.logprobs > 0),
+        lambda: sampling.log_probabilities(logits, tokens),
+        lambda: jnp.zeros(tokens.shape, jnp.float32),
+    )
+    return TokenScores(logprobs, *_top(logits, jnp.any(control.logprobs > 1)))
 
 
 def _adjuster(control, adjustments, weights):

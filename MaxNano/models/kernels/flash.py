@@ -268,8 +268,7 @@ def _backward_kernel(
             values[rows] = _values(v_ref, embeds, rows).T
         raw = q_ref[0, rows].T
         q, inverse = _prepare(raw, tables(rows), head.epsilon, head.log2_scale)
-        q = q.astype(dtype)
-        cotangent = cotangent_ref[0, rows]
+        q, cotangent = q.astype(dtype), cotangent_ref[0, rows]
         out = jax.lax.bitcast_convert_type(out_ref[0, rows], dtype)
         along = _dot(ones[:_SUBLANES], cotangent * out, ((1,), (1,)))[:1]
         cotangent = cotangent.T
@@ -285,15 +284,6 @@ def _backward_kernel(
         rows = (jnp.concatenate([x, ones], 1) for x in (keys[span], v))
         return [_dot(x, y, ((1,), (0,))) for x, y in zip(rows, columns[start], strict=True)]
 
-    def add(total, span, part, first):
-        """total[:, span] += part, or = part in the kv head's first tile of the span."""
-        if not first:
-            total[:, span] += part
-        elif group == 1:
-            total[:, span] = part
-        else:
-            total[:, span] = part + jnp.where(member == 0, 0, total[:, span])
-
     def write(index, span, columns):
         """Columns (H, block) as rows of part `index` of the kv head's dqkv."""
         dqkv_ref[0, span, index * size : (index + 1) * size] = columns.astype(dtype).T
@@ -304,8 +294,9 @@ def _backward_kernel(
         span = pl.ds(low, block)
         weights = _weights(scores, start, low, head)
         grads = (weights * grads).astype(dtype)
-        add(dv, span, _dot(cotangent, weights.astype(dtype), ((1,), (1,))), start == low)
-        add(dk, span, _dot(q, grads, ((1,), (1,))), start == low)
+        first = start == low and (group == 1 or member == 0)
+        _accumulate(dv, span, _dot(cotangent, weights.astype(dtype), ((1,), (1,))), first)
+        _accumulate(dk, span, _dot(q, grads, ((1,), (1,))), first)
         dqs[start] += _dot(keys_t[:, span], grads, ((1,), (0,)))
         if start == low:
             dq = _prepare_gradient(
@@ -321,11 +312,7 @@ def _backward_kernel(
             write(group, span, grad)
             grad = dv[:, span]
             write(group + 1, span, grad)
-            if embeds:
-                (rows_ref, gate_ref), (drows_ref, dgate_ref) = embeds, dembeds
-                drows_ref[0, span] = (gate_ref[0, 0, :, span] * grad).astype(dtype).T
-                rows = rows_ref[0, span].T.astype(jnp.float32)
-                dgate_ref[0, 0, :, span] = jnp.sum(rows * grad, axis=0, keepdims=True)
+            _values_gradient(grad, embeds, dembeds, span)
 
     _overlap(head, length, prepare, score, differentiate, _BACKWARD_LEAD)
 
@@ -356,6 +343,25 @@ def _values(v_ref, embeds, span):
         rows = rows_ref[0, span].T.astype(jnp.float32)
         values = (values.astype(jnp.float32) + gate_ref[0, 0, :, span] * rows).astype(values.dtype)
     return values
+
+
+def _values_gradient(grad, embeds, dembeds, span):
+    """Writes the gradients of `_values`'s embeds from those of its values, float32 (H, rows)."""
+    if embeds:
+        (rows_ref, gate_ref), (drows_ref, dgate_ref) = embeds, dembeds
+        drows_ref[0, span] = (gate_ref[0, 0, :, span] * grad).astype(drows_ref.dtype).T
+        rows = rows_ref[0, span].T.astype(jnp.float32)
+        dgate_ref[0, 0, :, span] = jnp.sum(rows * grad, axis=0, keepdims=True)
+
+
+def _accumulate(total, span, part, first):
+    """total[:, span] += part, or = part where `first`: True, False or a traced bool ()."""
+    if first is False:
+        total[:, span] += part
+    elif first is True:
+        total[:, span] = part
+    else:
+        total[:, span] = part + jnp.where(first, 0, total[:, span])
 
 
 def _prepare(x, tables, epsilon, factor=1.0):

@@ -33,6 +33,7 @@ IMPORTED = "train evaluate chat report convert train_tokenizer data.download".sp
 READ_BY_IMPORTS = ("JAX_", "PYTHON", "FSSPEC_", "MAXNANO_", "OMP_", "OPENBLAS_")
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 MESSAGE_BYTES = 12  # a pid or an exit status
+ENVIRONMENT = dict(os.environ)  # of the server, as no test has changed it
 
 
 # ---- For tests ----------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def start(*command, cwd=ROOT, env=None, stderr=subprocess.PIPE):
     """
     command = [str(word) for word in command]
     env = dict(os.environ if env is None else env)
-    if sys.platform == "linux" and read_by_imports(env) == read_by_imports(os.environ):
+    if sys.platform == "linux" and read_by_imports(env) == read_by_imports(ENVIRONMENT):
         return Program(command, str(cwd), env, stderr)
     return subprocess.Popen(
         [sys.executable, *command],
@@ -121,7 +122,8 @@ class Program:
     def send_signal(self, number):
         """Sends a signal unless it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # since then
+                os.kill(self.pid, number)
 
     def kill(self):
         """Ends it at once."""
@@ -157,6 +159,7 @@ def server():
     connection, other = socket.socketpair()
     process = subprocess.Popen(
         [sys.executable, __file__, str(other.fileno())],
+        env=ENVIRONMENT,
         stdin=subprocess.DEVNULL,
         pass_fds=[other.fileno()],
     )

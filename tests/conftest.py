@@ -34,6 +34,21 @@ hypothesis.settings.register_profile("maxnano", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("maxnano")
 
 
+# The files that take longest, in this order. Each file runs in one worker of tests/run.sh, so that
+# its fixtures are made once; these start first, so that no worker is left alone with one of them.
+LONGEST = (
+    "end_to_end train multihost engine change_one_thing attention train_step compare cloud model"
+    " evaluate hub evals_chat train_compile sft rl pyconfig metrics storage checkpointing stress"
+    " core flash report chat loader serve"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts the tests by LONGEST; those of other files follow as they are."""
+    position = {f"test_{name}.py": index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: position.get(item.path.name, len(LONGEST)))
+
+
 def pytest_unconfigure(config):
     """Removes the compilation cache when the session ends, not when one of its workers does."""
     if not hasattr(config, "workerinput"):

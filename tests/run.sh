@@ -8,4 +8,4 @@ unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 MAXNANO_QUIET=1 EXTRAS=dev,export,serve bash setup.sh
-exec .venv/bin/python -m pytest -n "${PYTEST_WORKERS:-2}" --dist worksteal "$@"
+exec .venv/bin/python -m pytest -n "${PYTEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -624,7 +624,7 @@ def main(words: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # unmounts disks
     stress = Stress(arguments.folder)
     stress.prepare(stages)
-    time_first_rows(stress, stages)
+    time_first_rows(stress, {kind.split("/")[0] for kind in counts if "/" in kind})
     repeat(stress, counts, arguments.minutes)
     trials = [trial for trial in stress.trials if trial.kind in counts]
     print("\n".join(table(trials)))

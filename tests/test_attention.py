@@ -2,14 +2,13 @@
 
 import functools
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 
 from MaxNano import pyconfig
@@ -335,13 +334,6 @@ print("equal")
 def test_kernels_on_a_mesh_of_eight():
     """Automatic axes, also where one kv head cannot be cut in two; and, as the train step calls it,
     within a shard_map that has made the batch axes manual."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
-    result = subprocess.run(
-        [sys.executable, "-c", MESH_PROGRAM],
-        capture_output=True,
-        text=True,
-        env=env,
-        cwd=ROOT,
-        check=False,
-    )
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    result = programs.run("-c", MESH_PROGRAM, env={**os.environ, "XLA_FLAGS": flags})
     assert result.stdout.strip() == "equal", result.stderr

@@ -9,11 +9,10 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
+import programs
 import pytest
 
 from MaxNano.tokenization.bpe import NANOCHAT_PATTERN, BpeTokenizer
@@ -88,14 +87,8 @@ class Copy:
         return self._run([f"MaxNano/{name}", "configs/base.yml", *words]).stdout
 
     def _run(self, command):
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(self.folder)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        env = {**os.environ, "PYTHONPATH": str(self.folder)}
+        done = programs.run(*command, cwd=self.folder, env=env)
         assert done.returncode == 0, done.stderr
         return done
 
@@ -154,12 +147,12 @@ def test_the_optimizer_of_a_parameter_group(tree):
     tree.python("""
         import jax, optax
         from MaxNano.optimizers import groups
-        config = config_of()
+        config = config_of("muon_iterations=1")
         params = jax.tree.map(lambda x: jax.numpy.ones(x.shape), model_of().model.shapes)
         optimizer = groups.make_optimizer(config, dtype="float32")
         with jax.set_mesh(model_of().mesh):
             state = optimizer.init(params)
-            updates, _ = optimizer.update(params, state, params, step=3)
+            updates, _ = jax.jit(optimizer.update)(params, state, params, step=3)
         rate = groups.parameter_groups(config)[0].learning_rate
         from MaxNano.optimizers import schedules
         factor = schedules.lr_multiplier(
@@ -352,41 +345,15 @@ class HeadNorm:
 """
 
 
-def train_four_steps(tree, *words):
-    """The rows of metrics.jsonl of a tiny run in the copy."""
-    BpeTokenizer(NANOCHAT_PATTERN, {bytes([i]): i for i in range(256)}).save(tree.folder / "bytes")
-    tree.program(
-        "train.py",
-        *TINY,
-        *words,
-        "run_name=run",
-        "vocab_size=265",
-        "tokenizer_path=bytes",
-        "sample_interval=0",
-        "eval_interval=0",
-        "tensorboard=false",
-        f"jax_cache_dir={os.environ['MAXNANO_TEST_CACHE']}",
-    )
-    lines = (tree.folder / "runs/run/metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-@pytest.mark.slow
-def test_a_training_stage(tree):
-    """A row of STAGE_CONFIGS, a row of STAGES and a file of overrides. DPO is in test_stages.py."""
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The rows of metrics.jsonl of a tiny run of a new stage with a new evaluation, in a copy."""
+    tree = Copy(tmp_path_factory.mktemp("trained"))
     tree.append("MaxNano/training/stages.py", FOCAL)
     row = 'STAGE_CONFIGS["focal"] = StageConfig("focal", ("synthetic",), _describe_text)'
     tree.append("MaxNano/stage_configs.py", row)
     tree.write("configs/stages/focal.yml", "dataset_type: synthetic\n")
-    steps = [row for row in train_four_steps(tree, "stage=focal") if "event" not in row]
-    assert len(steps) == 4
-    # At the start every token has about the same probability, 1 / vocab_size.
-    assert steps[0]["loss"] == pytest.approx((1 - 1 / 265) * math.log(265), rel=0.01)
 
-
-@pytest.mark.slow
-def test_an_evaluation(tree):
-    """A file in evals/ and a row of EVALS."""
     tree.write("MaxNano/evals/head_norm.py", HEAD_NORM)
     path = "MaxNano/evals/base.py"
     tree.replace(
@@ -395,8 +362,38 @@ def test_an_evaluation(tree):
         "from MaxNano.evals.head_norm import HeadNorm\n\\g<0>",
     )
     tree.replace(path, r"^EVALS: .*\{$", r'\g<0>\n    "head": HeadNorm,')
-    rows = [row for row in train_four_steps(tree) if row.get("event") == "head"]
-    assert [row["step"] for row in rows] == [0, 2, 4] and rows[0]["norm"] != rows[-1]["norm"]
+
+    BpeTokenizer(NANOCHAT_PATTERN, {bytes([i]): i for i in range(256)}).save(tree.folder / "bytes")
+    tree.program(
+        "train.py",
+        *TINY,
+        "stage=focal",
+        "run_name=run",
+        "vocab_size=265",
+        "tokenizer_path=bytes",
+        "sample_interval=0",
+        "eval_interval=0",
+        "tensorboard=false",
+    )
+    lines = (tree.folder / "runs/run/metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.slow
+def test_a_training_stage(rows):
+    """A row of STAGE_CONFIGS, a row of STAGES and a file of overrides. DPO is in test_stages.py."""
+    steps = [row for row in rows if "event" not in row]
+    assert len(steps) == 4
+    # At the start every token has about the same probability, 1 / vocab_size.
+    assert steps[0]["loss"] == pytest.approx((1 - 1 / 265) * math.log(265), rel=0.01)
+
+
+@pytest.mark.slow
+def test_an_evaluation(rows):
+    """A file in evals/ and a row of EVALS."""
+    norms = [row for row in rows if row.get("event") == "head"]
+    assert [row["step"] for row in norms] == [0, 2, 4]
+    assert norms[0]["norm"] != norms[-1]["norm"]
 
 
 def test_every_row_of_the_readme_has_a_test():

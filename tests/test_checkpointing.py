@@ -5,7 +5,6 @@ import re
 import resource
 import signal
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 import pytest
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -148,7 +148,8 @@ def test_restores_onto_other_devices(tmp_path):
         with Checkpointer(make_config(), {str(tmp_path)!r}) as checkpointer:
             checkpointer.save(3, state, {{}})
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True)
+    done = programs.run("-c", textwrap.dedent(code))
+    assert done.returncode == 0, done.stderr
     assert_same(restore(tmp_path)[0], make_state(3))
 
 
@@ -167,17 +168,11 @@ def test_kill_during_save_leaves_an_intact_checkpoint(tmp_path):
     """
     previous = 0
     for lines in (2, 7):
-        process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        process = programs.start("-c", textwrap.dedent(code))
         for _ in range(lines):
             begun = int(process.stdout.readline())
         process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.communicate()
         with Checkpointer(make_config(), tmp_path) as checkpointer:  # as the resumed run: a writer
             newest = checkpointer.latest_step()
             # The save that printed `begun` had waited for the one before it.

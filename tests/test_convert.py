@@ -3,14 +3,13 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import programs
 import pytest
 import tiktoken
 
@@ -420,13 +419,7 @@ def test_badly_named_targets_are_refused_before_anything_is_read(tmp_path, path)
 
 
 def test_errors_are_one_line_and_code_2(tmp_path):
-    command = [sys.executable, "MaxNano/convert.py", "configs/base.yml"]
-    done = subprocess.run(
-        [*command, f"from_nanochat={tmp_path}/model_1.npz"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = ["configs/base.yml", f"from_nanochat={tmp_path}/model_1.npz"]
+    done = programs.run("MaxNano/convert.py", *words)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: there is no ") and done.stderr.count("\n") == 1

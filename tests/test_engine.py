@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -631,13 +631,7 @@ def test_slots_and_heads_over_several_devices(served):
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path]),
     }
-    result = subprocess.run(
-        [sys.executable, "-c", SEVERAL_DEVICES],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = programs.run("-c", SEVERAL_DEVICES, env=environment)
     assert result.returncode == 0, result.stderr
     pairs = zip(json.loads(result.stdout), answers_of_every_kind(served), strict=True)
     for (tokens, logprobs), (expected, expected_logprobs) in pairs:

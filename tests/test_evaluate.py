@@ -7,13 +7,13 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 import yaml
 
@@ -164,13 +164,8 @@ def killed_after(name, folder, *words):
     """What the command in a process of its own has printed when an evaluation is there, which is
     its end.
     """
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "MaxNano/evaluate.py"), *command(folder, *words)],
-        cwd="/",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    script = ROOT / "MaxNano/evaluate.py"
+    process = programs.start(script, *command(folder, *words), cwd="/", stderr=subprocess.STDOUT)
     path = folder / "runs/run/evals/step_000007.json"
     while not (path.exists() and any(found.startswith(name) for found in results(folder))):
         assert process.poll() is None, process.communicate()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -463,13 +464,7 @@ def test_what_a_sentencepiece_model_does_has_no_equal(models):
 
 def test_the_command_line_says_so_in_one_line(models, tmp_path):
     def error_of(*words):
-        done = subprocess.run(
-            [sys.executable, "MaxNano/convert.py", "configs/base.yml", *words],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = programs.run("MaxNano/convert.py", "configs/base.yml", *words)
         assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
         return done.stderr
 

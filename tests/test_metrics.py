@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import object_store
+import programs
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
@@ -814,14 +815,7 @@ def test_kill_9_on_another_machine(store):
         test_metrics.run(logger, range(8, 10))
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **store.env},
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
+    done = programs.run("-c", textwrap.dedent(code), env={**os.environ, **store.env})
     assert done.returncode == -signal.SIGKILL, done.stderr
     state = json.loads(re.search("^STATE (.*)$", done.stdout, re.MULTILINE)[1])
     logger = start(make_config(), f"{store.bucket}/killed_9", start_step=8, state=state)

@@ -4,13 +4,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
 
 import object_store
+import programs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -44,7 +43,7 @@ def place(tmp_path_factory):
 def words_of(place, run_name, *more):
     return [
         str(ROOT / "configs/base.yml"),
-        "num_decoder_layers=2",
+        "num_decoder_layers=1",
         "window_pattern=L",
         "muon_iterations=1",
         "emb_dim=32",
@@ -99,14 +98,7 @@ def leave_none_behind():
 
 
 def start_python(*words, **env):
-    process = subprocess.Popen(
-        [sys.executable, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=clean(**env),
-    )
+    process = programs.start(*words, env=clean(**env))
     STARTED.append(process)
     return process
 

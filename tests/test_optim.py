@@ -1,8 +1,6 @@
 """The optimizer computes nanochat's updates, and each of its parts keeps its promise."""
 
 import os
-import subprocess
-import sys
 import textwrap
 from functools import partial
 from pathlib import Path
@@ -11,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 import pytest
 
 from MaxNano import pyconfig
@@ -485,14 +484,8 @@ def test_layers_cut_over_devices_need_no_communication():
         print(run(cut))
         print(run(whole))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=ROOT,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "8"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    done = programs.run("-c", textwrap.dedent(code), env={**os.environ, "XLA_FLAGS": flags})
     assert done.returncode == 0, done.stderr
     cut, whole = map(eval, done.stdout.splitlines())
     # A device's products are those of its own layer, even where parameters are whole and only the

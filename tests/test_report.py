@@ -9,11 +9,10 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import programs
 import pytest
 from etils import epath
 from hypothesis import given, settings
@@ -654,10 +653,8 @@ def run_report(*arguments, before=""):
     """A process of the command; `before` is run in it first."""
     code = f"import os, runpy, signal, sys\n{before}\nsys.argv[0] = 'MaxNano/report.py'\n"
     code += "runpy.run_path('MaxNano/report.py', run_name='__main__')"
-    command = [sys.executable, "-c", code] if before else [sys.executable, "MaxNano/report.py"]
-    return subprocess.run(
-        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=250, check=False
-    )
+    command = ["-c", code] if before else ["MaxNano/report.py"]
+    return programs.run(*command, *arguments)
 
 
 DIE = "os.kill(os.getpid(), signal.SIGKILL)"

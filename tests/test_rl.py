@@ -5,14 +5,13 @@ rewards that rise.
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -239,12 +238,7 @@ def place(tmp_path_factory):
 
 
 def start(*words):
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "tests/toy_rl.py"), *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return programs.start(ROOT / "tests/toy_rl.py", *words)
 
 
 def run(*words, status=0):

@@ -7,7 +7,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import programs
 import pytest
 from ports import free_port
 
@@ -29,14 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
     clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=ROOT,
-        env={**clean, "JAX_PLATFORMS": "cpu", **env},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return programs.run("-c", textwrap.dedent(code), env={**clean, "JAX_PLATFORMS": "cpu", **env})
 
 
 @pytest.mark.parametrize(
@@ -474,13 +467,7 @@ PREEMPTED = """
 
 
 def start(*args):
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PREEMPTED), *args],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = programs.start("-c", textwrap.dedent(PREEMPTED), *args)
     assert process.stdout.readline() == "ready\n"
     return process
 

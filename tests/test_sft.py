@@ -5,13 +5,12 @@ gradients.
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 from tuning import GOLDEN, PACKING, check_gradients
 
@@ -117,12 +116,7 @@ def make_setup(place, *more):
 
 def start(*words, pause=0):
     """train.py, with a pause of so many seconds before each step."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "tests/slow_train.py"), str(pause), *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return programs.start(ROOT / "tests/slow_train.py", pause, *words)
 
 
 def run(*words, status=0):

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import programs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -72,14 +73,8 @@ def start(*words, cwd=ROOT, pause=None):
     """train.py, with a pause of so many seconds before each step if a test interrupts it."""
     program = [ROOT / "MaxNano/train.py"]
     if pause is not None:
-        program = [ROOT / "tests/slow_train.py", str(pause)]
-    return subprocess.Popen(
-        [sys.executable, *program, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=cwd,
-    )
+        program = [ROOT / "tests/slow_train.py", pause]
+    return programs.start(*program, *words, cwd=cwd)
 
 
 def run(*words, cwd=ROOT, status=0):

@@ -106,8 +106,9 @@ def test_a_wrong_name_is_one_line_and_status_2(tmp_path):
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(900)
 def test_both_programs_compile_for_a_slice(tmp_path):
-    keys = (*TINY, "per_device_batch_size=8")
-    out, values = report(tmp_path, *keys, "compile_programs=[train,evaluate]")
+    keys = (*TINY, "per_device_batch_size=8", "num_decoder_layers=1", "muon_iterations=1")
+    words = (*keys, "compile_programs=[train,evaluate]")
+    out, values = report(tmp_path, *words, **LEAST_EFFORT)
     for words in (
         "train: memory",
         "train: cycles",
@@ -179,7 +180,7 @@ def test_prefill_and_decode_compile_for_a_slice(tmp_path):
         "stream_interval=4",
         "prefill_rows=1",
     )
-    out, values = report(tmp_path, *TINY, *words)
+    out, values = report(tmp_path, *TINY, *words, **LEAST_EFFORT)
     prefill, decode = values["programs"]["prefill"], values["programs"]["decode"]
     assert 0 < decode["bandwidth_utilization"] < 1 and prefill["bandwidth_utilization"] is None
     assert "estimated bandwidth utilization" in out

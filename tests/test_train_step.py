@@ -10,7 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from test_model import random_params
 
@@ -50,6 +52,7 @@ TINY = (
     "num_decoder_layers=4",
     "global_batch_tokens=256",
     "warmup_steps=2",
+    "muon_iterations=2",  # compiles faster; test_eight_updates_are_nanochats has all five
 )
 
 
@@ -72,6 +75,14 @@ def start(config, devices=None):
     state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
     programs = build_programs(setup, jit_train(setup), np.ones(config.vocab_size, np.int32))
     return setup, state, programs
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """() -> what start() returns for TINY, compiled once."""
+    setup, state, programs = start(make_config(*TINY))
+    kept = jax.device_get(state)
+    return lambda: (setup, jax.tree.map(jnp.asarray, kept), programs)
 
 
 def relative(got, expected):
@@ -133,27 +144,25 @@ def test_eight_updates_are_nanochats():
     check("final/")
 
 
-def test_micro_batches_add_up_to_the_batch():
+def test_micro_batches_add_up_to_the_batch(tiny):
     """Also where they have different numbers of targets: the mean is over the targets of all."""
     states = []
-    for rows in (8, 1):
-        config = make_config(*TINY, f"per_device_batch_size={rows}")
-        setup, state, programs = start(config)
+    one_row = start(make_config(*TINY, "per_device_batch_size=1"))
+    for rows, (setup, state, compiled) in ((8, tiny()), (1, one_row)):
         assert setup.plan.accumulation_steps == 8 // rows
-        batch = batch_of(config)
+        batch = batch_of(setup.config)
         batch["targets"][0, :20] = -1
         state = train_state.TrainState(state.step, random_params(setup.model), state.opt_state)
-        state, metrics = programs.train(state, batch)
+        state, metrics = compiled.train(state, batch)
         states.append((metrics["loss"], state))
     for loss, state in states[1:]:
         np.testing.assert_allclose(loss, states[0][0], rtol=1e-5)
         assert max(jax.tree.leaves(jax.tree.map(relative, state, states[0][1]))) < 1e-4
 
 
-def test_weights_scale_the_loss_and_ignored_targets_count_nowhere():
-    config = make_config(*TINY)
-    _, state, programs = start(config)
-    batch = batch_of(config)
+def test_weights_scale_the_loss_and_ignored_targets_count_nowhere(tiny):
+    setup, state, programs = tiny()
+    batch = batch_of(setup.config)
     half = {**batch, "weights": batch["weights"] / 2}
     ignored = {**batch, "targets": batch["targets"].copy()}
     ignored["targets"][:, ::2] = -1
@@ -165,10 +174,9 @@ def test_weights_scale_the_loss_and_ignored_targets_count_nowhere():
     assert losses[2] == pytest.approx(losses[0], rel=1e-2), "a mean over the targets that are left"
 
 
-def test_an_update_that_is_not_finite_changes_nothing():
-    config = make_config(*TINY)
-    _, state, programs = start(config)
-    batch = batch_of(config)
+def test_an_update_that_is_not_finite_changes_nothing(tiny):
+    setup, state, programs = tiny()
+    batch = batch_of(setup.config)
     for poison in (np.nan, np.inf, -np.inf):
         state, _ = programs.train(state, batch)
         before = jax.device_get(state)
@@ -421,6 +429,5 @@ print("equal")
 )
 def test_every_layout_gives_the_losses_of_one_device(layouts):
     """Ten steps on eight virtual devices within 1e-5."""
-    command = [sys.executable, "-c", TEN_LOSSES, str(ROOT), *layouts]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = programs.run("-c", TEN_LOSSES, ROOT, *layouts)
     assert done.stdout.endswith("equal\n"), done.stdout + done.stderr

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -36,22 +36,19 @@ from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training import checkpoint_identity
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.context import RunContext
+from MaxNano.training.memory_plan import (
+    compile_train,
+    explain_out_of_memory,
+    fit_memory,
+    take_first_step,
+)
 from MaxNano.training.metric_files import has_all_rows
 from MaxNano.training.metrics import MetricLogger
 from MaxNano.training.run_record import RunRecord, check_processes
 from MaxNano.training.setup import RunSetup, check_memory, flops_per_token, print_plan, set_up
 from MaxNano.training.stages import with_horizon
-from MaxNano.training.start import load_start, with_start
-from MaxNano.training.state import initialize
-from MaxNano.training.step import (
-    build_programs,
-    compile_train,
-    describe_memory_plan,
-    explain_out_of_memory,
-    fit_memory,
-    is_out_of_memory,
-    smaller,
-)
+from MaxNano.training.start import start_state, with_start
+from MaxNano.training.step import build_programs
 from MaxNano.tuning.tuned_file import with_tuned
 
 
@@ -170,33 +167,6 @@ def save_checkpoint(
     logger.flush()  # restarts the clock: the next step's time does not include saving
 
 
-def take_first_step(
-    run: RunContext, batch: dict[str, jax.Array], restart: Callable[[], Any]
-) -> tuple[dict[str, jax.Array], jax.stages.Compiled | None]:
-    """The first step of a process; returns its metrics, and the program if it was compiled again.
-
-    If the devices run out of memory, the step is repeated with the next smaller memory plan.
-    restart: sets run.state anew, after a failed step has consumed it. Several processes may not
-    fail together, so there the error is raised.
-    """
-    compiled = None
-    while True:
-        try:
-            state, metrics = jax.block_until_ready(run.programs.train(run.state, batch))
-            run.state = state
-            return metrics, compiled
-        except jax.errors.JaxRuntimeError as error:
-            less = smaller(run.setup) if is_out_of_memory(error) else None
-            if less is None or jax.process_count() > 1:
-                raise
-        run.say(f"Out of memory with {describe_memory_plan(run.setup)}")
-        run.say(f"Compiling for {describe_memory_plan(less)}")
-        run.setup, compiled = compile_train(less)
-        run.programs = build_programs(run.setup, compiled, run.tokenizer.token_bytes())
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves(run.state)):
-            restart()
-
-
 def next_batch(
     run: RunContext, logger: MetricLogger, preemption: Preemption, step: int
 ) -> dict[str, jax.Array]:
@@ -259,24 +229,6 @@ def check_finite(run: RunContext, skipped_in_a_row: int, step: int) -> None:
             f"{step}; their updates were skipped. Lower the learning rates or check the data, and "
             f"resume from the checkpoints in {run.directory}"
         )
-
-
-def start_state(run: RunContext, checkpointer: Checkpointer, record: RunRecord) -> dict[str, Any]:
-    """Set run.state: from the run's latest checkpoint, from another run's, or initialized.
-
-    Returns what was saved with the run's checkpoint, {} at the start of a run.
-    """
-    config, setup, extra = run.config, run.setup, {}
-    if config.enable_checkpointing and checkpointer.latest_step() is not None:
-        run.state, extra = checkpointer.restore(setup.abstract, check=record.check)
-    elif config.load_from is not None:
-        run.state, source = load_start(setup, run.tokenizer.fingerprint())
-        record.start_from(source)
-    else:
-        run.state = initialize(config, setup.numerics, setup.optimizer, setup.abstract)
-    if config.enable_checkpointing:
-        checkpointer.check_free_space(setup.abstract)
-    return extra
 
 
 def make_logger(

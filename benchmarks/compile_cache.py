@@ -31,8 +31,8 @@ from ml_collections import FrozenConfigDict
 from benchmarks import common, step_time
 from MaxNano import pyconfig
 from MaxNano.distributed import compile_cache, runtime
+from MaxNano.training.memory_plan import compile_train
 from MaxNano.training.setup import set_up
-from MaxNano.training.step import compile_train
 
 LATENCY_SECONDS = 0.05
 BYTES_PER_SECOND = 50e6

@@ -42,8 +42,9 @@ from MaxNano import pyconfig
 from MaxNano.compile import costs, hlo, topologies
 from MaxNano.distributed import hardware
 from MaxNano.storage.files import run_directory
+from MaxNano.training.memory_plan import compile_train
 from MaxNano.training.setup import flops_per_token, set_up
-from MaxNano.training.step import compile_train, lower_train
+from MaxNano.training.step import lower_train
 
 SLICES = (("v6e-16", 1), ("v6e-64", 1), ("v6e-256", 1), ("v6e-256", 2))
 SHORT = 256  # tokens of a row in programs that only count weights and collectives

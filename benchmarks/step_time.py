@@ -38,8 +38,9 @@ from MaxNano import pyconfig, train_compile
 from MaxNano.data.loader import put_global, to_batch
 from MaxNano.distributed import hardware, runtime, sharding
 from MaxNano.training import state as train_state
+from MaxNano.training.memory_plan import compile_train, fit_memory
 from MaxNano.training.setup import BatchPlan, RunSetup, check_memory, flops_per_token, set_up
-from MaxNano.training.step import build_programs, compile_train, fit_memory
+from MaxNano.training.step import build_programs
 from MaxNano.tuning.tuned_file import with_tuned
 
 TURNS = 6

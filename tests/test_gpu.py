@@ -124,7 +124,8 @@ LOSSES = """
     from MaxNano.distributed import runtime, sharding
     from MaxNano.training import state as train_state
     from MaxNano.training.setup import set_up
-    from MaxNano.training.step import build_programs, compile_train
+    from MaxNano.training.memory_plan import compile_train
+    from MaxNano.training.step import build_programs
     from MaxNano.data.loader import put_global, to_batch
 
     config = pyconfig.initialize([

@@ -3,8 +3,6 @@ must not happen.
 """
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,23 +14,22 @@ import programs
 import pytest
 from test_model import random_params
 
-from MaxNano import pyconfig, train
+from MaxNano import pyconfig
 from MaxNano.distributed import hardware
 from MaxNano.interop import nanochat
 from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import Numerics
 from MaxNano.optimizers import groups
+from MaxNano.training import memory_plan
 from MaxNano.training import state as train_state
-from MaxNano.training import step as step_module
-from MaxNano.training.setup import check_memory, check_sharding, plan_batch, set_up
-from MaxNano.training.step import (
-    build_programs,
+from MaxNano.training.memory_plan import (
     compile_train,
     describe_memory_plan,
     explain_out_of_memory,
     fit_memory,
-    jit_train,
 )
+from MaxNano.training.setup import check_memory, check_sharding, plan_batch, set_up
+from MaxNano.training.step import build_programs, jit_train
 
 ROOT = Path(__file__).parents[1]
 
@@ -222,7 +219,7 @@ def test_rows_that_do_not_fit_into_memory_are_halved(monkeypatch, capsys):
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM")
             return "step"
 
-    monkeypatch.setattr(step_module, "lower_train", Lowered)
+    monkeypatch.setattr(memory_plan, "lower_train", Lowered)
     setup, step = compile_train(set_up(make_config(*TINY), jax.devices()[:1]))
     assert step == "step" and compiled == [8, 4, 2] and setup.plan == (1, 4, 2)
     out = capsys.readouterr().out
@@ -309,7 +306,7 @@ def test_a_first_step_out_of_memory_is_repeated_with_half_the_rows(capsys):
     def restart():
         run.state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
 
-    metrics, compiled = train.take_first_step(run, batch_of(config), restart)
+    metrics, compiled = memory_plan.take_first_step(run, batch_of(config), restart)
     assert failing.calls == 1 and compiled is not None
     assert setup.plan == (1, 1, 8) and run.setup.plan == (1, 2, 4)
     jax.tree.map(np.testing.assert_array_equal, (run.state, metrics), expected)
@@ -326,7 +323,7 @@ def test_other_errors_of_the_first_step_are_raised():
 
     run = SimpleNamespace(setup=setup, state={}, programs=SimpleNamespace(train=broken))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        train.take_first_step(run, {}, None)
+        memory_plan.take_first_step(run, {}, None)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +356,7 @@ def test_a_gpus_program_that_needs_more_than_the_card_is_compiled_smaller(monkey
                 memory_analysis=lambda: SimpleNamespace(peak_memory_in_bytes=self.peak)
             )
 
-    monkeypatch.setattr(step_module, "lower_train", Lowered)
+    monkeypatch.setattr(memory_plan, "lower_train", Lowered)
     monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 50)
     setup = set_up(make_config(*TINY), devices)
     gpu = replace(setup, numerics=setup.numerics._replace(backend="gpu"))

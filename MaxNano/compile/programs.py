@@ -16,8 +16,9 @@ from MaxNano.compile.report import CostReport, ProgramWork, analyze
 from MaxNano.compile.topologies import cuda_without_gpu
 from MaxNano.distributed import gpus, hardware
 from MaxNano.inference import programs as engine_programs
+from MaxNano.training.memory_plan import compile_train, with_micro_rows
 from MaxNano.training.setup import RunSetup, flops_per_token
-from MaxNano.training.step import compile_train, lower_evaluate, lower_train, with_micro_rows
+from MaxNano.training.step import lower_evaluate, lower_train
 
 
 class Program(NamedTuple):

@@ -1,4 +1,4 @@
-"""Starts a run from the checkpoint of another run, as load_from says."""
+"""The state with which a run starts: its checkpoint, another run's (load_from), or initialized."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from MaxNano.config_schema import COMMAND_LINE
 from MaxNano.storage.files import run_directory
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.config_changes import ConfigChanged
-from MaxNano.training.state import TrainState
+from MaxNano.training.state import TrainState, initialize
 
 if TYPE_CHECKING:
+    from MaxNano.training.context import RunContext
+    from MaxNano.training.run_record import RunRecord
     from MaxNano.training.setup import RunSetup
 
 
@@ -119,3 +121,21 @@ def check_start(config: FrozenConfigDict, saved: Mapping[str, Any]) -> None:
             f"{run_directory(config)} was started {start}, not from {config.load_from}; "
             "choose another run_name"
         )
+
+
+def start_state(run: RunContext, checkpointer: Checkpointer, record: RunRecord) -> dict[str, Any]:
+    """Set run.state: from the run's latest checkpoint, from another run's, or initialized.
+
+    Returns what was saved with the run's checkpoint, {} at the start of a run.
+    """
+    config, setup, extra = run.config, run.setup, {}
+    if config.enable_checkpointing and checkpointer.latest_step() is not None:
+        run.state, extra = checkpointer.restore(setup.abstract, check=record.check)
+    elif config.load_from is not None:
+        run.state, source = load_start(setup, run.tokenizer.fingerprint())
+        record.start_from(source)
+    else:
+        run.state = initialize(config, setup.numerics, setup.optimizer, setup.abstract)
+    if config.enable_checkpointing:
+        checkpointer.check_free_space(setup.abstract)
+    return extra

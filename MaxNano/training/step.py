@@ -4,10 +4,8 @@ The train step is the same in every stage. The stage (stages.py) gives the batch
 each target.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,11 +17,11 @@ from jax.sharding import PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
-from MaxNano.distributed import hardware, runtime, sharding
+from MaxNano.distributed import hardware, sharding
 from MaxNano.models import losses
 from MaxNano.models.setup import Architecture
 from MaxNano.optimizers import schedules
-from MaxNano.training.setup import BatchPlan, RunSetup, largest_divisor, needed_bytes, set_up
+from MaxNano.training.setup import RunSetup
 from MaxNano.training.state import TrainState
 
 
@@ -216,137 +214,6 @@ def jit_evaluate(setup: RunSetup):
         out_shardings=setup.replicated,
         compiler_options=hardware.compiler_options(setup.config, setup.numerics.backend),
     )
-
-
-def compile_train(setup: RunSetup) -> tuple[RunSetup, jax.stages.Compiled]:
-    """The compiled train step, and the set-up with the micro-batch size that it was compiled for.
-
-    If the step does not fit in memory, smaller memory plans are tried. Raises ValueError if none
-    fits.
-    """
-    while True:
-        reason = None
-        try:
-            compiled = lower_train(setup).compile()
-            if not _exceeds_memory(setup, compiled):
-                return setup, compiled
-        except jax.errors.JaxRuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = error
-        rows, setup = setup.plan.micro_rows, smaller(setup)
-        if setup is None:
-            raise ValueError(
-                f"a step with {rows} rows per device does not fit in memory: choose a smaller "
-                "per_device_batch_size, remat_policy=full, more devices or a smaller model"
-            ) from reason
-        print(f"{rows} rows per device do not fit in memory", flush=True)
-        print(f"Compiling for {describe_memory_plan(setup)}", flush=True)
-
-
-# ---- Memory plan: rows per device, rematerialization, chunks of the loss
-
-MEMORY_PLAN = "the memory plan"  # the origin of values that `smaller` sets
-SMALL_VOCAB_CHUNK = 2048
-
-
-def smaller(setup: RunSetup) -> RunSetup | None:
-    """The set-up with the next smaller memory plan; None if the config leaves none open.
-
-    First fewer rows per device with more gradient accumulation, then rematerialization, then
-    smaller chunks of the vocabulary in the loss: the same losses up to rounding. What a file or the
-    command line sets stays.
-    """
-    config, plan = setup.config, setup.plan
-
-    def is_open(key: str) -> bool:
-        return config.origin[key] in ("base", MEMORY_PLAN)
-
-    if config.per_device_batch_size is None and plan.micro_rows > 1:
-        return replace(setup, plan=with_micro_rows(plan, plan.micro_rows - 1))
-    chunk = losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size) or config.vocab_size
-    if is_open("remat_policy") and config.remat_policy in ("none", "minimal"):
-        values = {"remat_policy": "minimal" if config.remat_policy == "none" else "full"}
-    elif is_open("vocab_chunk_size") and chunk > SMALL_VOCAB_CHUNK:
-        values = {"vocab_chunk_size": SMALL_VOCAB_CHUNK}
-    else:
-        return None
-    config = pyconfig.replace(config, MEMORY_PLAN, **values)
-    return replace(set_up(config, list(setup.mesh.devices.flat)), plan=plan)
-
-
-def fit_memory(setup: RunSetup) -> RunSetup:
-    """The set-up with the largest memory plan whose estimate fits in a device's memory.
-
-    The estimate is a lower bound: the compiler, and on a GPU the first step, may ask for less. If
-    nothing fits, the smallest plan. On a CPU, whose memory others use too, nothing changes.
-    """
-    limit = None if setup.numerics.backend == "cpu" else _shared_memory_limit()
-    while limit and sum(needed_bytes(setup).values()) > limit and (less := smaller(setup)):
-        setup = less
-    return setup
-
-
-def _shared_memory_limit() -> int | None:
-    """Bytes that a device has in every process, so that all choose the same plan; None: unknown."""
-    limits = runtime.gather_json(hardware.memory_limit_bytes())
-    return None if None in limits else min(limits)
-
-
-def describe_memory_plan(setup: RunSetup) -> str:
-    """The rows per device, and what `smaller` has changed besides."""
-    config = setup.config
-    keys = [key for key in pyconfig.keys_of(config) if config.origin[key] == MEMORY_PLAN]
-    return ", ".join(
-        [f"{setup.plan.micro_rows} rows per device", *(f"{key}={config[key]}" for key in keys)]
-    )
-
-
-def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
-    """Whether a compiler or a device ran out of memory."""
-    return "RESOURCE_EXHAUSTED" in str(error)
-
-
-def _exceeds_memory(setup: RunSetup, compiled: jax.stages.Compiled) -> bool:
-    """Whether the program needs more than this GPU has; a TPU's compiler refuses such a program."""
-    if setup.numerics.backend != "gpu" or setup.mesh.devices.flat[0] not in jax.devices():
-        return False
-    limit, stats = _shared_memory_limit(), compiled.memory_analysis()
-    return None not in (limit, stats) and stats.peak_memory_in_bytes > limit
-
-
-@contextlib.contextmanager
-def explain_out_of_memory(setup_now: Callable[[], RunSetup]) -> Iterator[None]:
-    """Turn a device's lack of memory into a ValueError that names the setting to change.
-
-    setup_now: returns the set-up that is used when the memory runs out.
-    """
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        setup = setup_now()
-        plan, remedy = (
-            setup.plan,
-            "choose a smaller model, or more devices with ici_fsdp_parallelism",
-        )
-        if plan.micro_rows > 1:
-            rows = with_micro_rows(plan, plan.micro_rows - 1).micro_rows
-            remedy = f"set per_device_batch_size={rows}, with the same losses up to rounding"
-        elif setup.config.remat_policy != "full":
-            remedy = "set remat_policy=full, with the same losses up to rounding"
-        raise ValueError(
-            f"a device ran out of memory with {describe_memory_plan(setup)}: {remedy}; the same "
-            "command resumes from the newest checkpoint"
-        ) from error
-
-
-def with_micro_rows(plan: BatchPlan, limit: int) -> BatchPlan:
-    """The plan with micro-batches of at most `limit` rows."""
-    device_rows = plan.accumulation_steps * plan.micro_rows
-    rows = largest_divisor(device_rows, limit)
-    return plan._replace(accumulation_steps=device_rows // rows, micro_rows=rows)
 
 
 def abstract_batch(setup: RunSetup) -> tuple[dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:

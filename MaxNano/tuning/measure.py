@@ -28,8 +28,9 @@ from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training import checkpoint_identity
 from MaxNano.training import state as train_state
 from MaxNano.training.context import RunContext
+from MaxNano.training.memory_plan import compile_train
 from MaxNano.training.setup import RunSetup, check_memory, flops_per_token, set_up
-from MaxNano.training.step import abstract_batch, build_programs, compile_train
+from MaxNano.training.step import abstract_batch, build_programs
 from MaxNano.tuning import children, kernels
 from MaxNano.tuning.candidates import Facts
 

@@ -28,7 +28,7 @@ from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training import checkpoint_identity
 from MaxNano.training import state as train_state
 from MaxNano.training.context import RunContext
-from MaxNano.training.memory_plan import compile_train
+from MaxNano.training.memory_plan import compile_train, fit_memory
 from MaxNano.training.setup import RunSetup, check_memory, flops_per_token, set_up
 from MaxNano.training.step import abstract_batch, build_programs
 from MaxNano.tuning import children, kernels
@@ -58,7 +58,7 @@ def _as_tuple(value: Any) -> Any:
 def probe(task: Mapping[str, Any], answer: Answer) -> None:
     """The Facts of this machine and this config."""
     config = config_of_task(task)
-    setup = set_up(config)
+    setup = fit_memory(set_up(config))  # as train.py
     device = setup.mesh.devices.flat[0]
     identity = checkpoint_identity.describe(config, "")
     plan, numerics = setup.plan, setup.numerics
@@ -80,6 +80,9 @@ def probe(task: Mapping[str, Any], answer: Answer) -> None:
             "scan_layers": scans_layers(config, numerics.backend),
             "vocab_chunk_size": losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size),
             "per_device_batch_size": plan.micro_rows,
+            "data_workers": hardware.data_workers(
+                config, numerics.backend, jax.local_device_count()
+            ),
         },
         device_rows=plan.accumulation_steps * plan.micro_rows,
         micro_rows=plan.micro_rows,
@@ -114,7 +117,7 @@ def time_steps(task: Mapping[str, Any], answer: Answer) -> None:
     also the most expensive operations.
     """
     config = config_of_task(task)
-    setup = set_up(config)
+    setup = fit_memory(set_up(config))  # as train.py
     check_memory(setup)
     batches = _text_batches(setup) if task["with_data"] else random_batches(setup)
     setup, program = compile_train(setup)

@@ -371,7 +371,7 @@ def test_core_while_training(place, monkeypatch, capsys):
     def train_until(comes):
         setup = set_up(config)
         with jax.set_mesh(setup.mesh):
-            return train.train(setup, Preemption(comes))
+            return train.train(setup, config, Preemption(comes))
 
     monkeypatch.setattr(core, "answer", counting)
     assert train_until(lambda: len(answered) == 1) == EXIT_PREEMPTED
@@ -415,7 +415,7 @@ def test_an_evaluation_that_fails_while_training_leaves_a_saved_run(place, monke
 
     monkeypatch.setattr(BpbEval, "measure", fail)
     with jax.set_mesh(setup.mesh), pytest.raises(ValueError, match="held_out.parquet is gone"):
-        train.train(setup, Preemption(lambda: False))
+        train.train(setup, setup.config, Preemption(lambda: False))
     folder = place / "runs/failing"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["2"]
     assert "Saved checkpoint at step 2; the same command resumes" in capsys.readouterr().out

@@ -123,10 +123,10 @@ def test_a_folder_that_takes_no_file_is_told_before_the_work(tmp_path, monkeypat
 
     calls = {
         "to_nanochat": lambda: convert.export_nanochat(
-            config(f"to_nanochat={nowhere}/model_000001.safetensors")
+            config(f"to_nanochat={nowhere}/model_000001.safetensors"), []
         ),
         "to_huggingface": lambda: convert.export_huggingface(
-            config(f"to_huggingface={nowhere}/model")
+            config(f"to_huggingface={nowhere}/model"), []
         ),
         "from_nanochat": lambda: convert.import_run(
             config("from_nanochat=x.pt", f"base_output_directory={nowhere}"), []

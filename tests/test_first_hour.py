@@ -71,8 +71,8 @@ def test_a_part_is_ended_with_all_that_it_started_and_its_output_is_kept(tmp_pat
         "print('child', child.pid, flush=True)\n"
         "time.sleep(600)\n"
     )
-    with pytest.raises(Failed, match="timed out after 2 s"):
-        hour.python("sleepy", 2.0, "-c", program)
+    with pytest.raises(Failed, match="timed out after 6 s"):
+        hour.python("sleepy", 6.0, "-c", program)
     child = int((tmp_path / "sleepy.log").read_text().split()[1])
     for _ in range(100):
         state = Path(f"/proc/{child}/stat")

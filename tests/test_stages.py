@@ -173,7 +173,7 @@ def words(tmp_path):
 def train_with(config):
     setup = set_up(config, jax.devices()[:1])
     with Preemption() as preemption, jax.set_mesh(setup.mesh):
-        return train.train(setup, preemption)
+        return train.train(setup, config, preemption)
 
 
 def events_of(path, name):

@@ -213,7 +213,9 @@ def test_no_folder_of_this_machine_is_in_a_cache_key(tmp_path):
         add = jax.jit(lambda x: pallas.pallas_call(kernel, out_shape=x)(x))
         program = add.trace(jax.ShapeDtypeStruct((8, 128), "float32")).lower(lowering_platforms=("tpu",))
         body = re.search("body[^:]*:[^:]*22([A-Za-z0-9+/=]{100,})", str(program.compiler_ir("stablehlo")))[1]
-        print(*{name.decode() for name in re.findall(rb"[ -~]+[.]py", base64.b64decode(body))})
+        kernel = base64.b64decode(body)
+        assert b"memory_space" in kernel  # names would be readable
+        print(*{name.decode() for name in re.findall(rb"[ -~]+[.]py", kernel)})
     """
     script = tmp_path / "user" / "script.py"
     script.parent.mkdir()
@@ -224,4 +226,5 @@ def test_no_folder_of_this_machine_is_in_a_cache_key(tmp_path):
         text=True,
         check=False,
     )
-    assert done.stdout.split() == ["user/script.py"], done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() in (["user/script.py"], [])  # JAX 0.12 leaves names out

@@ -93,8 +93,9 @@ class FullFile(type(Path())):
         new.number = number
         return new
 
-    def __init__(self, *_):
-        pass
+    def __init__(self, path, number):
+        if sys.version_info >= (3, 12):  # before, __new__ has done all
+            super().__init__(path)
 
     @property
     def parent(self):

@@ -196,10 +196,16 @@ def from_plain(value: object) -> object:
 def send(pipe: io.BufferedWriter, message: object) -> None:
     """Write a JSON message after its length. Raises EOFError if the other side has ended."""
     body = json.dumps(message).encode()
+    if pipe.closed:
+        raise EOFError(ENDED)
     try:
         pipe.write(struct.pack("I", len(body)) + body)
         pipe.flush()
     except BrokenPipeError:
+        try:
+            pipe.close()  # otherwise Python 3.13 reports at exit what could not be written
+        except BrokenPipeError:
+            pass
         raise EOFError(ENDED) from None
 
 

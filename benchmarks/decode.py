@@ -137,7 +137,8 @@ def measure_second_turn(setup: ModelSetup, params) -> common.Row:
     """Milliseconds to the first token after a long first turn, an answer and a short question."""
     config = setup.config
     engine = Engine(setup, params, None, slots=1, prefix_entries=2)
-    earlier, answer, question = engine.max_length * 3 // 4, 32, 32
+    earlier = engine.max_length * 3 // 4
+    answer = question = min(32, engine.max_length // 16)  # all three fit into the context
     first = Request(prompt=prompt_of(config, earlier), max_tokens=answer, temperature=0)
     milliseconds: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(1 + TURNS):

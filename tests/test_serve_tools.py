@@ -84,7 +84,7 @@ def check(name, arguments):
 
 
 def choice_of(server, **fields):
-    """The choice of a chat with tools of which one is required."""
+    """The choice of a chat that must call one of its tools."""
     fields = {"tools": TOOLS, "tool_choice": "required", "temperature": 1} | fields
     create = server.client.chat.completions.create
     [choice] = create(model="tiny", messages=[user("both?")], **fields).choices

@@ -230,7 +230,7 @@ def test_rows_that_do_not_fit_into_memory_are_halved(monkeypatch, capsys):
 
 
 def on_a_gpu(monkeypatch, memory_bytes, *overrides):
-    """The set-up that train.py would choose on one GPU of this much memory, 3/4 of which JAX takes."""
+    """The set-up that train.py would choose on one GPU of this much memory; JAX takes 3/4 of it."""
     monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: memory_bytes * 3 // 4)
     setup = set_up(make_config("dtype=bfloat16", *overrides), jax.devices()[:1])
     return fit_memory(replace(setup, numerics=setup.numerics._replace(backend="gpu")))

@@ -16,7 +16,7 @@ from MaxNano.compile.report import CostReport, ProgramWork, analyze
 from MaxNano.compile.topologies import cuda_without_gpu
 from MaxNano.distributed import gpus, hardware
 from MaxNano.inference import programs as engine_programs
-from MaxNano.training.memory_plan import compile_train, with_micro_rows
+from MaxNano.training.memory_plan import compile_train, is_out_of_memory, with_micro_rows
 from MaxNano.training.setup import RunSetup, flops_per_token
 from MaxNano.training.step import lower_evaluate, lower_train
 
@@ -117,7 +117,7 @@ def _compile(setup: RunSetup, program: str) -> jax.stages.Compiled:
         with cuda_without_gpu() if for_gpu else contextlib.nullcontext():
             compiled = PROGRAMS[program].lower(setup).compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and not for_gpu:
+        if not is_out_of_memory(error) and not for_gpu:
             raise
         reason = str(error).splitlines()[0]
         # On a TPU, a kernel that needs too much vector memory.

@@ -30,12 +30,4 @@ def read(run: epath.Path) -> list[dict[str, Any]]:
     path = run / HISTORY
     if not path.exists():
         return []
-    entries = []
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and "event" in entry:
-            entries.append(entry)
-    return entries
+    return [entry for entry in files.read_json_lines(path) if "event" in entry]

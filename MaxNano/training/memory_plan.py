@@ -72,8 +72,8 @@ def smaller(setup: RunSetup) -> RunSetup | None:
 def fit_memory(setup: RunSetup) -> RunSetup:
     """The set-up with the largest memory plan whose estimate fits in a device's memory.
 
-    The estimate is a lower bound: the compiler, and on a GPU the first step, may ask for less. If
-    nothing fits, the smallest plan. On a CPU, whose memory others use too, nothing changes.
+    The estimate is a lower bound: after it, compile_train and take_first_step may choose a smaller
+    plan. If nothing fits, the smallest plan. On a CPU, whose memory others use too, nothing changes.
     """
     limit = None if setup.numerics.backend == "cpu" else _shared_memory_limit()
     while limit and sum(needed_bytes(setup).values()) > limit and (less := smaller(setup)):
@@ -121,10 +121,8 @@ def explain_out_of_memory(setup_now: Callable[[], RunSetup]) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         setup = setup_now()
-        plan, remedy = (
-            setup.plan,
-            "choose a smaller model, or more devices with ici_fsdp_parallelism",
-        )
+        plan = setup.plan
+        remedy = "choose a smaller model, or more devices with ici_fsdp_parallelism"
         if plan.micro_rows > 1:
             rows = with_micro_rows(plan, plan.micro_rows - 1).micro_rows
             remedy = f"set per_device_batch_size={rows}, with the same losses up to rounding"

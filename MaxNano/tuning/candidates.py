@@ -100,7 +100,7 @@ class Facts(NamedTuple):
 
 
 class Knob(NamedTuple):
-    """Settings of which one is chosen, everything else being equal."""
+    """Alternative settings: one of them is chosen while all others stay the same."""
 
     name: str
     choices: Sequence[Overrides]

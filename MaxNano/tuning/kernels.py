@@ -138,7 +138,7 @@ def attention_error(
 
 
 def embedding_error(config: FrozenConfigDict, dtype: str) -> dict[str, float]:
-    """The error of the config's embedding gradient, for tokens of which some are frequent."""
+    """The error of the config's embedding gradient, for tokens with some frequent ones."""
     rng = np.random.default_rng(0)
     size = -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
     tokens = jnp.asarray(rng.integers(0, size, TOKENS) // rng.integers(1, 64, TOKENS), jnp.int32)

@@ -28,7 +28,7 @@ from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training import checkpoint_identity
 from MaxNano.training import state as train_state
 from MaxNano.training.context import RunContext
-from MaxNano.training.memory_plan import compile_train, fit_memory
+from MaxNano.training.memory_plan import compile_train, fit_memory, is_out_of_memory
 from MaxNano.training.setup import RunSetup, check_memory, flops_per_token, set_up
 from MaxNano.training.step import abstract_batch, build_programs
 from MaxNano.tuning import children, kernels
@@ -213,7 +213,7 @@ def main() -> int:
                 raise ValueError("tune.py measures the devices of one process, not of several")
             TASKS[task["task"]](task, answer)
         except jax.errors.JaxRuntimeError as error:
-            is_full = "RESOURCE_EXHAUSTED" in str(error)
+            is_full = is_out_of_memory(error)
             answer({"failure": "out of memory" if is_full else console.type_and_text(error)})
             console.exit_now(children.FATAL_STATUS)
         except (ValueError, OSError) as error:

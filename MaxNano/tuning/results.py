@@ -57,17 +57,7 @@ def _text(key: tuple[Any, ...]) -> str:
 
 def _read(path: epath.Path) -> list[dict[str, Any]]:
     """The lines of a journal without those that are damaged."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+    return files.read_json_lines(path) if path.exists() else []
 
 
 def to_markdown(row: Mapping[str, Any]) -> str:

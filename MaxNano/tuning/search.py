@@ -71,7 +71,7 @@ def search(
 def halve(
     contenders: Sequence[Overrides], measure: Measure, has_time: HasTime, *, with_data: bool = False
 ) -> Overrides:
-    """The fastest of the contenders, of which the first is the best so far.
+    """The fastest of the contenders; the first is the best so far.
 
     The first is the result if nothing else can be measured in time, or if it fails with the run's
     data, which the others then do too.

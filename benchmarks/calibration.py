@@ -3,10 +3,10 @@
     python benchmarks/calibration.py configs/base.yml
 
 Every row is a small program whose time on a v6e is public. It is compiled for the chip that was
-measured, by the tool that train_compile.py uses, and costed by the same rules, Splash by the bundles of its
-final schedule (JAX's Splash; the measured one is its successor in tokamax). Nothing is run. The factors in MaxNano/compile/calibration.py
-follow from the table. The whole step of the straightforward recipe, which takes minutes to compile,
-is in benchmarks/straightforward.py. Prints a table and a JSON line.
+measured, by the tool that train_compile.py uses, and costed by the same rules. Splash is costed by
+the bundles of its final schedule, and is JAX's: its successor in tokamax was measured. Nothing is
+run. The factors in MaxNano/compile/calibration.py follow from the table. A whole step that was
+measured is in benchmarks/straightforward.py. Prints two tables and a JSON line.
 
 Sources: TPU_RECIPES github.com/AI-Hypercomputer/tpu-recipes@c8cfe2f (microbenchmarks/README.md,
 microbenchmarks/trillium/collectives/README.md: its psum is that of accelerator-microbenchmarks,

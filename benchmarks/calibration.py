@@ -275,7 +275,7 @@ def main(config: FrozenConfigDict) -> None:
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
             for path in Path(name).iterdir():
                 path.unlink()
-    print("ESTIMATED and MEASURED on TPU v6e, milliseconds")
+    print("ESTIMATED for TPU v6e and MEASURED there, milliseconds")
     common.show(rows, digits=3)
     common.show(sum_up(rows), digits=2)
     print(json.dumps(rows))

@@ -346,7 +346,9 @@ def test_the_input_pipeline_says_what_a_million_tokens_need(tmp_path, monkeypatc
 @pytest.mark.tpu_compile
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("script", ["straightforward", "loss", "alternatives", "pods", "step_time"])
+@pytest.mark.parametrize(
+    "script", ["straightforward", "loss", "alternatives", "pods", "step_time", "calibration"]
+)
 def test_a_small_model_is_compiled(script, tmp_path):
     words = (
         "num_decoder_layers=8 window_pattern=SL emb_dim=128 head_dim=128 num_query_heads=1 vocab_size=16384 "

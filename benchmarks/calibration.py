@@ -181,8 +181,8 @@ def programs() -> list[Program]:
 # ---- Estimates ----------------------------------------------------------------------------------
 
 
-def lower(program: Program, devices) -> jax.stages.Lowered:
-    """The program for the chips that were measured, with whole arrays on each."""
+def lower(program: Program, devices) -> tuple[jax.stages.Lowered, Mesh]:
+    """The program for the chips that were measured, with whole arrays on each, and their mesh."""
     mesh = Mesh(np.asarray(devices), ("chips",))
     place = NamedSharding(mesh, PartitionSpec())
     arguments = [jax.ShapeDtypeStruct(*shape, sharding=place) for shape in program.shapes]

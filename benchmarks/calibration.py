@@ -72,10 +72,12 @@ class Program(NamedTuple):
 
 
 def product(a, b):
+    """The product of two matrices."""
     return a @ b
 
 
 def copy(a):
+    """A copy in the chip's main memory."""
     return a.copy()
 
 
@@ -134,12 +136,14 @@ def splash(rows: int, length: int, heads: int, head_dim: int, blocks, q_layout, 
 
 
 def linear_loss(tokens: int, width: int, vocab: int, milliseconds: float) -> Program:
+    """A record of `cross_entropy`, forward."""
     shapes = (((tokens, width), "bfloat16"), ((tokens,), "int32"), ((width, vocab), "bfloat16"))
     name = f"linear + cross-entropy {tokens:,} x {width:,} x {vocab:,}"
     return Program(name, "activation", milliseconds, TOKAMAX, cross_entropy, shapes)
 
 
 def plain(rows: int, length: int, milliseconds: float) -> Program:
+    """A record of `plain_attention`, forward, with 16 heads of 128."""
     shape = ((rows, length, 16, 128), "bfloat16")
     name = f"plain attention {rows} x {length:,}, 16 heads of 128"
     return Program(name, "activation", milliseconds, TOKAMAX, plain_attention, (shape,) * 3)

@@ -713,5 +713,7 @@ def test_the_report_has_the_calibrated_range_beside_the_count():
     assert json.loads(json.dumps(report.to_json()))["calibrated_seconds"]["low"] == pytest.approx(
         1e-3 * factor.low
     )
+    assert report.assumptions[-1] == calibration.ASSUMPTION and "matmul x" in calibration.ASSUMPTION
     other = compile_report.analyze(compiled(text), hardware.CHIPS["TPU v5 lite"])
+    assert other.assumptions == costs.ASSUMPTIONS
     assert other.calibrated_seconds is None and "calibrated" not in str(other.tables())

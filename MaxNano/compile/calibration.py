@@ -74,6 +74,17 @@ FACTORS: dict[str, Factor] = {
     "collective": COLLECTIVES,
 }
 
+ASSUMPTION = "calibrated: what public measurements on a v6e make of the estimate, " + ", ".join(
+    f"{name} x {factor.value:g} ({factor.low:g} to {factor.high:g})"
+    for name, factor in (
+        ("matmul", PRODUCTS),
+        ("pallas", KERNELS),
+        ("gather/scatter", GATHERS),
+        ("collective", COLLECTIVES),
+        ("other classes", OTHER_XLA),
+    )
+)
+
 
 def calibrate(cycles_by_class: Mapping[str, float], chip: hardware.Chip) -> Range | None:
     """Calibrated cycles of a program with these estimated cycles; None for an uncalibrated chip."""

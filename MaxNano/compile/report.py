@@ -232,6 +232,7 @@ def analyze(
         tokens_per_second=work and work.tokens / seconds,
         run_seconds=run_seconds,
         run_price=run_seconds / 3600 * chips * chip.price if is_priced else None,
+        assumptions=(*ASSUMPTIONS, calibration.ASSUMPTION) if calibrated else ASSUMPTIONS,
         calibrated_cycles=calibrated,
         calibrated_seconds=calibrated_seconds,
         calibrated_mfu=work

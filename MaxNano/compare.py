@@ -12,8 +12,10 @@ only what is missing. Table and chart go to comparisons/<run_name> in base_outpu
 import sys
 from pathlib import Path
 
-if __name__ == "__main__" and not __package__:  # run as a script: see train.py
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    if not __package__:  # run as a script: see train.py
+        sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import MaxNano  # noqa: F401  # explains a missing package
 
 import argparse
 import hashlib

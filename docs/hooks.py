@@ -26,7 +26,10 @@ PAGES = {
     "CHANGELOG.md": "reference/changelog.md",
     "CONTRIBUTING.md": "guides/contributing.md",
 }
-SECTIONS = {"reference/changelog.md": ("Reference", "Changes"), "guides/contributing.md": ("Guides", "Contribute")}
+SECTIONS = {
+    "reference/changelog.md": ("Reference", "Changes"),
+    "guides/contributing.md": ("Guides", "Contribute"),
+}
 SOURCES = {page: source for source, page in PAGES.items()}
 FENCE = re.compile(r"(?ms)^ *(?P<fence>```+|~~~+).*?^ *(?P=fence)[ \t]*$")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
@@ -98,11 +101,13 @@ def config_keys():
             lines += [f"## {section}", ""]
         facts = " ".join(filter(None, (key.type_text, key.range_text)))
         default = config_schema.format_value(defaults[name])
-        programs = "all programs" if key.programs == config_schema.PROGRAMS else ", ".join(key.programs)
+        programs = (
+            "all programs" if key.programs == config_schema.PROGRAMS else ", ".join(key.programs)
+        )
         lines += [
             f'<span id="{name}"></span>`{name}: {default}`',
             f":   {html.escape(key.help, quote=False)}",
-            f'    <small>{html.escape(facts)}; read by {programs}</small>',
+            f"    <small>{html.escape(facts)}; read by {programs}</small>",
             "",
         ]
     return "\n".join(lines)
@@ -117,7 +122,12 @@ def programs():
         summary, _, rest = text.partition("\n\n")
         keys = [key.name for key in config_schema.base_keys().values() if name in key.common_in]
         lines += [f"## {name}", "", escape(summary), "", as_blocks(rest), ""]
-        lines += ["Keys that `--help` shows: " + ", ".join(f"[`{key}`](config.md#{key})" for key in keys) + ".", ""]
+        lines += [
+            "Keys that `--help` shows: "
+            + ", ".join(f"[`{key}`](config.md#{key})" for key in keys)
+            + ".",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -131,7 +141,9 @@ def as_blocks(text):
 
 
 def escape(text):
-    return html.escape(text, quote=False).replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
+    return (
+        html.escape(text, quote=False).replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
+    )
 
 
 MARKS = {"<!-- config keys -->": config_keys, "<!-- programs -->": programs}

@@ -10,8 +10,12 @@ Interrupted at any time, the same command resumes. hub.py does the work.
 import sys
 from pathlib import Path
 
-if __name__ == "__main__" and not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parents[2])  # not MaxNano/data/, which hides modules
+if __name__ == "__main__":
+    if not __package__:
+        sys.path[0] = str(
+            Path(__file__).resolve().parents[2]
+        )  # not MaxNano/data/, which hides modules
+    import MaxNano  # noqa: F401  # explains a missing package
 
 import os
 import signal

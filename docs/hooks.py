@@ -56,7 +56,7 @@ def on_page_markdown(markdown, page, config, files):
     for mark, text in MARKS.items():
         if mark in markdown:
             markdown = markdown.replace(mark, text())
-    return outside_code(markdown, lambda text: LINK.sub(lambda link: on_site(link, uri), text))
+    return outside_code(markdown, lambda text: LINK.sub(lambda link: to_site(link, uri), text))
 
 
 def outside_code(markdown, change):
@@ -68,7 +68,7 @@ def outside_code(markdown, change):
     return "".join([*parts, change(markdown[end:])])
 
 
-def on_site(link, page):
+def to_site(link, page):
     """The text of a Markdown link on the site's page `page`."""
     image, text, target = link.groups()
     path, hash_sign, anchor = target.partition("#")

@@ -210,12 +210,25 @@ def test_keys_and_files_in_the_text_exist(page):
     assert problems == []
 
 
+def anchors(path):
+    """The anchors of a Markdown file's headings, as GitHub and the site name them."""
+    headings = re.findall(r"^#+ (.+)$", pages.prose(path), re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+    }
+
+
 def test_links_lead_somewhere():
     problems = []
     for page in pages.PAGES:
         for target in re.findall(r"\]\(([^()\s]+)\)", pages.prose(page)):
-            path = target.partition("#")[0]
-            if path and "://" not in target and not (page.parent / path).exists():
+            path, _, anchor = target.partition("#")
+            there = (page.parent / path) if path else page
+            if "://" in target:
+                continue
+            if not there.exists() or (
+                anchor and there.stem != "config" and anchor not in anchors(there)
+            ):
                 problems.append(f"{page.relative_to(ROOT)}: {target}")
     assert problems == []
 

@@ -30,7 +30,7 @@ def _is_program():
     started = getattr(sys, "orig_argv", sys.argv)
     folder = os.path.dirname(os.path.abspath(__file__)) + os.sep
     return any(
-        word.startswith("MaxNano.") or os.path.abspath(word).startswith(folder)
+        word.split(".")[0] == "MaxNano" or os.path.abspath(word).startswith(folder)
         for word in started[1:]
     )
 

@@ -102,7 +102,9 @@ def config_keys():
         facts = " ".join(filter(None, (key.type_text, key.range_text)))
         default = config_schema.format_value(defaults[name])
         programs = (
-            "all programs" if key.programs == config_schema.PROGRAMS else ", ".join(key.programs)
+            "all programs"
+            if set(key.programs) == set(config_schema.PROGRAMS)
+            else ", ".join(key.programs)
         )
         lines += [
             f'<span id="{name}"></span>`{name}: {default}`',
@@ -146,4 +148,16 @@ def escape(text):
     )
 
 
-MARKS = {"<!-- config keys -->": config_keys, "<!-- programs -->": programs}
+def sharding_rules():
+    """The default of logical_axis_rules as a table."""
+    keys = config_schema.base_keys()
+    rules = config_schema.default_values(keys, config_schema.BASE.name)["logical_axis_rules"]
+    rows = [f"| `{name}` | {', '.join(f'`{axis}`' for axis in axes)} |" for name, *axes in rules]
+    return "\n".join(["| logical axis | mesh axes, in order |", "|---|---|", *rows])
+
+
+MARKS = {
+    "<!-- sharding rules -->": sharding_rules,
+    "<!-- config keys -->": config_keys,
+    "<!-- programs -->": programs,
+}

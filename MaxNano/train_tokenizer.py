@@ -1,6 +1,6 @@
 """Trains a byte-level BPE tokenizer on the training documents.
 
-    python MaxNano/train_tokenizer.py configs/base.yml [key=value ...]
+    .venv/bin/python MaxNano/train_tokenizer.py configs/base.yml [key=value ...]
 
 Reads the data set, saves the tokenizer to tokenizer_path (atomically) and prints the bytes per
 token on several kinds of text.

@@ -1,6 +1,6 @@
 """Speed of CORE on a checkpoint: questions per second, with and without compilation.
 
-    python benchmarks/core.py configs/base.yml run_name=NAME core_bundle=PATH core_max_per_task=20
+    .venv/bin/python benchmarks/core.py configs/base.yml run_name=NAME core_bundle=PATH core_max_per_task=20
 
 With NANOCHAT=/path/to/its/checkout and NANOCHAT_PYTHON=/path/to/a/python with its packages,
 nanochat's own evaluation answers the same questions with the same parameters, task by task in

@@ -3,8 +3,8 @@
 Prefill throughput, time to first token, time per token, throughput by batch size, and the first
 token of a conversation's second turn with and without the prefix cache, by turns.
 
-    python benchmarks/decode.py configs/base.yml model=d24
-    python benchmarks/decode.py configs/base.yml model=d4 max_target_length=512 vocab_size=4096 num_cpu_devices=1
+    .venv/bin/python benchmarks/decode.py configs/base.yml model=d24
+    .venv/bin/python benchmarks/decode.py configs/base.yml model=d4 max_target_length=512 vocab_size=4096
 
 Weights are those of the run if run_name has a checkpoint, else random; decoding is greedy.
 Utilization is of the chip's memory bandwidth and peak FLOP/s: a decode step reads the weight

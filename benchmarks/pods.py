@@ -1,6 +1,6 @@
 """Estimates the train step on slices of several hosts: memory, collectives by mesh axis, step time.
 
-    python benchmarks/pods.py configs/base.yml model=d24 compile_report=pods.jsonl
+    .venv/bin/python benchmarks/pods.py configs/base.yml model=d24 compile_report=pods.jsonl
 
 For each of SLICES, once with the tokens per chip of compile_topology and once with its batch. All
 numbers are ESTIMATES. Compiling each whole step would take hours, so a step is composed of two

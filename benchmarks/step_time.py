@@ -1,7 +1,7 @@
 """Measures the train step alone, on random tokens, without data loading and logging.
 
-    python benchmarks/step_time.py configs/base.yml model=d24
-    python benchmarks/step_time.py configs/base.yml model=d4 max_target_length=512 vocab_size=4096 \
+    .venv/bin/python benchmarks/step_time.py configs/base.yml model=d24
+    .venv/bin/python benchmarks/step_time.py configs/base.yml model=d4 max_target_length=512 vocab_size=4096 \
         global_batch_tokens=8192
 
 Prints median and quartiles of the steps, tokens/s, memory and, for a known chip, MFU; and a JSON

@@ -1,8 +1,8 @@
 """Downloads data sets, the CORE bundle and the chat tasks' data before a run.
 
-    python MaxNano/data/download.py configs/base.yml dataset_type=hf \\
+    .venv/bin/python MaxNano/data/download.py configs/base.yml dataset_type=hf \\
         dataset_name=karpathy/climbmix-400b-shuffle download_shards=8
-    python MaxNano/data/download.py configs/base.yml download=[core,chat]
+    .venv/bin/python MaxNano/data/download.py configs/base.yml download=[core,chat]
 
 Interrupted at any time, the same command resumes. hub.py does the work.
 """

@@ -153,11 +153,26 @@ TINY = """num_decoder_layers=2 emb_dim=32 head_dim=16 num_query_heads=2 max_targ
     global_batch_tokens=512 num_cpu_devices=1 data_readers=1 steps=4 eval_tokens=512 eval_interval=2 sample_tokens=2
     tensorboard=false""".split()
 DECODING = ["prompt=One", "max_new_tokens=4", "decode_slots=1"]
+SFT = """max_target_length=64 num_cpu_devices=1 data_readers=1 steps=2 eval_tokens=512 eval_interval=2 tensorboard=false
+    base_output_directory=runs load_from=notes""".split()
+
+
+def steps_of(page, pattern):
+    """The programs of a page that a pattern finds, each as its words."""
+    for command in pages.commands():
+        if page in command.place and re.search(pattern, " ".join(command.words)):
+            yield command.words[1:]
+
+
+def run_step(folder, words, *added):
+    result = programs.run(ROOT / words[0], *words[1:], *added, cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
 
 
 @pytest.mark.long
-def test_the_guide_to_your_own_text_runs(tmp_path):
-    """Its four steps, with a tiny model."""
+def test_guides_run_with_a_tiny_model(tmp_path):
+    """Your own text; your own conversations, after it; compare two ideas."""
     for name in ("configs", "MaxNano"):
         (tmp_path / name).symlink_to(ROOT / name)
     notes = tmp_path / "data/notes"
@@ -165,24 +180,26 @@ def test_the_guide_to_your_own_text_runs(tmp_path):
     for number in range(4):
         text = "\n\n".join(f"Note {number} {line}: the sea is wide." for line in range(400))
         (notes / f"{number}.txt").write_text(text)
-    steps = [
-        command.words
-        for command in pages.commands()
-        if "guides/text.md" in command.place and not {"dry_run=true"} & set(command.words)
-    ]
-    steps = [words for words in steps if re.search("data/notes|run_name=notes", " ".join(words))]
-    assert [Path(words[1]).stem for words in steps] == "train_tokenizer train chat report".split()
-    added = {
-        "train_tokenizer": ["vocab_size=300"],
-        "train": TINY,
-        "chat": DECODING,
-    }
-    for words in steps:
-        result = programs.run(
-            ROOT / words[1], *words[2:], *added.get(Path(words[1]).stem, []), cwd=tmp_path
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
+    programs_run = []
+    added = {"train_tokenizer": ["vocab_size=300"], "train": TINY, "chat": DECODING}
+    for words in steps_of("guides/text.md", "=data/notes( |$)|run_name=notes"):
+        programs_run.append(Path(words[0]).stem)
+        run_step(tmp_path, words, *added.get(programs_run[-1], []))
+    assert programs_run == "train_tokenizer train chat report".split()
     assert (tmp_path / "runs/notes/report.html").is_file()
+
+    conversations = [block for block in pages.blocks("json") if block.page.stem == "conversations"]
+    lines = "".join(block.text for block in conversations) * 40
+    (tmp_path / "data/my_conversations.jsonl").write_text(lines)
+    [words] = steps_of("guides/conversations.md", "stage=sft")
+    tokenizer = ["tokenizer_path=data/notes_tokenizer", "vocab_size=300"]
+    run_step(tmp_path, words, *TINY, *SFT, *tokenizer)
+    assert (tmp_path / "runs/nano_sft/checkpoints/2").is_dir()
+
+    [words] = steps_of("guides/compare.md", "--arm")
+    data = ["dataset_type=text", "dataset_path=data/notes", "--seeds", "1"]
+    out = run_step(tmp_path, words, *TINY, *tokenizer, *data).stdout
+    assert "matrix_lr=0.03" in out and list(tmp_path.glob("runs/comparisons/rates/*"))
 
 
 # ---- What pages name ----------------------------------------------------------------------------

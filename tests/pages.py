@@ -2,10 +2,15 @@
 
 import ast
 import functools
+import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -98,3 +103,18 @@ def strings():
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.append(node.value)
     return texts
+
+
+def build_site(folder):
+    """Builds the documentation into a folder; skips the test without the extra docs."""
+    if not all(map(importlib.util.find_spec, ("mkdocs", "material"))):
+        pytest.skip("the extra docs is not installed (EXTRAS=docs bash setup.sh)")
+    result = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

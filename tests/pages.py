@@ -27,7 +27,7 @@ class Block(NamedTuple):
     text: str
 
     @property
-    def place(self) -> str:
+    def where(self) -> str:
         """Where it is, for messages."""
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
@@ -35,7 +35,7 @@ class Block(NamedTuple):
 class Command(NamedTuple):
     """A command without redirections: the environment that it sets, and its words."""
 
-    place: str
+    where: str
     environment: dict[str, str]
     words: list[str]
 
@@ -62,7 +62,7 @@ def prose(page):
 
 def commands():
     """The commands of all bash blocks."""
-    found = []
+    listed = []
     for block in blocks("bash"):
         for line in block.text.replace("\\\n", " ").splitlines():
             lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
@@ -71,20 +71,20 @@ def commands():
             for word in [*lexer, ";"]:
                 if word and set(word) <= set(";&|"):
                     if words:
-                        found.append(_command(block.place, words))
+                        listed.append(_command(block.where, words))
                     words = []
                 else:
                     words.append(word)
-    return found
+    return listed
 
 
-def _command(place, words):
+def _command(where, words):
     rest = list(words)
     environment = {}
     while rest and ASSIGNMENT.match(rest[0]):
         name, _, value = rest.pop(0).partition("=")
         environment[name] = value
-    return Command(place, environment, rest)
+    return Command(where, environment, rest)
 
 
 @functools.cache

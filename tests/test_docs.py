@@ -102,7 +102,7 @@ def test_every_command_exists_and_parses():
             if command.words:
                 check(command)
         except (AssertionError, ValueError, KeyError, IndexError) as error:
-            problems.append(f"{command.place}: {shlex.join(command.words)}: {error}")
+            problems.append(f"{command.where}: {shlex.join(command.words)}: {error}")
     assert problems == []
     assert len(pages.commands()) > 60
 
@@ -136,7 +136,7 @@ def test_the_dry_run_of_the_laptop_page_runs(tmp_path):
     [command] = {
         tuple(command.words)
         for command in pages.commands()
-        if "start/laptop.md" in command.place and "dry_run=true" in command.words
+        if "start/laptop.md" in command.where and "dry_run=true" in command.words
     }
     result = programs.run(ROOT / command[1], *command[2:], cwd=tmp_path)
     # The plan is printed on every machine; on a small one a line says that the model does not fit.
@@ -157,7 +157,7 @@ SFT = """max_target_length=64 num_cpu_devices=1 data_readers=1 steps=2 eval_toke
 def steps_of(page, pattern):
     """The programs of a page that a pattern finds, each as its words."""
     for command in pages.commands():
-        if page in command.place and re.search(pattern, " ".join(command.words)):
+        if page in command.where and re.search(pattern, " ".join(command.words)):
             yield command.words[1:]
 
 
@@ -251,7 +251,7 @@ def test_links_lead_somewhere():
 
 def test_code_of_the_pages_is_python_and_json(tmp_path):
     for block in pages.blocks("python"):
-        compile(block.text, block.place, "exec")
+        compile(block.text, block.where, "exec")
     conversations = [block for block in pages.blocks("json") if block.page.stem == "conversations"]
     assert len(conversations) == 2
     for block in pages.blocks("json"):
@@ -266,7 +266,7 @@ def test_code_of_the_pages_is_python_and_json(tmp_path):
 def test_the_task_of_the_guide_to_rl_works(monkeypatch):
     [block] = [block for block in pages.blocks("python") if block.page.stem == "rl"]
     names = {}
-    exec(compile(block.text, block.place, "exec"), names)
+    exec(compile(block.text, block.where, "exec"), names)
     monkeypatch.setitem(tasks.TASKS, "Sums", names["Sums"])
     train, test = (tasks.open_task(None, f"Sums/{split}") for split in ("train", "test"))
     assert len(train) + len(test) == 100

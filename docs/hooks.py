@@ -53,6 +53,8 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     uri = page.file.src_uri
+    if "─" in markdown:  # drawings are as wide as the page
+        page.meta.setdefault("hide", ["toc"])
     for mark, text in MARKS.items():
         if mark in markdown:
             markdown = markdown.replace(mark, text())

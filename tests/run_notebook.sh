@@ -14,8 +14,10 @@ wanted="$python ${packages[*]}"
 if [ "$(cat "$cache/complete" 2>/dev/null)" != "$wanted" ]; then
   echo "Installing ${packages[*]} in $cache"
   rm -rf "$cache"
-  "$python" -m venv "$cache"
-  "$cache/bin/python" -m pip install --quiet "${packages[@]}"
+  if ! { "$python" -m venv "$cache" && "$cache/bin/python" -m pip install --quiet "${packages[@]}"; }; then
+    echo "Skipped the notebook: could not install ${packages[*]}" >&2
+    exit 0
+  fi
   echo "$wanted" >"$cache/complete"
 fi
 

@@ -39,7 +39,7 @@ class Root:
     def start(self, command, **options):
         """Starts a command in the system, as the user and in the folder of the image."""
         network = {key: value for key, value in os.environ.items() if NETWORK.match(key)}
-        words = ["chroot", f"--userspec={self.user}", self.folder, "/bin/sh", "-c"]
+        words = ["/usr/sbin/chroot", f"--userspec={self.user}", self.folder, "/bin/sh", "-c"]
         script = f'cd {self.workdir} && exec "$@"'
         return subprocess.Popen(
             [*words, script, "sh", *command], env=network | self.environment, **options

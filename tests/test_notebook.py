@@ -21,7 +21,7 @@ CELLS = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
 SENTENCE = "The dog ran to the house, and the cat sat on the mat near the door. "
 SETTINGS = {
-    "DATA": "dataset_type=text dataset_path=text",
+    "DATA": "dataset_type=text dataset_path=text data_readers=1",
     "CONVERSATIONS": "chat_train_mixture=[[json:chats.jsonl,1]]"
     " chat_validation_mixture=[[json:chats.jsonl,1]]",
     "MODEL": "model=d2 emb_dim=32 head_dim=16 max_target_length=64 vocab_size=270 steps=4"

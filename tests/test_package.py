@@ -144,7 +144,7 @@ def test_pip_installs_a_command_that_trains_and_chats(built, tmp_path):
     tiny = "model=d2 emb_dim=32 head_dim=16 max_target_length=32 global_batch_tokens=256".split()
     assert check(maxnano, "--version") == f"maxnano {VERSION}\n"
     check(maxnano, "train-tokenizer", *data)
-    names = "run_name=tiny steps=4 eval_tokens=256".split()
+    names = "run_name=tiny steps=4 eval_tokens=256 data_readers=1".split()
     assert "Validation at step 4" in check(maxnano, "train", *data, *tiny, *names)
     chat = check(maxnano, "chat", "run_name=tiny", "prompt=A sentence", "max_new_tokens=4")
     assert chat.strip()

@@ -23,7 +23,8 @@ if __name__ == "__main__":
 
     pyconfig.check_command_line()  # before the import of JAX
     if not all(map(importlib.util.find_spec, ("starlette", "uvicorn", "prometheus_client"))):
-        print("error: the server needs more packages: EXTRAS=serve bash setup.sh", file=sys.stderr)
+        hint = "EXTRAS=serve bash setup.sh, or pip install '.[serve]' in a checkout"
+        print(f"error: the server needs more packages: {hint}", file=sys.stderr)
         sys.exit(2)
 
 import logging

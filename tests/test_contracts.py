@@ -14,7 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "MaxNano"
 ENTRY_POINTS = sorted(
-    path.stem for path in PACKAGE.glob("*.py") if '__name__ == "__main__"' in path.read_text()
+    path.stem
+    for path in PACKAGE.glob("*.py")
+    if '__name__ == "__main__"' in path.read_text() and path.name != "__main__.py"
 )
 
 

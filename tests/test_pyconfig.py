@@ -634,7 +634,7 @@ def test_brackets_and_stars_name_programs(tmp_path):
     assert (keys["b"].programs, keys["b"].common_in) == (("serve",), ())
     assert (keys["c"].programs, keys["c"].common_in) == (("train", "chat", "serve"), ("serve",))
     assert keys["d"].common_in == ("train", "chat", "serve")
-    assert keys["e"].programs == config_schema.PROGRAMS
+    assert keys["e"].programs == tuple(config_schema.PROGRAMS)
 
 
 def test_comments_continue_and_banners_make_sections(tmp_path):

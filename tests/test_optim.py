@@ -466,8 +466,11 @@ def test_layers_cut_over_devices_need_no_communication():
             return NamedSharding(mesh, PartitionSpec("fsdp") if x.ndim >= 3 else PartitionSpec())
         def whole(x):
             return NamedSharding(mesh, PartitionSpec())
-        def run(place_params):
-            places = jax.tree.map(place_params, params), jax.tree.map(cut, state)
+        def rows(x):  # as FSDP shards matrices
+            by_rows = x.ndim >= 3 and x.shape[1] > 1
+            return NamedSharding(mesh, PartitionSpec(None, "fsdp") if by_rows else PartitionSpec())
+        def run(place_params, place_state=cut):
+            places = jax.tree.map(place_params, params), jax.tree.map(place_state, state)
             compiled = jax.jit(
                 step, in_shardings=(*places, places[0]), out_shardings=places
             ).lower(params, state, grads).compile()
@@ -483,12 +486,15 @@ def test_layers_cut_over_devices_need_no_communication():
 
         print(run(cut))
         print(run(whole))
+        print(run(rows, rows))
     """
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     done = programs.run("-c", textwrap.dedent(code), env={**os.environ, "XLA_FLAGS": flags})
     assert done.returncode == 0, done.stderr
-    cut, whole = map(eval, done.stdout.splitlines())
+    cut, whole, rows = map(eval, done.stdout.splitlines())
     # A device's products are those of its own layer, even where parameters are whole and only the
     # state is cut; then the new layers are gathered, and nothing else is sent.
     assert cut == ({"[16,16]", "[16,64]", "[64,16]"}, set())
     assert whole == (cut[0], {"all-gather"})
+    # With FSDP a matrix travels to its owner, and its update back.
+    assert rows == (cut[0], {"all-to-all"})

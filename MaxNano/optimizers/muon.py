@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from MaxNano.distributed.sharding import Rules, constrain
+from MaxNano.distributed.sharding import Rules, constrain, owner_rules
 from MaxNano.optimizers.schedules import Schedule
 
 Tree = Any
@@ -53,7 +53,8 @@ def muon(
     to the Polar Express iterations. rules: they decide which devices compute which matrices; each
     matrix is computed on one device.
     """
-    constrained = each_matrix(lambda x: constrain(x, ("layers", *(None,) * (x.ndim - 1)), rules))
+    owners = owner_rules(rules)
+    constrained = each_matrix(lambda x: constrain(x, ("layers", *(None,) * (x.ndim - 1)), owners))
     parts = [nesterov_momentum(momentum), each_matrix(lambda x: x.astype(dtype)), constrained]
     if row_equilibration:
         parts.append(each_matrix(equilibrate_rows))

@@ -471,21 +471,24 @@ def test_layers_cut_over_devices_need_no_communication():
             return NamedSharding(mesh, PartitionSpec(None, "fsdp") if by_rows else PartitionSpec())
         def run(place_params, place_state=cut):
             places = jax.tree.map(place_params, params), jax.tree.map(place_state, state)
-            compiled = jax.jit(
-                step, in_shardings=(*places, places[0]), out_shardings=places
-            ).lower(params, state, grads).compile()
+            with jax.set_mesh(mesh):
+                compiled = jax.jit(
+                    step, in_shardings=(*places, places[0]), out_shardings=places
+                ).lower(params, state, grads).compile()
             got = compiled(*jax.device_put((params, state, grads), (*places, places[0])))
             jax.tree.map(
                 lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected
             )
             text = compiled.as_text()
             products = set(re.findall(r"f32(\\[[0-9,]*\\])\\S* dot\\(", text))
-            return products, set(re.findall(
-                r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[-.(]", text
-            ))
+            kinds = "(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+            sent = re.findall(r"= \\(?f32\\[([0-9,]+)\\][^=]* " + kinds + "[-.(]", text)
+            return products, {kind for sizes, kind in sent if np.prod(eval(sizes)) > SCALES}
 
+        SCALES = 0
         print(run(cut))
         print(run(whole))
+        SCALES = 8 * 64  # of the neurons of all layers
         print(run(rows, rows))
     """
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"

@@ -61,14 +61,10 @@ def test_what_is_gathered_by_layer_are_outer_axes(spec, first, last):
     assert sharding.split_spec(PartitionSpec(*first), None)[0] == PartitionSpec(*first)
 
 
-def test_the_rules_choose_the_kind_of_sharding_and_the_owners_of_matrices():
-    config = pyconfig.initialize([str(pyconfig.BASE)])
-    rules = config.logical_axis_rules
-    assert sharding.gathers_by_layer(rules)
-    assert sharding.owner_rules(rules) == [("layers", "data", "fsdp")]
+def test_the_rule_of_layers_chooses_the_kind_of_sharding():
+    assert sharding.gathers_by_layer(pyconfig.initialize([str(pyconfig.BASE)]).logical_axis_rules)
+    assert sharding.gathers_by_layer([("activation_batch", "data", "fsdp")])
     assert not sharding.gathers_by_layer(RULES)
-    assert sharding.owner_rules(RULES) == [("layers", "fsdp")]
-    assert sharding.owner_rules([("activation_batch", "data")]) == [("layers",)]
 
 
 def device(index, *, process=0, platform="cpu", **more):

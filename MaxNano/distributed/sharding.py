@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 Axes = tuple[str | None, ...]
@@ -83,26 +83,33 @@ def gathers_by_layer(rules: Rules) -> bool:
     return not any(FSDP_AXIS in axes for name, *axes in rules if name == "layers")
 
 
-def owner_rules(rules: Rules) -> Rules:
-    """Rules by which each matrix of a stack ("layers", ...) is on one device: the axes that shard
-    layers, then the others that shard `embed`.
-    """
-    table = {rule[0]: rule[1:] for rule in rules}
-    return [("layers", *dict.fromkeys((*table.get("layers", ()), *table.get("embed", ()))))]
-
-
 def constrain(x: jax.Array, axes: Axes, rules: Rules) -> jax.Array:
     """Constrains the sharding of `x` on the mesh axes that the compiler manages."""
-    mesh = jax.sharding.get_abstract_mesh()
-    managed = [
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto and mesh.shape[name] > 1
-    ]
+    mesh, managed = _managed()
     if not managed:
         return x
     sharding = named_sharding(mesh, x.shape, axes, rules, managed)
     return jax.lax.with_sharding_constraint(x, sharding.spec)
+
+
+def owners(rules: Rules) -> PartitionSpec | None:
+    """With FSDP on mesh axes that the compiler manages: how a stack of matrices (layers, ...) is
+    sharded if each is whole on one device, over all axes that shard layers or `embed`, whether or
+    not they divide the layers. None without FSDP.
+    """
+    _, managed = _managed()
+    if FSDP_AXIS not in managed or not gathers_by_layer(rules):
+        return None
+    table = {rule[0]: rule[1:] for rule in rules}
+    axes = dict.fromkeys((*table.get("layers", ()), *table.get("embed", ())))
+    return PartitionSpec(_part([axis for axis in axes if axis in managed]))
+
+
+def _managed() -> tuple[AbstractMesh, list[str]]:
+    """The mesh in use, and its axes that the compiler manages."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return mesh, [n for n, kind in kinds if kind == AxisType.Auto and mesh.shape[n] > 1]
 
 
 # ---- Inside shard_map: gather sharded parameters, reduce-scatter their gradients ----------------

@@ -137,7 +137,7 @@ def test_config_is_frozen_hashable_and_survives_pickle():
     assert hash(config) == hash(load("model=d6", "trackers=[wandb]"))
     assert pickle.loads(pickle.dumps(config)) == config
     assert config.trackers == ("wandb",)
-    assert config.logical_axis_rules[0] == ("layers", "fsdp", "data")
+    assert config.logical_axis_rules[0] == ("layers", "data")
 
 
 def test_describe_lists_what_differs_from_base_in_its_order():

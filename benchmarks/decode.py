@@ -278,22 +278,21 @@ def main(config: FrozenConfigDict) -> int | None:
     has_run = (run / "checkpoints").exists()
     params = load_params(setup)[0] if has_run else random_params(setup.params, config.seed)
     print(f"weights: {run if has_run else 'random'}", flush=True)
-    rows = [measure(setup, params, batch) for batch in BATCHES]
-    common.show(rows, digits=2)
-    second_turn = measure_second_turn(setup, params)
-    common.show([second_turn], digits=2)
-    nanochat_rows = compare(setup, params)
-    if nanochat_rows:
-        common.show(nanochat_rows, digits=2)
-    report = {
+    report: dict[str, Any] = {
         "model": config.model,
         "device": setup.mesh.devices.flat[0].device_kind,
         "devices": setup.mesh.size,
-        "rows": rows,
-        "second turn": second_turn,
-        "nanochat": nanochat_rows,
     }
-    print(json.dumps(report))
+    parts = {
+        "rows": lambda: [measure(setup, params, batch) for batch in BATCHES],
+        "second turn": lambda: measure_second_turn(setup, params),
+        "nanochat": lambda: compare(setup, params),
+    }
+    for name, part in parts.items():
+        report[name] = part()
+        if report[name]:
+            common.show(report[name] if name != "second turn" else [report[name]], digits=2)
+        print(json.dumps(report), flush=True)  # a result, should a later part not finish
     return None
 
 

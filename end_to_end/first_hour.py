@@ -198,11 +198,8 @@ def count_tests(log: str, failure: str | None) -> Row:
 def model_words(hour: Hour, large: bool) -> list[str]:
     """The config of the model whose step is measured: d12 or d24, on a CPU one of a few seconds."""
     if hour.on_cpu:
-        return [
-            f"model=d{4 if large else 2}",
-            "max_target_length=256",
-            f"vocab_size={VOCABULARY}",
-        ] + ["global_batch_tokens=2048"]
+        shape = ["max_target_length=128", f"vocab_size={VOCABULARY}"]
+        return [f"model=d{4 if large else 2}", *shape, "global_batch_tokens=1024"]
     return [f"model=d{24 if large else 12}", "global_batch_tokens=131072"]
 
 
@@ -259,7 +256,7 @@ def run_words(hour: Hour) -> list[str]:
     """The config of the run that is trained: generated text, a model of seconds per step at most."""
     model = ["model=d8", "global_batch_tokens=65536"]
     if hour.on_cpu:
-        model = ["model=d2", "max_target_length=128", "global_batch_tokens=2048"]
+        model = ["model=d2", "max_target_length=128", "global_batch_tokens=1024"]
     return [
         "configs/base.yml",
         *model,
@@ -319,7 +316,8 @@ def measure_core(hour: Hour, seconds: float) -> Row:
     """Questions per second on generated CORE tasks, with the run that was trained."""
     if not (hour.output / "trained/checkpoints").exists():
         raise Failed("needs the checkpoint of the part train")
-    words = [*run_words(hour), f"core_bundle={hour.output / 'core'}", "core_max_per_task=20"]
+    words = [*run_words(hour), f"core_bundle={hour.output / 'core'}"]
+    words.append(f"core_max_per_task={8 if hour.on_cpu else 20}")
     return measure(hour, "core", seconds, "benchmarks/core.py", *words)
 
 

@@ -278,21 +278,23 @@ def main(config: FrozenConfigDict) -> int | None:
     has_run = (run / "checkpoints").exists()
     params = load_params(setup)[0] if has_run else random_params(setup.params, config.seed)
     print(f"weights: {run if has_run else 'random'}", flush=True)
-    rows = [measure(setup, params, batch) for batch in BATCHES]
-    common.show(rows, digits=2)
-    second_turn = measure_second_turn(setup, params)
-    common.show([second_turn], digits=2)
-    nanochat_rows = compare(setup, params)
-    if nanochat_rows:
-        common.show(nanochat_rows, digits=2)
-    report = {
+    rows: list[common.Row] = []
+    report: dict[str, Any] = {
         "model": config.model,
         "device": setup.mesh.devices.flat[0].device_kind,
         "devices": setup.mesh.size,
         "rows": rows,
-        "second turn": second_turn,
-        "nanochat": nanochat_rows,
     }
+    for batch in BATCHES:
+        rows.append(measure(setup, params, batch))
+        print(json.dumps(report), flush=True)  # a result, should a later part not finish
+    common.show(rows, digits=2)
+    report["second turn"] = measure_second_turn(setup, params)
+    common.show([report["second turn"]], digits=2)
+    print(json.dumps(report), flush=True)
+    report["nanochat"] = compare(setup, params)
+    if report["nanochat"]:
+        common.show(report["nanochat"], digits=2)
     print(json.dumps(report))
     return None
 

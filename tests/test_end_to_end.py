@@ -98,8 +98,16 @@ def start(script, settings, *arguments, **more):
 
 
 def power_off(process):
-    """Kills a script with everything that it started here, so that no late connection follows."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """Kills a script with everything that it started here, so that no late connection follows.
+
+    `timeout` has a process group of its own, so the whole session is killed, and twice: a process
+    may start another one meanwhile.
+    """
+    for _ in range(2):
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(ProcessLookupError):
+                if os.getsid(int(folder.name)) == process.pid:
+                    os.kill(int(folder.name), signal.SIGKILL)
     process.communicate()
 
 

@@ -482,8 +482,13 @@ def test_layers_cut_over_devices_need_no_communication():
             text = compiled.as_text()
             products = set(re.findall(r"f32(\\[[0-9,]*\\])\\S* dot\\(", text))
             kinds = "(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
-            sent = re.findall(r"= \\(?f32\\[([0-9,]+)\\][^=]* " + kinds + "[-.(]", text)
-            return products, {kind for sizes, kind in sent if np.prod(eval(sizes)) > SCALES}
+            sent = re.findall(r"= (\\S+|\\(.*\\)) " + kinds + r"(?:-start)?\\(", text)
+            sizes = {}
+            for result, kind in sent:
+                parts = re.findall(r"f32\\[([0-9,]+)\\]", result)
+                total = sum(int(np.prod(eval(f"[{part}]"))) for part in parts)
+                sizes[kind] = max(total, sizes.get(kind, 0))
+            return products, {kind for kind, size in sizes.items() if size > SCALES}
 
         SCALES = 0
         print(run(cut))

@@ -1,7 +1,7 @@
 """Chat with a checkpoint in the terminal.
 
-    python MaxNano/chat.py configs/base.yml run_name=NAME
-    python MaxNano/chat.py configs/base.yml run_name=NAME prompt="Why is the sky blue?"
+    .venv/bin/python MaxNano/chat.py configs/base.yml run_name=NAME
+    .venv/bin/python MaxNano/chat.py configs/base.yml run_name=NAME prompt="Why is the sky blue?"
 
 Config values are those of the run, unless the command line sets them. A base model continues the
 text. At a terminal the prompt appears at once, and a thread loads and compiles the model meanwhile.

@@ -1,8 +1,8 @@
 """Trains arms x seeds with train.py and compares them; or compares runs that exist.
 
-    python MaxNano/compare.py configs/base.yml model=d4 --arm "matrix_lr=0.02" --arm "matrix_lr=0.03" --seeds 3
-    python MaxNano/compare.py configs/base.yml --runs d4_a,d4_b
-    python MaxNano/compare.py configs/base.yml --leaderboard runs
+    .venv/bin/python MaxNano/compare.py configs/base.yml model=d4 --arm "" --arm "matrix_lr=0.03" --seeds 3
+    .venv/bin/python MaxNano/compare.py configs/base.yml --runs d4_a,d4_b
+    .venv/bin/python MaxNano/compare.py configs/base.yml --leaderboard runs
 
 Each run is one train.py after another, or several at once with --devices. The same command skips
 runs that are complete and resumes the one that was interrupted; a later --arm or more --seeds train
@@ -12,8 +12,10 @@ only what is missing. Table and chart go to comparisons/<run_name> in base_outpu
 import sys
 from pathlib import Path
 
-if __name__ == "__main__" and not __package__:  # run as a script: see train.py
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    if not __package__:  # run as a script: see train.py
+        sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import MaxNano  # noqa: F401  # explains a missing package
 
 import argparse
 import hashlib

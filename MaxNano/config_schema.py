@@ -15,24 +15,34 @@ from typing import Any, NamedTuple
 
 import yaml
 
-BASE = Path(__file__).resolve().parents[1] / "configs" / "base.yml"
+PACKAGE = Path(__file__).resolve().parent
+# A checkout has the configs beside the package; setup.py copies them into the package of a wheel.
+IS_INSTALLED = (PACKAGE / "configs").is_dir()
+BASE = (PACKAGE if IS_INSTALLED else PACKAGE.parent) / "configs" / "base.yml"
 COMMAND_LINE = "command line"
 INT_LIMIT = 2**63  # integers are below this
 
-# The programs that a banner or a key of base.yml can name.
-PROGRAMS = (
-    "train",
-    "train_tokenizer",
-    "evaluate",
-    "chat",
-    "serve",
-    "convert",
-    "report",
-    "compare",
-    "train_compile",
-    "tune",
-    "download",
-)
+# The programs, what each does, and the words that a banner or a key of base.yml names them by. Each
+# is MaxNano/<program>.py, and `maxnano <program>` runs it.
+PROGRAMS = {
+    "train": "train a model, fine-tune it, or resume a run",
+    "train_tokenizer": "train a tokenizer on the text",
+    "evaluate": "evaluate a run: bits per byte, CORE, chat tasks, samples",
+    "chat": "chat with a run in the terminal",
+    "serve": "serve runs with the OpenAI API and a chat page",
+    "convert": "import and export: nanochat, Hugging Face",
+    "report": "write the report of a run",
+    "compare": "train several configs, or read runs, and compare them",
+    "train_compile": "compile for devices that this machine does not have",
+    "tune": "find the fastest settings on these devices",
+    "download": "download data sets, CORE and the chat tasks",
+}
+
+
+def module_of(program: str) -> str:
+    """The module of one of PROGRAMS."""
+    return "MaxNano.data.download" if program == "download" else f"MaxNano.{program}"
+
 
 _NULL_WORDS = {"", "~", "null", "Null", "NULL", "None"}
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}

@@ -1,9 +1,9 @@
 """Converts between MaxNano runs and nanochat checkpoints or Hugging Face model folders.
 
-    python MaxNano/convert.py configs/base.yml from_nanochat=PATH run_name=NAME
-    python MaxNano/convert.py configs/base.yml to_nanochat=PATH run_name=NAME
-    python MaxNano/convert.py configs/base.yml to_huggingface=FOLDER run_name=NAME
-    python MaxNano/convert.py configs/base.yml from_huggingface=FOLDER run_name=NAME
+    .venv/bin/python MaxNano/convert.py configs/base.yml from_nanochat=PATH run_name=NAME
+    .venv/bin/python MaxNano/convert.py configs/base.yml to_nanochat=PATH run_name=NAME
+    .venv/bin/python MaxNano/convert.py configs/base.yml to_huggingface=FOLDER run_name=NAME
+    .venv/bin/python MaxNano/convert.py configs/base.yml from_huggingface=FOLDER run_name=NAME
 
 Parameters, model config and tokenizer are converted, the optimizer state is not. The formats are in
 interop/nanochat.py and interop/huggingface.py.

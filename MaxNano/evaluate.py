@@ -1,7 +1,7 @@
 """Evaluates a checkpoint of a run: bits per byte, CORE, chat tasks, samples.
 
-    python MaxNano/evaluate.py configs/base.yml model=d4 run_name=NAME evals=bpb,core,samples core_bundle=PATH
-    python MaxNano/evaluate.py configs/base.yml model=d4 stage=sft evals=chat chat_data=PATH
+    .venv/bin/python MaxNano/evaluate.py configs/base.yml model=d4 run_name=NAME evals=bpb,core,samples core_bundle=PATH
+    .venv/bin/python MaxNano/evaluate.py configs/base.yml model=d4 stage=sft evals=chat chat_data=PATH
 
 Config values are those of the run, unless the command line sets them. Results go to
 `evals/step_<step>.json` in the run's folder after every task. The same command resumes an

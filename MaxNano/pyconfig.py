@@ -526,6 +526,7 @@ def saved_lines(text: str) -> dict[str, tuple[str, str]]:
 # ---- Entry points -------------------------------------------------------------------------------
 
 
+COMMAND = ""  # "maxnano train" if __main__.py runs the program, which --help then names
 HELP_WORDS = {"-h": False, "--help": False, "--help=all": True}  # word -> whether to show all keys
 
 
@@ -566,7 +567,8 @@ def launch(
     try:
         for word in HELP_WORDS.keys() & set(argv):
             program = Path(sys.argv[0])
-            print(f"usage: python {program} configs/base.yml [key=value ...]")
+            command = f"{COMMAND} [CONFIG.yml]" if COMMAND else f"python {program} configs/base.yml"
+            print(f"usage: {command} [key=value ...]")
             print(options, end="")
             print(config_schema.help_text(program.stem, show_all=HELP_WORDS[word]), end="")
             return 0

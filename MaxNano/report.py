@@ -1,6 +1,6 @@
 """Writes the report of a run: what ran, on what, how long and for how much, and with what result.
 
-    python MaxNano/report.py configs/base.yml run_name=NAME
+    .venv/bin/python MaxNano/report.py configs/base.yml run_name=NAME
 
 It is written to the run's folder as `report.html`, one page that needs no other file, and as
 `report.md`. The report of a run that was started from another one (load_from) begins with the first

@@ -1,7 +1,7 @@
 """An OpenAI-compatible server for one model or several, with a chat page.
 
-    python MaxNano/serve.py configs/base.yml run_name=NAME           # http://127.0.0.1:8000
-    python MaxNano/serve.py configs/base.yml "serve_runs=[A, B]"     # a request's `model` chooses
+    .venv/bin/python MaxNano/serve.py configs/base.yml run_name=NAME           # http://127.0.0.1:8000
+    .venv/bin/python MaxNano/serve.py configs/base.yml "serve_runs=[A, B]"     # a request's `model` chooses
 
 Endpoints: /v1/models, /v1/completions, /v1/chat/completions, /v1/responses, /health, /metrics
 (Prometheus), the page at /, and vLLM's /tokenize, /detokenize and /tokenizer_info, which lm-eval
@@ -23,7 +23,8 @@ if __name__ == "__main__":
 
     pyconfig.check_command_line()  # before the import of JAX
     if not all(map(importlib.util.find_spec, ("starlette", "uvicorn", "prometheus_client"))):
-        print("error: the server needs more packages: EXTRAS=serve bash setup.sh", file=sys.stderr)
+        hint = "EXTRAS=serve bash setup.sh, or pip install '.[serve]' in a checkout"
+        print(f"error: the server needs more packages: {hint}", file=sys.stderr)
         sys.exit(2)
 
 import logging

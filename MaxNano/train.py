@@ -1,6 +1,6 @@
 """Trains a model: one program and one loop for every stage.
 
-    python MaxNano/train.py configs/base.yml model=d24
+    .venv/bin/python MaxNano/train.py configs/base.yml model=d24
 
 The same command resumes a run that was interrupted. What a stage trains on is a row of
 training/stages.py; what is measured at intervals is a row of evals/base.py.

@@ -1,9 +1,9 @@
 """Compiles the programs of training and of the engine for a TPU slice or GPUs and reports their cost.
 
-    python MaxNano/train_compile.py configs/base.yml model=d24 compile_topology=v6e-8
-    python MaxNano/train_compile.py configs/base.yml model=d24 compile_programs=[prefill,decode] decode_slots=128
-    python MaxNano/train_compile.py configs/base.yml model=d24 stage=sft      the train step of another stage
-    python MaxNano/train_compile.py configs/base.yml model=d12 compile_topology=h100-1
+    .venv/bin/python MaxNano/train_compile.py configs/base.yml model=d24 compile_topology=v6e-8
+    .venv/bin/python MaxNano/train_compile.py configs/base.yml model=d24 compile_programs=[decode] decode_slots=128
+    .venv/bin/python MaxNano/train_compile.py configs/base.yml model=d24 stage=sft      the train step of another stage
+    .venv/bin/python MaxNano/train_compile.py configs/base.yml model=d12 compile_topology=h100-1
 
 The machine needs no accelerator: libtpu and JAX's plugin for CUDA (extra gpu) compile on a CPU for
 devices that are given by name.

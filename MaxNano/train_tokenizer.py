@@ -1,6 +1,6 @@
 """Trains a byte-level BPE tokenizer on the training documents.
 
-    python MaxNano/train_tokenizer.py configs/base.yml [key=value ...]
+    .venv/bin/python MaxNano/train_tokenizer.py configs/base.yml [key=value ...]
 
 Reads the data set, saves the tokenizer to tokenizer_path (atomically) and prints the bytes per
 token on several kinds of text.
@@ -10,8 +10,12 @@ Source: nanochat/scripts/tok_train.py and tok_eval.py@92d63d4.
 import sys
 from pathlib import Path
 
-if __name__ == "__main__" and not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not MaxNano/, which hides libraries
+if __name__ == "__main__":
+    if not __package__:
+        sys.path[0] = str(
+            Path(__file__).resolve().parents[1]
+        )  # not MaxNano/, which hides libraries
+    import MaxNano  # noqa: F401  # explains a missing package
 
 import itertools
 import json

@@ -1,7 +1,7 @@
 """Finds the fastest settings for a model on the devices of this machine, by measurement.
 
-    python MaxNano/tune.py configs/base.yml model=d24
-    python MaxNano/tune.py configs/base.yml model=d12 tune_minutes=8
+    .venv/bin/python MaxNano/tune.py configs/base.yml model=d24
+    .venv/bin/python MaxNano/tune.py configs/base.yml model=d12 tune_minutes=8
 
 Checks every kernel that the config can choose, measures train steps with other settings, each in a
 process of its own, and writes configs/tuned/<device>-<devices>-<model>.yml, which train.py uses. No

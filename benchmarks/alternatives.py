@@ -1,7 +1,7 @@
 """Estimates how design alternatives of the train step change cycles and memory of a TPU.
 
-    python benchmarks/alternatives.py configs/base.yml model=d24 emb_dim=1536 num_decoder_layers=4 window_pattern=SL \
-        compile_report=alternatives.jsonl
+    .venv/bin/python benchmarks/alternatives.py configs/base.yml model=d24 emb_dim=1536 \
+        num_decoder_layers=4 window_pattern=SL compile_report=alternatives.jsonl
 
 Each alternative is a set of words that a user can add to this command. Four layers with every
 second window long are a scan over two groups with all features of d24; omit these words for the

@@ -1,6 +1,6 @@
 """The model's attention (rotary embedding, QK norm, scores) alone: kernels x windows x block sizes.
 
-    python benchmarks/attention.py configs/base.yml model=d24
+    .venv/bin/python benchmarks/attention.py configs/base.yml model=d24
 
 Measures the kernels that run on this backend, forward and forward + backward. Without an
 accelerator it also compiles the TPU kernels and ESTIMATES them: the compiler's final schedule gives

@@ -1,6 +1,6 @@
 """Times a checkpoint: how long training waits for a save, and how long until it is on the disk.
 
-    python benchmarks/checkpoint.py configs/base.yml model=d12 base_output_directory=/mnt/disk
+    .venv/bin/python benchmarks/checkpoint.py configs/base.yml model=d12 base_output_directory=/mnt/disk
 
 The state has the config's shapes and random values, which no disk can compress. It is written to a
 new folder in base_output_directory, and removed.

@@ -1,6 +1,6 @@
 """Compile time before the first train step, without and with the compilation cache in a bucket.
 
-    python benchmarks/compile_cache.py configs/base.yml model=d6 max_target_length=512 global_batch_tokens=512
+    .venv/bin/python benchmarks/compile_cache.py configs/base.yml model=d6 max_target_length=512 global_batch_tokens=512
 
 Each machine is a process with an empty home; the bucket is the tests' object store on loopback,
 which answers after LATENCY_SECONDS and carries BYTES_PER_SECOND. Prints a row a machine and a JSON

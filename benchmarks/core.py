@@ -1,6 +1,6 @@
 """Speed of CORE on a checkpoint: questions per second, with and without compilation.
 
-    python benchmarks/core.py configs/base.yml run_name=NAME core_bundle=PATH core_max_per_task=20
+    .venv/bin/python benchmarks/core.py configs/base.yml run_name=NAME core_bundle=PATH core_max_per_task=20
 
 With NANOCHAT=/path/to/its/checkout and NANOCHAT_PYTHON=/path/to/a/python with its packages,
 nanochat's own evaluation answers the same questions with the same parameters, task by task in
@@ -165,7 +165,7 @@ def main(config: FrozenConfigDict) -> None:
                         a != b for a, b in zip(first.correct, theirs.correct, strict=True)
                     )
                 table.append(row)
-                print(f"{task.label}: {questions} questions", file=sys.stderr, flush=True)
+                print(json.dumps({"cores": os.cpu_count(), "tasks": table}), flush=True)
     total = {
         "task": "all",
         **{key: sum(row[key] for row in table) for key in table[0] if key != "task"},

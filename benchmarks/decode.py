@@ -3,8 +3,8 @@
 Prefill throughput, time to first token, time per token, throughput by batch size, and the first
 token of a conversation's second turn with and without the prefix cache, by turns.
 
-    python benchmarks/decode.py configs/base.yml model=d24
-    python benchmarks/decode.py configs/base.yml model=d4 max_target_length=512 vocab_size=4096 num_cpu_devices=1
+    .venv/bin/python benchmarks/decode.py configs/base.yml model=d24
+    .venv/bin/python benchmarks/decode.py configs/base.yml model=d4 max_target_length=512 vocab_size=4096
 
 Weights are those of the run if run_name has a checkpoint, else random; decoding is greedy.
 Utilization is of the chip's memory bandwidth and peak FLOP/s: a decode step reads the weight
@@ -278,21 +278,23 @@ def main(config: FrozenConfigDict) -> int | None:
     has_run = (run / "checkpoints").exists()
     params = load_params(setup)[0] if has_run else random_params(setup.params, config.seed)
     print(f"weights: {run if has_run else 'random'}", flush=True)
-    rows = [measure(setup, params, batch) for batch in BATCHES]
-    common.show(rows, digits=2)
-    second_turn = measure_second_turn(setup, params)
-    common.show([second_turn], digits=2)
-    nanochat_rows = compare(setup, params)
-    if nanochat_rows:
-        common.show(nanochat_rows, digits=2)
-    report = {
+    rows: list[common.Row] = []
+    report: dict[str, Any] = {
         "model": config.model,
         "device": setup.mesh.devices.flat[0].device_kind,
         "devices": setup.mesh.size,
         "rows": rows,
-        "second turn": second_turn,
-        "nanochat": nanochat_rows,
     }
+    for batch in BATCHES:
+        rows.append(measure(setup, params, batch))
+        print(json.dumps(report), flush=True)  # a result, should a later part not finish
+    common.show(rows, digits=2)
+    report["second turn"] = measure_second_turn(setup, params)
+    common.show([report["second turn"]], digits=2)
+    print(json.dumps(report), flush=True)
+    report["nanochat"] = compare(setup, params)
+    if report["nanochat"]:
+        common.show(report["nanochat"], digits=2)
     print(json.dumps(report))
     return None
 

@@ -1,6 +1,6 @@
 """Throughput of the input pipeline: encoding, packing and transfer alone, and the whole loader.
 
-    python benchmarks/input_pipeline.py configs/base.yml dataset_path=... tokenizer_path=...
+    .venv/bin/python benchmarks/input_pipeline.py configs/base.yml dataset_path=... tokenizer_path=...
 
 Prints tokens/s and the CPU seconds per million tokens, which equal the cores needed for a million
 tokens/s and do not depend on the machine's other load; then the number of cores and data_workers

@@ -1,7 +1,7 @@
 """Head and loss alone, forward and backward, by how many vocabulary rows or tokens are scored at a
 time.
 
-    python benchmarks/loss.py configs/base.yml model=d24
+    .venv/bin/python benchmarks/loss.py configs/base.yml model=d24
 
 Takes per_device_batch_size rows (null: 32). Measures median times on an accelerator. Without one it
 compiles for a chip of compile_topology and ESTIMATES cycles and memory, without running anything.

@@ -1,6 +1,6 @@
 """Time of one Muon + AdamW update of a model, without the forward and backward pass.
 
-    python benchmarks/optimizer.py configs/base.yml model=d4 vocab_size=4096 max_target_length=512
+    .venv/bin/python benchmarks/optimizer.py configs/base.yml model=d4 vocab_size=4096 max_target_length=512
 
 Prints the groups, the quickest and the median of several updates, and the rate of the Polar Express
 products.

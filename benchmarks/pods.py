@@ -1,6 +1,6 @@
 """Estimates the train step on slices of several hosts: memory, collectives by mesh axis, step time.
 
-    python benchmarks/pods.py configs/base.yml model=d24 compile_report=pods.jsonl
+    .venv/bin/python benchmarks/pods.py configs/base.yml model=d24 compile_report=pods.jsonl
 
 For each of SLICES, once with the tokens per chip of compile_topology and once with its batch. All
 numbers are ESTIMATES. Compiling each whole step would take hours, so a step is composed of two
@@ -54,7 +54,7 @@ QUICK = ("xla_flags=[]", "muon_iterations=1", "window_pattern=L")
 LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
 # The state is sharded over eight neighbors and replicated over the rest: Muon then needs no
 # communication for any number of chips (24 and 32 layers divide by 8), gathers use few links, and
-# no weights are sent between slices.
+# no weights are sent between slices. fsdp shards whole layers here: a step gathers them once.
 FSDP = 8
 RULES = (
     "logical_axis_rules=[[layers,fsdp],[vocab,fsdp,tensor],[heads,tensor],[kv_heads,tensor],[mlp,tensor],"

@@ -1,6 +1,6 @@
 """Times a restart: from the command until the first resumed step is done, with compiled programs.
 
-    python benchmarks/restart.py configs/base.yml model=d4 dataset_path=PATH tokenizer_path=PATH
+    .venv/bin/python benchmarks/restart.py configs/base.yml model=d4 dataset_path=PATH tokenizer_path=PATH
 
 The arguments are those of train.py. A run in a new folder of base_output_directory is trained for a
 few steps, killed, and started again several times; the folder is removed.

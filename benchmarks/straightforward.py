@@ -1,6 +1,6 @@
 """Compares the cycles of MaxNano's train step with those of a straightforward port.
 
-    python benchmarks/straightforward.py configs/base.yml model=d24 compile_topology=v6e-8
+    .venv/bin/python benchmarks/straightforward.py configs/base.yml model=d24 compile_topology=v6e-8
 
 The port ("recipe") was measured on a real v6e-8: 1.43 s per step of 524,288 tokens with d24. Both
 steps are compiled for the same slice by the same compiler in the same run and costed by the same

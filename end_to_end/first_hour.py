@@ -5,6 +5,7 @@ so that a missing package stops only the part that needs it.
 """
 
 import argparse
+import csv
 import importlib.util
 import json
 import os
@@ -19,7 +20,9 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 4096  # of the generated text's tokenizer
-PACKAGES = ("jax", "flax", "optax", "orbax", "ml_collections", "tensorboardX", "tiktoken", "pytest")
+OFFLINE = ROOT / "end_to_end/offline"
+STAND_INS = ("ml_collections", "filelock")  # folders of OFFLINE, for packages that are missing
+PACKAGES = (*STAND_INS, "jax", "flax", "optax", "orbax", "tensorboardX", "tiktoken", "pytest")
 
 Row = dict[str, Any]
 
@@ -30,7 +33,7 @@ class Part(NamedTuple):
     run: Callable[["Hour", float], Row]  # (hour, seconds) -> its result
     least_seconds: float
     most_seconds: float
-    share: float = 1.0  # of the time that is left, at most
+    share: float = 1.0  # of the time that is left, at most, if that is least_seconds
 
 
 class Failed(Exception):
@@ -54,8 +57,7 @@ class Hour:
         self.device: Row = {}
         output.mkdir(parents=True, exist_ok=True)
         paths = [str(ROOT)]
-        if not is_installed("ml_collections"):
-            paths.append(str(ROOT / "end_to_end/offline"))
+        paths += [str(OFFLINE / name) for name in STAND_INS if not is_installed(name)]
         paths += filter(None, [os.environ.get("PYTHONPATH")])
         self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
@@ -109,15 +111,27 @@ def _end_group(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def last_json(text: str) -> Any:
-    """The last line that is JSON. Raises Failed if there is none."""
+def last_json(text: str) -> Row:
+    """The last line that is a JSON object. Raises Failed if there is none."""
     for line in reversed(text.splitlines()):
-        if line.startswith(("{", "[")):
+        if line.startswith("{"):
             try:
                 return json.loads(line)
             except json.JSONDecodeError:
                 continue
     raise Failed("printed no result")
+
+
+def measure(hour: Hour, name: str, seconds: float, *words: str) -> Row:
+    """The last result that a benchmark printed; with `failure` if it ended early. Raises Failed."""
+    try:
+        return last_json(hour.python(name, seconds, *words))
+    except Failed as error:
+        try:
+            row = last_json((hour.output / f"{name}.log").read_text(errors="replace"))
+        except Failed:
+            raise error from None
+        return {**row, "failure": str(error)}
 
 
 # ---- Parts --------------------------------------------------------------------------------------
@@ -184,11 +198,8 @@ def count_tests(log: str, failure: str | None) -> Row:
 def model_words(hour: Hour, large: bool) -> list[str]:
     """The config of the model whose step is measured: d12 or d24, on a CPU one of a few seconds."""
     if hour.on_cpu:
-        return [
-            f"model=d{4 if large else 2}",
-            "max_target_length=256",
-            f"vocab_size={VOCABULARY}",
-        ] + ["global_batch_tokens=2048"]
+        shape = ["max_target_length=128", f"vocab_size={VOCABULARY}"]
+        return [f"model=d{4 if large else 2}", *shape, "global_batch_tokens=1024"]
     return [f"model=d{24 if large else 12}", "global_batch_tokens=131072"]
 
 
@@ -196,7 +207,7 @@ def measure_step(hour: Hour, seconds: float, large: bool) -> Row:
     """Time of the train step; beside nanochat's where NANOCHAT is set."""
     name = "step_large" if large else "step_small"
     words = ["benchmarks/step_time.py", "configs/base.yml", *model_words(hour, large)]
-    return last_json(hour.python(name, seconds, *words))
+    return measure(hour, name, seconds, *words)
 
 
 PREPARE = """
@@ -245,7 +256,7 @@ def run_words(hour: Hour) -> list[str]:
     """The config of the run that is trained: generated text, a model of seconds per step at most."""
     model = ["model=d8", "global_batch_tokens=65536"]
     if hour.on_cpu:
-        model = ["model=d2", "max_target_length=128", "global_batch_tokens=2048"]
+        model = ["model=d2", "max_target_length=128", "global_batch_tokens=1024"]
     return [
         "configs/base.yml",
         *model,
@@ -298,37 +309,47 @@ def decode(hour: Hour, seconds: float) -> Row:
         "run_name=none",
         f"base_output_directory={hour.output}",
     ]
-    return last_json(
-        hour.python("decode", seconds, "benchmarks/decode.py", "configs/base.yml", *words)
-    )
+    return measure(hour, "decode", seconds, "benchmarks/decode.py", "configs/base.yml", *words)
 
 
 def measure_core(hour: Hour, seconds: float) -> Row:
     """Questions per second on generated CORE tasks, with the run that was trained."""
     if not (hour.output / "trained/checkpoints").exists():
         raise Failed("needs the checkpoint of the part train")
-    words = [*run_words(hour), f"core_bundle={hour.output / 'core'}", "core_max_per_task=20"]
-    return last_json(hour.python("core", seconds, "benchmarks/core.py", *words))
+    words = [*run_words(hour), f"core_bundle={hour.output / 'core'}"]
+    words.append(f"core_max_per_task={8 if hour.on_cpu else 20}")
+    return measure(hour, "core", seconds, "benchmarks/core.py", *words)
 
 
 def tune(hour: Hour, seconds: float) -> Row:
-    """The search for the fastest settings, in what is left."""
-    if not (ROOT / "MaxNano/tune.py").exists():
-        raise Failed("MaxNano/tune.py does not exist")
+    """The search for the fastest settings, in what is left: its row, or what it has measured."""
     minutes = max(1.0, (seconds - 60) / 60)
-    words = ["MaxNano/tune.py", "configs/base.yml", *model_words(hour, False)]
-    text = hour.python("tune", seconds, *words, f"tune_minutes={minutes:.1f}")
-    return {"last_lines": text.strip().splitlines()[-3:]}
+    words = [*model_words(hour, False), f"base_output_directory={hour.output}"]
+    words.append(f"tune_minutes={minutes:.1f}")
+    try:
+        hour.python("tune", seconds, "MaxNano/tune.py", "configs/base.yml", *words)
+    except Failed as error:
+        lines = (hour.output / "tune.log").read_text(errors="replace").splitlines()
+        measured = [line for line in lines if " ms per step" in line]
+        if not measured:
+            raise
+        return {"failure": str(error), "measured": measured}
+    newest = max((hour.output / "tune").glob("*.csv"), key=lambda path: path.stat().st_mtime)
+    (row,) = csv.DictReader(newest.read_text().splitlines())
+    return row
 
 
+# The shares leave something for the parts that follow.
 PARTS = {
     "device": Part(find_device, 10, 120),
     "tests": Part(test_device, 60, 600, share=0.4),
-    "step_small": Part(lambda hour, seconds: measure_step(hour, seconds, False), 30, 300),
-    "train": Part(train, 60, 400),
-    "step_large": Part(lambda hour, seconds: measure_step(hour, seconds, True), 60, 420),
-    "decode": Part(decode, 60, 300),
-    "core": Part(measure_core, 60, 300),
+    "step_small": Part(
+        lambda hour, seconds: measure_step(hour, seconds, False), 30, 300, share=0.3
+    ),
+    "train": Part(train, 60, 400, share=0.5),
+    "step_large": Part(lambda hour, seconds: measure_step(hour, seconds, True), 60, 420, share=0.3),
+    "decode": Part(decode, 60, 300, share=0.4),
+    "core": Part(measure_core, 60, 300, share=0.5),
     "tune": Part(tune, 120, 3600),
 }
 
@@ -369,10 +390,11 @@ def run_parts(hour: Hour, names: list[str], parts: dict[str, Part]) -> Row:
         else:
             print(f"==== {name}: {hour.left() / 60:.1f} minutes left", flush=True)
             try:
-                row["result"] = part.run(hour, min(part.share * hour.left(), part.most_seconds))
+                seconds = max(part.least_seconds, part.share * hour.left())
+                row["result"] = part.run(hour, min(seconds, part.most_seconds))
             except Failed as error:
                 row["failure"] = str(error)
-            except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
+            except Exception as error:  # noqa: BLE001 (the other parts need not fail)
                 row["failure"] = f"{type(error).__name__}: {error}"
         row["seconds"] = time.monotonic() - begin
         results["parts"][name] = row

@@ -1,6 +1,6 @@
 """Inspects a run for the scripts of end_to_end/: its state, its results, and whether it is sound.
 
-    python end_to_end/results.py COMMAND [--OPTION=VALUE ...] configs/base.yml [key=value ...]
+    .venv/bin/python end_to_end/results.py COMMAND [--OPTION=VALUE ...] configs/base.yml [key=value ...]
 
     text                          checks that a document of each split can be read
     core                          checks the CORE tasks

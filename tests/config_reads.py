@@ -95,7 +95,7 @@ def _package() -> tuple[dict[str, set[str]], dict[str, list]]:
 def keys_read(program: str) -> set[str]:
     """The keys that MaxNano/<program>.py (download: data/download.py) may read outside pyconfig."""
     imports, definitions = _package()
-    start = "MaxNano.data.download" if program == "download" else f"MaxNano.{program}"
+    start = config_schema.module_of(program)
     modules, waiting = set(), {start}
     while waiting:
         module = waiting.pop()

@@ -7,5 +7,5 @@ set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-MAXNANO_QUIET=1 EXTRAS=dev,export,serve bash setup.sh
+MAXNANO_QUIET=1 EXTRAS=dev,docs,export,serve bash setup.sh
 exec .venv/bin/python -m pytest -n "${PYTEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder "$@"

@@ -142,7 +142,7 @@ def test_the_straightforward_loss_is_the_products():
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
 
     def product(params):
-        return jnp.mean(batch_losses(config, setup.model, params, batch))
+        return jnp.mean(batch_losses(setup, params, batch))
 
     def plain(params):
         apart = straightforward.unstack(params)

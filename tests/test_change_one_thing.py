@@ -1,4 +1,4 @@
-"""README's table "To change one thing" is true: each row's change, made in a copy of the tree,
+"""The table of docs/guides/change.md is true: each row's change, made in a copy of the tree,
 works.
 
 A test edits only the files that its row names and then uses the change in a new process.
@@ -396,10 +396,9 @@ def test_an_evaluation(rows):
     assert norms[0]["norm"] != norms[-1]["norm"]
 
 
-def test_every_row_of_the_readme_has_a_test():
-    """The tests above, by the words of README's table."""
-    text = (ROOT / "README.md").read_text()
-    table = text.split("## To change one thing")[1].split("\n## ")[0]
+def test_every_row_of_the_guide_has_a_test():
+    """The tests above, by the words of the guide's table."""
+    table = (ROOT / "docs/guides/change.md").read_text()
     rows = re.findall(r"^\| ([^|]+?) \| ", table, re.MULTILINE)[1:]
     tested = {
         name.removeprefix("test_").replace("_", " ")

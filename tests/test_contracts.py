@@ -4,6 +4,7 @@ anywhere.
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "MaxNano"
 ENTRY_POINTS = sorted(
-    path.stem for path in PACKAGE.glob("*.py") if '__name__ == "__main__"' in path.read_text()
+    path.stem
+    for path in PACKAGE.glob("*.py")
+    if '__name__ == "__main__"' in path.read_text() and path.name != "__main__.py"
 )
 
 
@@ -94,3 +97,26 @@ def test_runs_as_a_module(cwd, tmp_path):
 
 def test_there_are_entry_points():
     assert {"train", "train_tokenizer", "convert"} <= set(ENTRY_POINTS)
+
+
+@pytest.mark.parametrize("name", [*ENTRY_POINTS, "data/download"])
+def test_a_python_without_the_packages_says_what_to_run(name):
+    """One line instead of a traceback. -S leaves out the installed packages."""
+    result = run_python("-S", PACKAGE / f"{name}.py", "configs/base.yml")
+    assert result.returncode == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert re.fullmatch(
+        rf"error: \S+ does not have the package \w+; run .*\.venv/bin/python MaxNano/{name}\.py",
+        line,
+    )
+
+
+def test_a_missing_package_started_as_a_module():
+    result = run_python("-S", "-m", "MaxNano.train")
+    assert result.returncode == 2 and "MaxNano/train.py" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_import_as_a_library_raises():
+    result = run_python("-S", "-c", "import MaxNano.pyconfig")
+    assert result.returncode == 1 and result.stderr.startswith("Traceback")

@@ -58,9 +58,11 @@ def test_what_does_not_fit_in_the_budget_is_left_out(tmp_path):
 
     parts = {"long": Part(run, 200, 300), "short": Part(run, 10, 20), "rest": Part(run, 10, 3600)}
     parts["half"] = Part(run, 10, 3600, share=0.5)
+    parts["least"] = Part(run, 70, 3600, share=0.5)
     first_hour.run_parts(hour, list(parts), parts)
     assert "left out: " in results_of(hour)["parts"]["long"]["failure"]
     assert asked[0] == 20 and 90 < asked[1] <= 100 and 45 < asked[2] <= 50
+    assert asked[3] == 70
 
 
 def test_a_part_is_ended_with_all_that_it_started_and_its_output_is_kept(tmp_path):
@@ -100,16 +102,75 @@ def test_tests_that_were_ended_early_count():
 
 
 def test_the_result_is_the_last_line_of_json():
-    assert first_hour.last_json('{"a": 1}\nwords\n{"a": 2}\n{broken\nend') == {"a": 2}
+    text = '{"a": 1}\nwords\n{"a": 2}\n[3]\n{broken\nend'
+    assert first_hour.last_json(text) == {"a": 2}
     with pytest.raises(Failed, match="no result"):
         first_hour.last_json("words\n")
 
 
+def printing(text, then=""):
+    """A program that prints, then does something."""
+    return "-c", f"print({text!r}, flush=True)\n{then}"
+
+
+def test_a_benchmark_that_ends_early_leaves_its_last_result(tmp_path):
+    hour = Hour(tmp_path, 100.0)
+    lines = '{"rows": [1]}\n{"rows": [1, 2]}\n[1.5, 2.5]'
+    assert first_hour.measure(hour, "whole", 60.0, *printing(lines)) == {"rows": [1, 2]}
+    broken = first_hour.measure(hour, "broken", 60.0, *printing(lines, "raise ValueError('full')"))
+    assert broken["rows"] == [1, 2] and "exit status 1: ValueError: full" in broken["failure"]
+    with pytest.raises(Failed, match="exit status 1: ValueError: none"):
+        first_hour.measure(hour, "empty", 60.0, *printing("words", "raise ValueError('none')"))
+
+
+def test_a_search_leaves_its_row_or_what_it_measured(tmp_path, monkeypatch):
+    hour = Hour(tmp_path, 100.0)
+    asked = []
+
+    def search(name, seconds, *words):
+        asked.append(words)
+        (tmp_path / "tune").mkdir(exist_ok=True)
+        (tmp_path / "tune/cpu-1-d2.csv").write_text('tokens/s,settings\n5,"a=1 b=(2, 3)"\n')
+
+    def fails(name, seconds, *words):
+        (tmp_path / "tune.log").write_text(text)
+        raise Failed("timed out after 90 s")
+
+    monkeypatch.setattr(hour, "python", search)
+    assert first_hour.tune(hour, 180.0) == {"tokens/s": "5", "settings": "a=1 b=(2, 3)"}
+    assert "tune_minutes=2.0" in asked[0] and f"base_output_directory={tmp_path}" in asked[0]
+    monkeypatch.setattr(hour, "python", fails)
+    text = "Tuning\nthe defaults: 5.0 ms per step, 7 tokens/s\nkernel"
+    assert first_hour.tune(hour, 90.0) == {
+        "failure": "timed out after 90 s",
+        "measured": ["the defaults: 5.0 ms per step, 7 tokens/s"],
+    }
+    text = "Tuning"
+    with pytest.raises(Failed, match="timed out"):
+        first_hour.tune(hour, 90.0)
+
+
 STAND_IN = """
 import pickle, sys
-sys.path.insert(0, sys.argv[1])
-import ml_collections
+sys.path[:0] = [f"{sys.argv[1]}/{name}" for name in ("ml_collections", "filelock")]
+import filelock, ml_collections
 assert ml_collections.__file__.startswith(sys.argv[1])
+assert filelock.__file__.startswith(sys.argv[1])
+from etils import epath
+from MaxNano.storage.checkpoints import CheckpointError
+from MaxNano.storage.run_lock import RunLock
+run = epath.Path(sys.argv[2])
+first, second = RunLock(run), RunLock(run)
+first.acquire()
+try:
+    second.acquire()
+except CheckpointError as error:
+    assert "another process is writing" in str(error)
+else:
+    sys.exit("two owners")
+first.release()
+second.acquire()
+second.release()
 from MaxNano import pyconfig
 config = pyconfig.initialize(["configs/base.yml", "model=d12", "trackers=[wandb]"])
 assert config.emb_dim == 768 and config["trackers"] == ("wandb",) and "emb_dim" in config
@@ -124,10 +185,10 @@ except AttributeError:
 """
 
 
-def test_the_stand_in_for_ml_collections_holds_a_config():
+def test_the_stand_ins_hold_a_config_and_lock_a_run(tmp_path):
     folder = str(ROOT / "end_to_end/offline")
     done = subprocess.run(
-        [sys.executable, "-c", STAND_IN, folder],
+        [sys.executable, "-c", STAND_IN, folder, str(tmp_path)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -135,6 +196,15 @@ def test_the_stand_in_for_ml_collections_holds_a_config():
         check=False,
     )
     assert done.stdout == "frozen\n", done.stderr
+
+
+def test_each_missing_package_has_a_stand_in_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(first_hour, "is_installed", lambda name: name != "filelock")
+    paths = Hour(tmp_path, 1.0).environment["PYTHONPATH"].split(os.pathsep)
+    offline = [path for path in paths if "offline" in path]
+    assert offline == [str(ROOT / "end_to_end/offline/filelock")]
+    for name in first_hour.STAND_INS:
+        assert (ROOT / f"end_to_end/offline/{name}/{name}.py").exists()
 
 
 def test_the_script_names_its_parts():
@@ -154,7 +224,8 @@ import sys
 ABSENT = {absent!r}
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ABSENT:
+        package = name.partition(".")[0]
+        if package in ABSENT and not any(p.endswith(f"/offline/{{package}}") for p in sys.path):
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Blocker())
 """
@@ -163,7 +234,11 @@ sys.meta_path.insert(0, Blocker())
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "absent", [(), ("grain", "rustbpe", "tensorflow_datasets", "tensorboardX")]
+    "absent",
+    [
+        (),
+        ("grain", "rustbpe", "tensorflow_datasets", "tensorboardX", "ml_collections", "filelock"),
+    ],
 )
 def test_a_real_run_on_the_cpu(tmp_path, absent):
     """Every part that a CPU has gives a result, also without packages that it does not need."""

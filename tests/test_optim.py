@@ -466,29 +466,43 @@ def test_layers_cut_over_devices_need_no_communication():
             return NamedSharding(mesh, PartitionSpec("fsdp") if x.ndim >= 3 else PartitionSpec())
         def whole(x):
             return NamedSharding(mesh, PartitionSpec())
-        def run(place_params):
-            places = jax.tree.map(place_params, params), jax.tree.map(cut, state)
-            compiled = jax.jit(
-                step, in_shardings=(*places, places[0]), out_shardings=places
-            ).lower(params, state, grads).compile()
+        def rows(x):  # as FSDP shards matrices
+            by_rows = x.ndim >= 3 and x.shape[1] > 1
+            return NamedSharding(mesh, PartitionSpec(None, "fsdp") if by_rows else PartitionSpec())
+        def run(place_params, place_state=cut):
+            places = jax.tree.map(place_params, params), jax.tree.map(place_state, state)
+            with jax.set_mesh(mesh):
+                compiled = jax.jit(
+                    step, in_shardings=(*places, places[0]), out_shardings=places
+                ).lower(params, state, grads).compile()
             got = compiled(*jax.device_put((params, state, grads), (*places, places[0])))
             jax.tree.map(
                 lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected
             )
             text = compiled.as_text()
             products = set(re.findall(r"f32(\\[[0-9,]*\\])\\S* dot\\(", text))
-            return products, set(re.findall(
-                r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[-.(]", text
-            ))
+            kinds = "(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+            sent = re.findall(r"= (\\S+|\\(.*\\)) " + kinds + r"(?:-start)?\\(", text)
+            sizes = {}
+            for result, kind in sent:
+                parts = re.findall(r"f32\\[([0-9,]+)\\]", result)
+                total = sum(int(np.prod(eval(f"[{part}]"))) for part in parts)
+                sizes[kind] = max(total, sizes.get(kind, 0))
+            return products, {kind for kind, size in sizes.items() if size > SCALES}
 
+        SCALES = 0
         print(run(cut))
         print(run(whole))
+        SCALES = 8 * 64  # of the neurons of all layers
+        print(run(rows, rows))
     """
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     done = programs.run("-c", textwrap.dedent(code), env={**os.environ, "XLA_FLAGS": flags})
     assert done.returncode == 0, done.stderr
-    cut, whole = map(eval, done.stdout.splitlines())
+    cut, whole, rows = map(eval, done.stdout.splitlines())
     # A device's products are those of its own layer, even where parameters are whole and only the
     # state is cut; then the new layers are gathered, and nothing else is sent.
     assert cut == ({"[16,16]", "[16,64]", "[64,16]"}, set())
     assert whole == (cut[0], {"all-gather"})
+    # With FSDP a matrix travels to its owner, and its update back.
+    assert rows == (cut[0], {"all-to-all"})

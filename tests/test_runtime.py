@@ -380,6 +380,9 @@ def test_dtypes_follow_the_config():
         ("NVIDIA GeForce RTX 4090", 165.2),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("Tesla T4", 65),
+        ("NVIDIA A10G", 70),  # not the A10's 125
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 480),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("TPU v4 lite", None),
         ("cpu", None),

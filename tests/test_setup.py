@@ -116,8 +116,8 @@ def test_pins_have_hashes_and_no_address():
     assert "://" not in (ROOT / "constraints.txt").read_text()
 
 
-def test_extras_are_the_seven():
-    assert set(EXTRAS) == {"tpu", "gpu", "gpu12", "serve", "track", "export", "dev"}
+def test_extras_are_the_eight():
+    assert set(EXTRAS) == {"tpu", "gpu", "gpu12", "serve", "track", "export", "docs", "dev"}
 
 
 def pinned_versions(name, python):

@@ -45,6 +45,28 @@ def test_an_axis_takes_only_mesh_axes_that_divide_it():
     assert spec(7, 4) == PartitionSpec(None, None)
 
 
+@pytest.mark.parametrize(
+    "spec, first, last",
+    [
+        ((None, ("fsdp", "data"), "data"), (None, ("data",), ("data",)), (None, ("fsdp",), None)),
+        # Gathered first, the outer axis would leave rows in another order.
+        ((("data", "fsdp"), None), (None, None), (("data", "fsdp"), None)),
+        (("data", ("tensor", "fsdp", "data")), (("data",), ("data",)), (None, ("tensor", "fsdp"))),
+        ((), (), ()),
+    ],
+)
+def test_what_is_gathered_by_layer_are_outer_axes(spec, first, last):
+    split = sharding.split_spec(PartitionSpec(*spec), "fsdp")
+    assert split == (PartitionSpec(*first), PartitionSpec(*last))
+    assert sharding.split_spec(PartitionSpec(*first), None)[0] == PartitionSpec(*first)
+
+
+def test_the_rule_of_layers_chooses_the_kind_of_sharding():
+    assert sharding.gathers_by_layer(pyconfig.initialize([str(pyconfig.BASE)]).logical_axis_rules)
+    assert sharding.gathers_by_layer([("activation_batch", "data", "fsdp")])
+    assert not sharding.gathers_by_layer(RULES)
+
+
 def device(index, *, process=0, platform="cpu", **more):
     return SimpleNamespace(
         id=index, process_index=process, platform=platform, device_kind=platform, **more

@@ -247,14 +247,15 @@ def copy_without_last_checkpoint(place, copy):
 
 
 def test_it_goes_on_with_other_devices_and_workers(place, whole):
-    """Accumulation, devices and workers do not change the tokens, hence the same losses up to the
-    order of sums.
+    """Accumulation, devices, FSDP and workers do not change the tokens, hence the same losses up to
+    the order of sums.
     """
     copy_without_last_checkpoint(place, "moved")
     # Neither where the data are nor when something is logged changes a number.
     copy = place / "copy of text"
     shutil.copytree(place / "text", copy)
-    free = ["num_cpu_devices=4", "data_workers=1", f"dataset_path={copy}", "eval_interval=14"]
+    free = ["num_cpu_devices=4", "ici_fsdp_parallelism=2", "data_workers=1", f"dataset_path={copy}"]
+    free += ["eval_interval=14"]
     run(*words_of(place, "moved", *free, "log_interval=5", "per_device_batch_size=1"))
     started = history_of(place, "moved")[-2]
     assert started["step"] == 12 and started["changes"]["num_cpu_devices"] == [1, 4]

@@ -145,11 +145,13 @@ def test_both_programs_compile_for_a_slice(tmp_path):
     check_that_weights_travel_once(train["collectives"], keys)
 
 
-def check_that_weights_travel_once(collectives, keys):
-    """However many micro-steps: one gather of every weight in bfloat16; one sum of every gradient,
-    of the embeddings in bfloat16 and of the rest in float32.
+def check_that_weights_travel_once(collectives, keys, micro_batches=None):
+    """However many micro-batches: one gather of every weight in bfloat16; one sum of every
+    gradient, of the embeddings in bfloat16 and of the rest in float32.
 
-    Where layers do not divide the devices, the update has collectives of its own.
+    micro_batches: with FSDP; in each of them layers are gathered twice, embedding and head once,
+    and every gradient is summed. Where layers do not divide the devices, the update has collectives
+    of its own.
     """
     config = pyconfig.initialize([str(ROOT / "configs/base.yml"), *keys])
     counts = scaling.parameter_counts(scaling.shape_of(config))
@@ -165,10 +167,11 @@ def check_that_weights_travel_once(collectives, keys):
         )
         return sum(c["bytes"] * c["count"] for c in of_step)
 
-    assert moved("all-gather") == pytest.approx(2 * every, rel=0.02)
-    assert moved("reduce-scatter", "all-reduce") == pytest.approx(
-        4 * every - 2 * embeddings, rel=0.02
-    )
+    ends = counts.token_embed + counts.lm_head
+    gathered = every if micro_batches is None else micro_batches * (2 * every - ends)
+    summed = (micro_batches or 1) * (4 * every - 2 * embeddings)
+    assert moved("all-gather") == pytest.approx(2 * gathered, rel=0.02)
+    assert moved("reduce-scatter", "all-reduce") == pytest.approx(summed, rel=0.02)
 
 
 @pytest.mark.tpu_compile
@@ -255,14 +258,17 @@ def test_too_much_for_the_memory_is_one_line_with_a_batch_that_fits(tmp_path):
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(1800)
 @pytest.mark.long
+@pytest.mark.parametrize("fsdp", [1, 8])
 @pytest.mark.parametrize("model", ["d4", "d12", "d24"])
-def test_the_real_models_fit_a_v6e_8(tmp_path, model):
-    """d4 and d12 with the compiler's least effort: slower code of the same memory, collectives and
-    flags.
+def test_the_real_models_fit_a_v6e_8(tmp_path, model, fsdp):
+    """Both kinds of sharding. d4 and d12 with the compiler's least effort: slower code of the same
+    memory, collectives and flags.
     """
-    _, values = report(tmp_path, f"model={model}", **({} if model == "d24" else LEAST_EFFORT))
+    words = [f"model={model}", f"ici_fsdp_parallelism={fsdp}"]
+    _, values = report(tmp_path, *words, **({} if model == "d24" else LEAST_EFFORT))
     train = values["programs"]["train"]
     assert train["memory"]["total"] < train["memory"]["limit"]
-    check_that_weights_travel_once(train["collectives"], [f"model={model}"])
+    micro_batches = None if fsdp == 1 else values["accumulation_steps"]
+    check_that_weights_travel_once(train["collectives"], words, micro_batches)
     if model != "d24":  # whose remat policy asks for it
         assert train["matmul_flops"] <= 1.15 * train["model_flops"], "nothing is computed twice"

@@ -3,6 +3,7 @@ must not happen.
 """
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -379,12 +380,18 @@ def test_parameters_left_whole_on_every_device_are_refused():
     )
 
 
+# Every mix of data, fsdp and tensor on eight devices.
 LAYOUTS = {
-    "data 8": [],
-    "fsdp 8": ["ici_fsdp_parallelism=8"],
-    "fsdp 2 x tensor 4": ["ici_fsdp_parallelism=2", "ici_tensor_parallelism=4"],
-    "data 2 x fsdp 2 x tensor 2": ["ici_fsdp_parallelism=2", "ici_tensor_parallelism=2"],
+    f"data {8 // fsdp // tensor} x fsdp {fsdp} x tensor {tensor}": [
+        f"ici_fsdp_parallelism={fsdp}",
+        f"ici_tensor_parallelism={tensor}",
+        "per_device_batch_size=1",
+    ]
+    for fsdp in (1, 2, 4, 8)
+    for tensor in (1, 2, 4, 8)
+    if fsdp * tensor <= 8
 }
+MIXED = "data 2 x fsdp 2 x tensor 2"
 
 TEN_LOSSES = """
 import sys
@@ -403,7 +410,7 @@ def losses(devices, *overrides):
     with jax.set_mesh(setup.mesh):
         for step in range(10):
             state, metrics = programs.train(state, put_global(t.batch_of(config, step), place))
-            result.append(float(metrics["loss"]))
+            result += [float(metrics["loss"]), float(metrics["grad_norm"])]
     return result
 
 expected = losses(jax.devices()[:1])
@@ -419,12 +426,82 @@ print("equal")
 
 @pytest.mark.parametrize(
     "layouts",
-    [
-        ("data 2 x fsdp 2 x tensor 2",),
-        pytest.param(("data 8", "fsdp 8", "fsdp 2 x tensor 4"), marks=pytest.mark.long),
-    ],
+    [(MIXED,), pytest.param(tuple(LAYOUTS.keys() - {MIXED}), marks=pytest.mark.long)],
+    ids=["mixed", "others"],
 )
 def test_every_layout_gives_the_losses_of_one_device(layouts):
-    """Ten steps on eight virtual devices within 1e-5."""
+    """Ten steps on eight virtual devices, losses and norms of gradients within 1e-5; most layouts
+    accumulate gradients.
+    """
     done = programs.run("-c", TEN_LOSSES, ROOT, *layouts)
     assert done.stdout.endswith("equal\n"), done.stdout + done.stderr
+
+
+COLLECTIVES = """
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+import json, math
+from functools import partial
+import jax, jax.extend
+jax.config.update("jax_num_cpu_devices", 8)
+import test_train_step as t
+from MaxNano.training.setup import needed_bytes, set_up
+from MaxNano.training.step import abstract_batch, train_step
+
+def collectives(jaxpr, times=1):
+    # [name, elements of the whole array, times per step] of collectives over arrays.
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name in ("all_gather", "reduce_scatter"):
+            whole = eqn.outvars[0] if name == "all_gather" else eqn.invars[0]
+            yield name, math.prod(whole.aval.shape), times
+        if name == "psum" and max(v.aval.size for v in eqn.invars) > 256:
+            yield name, max(v.aval.size for v in eqn.invars), times
+        inner = times * eqn.params["length"] if name == "scan" else times
+        for sub in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from collectives(sub, inner)
+
+def report(*overrides):
+    config = t.make_config(*t.TINY, "per_device_batch_size=1", "global_batch_tokens=512", *overrides)
+    setup = set_up(config, jax.devices())
+    assert setup.plan.accumulation_steps == 2
+    step = jax.jit(partial(train_step, setup=setup))
+    with jax.sharding.use_abstract_mesh(setup.mesh.abstract_mesh):
+        traced = step.trace(setup.abstract, *abstract_batch(setup))
+    return {
+        "collectives": list(collectives(traced.jaxpr.jaxpr)),
+        "needed": needed_bytes(setup),
+        "sizes": {k: [math.prod(x.shape) for x in jax.tree.leaves(v)] for k, v in setup.params.items()},
+    }
+
+print(json.dumps([report(), report("ici_fsdp_parallelism=8"), report("ici_fsdp_parallelism=4")]))
+"""
+
+
+def test_data_gathers_once_per_step_and_fsdp_layer_by_layer():
+    """In the forward pass, again in the backward pass, and gradients leave their layer at once."""
+    done = programs.run("-c", COLLECTIVES, ROOT)
+    assert done.returncode == 0, done.stderr
+    data, fsdp, mixed = json.loads(done.stdout)
+    sizes = data["sizes"]
+    layers, tables = sum(sizes["layers"]), sum(sizes["value_embeds"])
+    ends = sum(sizes["token_embed"]) + sum(sizes["lm_head"])
+
+    def moved(report, name, largest=math.inf):
+        rows = report["collectives"]
+        return sum(n * times for kind, n, times in rows if kind == name and n <= largest)
+
+    assert moved(data, "all_gather") == moved(data, "reduce_scatter") == layers + tables + ends
+    assert all(times == 1 for _, _, times in data["collectives"])
+    # Two micro-batches; embedding and head are gathered once in each.
+    assert moved(fsdp, "all_gather") == 2 * (2 * (layers + tables) + ends)
+    assert moved(fsdp, "reduce_scatter") == 2 * (layers + tables + ends)
+    # Nothing larger than a table or the largest matrix of one layer is ever whole.
+    largest = max(n for _, n, _ in fsdp["collectives"])
+    assert largest == max(*sizes["token_embed"], max(sizes["layers"]) // 4), fsdp["collectives"]
+    # With both, half a layer's stack is gathered once, and the gradients of the halves are summed.
+    assert moved(mixed, "all_gather", largest) >= moved(fsdp, "all_gather", largest)
+    for report in fsdp, mixed:
+        for kind in "working copy", "gradients":
+            assert report["needed"][kind] < data["needed"][kind] / 2, kind
+    assert fsdp["needed"]["parameters"] == data["needed"]["parameters"]

@@ -108,9 +108,31 @@ def test_without_time_the_start_stays():
         {"scan_layers": False},
         [],
     )
-    left = iter([True] * 4 + [False] * 100)
-    best, trials = run_search(cost_of, has_time=lambda: next(left))
-    assert best == {} and len(trials) == 3
+
+
+def for_trials(count):
+    """Whether there is time: at the knob's begin and for `count` trials of it."""
+    left = iter([True] * (1 + count))
+    return lambda: next(left, False)
+
+
+@pytest.mark.parametrize("count, rows", [(2, 16), (3, 2), (4, 4), (6, 4), (10, 4)])
+def test_the_leader_of_a_knob_counts_if_the_time_ends_in_it(count, rows):
+    """In the first rung, in the second, before its gain is confirmed."""
+    best, trials = run_search(cost_of, has_time=for_trials(count))
+    assert best == ({} if rows == 16 else {"per_device_batch_size": rows}) and len(trials) == count
+
+
+def test_what_was_confirmed_is_not_lost_if_the_time_ends():
+    """Nor does a leader count that was measured with data: the comparison at the end is without."""
+
+    def cost(trial):
+        return 0.1 if "remat_policy" in trial.overrides else cost_of(trial)
+
+    best, trials = run_search(cost, has_time=for_trials(14))
+    assert best == {"per_device_batch_size": 4} and "remat_policy" in trials[-1].overrides
+    knobs = [Knob("data workers", [{"data_workers": 1}], with_data=True)]
+    assert run_search(lambda trial: 1 - len(trial.overrides) / 2, knobs, for_trials(2))[0] == {}
 
 
 def test_if_the_data_cannot_be_read_nothing_is_tried_with_them():

@@ -1,8 +1,8 @@
 """Downloads data sets, the CORE bundle and the chat tasks' data before a run.
 
-    python MaxNano/data/download.py configs/base.yml dataset_type=hf \\
+    .venv/bin/python MaxNano/data/download.py configs/base.yml dataset_type=hf \\
         dataset_name=karpathy/climbmix-400b-shuffle download_shards=8
-    python MaxNano/data/download.py configs/base.yml download=[core,chat]
+    .venv/bin/python MaxNano/data/download.py configs/base.yml download=[core,chat]
 
 Interrupted at any time, the same command resumes. hub.py does the work.
 """
@@ -10,8 +10,12 @@ Interrupted at any time, the same command resumes. hub.py does the work.
 import sys
 from pathlib import Path
 
-if __name__ == "__main__" and not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parents[2])  # not MaxNano/data/, which hides modules
+if __name__ == "__main__":
+    if not __package__:
+        sys.path[0] = str(
+            Path(__file__).resolve().parents[2]
+        )  # not MaxNano/data/, which hides modules
+    import MaxNano  # noqa: F401  # explains a missing package
 
 import os
 import signal

@@ -125,8 +125,8 @@ class HubSource(ParquetSource):
             and not (local / MANIFEST).exists()
         ):
             raise ValueError(
-                f"hf:{config.dataset_name.removeprefix('hf:')} not found in {folder}: run python "
-                "MaxNano/data/download.py with the same arguments, or put its parquet files there"
+                f"hf:{config.dataset_name.removeprefix('hf:')} not found in {folder}: run "
+                ".venv/bin/python MaxNano/data/download.py with the same arguments, or put its parquet files there"
             )
         super().__init__(config, split, folder)
 

@@ -48,7 +48,7 @@ def initialize(config: FrozenConfigDict) -> None:
     Elsewhere, set three environment variables, with JAX_PROCESS_ID counting from 0; the keys
     coordinator_address, num_processes and process_id override them:
 
-        JAX_COORDINATOR_ADDRESS=10.0.0.1:8476 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0 python MaxNano/...
+        JAX_COORDINATOR_ADDRESS=10.0.0.1:8476 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0 .venv/bin/python MaxNano/...
 
     All hosts read the same data and tokenizer, and base_output_directory is a folder that all of
     them share. Several slices, or GPU hosts without a fast network between them, need a

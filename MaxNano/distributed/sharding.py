@@ -2,18 +2,24 @@
 
 Each array names its axes where it is declared, such as ("vocab", "embed"); `logical_axis_rules` in
 base.yml says which mesh axes shard which logical axis. Another layout needs no change in Python.
+
+Over FSDP_AXIS parameters stay sharded during a step, and each layer gathers its own. Over the other
+data-parallel axes, or if FSDP_AXIS shards the stack of layers, a step gathers them once (ZeRO).
 """
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 Axes = tuple[str | None, ...]
 Rules = Sequence[Sequence[str]]
 
 BATCH_AXES: Axes = ("activation_batch", "activation_length")
+FSDP_AXIS = "fsdp"
 
 
 def partition_spec(axes: Axes, rules: Rules, mesh_axes: Sequence[str]) -> PartitionSpec:
@@ -60,7 +66,7 @@ def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
 
 def batch_axes(mesh: Mesh, rules: Rules) -> tuple[str, ...]:
     """The data-parallel mesh axes: those that shard the batch."""
-    return _names(batch_sharding(mesh, rules).spec[0])
+    return axes_of(batch_sharding(mesh, rules).spec[0])
 
 
 def data_parallel_size(mesh: Mesh, rules: Rules) -> int:
@@ -68,18 +74,42 @@ def data_parallel_size(mesh: Mesh, rules: Rules) -> int:
     return _size(mesh, batch_axes(mesh, rules))
 
 
+def gathers_by_layer(rules: Rules) -> bool:
+    """Whether parameters stay sharded over FSDP_AXIS until their layer runs.
+
+    An axis that shards the stack of layers has whole layers on each device, and is gathered once
+    per step.
+    """
+    return not any(FSDP_AXIS in axes for name, *axes in rules if name == "layers")
+
+
 def constrain(x: jax.Array, axes: Axes, rules: Rules) -> jax.Array:
     """Constrains the sharding of `x` on the mesh axes that the compiler manages."""
-    mesh = jax.sharding.get_abstract_mesh()
-    managed = [
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto and mesh.shape[name] > 1
-    ]
+    mesh, managed = _managed()
     if not managed:
         return x
     sharding = named_sharding(mesh, x.shape, axes, rules, managed)
     return jax.lax.with_sharding_constraint(x, sharding.spec)
+
+
+def owners(rules: Rules) -> PartitionSpec | None:
+    """With FSDP on mesh axes that the compiler manages: how a stack of matrices (layers, ...) is
+    sharded if each is whole on one device, over all axes that shard layers or `embed`, whether or
+    not they divide the layers. None without FSDP.
+    """
+    _, managed = _managed()
+    if FSDP_AXIS not in managed or not gathers_by_layer(rules):
+        return None
+    table = {rule[0]: rule[1:] for rule in rules}
+    axes = dict.fromkeys((*table.get("layers", ()), *table.get("embed", ())))
+    return PartitionSpec(_part([axis for axis in axes if axis in managed]))
+
+
+def _managed() -> tuple[AbstractMesh, list[str]]:
+    """The mesh in use, and its axes that the compiler manages."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return mesh, [n for n, kind in kinds if kind == AxisType.Auto and mesh.shape[n] > 1]
 
 
 # ---- Inside shard_map: gather sharded parameters, reduce-scatter their gradients ----------------
@@ -87,14 +117,26 @@ def constrain(x: jax.Array, axes: Axes, rules: Rules) -> jax.Array:
 
 def manual_spec(spec: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:
     """The part of a PartitionSpec that uses `axes`."""
-    return PartitionSpec(*(tuple(n for n in _names(part) if n in axes) or None for part in spec))
+    return PartitionSpec(*(tuple(n for n in axes_of(part) if n in axes) or None for part in spec))
+
+
+def split_spec(spec: PartitionSpec, axis: str | None) -> tuple[PartitionSpec, PartitionSpec]:
+    """`spec` as what to gather first and what to gather last: `axis`, and axes before it in its
+    dimension, since the innermost axes of a dimension are gathered first.
+    """
+    first, last = [], []
+    for names in map(axes_of, spec):
+        count = names.index(axis) + 1 if axis in names else 0
+        first.append(names[count:] or None)
+        last.append(names[:count] or None)
+    return PartitionSpec(*first), PartitionSpec(*last)
 
 
 def gather(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     """Inside shard_map: the full array whose shards `spec` describes."""
     for dimension, part in enumerate(spec):
-        if _names(part):
-            x = jax.lax.all_gather(x, _names(part), axis=dimension, tiled=True)
+        if axes_of(part):
+            x = jax.lax.all_gather(x, axes_of(part), axis=dimension, tiled=True)
     return x
 
 
@@ -102,10 +144,37 @@ def reduce(x: jax.Array, spec: PartitionSpec, axes: Sequence[str]) -> jax.Array:
     """Inside shard_map: the sum of `x` over mesh `axes`; each device keeps its shard by `spec`."""
     left = list(axes)
     for dimension, part in enumerate(spec):
-        if _names(part):
-            x = jax.lax.psum_scatter(x, _names(part), scatter_dimension=dimension, tiled=True)
-            left = [axis for axis in left if axis not in _names(part)]
+        if axes_of(part):
+            x = jax.lax.psum_scatter(x, axes_of(part), scatter_dimension=dimension, tiled=True)
+            left = [axis for axis in left if axis not in axes_of(part)]
     return jax.lax.psum(x, tuple(left)) if left else x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather_in_pass(x: jax.Array, spec: PartitionSpec, dtype: DTypeLike) -> jax.Array:
+    """Inside shard_map: the full array in `dtype`, gathered in the forward or the backward pass.
+
+    Its gradient is summed over the devices in x's dtype, and each keeps its shard.
+    """
+    return gather(x.astype(dtype), spec)
+
+
+def _gather_forward(x, spec, dtype):
+    # The backward pass needs only x's dtype; an empty slice carries it.
+    return gather_in_pass(x, spec, dtype), x[:0]
+
+
+def _gather_backward(spec, dtype, like, cotangent):
+    del dtype
+    return (reduce(cotangent.astype(like.dtype), spec, ()),)
+
+
+gather_in_pass.defvjp(_gather_forward, _gather_backward)
+
+
+def number_of_shards(mesh: Mesh, spec: PartitionSpec) -> int:
+    """Number of different shards of an array."""
+    return math.prod(_size(mesh, part) for part in spec)
 
 
 def replicated_share(tree) -> float:
@@ -118,7 +187,7 @@ def replicated_share(tree) -> float:
     return replicated / max(total, 1)
 
 
-def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def axes_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """One entry of a PartitionSpec as a tuple of mesh axes."""
     return (part,) if isinstance(part, str) else tuple(part or ())
 
@@ -130,4 +199,4 @@ def _part(names: Sequence[str]) -> str | tuple[str, ...] | None:
 
 def _size(mesh: Mesh, part: str | tuple[str, ...] | None) -> int:
     """Number of shards along mesh axes."""
-    return math.prod(mesh.shape[name] for name in _names(part))
+    return math.prod(mesh.shape[name] for name in axes_of(part))

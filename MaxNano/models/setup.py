@@ -106,6 +106,23 @@ class ModelSetup:
             lambda leaf: sharding.manual_spec(leaf.sharding.spec, self.batch_axes), tree
         )
 
+    @property
+    def gathers_by_layer(self) -> bool:
+        """FSDP: whether parameters stay sharded over an axis until their layer runs."""
+        axis = sharding.FSDP_AXIS
+        is_used = axis in self.batch_axes and self.mesh.shape[axis] > 1
+        return is_used and sharding.gathers_by_layer(self.config.logical_axis_rules)
+
+    def gather_specs(self) -> tuple[Any, Any]:
+        """Data-parallel PartitionSpecs of the parameters: of the axes that a step gathers once, and
+        of those that it gathers layer by layer.
+        """
+        stored = self.manual_specs(self.params)
+        axis = sharding.FSDP_AXIS if self.gathers_by_layer else None
+        once = jax.tree.map(lambda spec: sharding.split_spec(spec, axis)[0], stored)
+        by_layer = jax.tree.map(lambda spec: sharding.split_spec(spec, axis)[1], stored)
+        return once, by_layer
+
     def over_devices(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """shard_map of `function` over the data-parallel axes; the compiler manages the other axes."""
         # An axis of size 1 needs no management; kernels that know only one device then run too.

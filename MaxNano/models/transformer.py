@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig, scaling
-from MaxNano.distributed.sharding import constrain
+from MaxNano.distributed.sharding import constrain, gather_in_pass
 from MaxNano.models import attention, embedding, layers, losses, quantization
 from MaxNano.models.layers import (
     constant,
@@ -44,6 +45,8 @@ Layer = dict[str, Any]
 """One layer's arrays: attention {qkv, out}, mlp, two lambdas, and value {gate, index} if any."""
 ValueEmbed = tuple[jax.Array, jax.Array]
 """Rows of a table of value embeddings (..., T, K x H), and their gates (..., K, T) in float32."""
+STACKED = ("layers", "value_embeds", "value_gate")
+"""The parameters of two or more axes, or trees of them, whose first axis counts layers."""
 
 
 # ---- Kinds of layers ----------------------------------------------------------------------------
@@ -370,6 +373,28 @@ def stack_layers(
     )
 
 
+def gather_layer(layer: Layer, specs: dict[str, Any], dtype) -> Layer:
+    """Inside shard_map: the layer with whole matrices and a whole table of value embeddings, cast.
+
+    specs: how the parameters that are stacked over layers are still sharded, as PartitionSpecs.
+    """
+
+    def whole(x, spec):
+        spec = PartitionSpec(*spec[1:])
+        return gather_in_pass(x, spec, dtype) if any(spec) else x
+
+    layer = layer | {
+        name: jax.tree.map(whole, layer[name], specs["layers"][name]) for name in scaling.BLOCK
+    }
+    if "value" in layer:
+        value = layer["value"]
+        layer["value"] = value | {
+            "gate": whole(value["gate"], specs["value_gate"]),
+            "table": whole(value["table"], specs["value_embeds"]),
+        }
+    return layer
+
+
 def unstack(kinds: Sequence[LayerKind], per_layer: Layer, per_value: Layer) -> list[Layer]:
     """One tree per layer, from trees stacked over layers and over the layers with value embeddings."""
     unstacked, value_index = [], 0
@@ -445,15 +470,19 @@ class Transformer(nnx.Module):
             rngs, (vocab, embed_dim), ("vocab", "embed"), normal(config.head_init_std)
         )
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Token ids (B, L) -> normalized final hidden states (B, L, D) in the compute dtype."""
+    def __call__(self, tokens: jax.Array, specs: dict[str, Any] | None = None) -> jax.Array:
+        """Token ids (B, L) -> normalized final hidden states (B, L, D) in the compute dtype.
+
+        specs: with FSDP, inside shard_map: PartitionSpecs by which the parameters that are stacked
+        over layers are sharded; each layer gathers its own.
+        """
         config = self.config
         params = nnx.to_pure_dict(nnx.state(self, nnx.Param))
         period, groups = repetition(layer_kinds(config))
         if not scans_layers(config, self.numerics.backend) or groups < 2:
             period = groups = 0
         stack = stack_layers(config, params, period, groups, tables=True)
-        context = training_context(config, self.numerics, tokens)
+        context = training_context(config, self.numerics, tokens, specs)
         hidden, _ = forward(config, params, stack, context)
         return hidden.reshape(*tokens.shape, -1)
 
@@ -465,8 +494,16 @@ class Transformer(nnx.Module):
 # ---- Whole sequences, with gradients ------------------------------------------------------------
 
 
-def training_context(config: FrozenConfigDict, numerics: Numerics, tokens: jax.Array) -> Context:
-    """The context of whole sequences, tokens (B, L); layers have all B x L tokens in one axis."""
+def training_context(
+    config: FrozenConfigDict,
+    numerics: Numerics,
+    tokens: jax.Array,
+    specs: dict[str, Any] | None = None,
+) -> Context:
+    """The context of whole sequences, tokens (B, L); layers have all B x L tokens in one axis.
+
+    specs: see Transformer.__call__.
+    """
     length = tokens.shape[1]
     order = embedding.order(tokens, numerics.embedding_gradient)
     rotary = tuple(map(jnp.asarray, rotary_tables(length, config.head_dim, config.rope_theta)))
@@ -474,6 +511,8 @@ def training_context(config: FrozenConfigDict, numerics: Numerics, tokens: jax.A
 
     def lookup(tables, index, table):
         method, interpret = numerics.embedding_gradient, numerics.backend != "tpu"
+        if specs is not None:  # `tables` are shards
+            tables, index = table[None], 0
         tables = jax.lax.stop_gradient(tables)
         rows = embedding.lookup(table, tables, index, order, method, interpret)
         return _constrain(rows, "activation_embed", config).astype(numerics.dtype)
@@ -495,9 +534,11 @@ def training_context(config: FrozenConfigDict, numerics: Numerics, tokens: jax.A
 
     def wrap(run_layer, scanned):
         def fused(x, layer, kind, index):
+            if specs is not None:
+                layer = gather_layer(layer, specs, x.dtype)
             return run_layer(x, fuse_layers(config, layer, x.dtype), kind, index)
 
-        return _rematerialize(fused, config, scanned)
+        return _rematerialize(fused, kept_residuals(config, specs is not None), scanned)
 
     return Context(
         attend=attend,
@@ -539,20 +580,24 @@ def residual_widths(config: FrozenConfigDict) -> dict[str, int]:
     }
 
 
-def kept_residuals(config: FrozenConfigDict) -> tuple[str, ...] | None:
-    """The names in residual_widths that the backward pass does not recompute; None: all it needs."""
+def kept_residuals(config: FrozenConfigDict, by_layer: bool) -> tuple[str, ...] | None:
+    """The names in residual_widths that the backward pass does not recompute; None: all it needs.
+
+    by_layer: weights are gathered layer by layer, and again in the backward pass. Keeping all would
+    keep them too.
+    """
     minimal = tuple(residual_widths(config))
-    kept = {"none": None, "minimal": minimal, "full": (), "names": tuple(config.remat_names)}
+    everything = minimal if by_layer else None
+    kept = {"none": everything, "minimal": minimal, "full": (), "names": tuple(config.remat_names)}
     return kept[config.remat_policy]
 
 
-def _rematerialize(run_layer, config, scanned: bool):
-    """`run_layer` with the config's remat policy, which names the results that are not recomputed.
+def _rematerialize(run_layer, kept: tuple[str, ...] | None, scanned: bool):
+    """`run_layer` whose backward pass recomputes all results but those named in `kept`.
 
     Outside a scan only a barrier keeps the compiler from merging the two computations; inside one
     it cannot merge them, and a barrier would only cost copies.
     """
-    kept = kept_residuals(config)
     if kept is None:
         return run_layer
     policy = jax.checkpoint_policies.save_only_these_names(*kept)

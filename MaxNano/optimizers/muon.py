@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from MaxNano.distributed.sharding import Rules, constrain
+from MaxNano.distributed.sharding import Rules, constrain, owners
 from MaxNano.optimizers.schedules import Schedule
 
 Tree = Any
@@ -53,8 +53,20 @@ def muon(
     to the Polar Express iterations. rules: they decide which devices compute which matrices; each
     matrix is computed on one device.
     """
-    constrained = each_matrix(lambda x: constrain(x, ("layers", *(None,) * (x.ndim - 1)), rules))
-    parts = [nesterov_momentum(momentum), each_matrix(lambda x: x.astype(dtype)), constrained]
+
+    def to_owners(x):
+        spec = owners(rules)
+        if spec is None:
+            return constrain(x, ("layers", *(None,) * (x.ndim - 1)), rules)
+        return jax.lax.with_sharding_constraint(x, spec)
+
+    def on_owners(x):
+        # With FSDP the update travels back once all of it is computed.
+        spec = owners(rules)
+        return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+    parts = [nesterov_momentum(momentum), each_matrix(lambda x: x.astype(dtype))]
+    parts.append(each_matrix(to_owners))
     if row_equilibration:
         parts.append(each_matrix(equilibrate_rows))
     parts.append(each_matrix(lambda x: polar_express(x, iterations, norm_margin)))
@@ -63,6 +75,7 @@ def muon(
         parts.append(each_matrix(renormalize))
     if beta2:
         parts.append(scale_by_neuron_variance(beta2))
+    parts.append(each_matrix(on_owners))
     parts.append(add_cautious_weight_decay(weight_decay))
     parts.append(each_matrix(scale_by_shape))
     return optax.chain(*parts)

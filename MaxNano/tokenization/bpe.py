@@ -197,7 +197,7 @@ def load_bpe(folder: epath.Path, threads: int) -> BpeTokenizer:
     path = folder / FILE_NAME
     if not path.exists():
         raise ValueError(
-            f"Tokenizer not found at {folder}: train one with python MaxNano/train_tokenizer.py"
+            f"Tokenizer not found at {folder}: train one with .venv/bin/python MaxNano/train_tokenizer.py"
             f" configs/base.yml tokenizer_path={folder} and the other arguments of this command"
         )
     return parse_file(

@@ -18,7 +18,7 @@ from MaxNano.data.sources import SOURCES
 from MaxNano.distributed import hardware, sharding
 from MaxNano.models import losses
 from MaxNano.models.setup import ModelSetup, set_up_model
-from MaxNano.models.transformer import kept_residuals, residual_widths
+from MaxNano.models.transformer import STACKED, kept_residuals, residual_widths
 from MaxNano.optimizers import groups
 from MaxNano.stage_configs import stage_config
 from MaxNano.storage.files import run_directory
@@ -129,16 +129,26 @@ def needed_bytes(setup: RunSetup) -> dict[str, int]:
             for leaf in jax.tree.leaves(tree)
         )
 
-    def gathered(itemsize):
+    def elements(count):
         # Axes that are not data parallel keep their shards.
         shards = setup.mesh.size // plan.data_parallel_size
-        elements = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setup.abstract.params))
-        return elements // shards * itemsize
+        later = setup.gather_specs()[1]
+        counts = jax.tree_util.tree_map_with_path(count, setup.abstract.params, later)
+        return sum(jax.tree.leaves(counts)) // shards
+
+    def held_whole(path, leaf, later):
+        # With FSDP one layer at a time.
+        stacked = any(later) and path[0].key in STACKED
+        return math.prod(leaf.shape[1:] if stacked else leaf.shape)
+
+    def kept_shards(path, leaf, later):
+        del path
+        return math.prod(leaf.shape) // sharding.number_of_shards(setup.mesh, later)
 
     tokens = plan.micro_rows * pyconfig.row_length(config)
     size = jnp.dtype(setup.numerics.dtype).itemsize
     widths = residual_widths(config)
-    kept = kept_residuals(config)
+    kept = kept_residuals(config, setup.gathers_by_layer)
     width = config.emb_dim + sum(widths[name] for name in kept or ())
     if kept is None:  # also the inputs of norms and activation
         width = 3 * config.emb_dim + sum(widths.values()) + widths["mlp_hidden"]
@@ -146,8 +156,8 @@ def needed_bytes(setup: RunSetup) -> dict[str, int]:
     return {
         "parameters": on_device(setup.abstract.params),
         "optimizer state": on_device(setup.abstract.opt_state),
-        "working copy": gathered(size),
-        "gradients": gathered(size if plan.accumulation_steps == 1 else 4),
+        "working copy": elements(held_whole) * size,
+        "gradients": elements(kept_shards) * (size if plan.accumulation_steps == 1 else 4),
         "activations": tokens * config.num_decoder_layers * width * size + 2 * 4 * tokens * chunk,
     }
 

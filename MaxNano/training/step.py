@@ -14,21 +14,40 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec
-from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
 from MaxNano.distributed import hardware, sharding
 from MaxNano.models import losses
-from MaxNano.models.setup import Architecture
+from MaxNano.models.transformer import STACKED, Transformer
 from MaxNano.optimizers import schedules
 from MaxNano.training.setup import RunSetup
 from MaxNano.training.state import TrainState
 
 
-def batch_losses(config: FrozenConfigDict, model: Architecture, params, batch) -> jax.Array:
-    """Negative log-likelihood of each target in nats, float32 (rows, L), 0 where the target is -1."""
-    bound = model.bind(params)
-    hidden = bound(batch["inputs"])
+def run_model(setup: RunSetup, params, tokens: jax.Array) -> tuple[Transformer, jax.Array]:
+    """Inside shard_map: the model around a working copy, and its hidden states of tokens (rows, L).
+
+    Embedding and head, which are still sharded with FSDP, are gathered here; layers gather theirs.
+    """
+    specs = setup.gather_specs()[1] if setup.gathers_by_layer else None
+    with jax.named_scope("gather"):
+        params = {
+            name: sharding.gather_in_pass(x, specs[name], setup.numerics.dtype)
+            if specs and name not in STACKED and any(specs[name])
+            else x
+            for name, x in params.items()
+        }
+    bound = setup.model.bind(params)
+    return bound, bound(tokens, specs)
+
+
+def batch_losses(setup: RunSetup, params, batch) -> jax.Array:
+    """Negative log-likelihood of each target in nats, float32 (rows, L), 0 where the target is -1.
+
+    params: a working copy.
+    """
+    config = setup.config
+    bound, hidden = run_model(setup, params, batch["inputs"])
     with jax.named_scope("loss"):
         return losses.token_losses(
             hidden,
@@ -49,17 +68,34 @@ def count_bits(token_losses: jax.Array, targets: jax.Array, token_bytes: jax.Arr
 
 
 def working_copy(setup: RunSetup, params):
-    """Inside shard_map: the whole parameters, all-gathered from their FSDP shards once per step.
+    """Inside shard_map: the parameters, all-gathered from their shards once per step.
 
-    Matrices are cast to the compute dtype before the all-gather.
+    Matrices are cast to the compute dtype before the all-gather. With FSDP they stay sharded over
+    its axis, in their dtype: `run_model` gathers them.
     """
-    specs = setup.manual_specs(setup.abstract.params)
 
-    def gather(x, spec):
-        return sharding.gather(x.astype(setup.numerics.dtype) if x.ndim > 1 else x, spec)
+    def gather(x, now, later):
+        cast = x.ndim > 1 and not any(later)
+        return sharding.gather(x.astype(setup.numerics.dtype) if cast else x, now)
 
     with jax.named_scope("gather"):
-        return jax.tree.map(gather, params, specs)
+        return jax.tree.map(gather, params, *setup.gather_specs())
+
+
+def reduce_gradients(setup: RunSetup, grads):
+    """Inside shard_map: gradients of a working copy, summed over the devices in the parameters'
+    dtypes; each device keeps its shards.
+
+    The backward pass has summed what it gathered by layer.
+    """
+
+    def reduce(g, p, now, later):
+        summed = {axis for part in later for axis in sharding.axes_of(part)}
+        left = [axis for axis in setup.batch_axes if axis not in summed]
+        return sharding.reduce(g.astype(p.dtype), now, left)
+
+    with jax.named_scope("reduce"):
+        return jax.tree.map(reduce, grads, setup.abstract.params, *setup.gather_specs())
 
 
 def train_step(
@@ -69,10 +105,11 @@ def train_step(
 
     Gradient accumulation: each device sums the gradients of its micro-batches in float32. One
     reduce-scatter then sums them over the devices, and each device updates its shard of the
-    parameters and optimizer state (ZeRO). The loss is the sum of the stage's terms over the count
-    of the whole batch, so that micro-batches with few targets have little weight. If the loss or
-    the gradient is not finite, parameters and optimizer state stay bit for bit as they are, and the
-    metric `skipped` is 1.
+    parameters and optimizer state (ZeRO). With FSDP each layer's gradients are reduce-scattered in
+    every backward pass, and each device sums its shards. The loss is the sum of the stage's terms
+    over the count of the whole batch, so that micro-batches with few targets have little weight. If
+    the loss or the gradient is not finite, parameters and optimizer state stay bit for bit as they
+    are, and the metric `skipped` is 1.
     """
     config, plan, stage = setup.config, setup.plan, setup.stage
     axes = setup.batch_axes
@@ -83,7 +120,7 @@ def train_step(
         count = jax.lax.psum(stage.loss_count(batch), axes)
 
         def loss_fn(params, micro):
-            nll = batch_losses(config, setup.model, params, micro)
+            nll = batch_losses(setup, params, micro)
             loss = jnp.sum(stage.loss(config, nll, micro)) / jnp.maximum(count, 1)
             return loss, count_bits(nll, micro["targets"], token_bytes)
 
@@ -100,13 +137,8 @@ def train_step(
 
             start = ((jnp.float32(0), (jnp.float32(0), jnp.float32(0))), zeros(params))
             (sums, grads), _ = jax.lax.scan(accumulate, start, jax.tree.map(plan.split, batch))
+        grads = reduce_gradients(setup, grads)
         with jax.named_scope("reduce"):
-            grads = jax.tree.map(
-                lambda g, p, spec: sharding.reduce(g.astype(p.dtype), spec, axes),
-                grads,
-                setup.abstract.params,
-                specs,
-            )
             return jax.lax.psum(sums, axes), grads
 
     (loss, (nats, size)), grads = setup.over_devices(
@@ -141,13 +173,12 @@ def train_step(
 
 def eval_step(params, batch, token_bytes, *, setup: RunSetup) -> tuple[jax.Array, jax.Array]:
     """(nats, bytes) of a batch of `plan.rows` rows; see count_bits."""
-    config = setup.config
 
     def local_bits(params, batch, token_bytes):
         params = working_copy(setup, params)
 
         def micro_bits(micro):
-            nll = batch_losses(config, setup.model, params, micro)
+            nll = batch_losses(setup, params, micro)
             return count_bits(nll, micro["targets"], token_bytes)
 
         bits = jax.lax.map(micro_bits, jax.tree.map(setup.plan.split, batch))
@@ -165,7 +196,7 @@ def score_step(params, batch, *, setup: RunSetup) -> jax.Array:
     def local_losses(params, batch):
         params = working_copy(setup, params)
         micro = jax.tree.map(setup.plan.split, batch)
-        rows = jax.lax.map(partial(batch_losses, setup.config, setup.model, params), micro)
+        rows = jax.lax.map(partial(batch_losses, setup, params), micro)
         return rows.reshape(-1, rows.shape[-1])
 
     specs = setup.manual_specs(setup.abstract.params)
@@ -178,8 +209,8 @@ def greedy_step(params, tokens, last, *, setup: RunSetup) -> jax.Array:
     """The most likely token after position `last` (P,) of each row of `tokens` (P, L), int32 (P,)."""
 
     def local_greedy(params, tokens, last):
-        bound = setup.model.bind(working_copy(setup, params))
-        hidden = jnp.take_along_axis(bound(tokens), last[:, None, None], axis=1)
+        bound, hidden = run_model(setup, working_copy(setup, params), tokens)
+        hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
         return jnp.argmax(bound.logits(hidden)[:, 0], axis=-1)
 
     rows = PartitionSpec(setup.batch_axes)

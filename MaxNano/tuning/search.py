@@ -47,7 +47,8 @@ def search(
 ) -> Overrides:
     """The fastest settings that were found before the time was over.
 
-    merge: (settings, a choice of a knob) -> the settings with that choice.
+    If no gain was confirmed by then, the result is the leader of the knob that was not finished:
+    `compare` decides. merge: (settings, a choice of a knob) -> the settings with that choice.
     """
     best = start
     for cycle in range(CYCLES):
@@ -61,8 +62,13 @@ def search(
             if others and has_time():
                 winner = halve([best, *others], measure, has_time, with_data=knob.with_data)
                 turn = f"{knob.name} {cycle}"
-                if winner != best and has_time() and confirm(best, winner, knob, turn, measure):
-                    best = winner
+                if winner == best:
+                    continue
+                if has_time():
+                    is_better = confirm(best, winner, knob, turn, measure)
+                else:
+                    is_better = best == start and not knob.with_data
+                best = winner if is_better else best
         if best == before or not has_time():
             break
     return best
@@ -73,15 +79,15 @@ def halve(
 ) -> Overrides:
     """The fastest of the contenders; the first is the best so far.
 
-    The first is the result if nothing else can be measured in time, or if it fails with the run's
-    data, which the others then do too.
+    If the time is over, the leader of the last rung. The first is the result if nothing else can be
+    measured, or if it fails with the run's data, which the others then do too.
     """
     alive, steps = list(contenders), FIRST_STEPS
     while len(alive) > 1:
         timed: list[tuple[float, Overrides]] = []
         for overrides in alive:
             if not has_time():
-                break
+                return min(timed, default=(0.0, alive[0]), key=lambda pair: pair[0])[1]
             outcome = measure(Trial(overrides, steps, with_data))
             if outcome.seconds is not None:
                 timed.append((outcome.seconds, overrides))

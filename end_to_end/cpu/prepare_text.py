@@ -1,7 +1,7 @@
 """Text for the quickstart: about 17 million characters of English prose, as parquet shards.
 
-    python end_to_end/cpu/prepare_text.py data/text            speeches and encyclopedia articles
-    python end_to_end/cpu/prepare_text.py data/text FOLDER     your own .txt and .md files
+    .venv/bin/python end_to_end/cpu/prepare_text.py data/text            speeches and encyclopedia articles
+    .venv/bin/python end_to_end/cpu/prepare_text.py data/text FOLDER     your own .txt and .md files
 
 The speeches are the State of the Union addresses of 1790-2026 (public domain), the articles the
 opening summaries of about ten thousand Wikipedia articles (CC BY-SA 4.0). Both are in packages of

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up if needed and runs the tests in two processes. Arguments go to pytest:
+# Sets up if needed and runs the tests in three processes. Arguments go to pytest:
 #
 #   bash tests/run.sh -k packing
 #   PYTEST_WORKERS=0 bash tests/run.sh --pdb    in this process, as a debugger needs it
@@ -8,4 +8,4 @@ unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 MAXNANO_QUIET=1 EXTRAS=dev,export,serve bash setup.sh
-exec .venv/bin/python -m pytest -n "${PYTEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
+exec .venv/bin/python -m pytest -n "${PYTEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder "$@"

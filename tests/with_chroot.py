@@ -31,7 +31,7 @@ class Root:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.environment = {"PATH": "/usr/local/bin:/usr/bin:/bin"}
+        self.environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
         self.workdir, self.user, self.entrypoint = "/", "0", []
         for name in ("/etc/resolv.conf", "/etc/hosts"):
             shutil.copy(name, self.folder / name[1:])

@@ -53,7 +53,16 @@ ALTERNATIVES = {  # the most important first: a table may stay unfinished
 }
 # Per device and micro-batch if per_device_batch_size is null, the same for all alternatives.
 ROWS = 32
-COLUMNS = ("alternative", "more", "all", *costs.CLASSES, "GiB", "compiled s", "failure")
+COLUMNS = (
+    "alternative",
+    "more",
+    "all",
+    "calibrated",
+    *costs.CLASSES,
+    "GiB",
+    "compiled s",
+    "failure",
+)
 
 
 def configs(words: list[str]) -> dict[str, FrozenConfigDict]:

@@ -56,6 +56,8 @@ def costs(report: compile_report.CostReport) -> Row:
     """Sums up a report: cycles by class in millions and memory in GiB, per chip."""
     row: Row = {"all": report.cycles / 1e6}
     row |= {kind: cycles / 1e6 for kind, cycles in report.cycles_by_class.items()}
+    if report.calibrated_cycles:
+        row["calibrated"] = report.calibrated_cycles.times(1e-6).text(",.0f")
     return row | {"GiB": report.memory.total / GIB, "compiled s": report.compile_seconds}
 
 

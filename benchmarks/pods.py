@@ -39,7 +39,7 @@ from ml_collections import FrozenConfigDict
 
 from benchmarks import common
 from MaxNano import pyconfig
-from MaxNano.compile import costs, hlo, topologies
+from MaxNano.compile import calibration, costs, hlo, topologies
 from MaxNano.distributed import hardware
 from MaxNano.storage.files import run_directory
 from MaxNano.training.memory_plan import compile_train
@@ -120,9 +120,11 @@ def whole_step(config: FrozenConfigDict) -> common.Row:
     walk = costs.walk(
         hlo.parse(compiled.as_text()), chip, mesh=setup.mesh, vocab_size=config.vocab_size
     )
-    cycles = defaultdict(float)
+    cycles, by_class = defaultdict(float), defaultdict(float)
     for operation in walk.operations:
         cycles[unit_of(operation)] += operation.total
+        by_class[operation.kind] += operation.total
+    calibrated = calibration.calibrate(by_class, chip)
     stats = compiled.memory_analysis()
     return {
         "step cycles": cycles["step"],
@@ -130,6 +132,7 @@ def whole_step(config: FrozenConfigDict) -> common.Row:
         "token cycles": cycles["token"] / (config.global_batch_tokens / setup.mesh.size),
         "rows": setup.plan.micro_rows,
         "tensor": config.ici_tensor_parallelism,
+        "calibration": calibrated and calibrated.times(1 / sum(by_class.values())),
         "working GiB": (stats.peak_memory_in_bytes - stats.argument_size_in_bytes) / common.GIB,
         "compiled s": seconds,
     }
@@ -217,6 +220,15 @@ def estimate(
             ici += seconds * scale * 1e3
     step = rows_ms + weights_ms + ici + dcn
     flops = flops_per_token(config) * tokens
+    if whole["calibration"]:
+        network = calibration.COLLECTIVES
+        step_range = calibration.Range(
+            *(
+                factor * (rows_ms + weights_ms) + part * (ici + dcn)
+                for factor, part in zip(whole["calibration"], network, strict=False)
+            )
+        )
+        row["calibrated ms"] = step_range.text(",.0f")
     return row | {
         "state GiB": round(short["state GiB"], 2),
         "at most GiB": round(short["state GiB"] + whole["working GiB"], 1),

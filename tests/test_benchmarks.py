@@ -15,7 +15,7 @@ from byte_tokenizer import ByteTokenizer
 from test_model import random_params
 
 from MaxNano import pyconfig
-from MaxNano.compile import costs
+from MaxNano.compile import calibration, costs
 from MaxNano.training.setup import set_up
 from MaxNano.training.step import batch_losses
 
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks is no package to install
 
 from benchmarks import alternatives, common, input_pipeline, loss, pods, step_time, straightforward  # noqa: E402
+from benchmarks import calibration as calibrate  # noqa: E402
 
 SCRIPTS = sorted(
     path for path in (ROOT / "benchmarks").glob("*.py") if "pyconfig.launch" in path.read_text()
@@ -208,6 +209,7 @@ def test_a_step_is_put_together_of_its_parts():
         "working GiB": 1.0,
         "rows": 32,
         "tensor": 2,
+        "calibration": (0.5, 0.25, 1.0),
     }
     seconds = {"fsdp ici": 0.002, "data dcn": 0.003, "tensor ici": 0.001}
     short = {"state GiB": 2.0, "seconds": seconds, "GB": {}}
@@ -219,6 +221,13 @@ def test_a_step_is_put_together_of_its_parts():
     assert (row["ICI ms"], row["DCN ms"]) == pytest.approx((2 + 2 * 1, 3))
     assert row["step ms"] == pytest.approx(1.756 + 4 + 3)
     assert row["at most GiB"] == 3
+    network = calibration.COLLECTIVES
+    assert row["calibrated ms"] == "{:,.0f} ({:,.0f} to {:,.0f})".format(
+        *(
+            1.756 * part + 7 * factor
+            for part, factor in zip(whole["calibration"], network[:3], strict=True)
+        )
+    )
     # 32 rows on two chips are a micro-batch: three times as many tokens are three of them.
     row = pods.estimate(config, whole, short, layout, tokens=3 * 32 * 2048 * 32)
     assert row["weights ms"] == pytest.approx(1 + 3 * 0.5)
@@ -233,6 +242,48 @@ def test_work_on_weights_is_told_from_work_on_tokens():
     assert (
         pods.unit_of(operation("matmul", "jit(train_step)/shard_map/loss/dot_general")) == "token"
     )
+
+
+# ---- Calibration --------------------------------------------------------------------------------
+
+
+def test_a_class_gets_what_the_classes_before_it_leave(monkeypatch):
+    def factor(value):
+        return calibration.Factor(value, value, value, "")
+
+    table = {kind: factor(0.5) for kind in costs.CLASSES} | {"matmul": factor(0.9)}
+    monkeypatch.setattr(calibration, "FACTORS", table)
+    assert calibrate.class_factor("matmul", {"matmul": 2.0}, 3.0) == pytest.approx(1.5)
+    # 10 of products become 9; the 4 that remain are 8 by estimate.
+    parts = {"matmul": 10.0, "activation": 6.0, "copy": 2.0}
+    assert calibrate.class_factor("activation", parts, 13.0) == pytest.approx(0.5)
+    # 4 of transposes become 2; the kernel's 3 are 6 by its bundles.
+    parts = {"weight": 4.0, "pallas": 6.0}
+    assert calibrate.class_factor("pallas", parts, 5.0) == pytest.approx(0.5)
+    rows = [{"class": "matmul", "of its class": ratio} for ratio in (0.8, 1.0, 0.7)]
+    assert calibrate.sum_up(rows) == [
+        {"class": "matmul", "programs": 3, "median": 0.8, "lowest": 0.7, "highest": 1.0}
+    ]
+
+
+def test_every_measured_program_is_of_a_calibrated_class_and_names_its_source():
+    programs = calibrate.programs()
+    assert {program.kind for program in programs} <= set(calibration.FACTORS)
+    assert len({program.name for program in programs}) == len(programs)
+    assert all(program.milliseconds > 0 and "@" in program.source for program in programs)
+    copy = next(program for program in programs if program.name.startswith("copy"))
+    ((shape, _),) = copy.shapes
+    # tpu-recipes: 1,359.6 GB/s, read and written.
+    assert 2 * 2 * np.prod(shape) / copy.milliseconds / 1e6 == pytest.approx(1359.6, rel=1e-3)
+
+
+def test_the_measured_attention_is_attention():
+    q, k, v = (
+        jax.random.normal(key, (1, 128, 2, 16)) for key in jax.random.split(jax.random.key(0), 3)
+    )
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) / 4
+    expected = jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(scores), v)
+    np.testing.assert_allclose(calibrate.plain_attention(q, k, v), expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- Measured on this machine -------------------------------------------------------------------
@@ -295,7 +346,9 @@ def test_the_input_pipeline_says_what_a_million_tokens_need(tmp_path, monkeypatc
 @pytest.mark.tpu_compile
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("script", ["straightforward", "loss", "alternatives", "pods", "step_time"])
+@pytest.mark.parametrize(
+    "script", ["straightforward", "loss", "alternatives", "pods", "step_time", "calibration"]
+)
 def test_a_small_model_is_compiled(script, tmp_path):
     words = (
         "num_decoder_layers=8 window_pattern=SL emb_dim=128 head_dim=128 num_query_heads=1 vocab_size=16384 "

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from MaxNano.compile import collectives, costs, hlo
+from MaxNano.compile import calibration, collectives, costs, hlo
 from MaxNano.compile import report as compile_report
 from MaxNano.distributed import hardware
 
@@ -680,3 +680,40 @@ def test_what_is_not_known_is_null():
 def test_text_that_is_no_program_is_refused():
     with pytest.raises(hlo.HloError, match="ENTRY"):
         hlo.parse("hello")
+
+
+def test_measurements_on_a_v6e_correct_its_estimates_and_no_other_chips():
+    table = calibration.FACTORS
+    assert set(table) == set(costs.CLASSES)  # no class is left out, none is counted twice
+    assert all(factor.low <= factor.value <= factor.high for factor in table.values())
+    cycles = {"matmul": 1000.0, "copy": 100.0, "collective": 10.0}
+    products, copies, collective = (table[kind] for kind in cycles)
+    estimate = calibration.calibrate(cycles, CHIP)
+    assert estimate == pytest.approx(
+        [
+            1000 * a + 100 * b + 10 * c
+            for a, b, c in zip(products[:3], copies[:3], collective[:3], strict=True)
+        ]
+    )
+    assert calibration.calibrate(cycles, hardware.CHIPS["TPU v5 lite"]) is None
+
+
+def test_the_report_has_the_calibrated_range_beside_the_count():
+    text = program(["%x = f32[4096]{0} parameter(0)", fusion("f", "x", 1_750_000)], ADD)
+    work = compile_report.ProgramWork(model_flops=4e11, tokens=1, steps=None)
+    report = compile_report.analyze(compiled(text), CHIP, work=work)
+    factor = calibration.FACTORS["activation"]
+    assert report.cycles == 1_750_000  # as the compiler has it
+    assert report.calibrated_seconds == pytest.approx([1e-3 * part for part in factor[:3]])
+    mfu, low, high = report.calibrated_mfu
+    assert low < mfu < high and mfu * factor.value == pytest.approx(report.mfu)
+    rows = {row[0]: row for _, _, rows in report.tables() for row in rows}
+    assert f"{factor.low * 1.75:,.1f} to {factor.high * 1.75:,.1f}" in rows["calibrated"][1]
+    assert "to" in rows["calibrated step"][1] and "to" in rows["calibrated MFU"][1]
+    assert json.loads(json.dumps(report.to_json()))["calibrated_seconds"]["low"] == pytest.approx(
+        1e-3 * factor.low
+    )
+    assert report.assumptions[-1] == calibration.ASSUMPTION and "matmul x" in calibration.ASSUMPTION
+    other = compile_report.analyze(compiled(text), hardware.CHIPS["TPU v5 lite"])
+    assert other.assumptions == costs.ASSUMPTIONS
+    assert other.calibrated_seconds is None and "calibrated" not in str(other.tables())

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from MaxNano.compile import hlo
+from MaxNano.compile import calibration, hlo
 from MaxNano.compile.collectives import Collective
 from MaxNano.compile.costs import ASSUMPTIONS, Operation, walk
 from MaxNano.distributed import hardware
@@ -66,12 +66,20 @@ class CostReport:
     tokens_per_second: float | None  # over all chips
     run_seconds: float | None
     run_price: float | None  # USD
+    # Cycles as measurements on the chip correct them; None where nothing was measured. All other
+    # fields are as the compiler and the rules have them.
+    calibrated_cycles: calibration.Range | None = None
+    calibrated_seconds: calibration.Range | None = None
+    calibrated_mfu: calibration.Range | None = None
     assumptions: tuple[str, ...] = ASSUMPTIONS
 
     def to_json(self) -> dict[str, Any]:
         """The fields as values for json.dumps."""
         values = dataclasses.asdict(self)
         values["memory"] = {**self.memory._asdict(), "total": self.memory.total}
+        for name in ("calibrated_cycles", "calibrated_seconds", "calibrated_mfu"):
+            part = getattr(self, name)
+            values[name] = part and part._asdict()
         values["collectives"] = [collective._asdict() for collective in self.collectives]
         values["most_expensive"] = [
             {**operation._asdict(), "total": operation.total} for operation in self.most_expensive
@@ -105,12 +113,17 @@ class CostReport:
         return [
             *((part, _mega(n), f"{n / self.cycles:.1%}") for part, n in parts if n),
             ("all", _mega(self.cycles), ""),
+            *self._calibrated_rows(),
             (
                 "asynchronous copies",
                 _mega(self.copied_cycles),
                 f"{self.copied_bytes / 1e9:,.2f} GB",
             ),
         ]
+
+    def _calibrated_rows(self) -> list[tuple[str, ...]]:
+        cycles = self.calibrated_cycles
+        return [("calibrated", cycles.times(1e-6).text(",.1f"), "")] if cycles else []
 
     def _collective_rows(self) -> list[tuple[str, ...]]:
         return [
@@ -153,6 +166,10 @@ class CostReport:
             ("estimated step", f"{self.step_seconds:.4g} s"),
             ("estimated MFU", or_unknown(self.mfu, ".1%")),
         ]
+        if self.calibrated_seconds:
+            rows.append(("calibrated step", self.calibrated_seconds.text(".3g", " s")))
+        if self.calibrated_mfu:
+            rows.append(("calibrated MFU", self.calibrated_mfu.text(".1%")))
         if self.bandwidth_utilization is not None:
             rows.append(("estimated bandwidth utilization", f"{self.bandwidth_utilization:.1%}"))
         minutes = self.run_seconds and self.run_seconds / 60
@@ -192,6 +209,8 @@ def analyze(
         by_source[operation.source] += operation.total
     by_class = result.by_class()
     by_basis["bytes"] += by_class["collective"]
+    calibrated = calibration.calibrate(by_class, chip)
+    calibrated_seconds = calibrated and calibrated.times(1 / chip.clock_hz)
     return CostReport(
         chips=chips,
         memory=_memory_of(compiled, chip),
@@ -213,6 +232,18 @@ def analyze(
         tokens_per_second=work and work.tokens / seconds,
         run_seconds=run_seconds,
         run_price=run_seconds / 3600 * chips * chip.price if is_priced else None,
+        assumptions=(*ASSUMPTIONS, calibration.ASSUMPTION) if calibrated else ASSUMPTIONS,
+        calibrated_cycles=calibrated,
+        calibrated_seconds=calibrated_seconds,
+        calibrated_mfu=work
+        and calibrated_seconds
+        and _mfu_range(work.model_flops / (chips * chip.peak_flops), calibrated_seconds),
+    )
+
+
+def _mfu_range(ideal_seconds: float, seconds: calibration.Range) -> calibration.Range:
+    return calibration.Range(
+        ideal_seconds / seconds.value, ideal_seconds / seconds.high, ideal_seconds / seconds.low
     )
 
 

@@ -46,7 +46,8 @@ class ScoringLimits(NamedTuple):
     compilation: int  # computed in the time that one program takes to compile
 
 
-LIMITS = {"cpu": ScoringLimits(2048, 4096), "other": ScoringLimits(16384, 2**20)}
+# On a CPU, temporaries of more tokens do not fit into its caches: see benchmarks/README.md.
+LIMITS = {"cpu": ScoringLimits(512, 4096), "other": ScoringLimits(16384, 2**20)}
 
 
 # ---- The forward pass ---------------------------------------------------------------------------

@@ -161,9 +161,7 @@ def check_that_weights_travel_once(collectives, keys, micro_batches=None):
     def moved(*kinds):
         # Where the compiler has joined several, it names no source.
         of_step = (
-            c
-            for c in collectives
-            if c["kind"] in kinds and (c["source"] or "sharding.py").startswith("sharding.py")
+            c for c in collectives if c["kind"] in kinds and not c["source"].startswith("muon.py")
         )
         return sum(c["bytes"] * c["count"] for c in of_step)
 

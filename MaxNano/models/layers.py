@@ -1,10 +1,11 @@
-"""The parts of the model: declared parameters and their initializers, norm, rotary embedding, MLP.
+"""Parts of the model: parameters, initializers, norm, rotary embedding, MLP, and what FSDP gathers.
 
 Legend: L length, T tokens, D embed, N heads, H head_dim.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,10 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec
 
-from MaxNano.distributed.sharding import Axes
+from MaxNano import scaling
+from MaxNano.distributed.sharding import Axes, gather_in_pass
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -141,3 +144,25 @@ def mlp(
     """wo(relu(wi x)^2): x (..., T, D) -> (..., T, D). scaling.BLOCK["mlp"] declares the matrices."""
     hidden = checkpoint_name(matmul(x, weights["wi"]), "mlp_hidden")
     return matmul(jnp.square(jax.nn.relu(hidden)), weights["wo"])
+
+
+def gather_layer(layer: dict[str, Any], specs: dict[str, Any], dtype) -> dict[str, Any]:
+    """Inside shard_map: the layer with whole matrices and a whole table of value embeddings, cast.
+
+    specs: how the parameters that are stacked over layers are still sharded, as PartitionSpecs.
+    """
+
+    def whole(x, spec):
+        spec = PartitionSpec(*spec[1:])
+        return gather_in_pass(x, spec, dtype) if any(spec) else x
+
+    layer = layer | {
+        name: jax.tree.map(whole, layer[name], specs["layers"][name]) for name in scaling.BLOCK
+    }
+    if "value" in layer:
+        value = layer["value"]
+        layer["value"] = value | {
+            "gate": whole(value["gate"], specs["value_gate"]),
+            "table": whole(value["table"], specs["value_embeds"]),
+        }
+    return layer

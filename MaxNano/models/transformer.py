@@ -24,11 +24,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig, scaling
-from MaxNano.distributed.sharding import constrain, gather_in_pass
+from MaxNano.distributed.sharding import constrain
 from MaxNano.models import attention, embedding, layers, losses, quantization
 from MaxNano.models.layers import (
     constant,
@@ -373,28 +372,6 @@ def stack_layers(
     )
 
 
-def gather_layer(layer: Layer, specs: dict[str, Any], dtype) -> Layer:
-    """Inside shard_map: the layer with whole matrices and a whole table of value embeddings, cast.
-
-    specs: how the parameters that are stacked over layers are still sharded, as PartitionSpecs.
-    """
-
-    def whole(x, spec):
-        spec = PartitionSpec(*spec[1:])
-        return gather_in_pass(x, spec, dtype) if any(spec) else x
-
-    layer = layer | {
-        name: jax.tree.map(whole, layer[name], specs["layers"][name]) for name in scaling.BLOCK
-    }
-    if "value" in layer:
-        value = layer["value"]
-        layer["value"] = value | {
-            "gate": whole(value["gate"], specs["value_gate"]),
-            "table": whole(value["table"], specs["value_embeds"]),
-        }
-    return layer
-
-
 def unstack(kinds: Sequence[LayerKind], per_layer: Layer, per_value: Layer) -> list[Layer]:
     """One tree per layer, from trees stacked over layers and over the layers with value embeddings."""
     unstacked, value_index = [], 0
@@ -535,7 +512,7 @@ def training_context(
     def wrap(run_layer, scanned):
         def fused(x, layer, kind, index):
             if specs is not None:
-                layer = gather_layer(layer, specs, x.dtype)
+                layer = layers.gather_layer(layer, specs, x.dtype)
             return run_layer(x, fuse_layers(config, layer, x.dtype), kind, index)
 
         return _rematerialize(fused, kept_residuals(config, specs is not None), scanned)

@@ -2,12 +2,15 @@
 file.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import math
 import os
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +81,36 @@ def nanochat_environment(checkout: str) -> dict[str, str]:
     """Returns the environment in which Python imports nanochat from a checkout."""
     paths = os.pathsep.join([checkout, os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": paths}
+
+
+@contextlib.contextmanager
+def start_nanochat(program: str, task: Row) -> Iterator[Callable[[Any], Any]]:
+    """Yields a function that sends a JSON value to a program beside this file, which runs in
+    NANOCHAT_PYTHON with the checkout NANOCHAT, and returns its answer.
+
+    task: what the program is started with; its answer is printed. Raises ValueError if it fails.
+    """
+    with subprocess.Popen(
+        [os.environ.get("NANOCHAT_PYTHON", sys.executable), str(ROOT / "benchmarks" / program)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=nanochat_environment(os.environ["NANOCHAT"]),
+    ) as process:
+
+        def ask(value: Any) -> Any:
+            process.stdin.write(json.dumps(value) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+            while answer and answer[0] not in '["':
+                answer = process.stdout.readline()  # skips nanochat's log lines
+            if not answer:
+                raise ValueError("nanochat failed; see its error above")
+            return json.loads(answer)
+
+        print("nanochat:", ask(task), flush=True)
+        yield ask
+        process.stdin.close()
 
 
 class Kept:

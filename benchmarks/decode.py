@@ -29,7 +29,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -184,36 +183,15 @@ def start_nanochat(config: FrozenConfigDict, params) -> Iterator[Callable[..., A
 
     None without NANOCHAT.
     """
-    checkout = os.environ.get("NANOCHAT")
-    if not checkout:
+    if not os.environ.get("NANOCHAT"):
         yield None
         return
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.npz"
         np.savez(weights, **nanochat.from_params(params, config))
         task = {"weights": str(weights), "model": common.nanochat_model(config)}
-        program = Path(__file__).with_name("nanochat_decode.py")
-        with subprocess.Popen(
-            [os.environ.get("NANOCHAT_PYTHON", sys.executable), str(program)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=common.nanochat_environment(checkout),
-        ) as process:
-
-            def ask(task: dict):
-                process.stdin.write(json.dumps(task) + "\n")
-                process.stdin.flush()
-                answer = process.stdout.readline()
-                while answer and answer[0] not in '["':
-                    answer = process.stdout.readline()  # skip nanochat's own output
-                if not answer:
-                    raise ValueError("nanochat failed; see its error above")
-                return json.loads(answer)
-
-            print("nanochat:", ask(task), flush=True)
+        with common.start_nanochat("nanochat_decode.py", task) as ask:
             yield lambda **values: ask(values)
-            process.stdin.close()
 
 
 def compare(setup: ModelSetup, params) -> list[common.Row]:

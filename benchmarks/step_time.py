@@ -25,7 +25,6 @@ import contextlib
 import json
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 
@@ -75,8 +74,7 @@ def start_nanochat(
     """Yields a function that runs nanochat's steps and returns their seconds; None without
     NANOCHAT.
     """
-    checkout = os.environ.get("NANOCHAT")
-    if not checkout:
+    if not os.environ.get("NANOCHAT"):
         yield None
         return
     task = {
@@ -84,28 +82,8 @@ def start_nanochat(
         "micro_batches": plan.accumulation_steps,
         "model": common.nanochat_model(config),
     }
-    program = Path(__file__).with_name("nanochat_step_time.py")
-    with subprocess.Popen(
-        [os.environ.get("NANOCHAT_PYTHON", sys.executable), str(program)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=common.nanochat_environment(checkout),
-    ) as process:
-
-        def ask(line: str):
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-            while answer and answer[0] not in '["':
-                answer = process.stdout.readline()  # skips nanochat's log lines
-            if not answer:
-                raise ValueError("nanochat failed; see its error above")
-            return json.loads(answer)
-
-        print("nanochat:", ask(json.dumps(task)), flush=True)
-        yield lambda steps: ask(str(steps))
-        process.stdin.close()
+    with common.start_nanochat("nanochat_step_time.py", task) as ask:
+        yield ask
 
 
 def is_too_large(config: FrozenConfigDict) -> bool:

@@ -552,6 +552,8 @@ def test_an_output_that_is_full_stops_nothing(tmp_path):
         import sys
         sys.path.insert(0, "tests")
         import test_metrics
+        from MaxNano import console
+        console.keep_output()  # as every program does first
         logger = test_metrics.start(test_metrics.make_config(), sys.argv[1])
         test_metrics.run(logger, range(3))
         logger.event(3, "validation", {"bpb": 1.0})

@@ -12,9 +12,8 @@ from pathlib import Path
 
 if __name__ == "__main__":
     if not __package__:
-        sys.path[0] = str(
-            Path(__file__).resolve().parents[1]
-        )  # not MaxNano/, which hides libraries
+        # Not MaxNano/, which hides libraries.
+        sys.path[0] = str(Path(__file__).resolve().parents[1])
     import MaxNano  # noqa: F401  # explains a missing package
 
 import itertools

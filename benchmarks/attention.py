@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
 import functools
 import json
-import os
 import re
 import statistics
 import tempfile
@@ -335,12 +334,7 @@ def main(config: FrozenConfigDict) -> None:
     report = {"device": device, "measured": measured}
     if backend == "cpu":
         with tempfile.TemporaryDirectory() as name:
-            flags = (
-                "dump_to=" + name,
-                "dump_llo_text=true",
-                "dump_llo_pass_label_regex=.*final_bundles",
-            )
-            os.environ["LIBTPU_INIT_ARGS"] = " ".join(f"--xla_jf_{flag}" for flag in flags)
+            common.dump_bundles(name)
             target = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices[0]
             report["estimated"] = [
                 {"window": window, "kernel": kernel, "blocks": blocks}

@@ -24,7 +24,6 @@ if __name__ == "__main__":
     pyconfig.check_command_line()
 
 import json
-import os
 import statistics
 import tempfile
 from collections import defaultdict
@@ -268,12 +267,7 @@ def main(config: FrozenConfigDict) -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # a kept program writes no schedule
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        flags = (
-            "dump_to=" + name,
-            "dump_llo_text=true",
-            "dump_llo_pass_label_regex=.*final_bundles",
-        )
-        os.environ["LIBTPU_INIT_ARGS"] = " ".join(f"--xla_jf_{flag}" for flag in flags)
+        common.dump_bundles(name)
         for program in programs():
             rows.append(estimate(program, Path(name)))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)

@@ -83,6 +83,16 @@ def nanochat_environment(checkout: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths}
 
 
+def dump_bundles(folder: str) -> None:
+    """Makes libtpu write the final bundles of each program to a folder; call before it is loaded."""
+    flags = (
+        "dump_to=" + folder,
+        "dump_llo_text=true",
+        "dump_llo_pass_label_regex=.*final_bundles",
+    )
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join(f"--xla_jf_{flag}" for flag in flags)
+
+
 @contextlib.contextmanager
 def start_nanochat(program: str, task: Row) -> Iterator[Callable[[Any], Any]]:
     """Yields a function that sends a JSON value to a program beside this file, which runs in

@@ -50,7 +50,7 @@ def test_outputs_are_stripped():
 
 
 def run_cells(monkeypatch, device, **settings):
-    """The words of the notebook's maxnano(...) calls on a device, of which nothing is run.
+    """The words of the notebook's maxnano(...) calls on a device; the calls are not run.
 
     device: "platform count kind" as JAX says. A run's config and its report are written.
     """

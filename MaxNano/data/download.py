@@ -12,9 +12,8 @@ from pathlib import Path
 
 if __name__ == "__main__":
     if not __package__:
-        sys.path[0] = str(
-            Path(__file__).resolve().parents[2]
-        )  # not MaxNano/data/, which hides modules
+        # Not MaxNano/data/, which hides modules.
+        sys.path[0] = str(Path(__file__).resolve().parents[2])
     import MaxNano  # noqa: F401  # explains a missing package
 
 import os

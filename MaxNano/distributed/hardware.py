@@ -95,7 +95,7 @@ CHIPS = {
     "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": Chip(503.8e12, 96 * 2**30, 1.792e12),
     "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition": Chip(438.9e12, 96 * 2**30, 1.792e12),
     # https://www.nvidia.com/en-us/data-center/rtx-pro-6000-blackwell-server-edition gives 120 TFLOP/s
-    # in float32, of which bfloat16 has four times as many, as in the other editions.
+    # in float32. As in the other editions, bfloat16 has four times that.
     "NVIDIA RTX PRO 6000 Blackwell Server Edition": Chip(
         480e12,
         96 * 2**30,

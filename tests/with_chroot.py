@@ -103,7 +103,7 @@ def use(root):
     for name in ("a.txt", "b.txt"):
         (text / name).write_text("The dog ran to the house, and the cat sat on the mat. " * 60)
     root.run([*run, "train-tokenizer", *TINY])
-    assert "Validation at step 4" in root.run([*run, "train", *TINY])
+    assert "Validation at step 4" in root.run([*run, "train", *TINY, "data_readers=1"])
     root.run([*run, "chat", "run_name=tiny", "prompt=The dog", "max_new_tokens=8"])
     root.environment["MAXNANO_API_KEY"] = "0123456789abcdef"
     words = ["serve", "run_name=tiny", "serve_host=0.0.0.0", "serve_port=0"]

@@ -107,10 +107,33 @@ def suggest(word: str, words: Sequence[str]) -> str:
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 
+# What nanochat's flags are called here, where no similar key says so.
+OTHER_NAMES = {
+    "depth": "num_decoder_layers",
+    "lr": "learning_rate_scale",
+    "max_seq_len": "max_target_length",
+    "device_batch_size": "per_device_batch_size",
+    "total_batch_size": "global_batch_tokens",
+    "num_iterations": "steps",
+    "eval_every": "eval_interval",
+    "sample_every": "sample_interval",
+    "save_every": "checkpoint_interval_steps",
+    "core_metric_every": "core_interval",
+    "model_tag": "run_name",
+    "fp8": "quantization",
+}
+
+
+def _other_name(name: str, keys: Mapping[str, Key]) -> str:
+    """'; write KEY=VALUE' for a name of OTHER_NAMES, with dashes or without, or ''."""
+    key = OTHER_NAMES.get(name.lstrip("-").replace("-", "_"))
+    return f"; write {key}=VALUE" if key in keys else ""
+
+
 def find_key(name: str, keys: Mapping[str, Key], source: str) -> Key:
     """The key of a name. Raises ConfigError with the nearest names if there is none."""
     if name not in keys:
-        hint = suggest(name, list(keys)) or "; --help=all lists all keys"
+        hint = _other_name(name, keys) or suggest(name, list(keys)) or "; --help=all lists all keys"
         raise ConfigError(f"{source}: unknown key {shorten(name)}{hint}")
     return keys[name]
 
@@ -123,7 +146,8 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"config file {shorten(str(path))} does not exist") from None
+        hint = "; run this in MaxNano's folder" if str(path).startswith("configs/") else ""
+        raise ConfigError(f"config file {shorten(str(path))} does not exist{hint}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read config file {shorten(str(path))}: {error}") from None
 
@@ -136,7 +160,9 @@ def _compose(text: str, source: str) -> yaml.Node | None:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark and not source.startswith(COMMAND_LINE) else ""
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
-        raise ConfigError(f"{source}{line}: not YAML: {problem}") from None
+        is_cut = source.startswith(COMMAND_LINE) and text.count("[") != text.count("]")
+        hint = "; a bracket is missing: the shell needs quotes around a list" if is_cut else ""
+        raise ConfigError(f"{source}{line}: not YAML: {problem}{hint}") from None
     except RecursionError:
         raise ConfigError(f"{source}: not YAML: nested too deeply") from None
 
@@ -285,7 +311,7 @@ def read_words(words: Sequence[str], keys: Mapping[str, Key]) -> dict[str, Any]:
         name, equals, text = word.partition("=")
         if not equals or name.startswith("-"):
             bare = name.lstrip("-")
-            hint = f"; write {bare}=VALUE" if bare in keys else ""
+            hint = f"; write {bare}=VALUE" if bare in keys else _other_name(bare, keys)
             raise ConfigError(f"{COMMAND_LINE}: {shorten(word)} is not of the form key=value{hint}")
         key = find_key(name, keys, COMMAND_LINE)
         values[name] = _convert(_word_node(text, key), key, COMMAND_LINE)

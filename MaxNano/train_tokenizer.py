@@ -30,8 +30,8 @@ from ml_collections import FrozenConfigDict
 from MaxNano import pyconfig
 from MaxNano.data import fingerprint, sources, stream
 from MaxNano.storage import files
-from MaxNano.tokenization.bpe import BpeTokenizer, cut_long_space, train_bpe
-from MaxNano.tokenization.tokenizer import Tokenizer, valid_unicode
+from MaxNano.tokenization.bpe import FILE_NAME, BpeTokenizer, cut_long_space, train_bpe
+from MaxNano.tokenization.tokenizer import Tokenizer, load_tokenizer, valid_unicode
 
 PROGRESS_SECONDS = 5.0  # between progress lines
 REFERENCES = ("gpt2", "cl100k_base")  # tiktoken's encodings to compare with
@@ -135,7 +135,10 @@ def train(config: FrozenConfigDict) -> tuple[BpeTokenizer, dict[str, Any]]:
     source = _Opened(sources.open_source(config, "train"))
     texts = source.texts(config.skip_corrupt_data)
     texts = capped(texts, characters, config.tokenizer_train_document_characters)
-    texts = with_progress(texts, characters)
+    first = next((text for text in texts if text), None)
+    if first is None:
+        raise ValueError(f"no text to train on in {source.where}: its documents are empty")
+    texts = with_progress(itertools.chain([first], texts), characters)
     trained = train_bpe(texts, config.vocab_size, config.tokenizer_threads)
     read, is_all = source.contents(config)
     return trained, {**_keys_of(config), "files": read, "all_files": is_all}
@@ -158,7 +161,7 @@ class _Opened:
 
     def __init__(self, source: Any) -> None:
         self._source, self._count = source, 0
-        self.files = source.files
+        self.files, self.where = source.files, source.where
 
     def open(self, file: int) -> Any:
         self._count = max(self._count, file + 1)
@@ -267,6 +270,14 @@ def table_texts(config: FrozenConfigDict) -> dict[str, list[str]]:
     return texts
 
 
+def _is_same(config: FrozenConfigDict, trained: BpeTokenizer) -> bool:
+    """Whether the tokenizer in tokenizer_path has the same tokens; False if it cannot be read."""
+    try:
+        return load_tokenizer(config).fingerprint() == trained.fingerprint()
+    except ValueError:
+        return False
+
+
 # ---- Main ---------------------------------------------------------------------------------------
 
 
@@ -281,6 +292,8 @@ def main(config: FrozenConfigDict) -> None:
     start = time.monotonic()
     trained, inputs = train(config)
     path = epath.Path(config.tokenizer_path).expanduser() / INPUTS
+    if (path.parent / FILE_NAME).exists() and not _is_same(config, trained):
+        print(f"Replacing {config.tokenizer_path}: runs that were trained with it cannot go on")
     path.unlink(missing_ok=True)  # before the tokenizer: it may be another's
     trained.save(config.tokenizer_path)
     files.write_whole(path, json.dumps(inputs, indent=1) + "\n")

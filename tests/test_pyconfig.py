@@ -416,6 +416,24 @@ def test_first_argument_must_be_a_readable_file(tmp_path):
         pyconfig.initialize([])
 
 
+@pytest.mark.parametrize(
+    "word, hint",
+    [
+        (f"{form}=4", key)
+        for name, key in config_schema.OTHER_NAMES.items()
+        for form in (name, "--" + name.replace("_", "-"))
+    ],
+)
+def test_nanochats_flags_are_answered_with_the_key(word, hint):
+    assert refusal(word).endswith(f"; write {hint}=VALUE")
+
+
+def test_a_list_without_its_other_half_asks_for_quotes():
+    assert refusal("trackers=[[a,").endswith(
+        "; a bracket is missing: the shell needs quotes around a list"
+    )
+
+
 def test_unknown_model_names_its_nearest():
     assert "did you mean d24_speedrun" in refusal("model=d24_speedrn")
     assert "there are: d24, " in refusal("model=zzz")

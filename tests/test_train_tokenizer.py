@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from MaxNano import train_tokenizer
+from MaxNano import pyconfig, train_tokenizer
 from MaxNano.tokenization.bpe import NANOCHAT_PATTERN, BpeTokenizer, train_bpe
 from MaxNano.tokenization.tokenizer import load_tokenizer_from
 
@@ -110,13 +110,47 @@ def test_from_documents_to_a_tokenizer(data, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["tokenizer.json", "trained_on.json"]
 
 
+def main_of(monkeypatch, *words):
+    monkeypatch.setattr(train_tokenizer, "REFERENCES", ())
+    config = pyconfig.initialize([str(ROOT / "configs/base.yml"), "dataset_type=jsonl", *words])
+    train_tokenizer.main(config)
+
+
+def test_it_says_that_it_replaces_another_tokenizer(data, tmp_path, monkeypatch, capsys):
+    words = (data, f"tokenizer_path={tmp_path}")
+    for size, replaces in (
+        ("vocab_size=320", False),
+        ("vocab_size=320", False),
+        ("vocab_size=300", True),
+    ):
+        main_of(monkeypatch, *words, size)
+        assert (f"Replacing {tmp_path}: runs" in capsys.readouterr().out) is replaces
+
+
+def test_text_without_characters_is_refused(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text('{"text": ""}\n' * 3)
+    with pytest.raises(ValueError, match=f"no text to train on in {tmp_path}"):
+        main_of(
+            monkeypatch,
+            f"dataset_path={tmp_path}",
+            f"tokenizer_path={tmp_path}/t",
+            "vocab_size=265",
+        )
+    assert not (tmp_path / "t/tokenizer.json").exists()
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
         (["vocab_size=32768"], "train on more text or set vocab_size="),
         (["vocab_size=100"], "need vocab_size=265 at least"),
         (["tokenizer_type=tiktoken"], "tokenizer_type=bpe"),
-        (["dataset_path=none"], "dataset_path=none"),
+        (
+            ["dataset_path=none"],
+            "dataset_path=none does not exist; set it to a folder of text, or get",
+        ),
+        (["dataset_path=setup.sh"], "dataset_path=setup.sh is a file; set it to the folder"),
         (["text_column=body"], "body"),
         (["vocab_sise=400"], "vocab_size"),
         (["tokenizer_path=/dev/null/x"], "cannot write to /dev/null/x (Not a directory); set"),

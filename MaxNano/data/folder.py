@@ -67,6 +67,17 @@ def open_file(filesystem: pafs.FileSystem, path: str) -> pa.NativeFile:
     return file
 
 
+def _check_folder(folder: str, where: str) -> None:
+    """Raise ValueError if a local folder is not there, with what to do about it."""
+    if os.path.isfile(folder):
+        raise ValueError(f"dataset_path={where} is a file; set it to the folder of the file")
+    if not os.path.exists(folder):
+        raise ValueError(
+            f"dataset_path={where} does not exist; set it to a folder of text, or get text with"
+            " end_to_end/cpu/prepare_text.py or MaxNano/data/download.py"
+        )
+
+
 def _with_time_limit(where: str) -> str:
     """A bucket's URL with a time limit of BUCKET_RETRY_SECONDS; pyarrow's default is 15 minutes.
 
@@ -164,6 +175,7 @@ class Folder:
             else:
                 self.filesystem = pafs.LocalFileSystem()
                 folder = os.path.expanduser(self.where)
+                _check_folder(folder, self.where)
             self._folder = folder.rstrip("/")
             present, subfolders = self._present(recursive=False)
         self._listed = MANIFEST in present and bool(self._of_this_kind(self._manifest()))

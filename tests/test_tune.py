@@ -37,6 +37,7 @@ FACTS = Facts(
         "scan_layers": True,
         "vocab_chunk_size": 0,
         "per_device_batch_size": 32,
+        "ici_fsdp_parallelism": 1,
         "data_workers": 0,
     },
     device_rows=32,

@@ -27,12 +27,12 @@ import yaml
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "end_to_end"
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix strange and bright potions".split()
-STEPS = 300  # long enough to be stopped in the middle; the same everywhere, so that the step is compiled once
+STEPS = 300  # long enough to be stopped in the middle; the same for all that are, so that the step is compiled once
 EXTRA = (
     "emb_dim=32 head_dim=16 num_query_heads=2 vocab_size=300 max_target_length=32 short_window_multiple=16"
-    " global_batch_tokens=256 data_readers=2 packing_buffer_documents=20 num_cpu_devices=1 eval_tokens=1024"
+    " global_batch_tokens=128 data_readers=2 packing_buffer_documents=20 num_cpu_devices=1 eval_tokens=1024"
     " eval_interval=0 sample_interval=0 tensorboard=false warmup_steps=2 checkpoint_interval_steps=50 embedding_lr=30"
-    " log_interval=50"
+    " log_interval=50 muon_iterations=1"
 )
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the scripts are for bash")
@@ -376,7 +376,7 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(
     """The whole of d24_speedrun.sh; started again it asks the hub for nothing and does nothing
     twice.
     """
-    run_name = f"downloaded{is_repeated:d}"
+    run_name, base_steps = f"downloaded{is_repeated:d}", 40  # nothing stops it
     extra = f"{settings['EXTRA']} hub_url={hub} core_bundle_url={hub}/core.zip core_max_per_task=2 sample_tokens=2"
     more = {
         "DATASET_PATH": "",
@@ -386,6 +386,7 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(
         "CORE_BUNDLE": "",
         "TOKENIZER_PATH": f"{tmp_path}/another tokenizer",
         "RUN_NAME": run_name,
+        "NUM_ITERATIONS": str(base_steps),
         "CHAT_DATA": str(tmp_path),
         "RL": "1",
         "SFT_EXTRA": tuning_words(tmp_path),
@@ -405,13 +406,15 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(
         "result",
     ]
     assert "3 of 3 files" in out
-    found = json.loads((place / f"runs/{run_name}/evals/step_{STEPS:06}.json").read_text())["evals"]
+    found = json.loads((place / f"runs/{run_name}/evals/step_{base_steps:06}.json").read_text())[
+        "evals"
+    ]
     assert {"bpb train", "bpb validation", "core", "core copa", "core winograd", "samples"} == set(
         found
     )
     assert f"CORE           {found['core']['values']['core']:.4f}" in out.splitlines()
     for stage, start in (
-        ("sft", f"{STEPS} of {place}/runs/{run_name}"),
+        ("sft", f"{base_steps} of {place}/runs/{run_name}"),
         ("rl", f"4 of {place}/runs/{run_name}_sft"),
     ):
         assert f"Starting from step {start}\n" in out
@@ -615,7 +618,7 @@ def test_launch_trains_on_through_a_preemption_and_leaves_nothing(cloud):
         }
     )
     stages = "setup data tokenizer training result"  # the others have a test of their own
-    out = cloud.launch(ZONE_WAIT_SECONDS="0", POLL_SECONDS="0.5", STAGES=stages)
+    out = cloud.launch(ZONE_WAIT_SECONDS="0", POLL_SECONDS="2", STAGES=stages)
     run_folder = cloud.folder / f"buckets/ours/maxnano-d24/runs/d2_{STEPS}steps"
     assert steps_of(run_folder) == list(range(STEPS))
     assert (run_folder / f"checkpoints/{STEPS}/MANIFEST.json").exists()

@@ -50,6 +50,7 @@ def words_of(place, run_name, *more):
         "short_window_multiple=16",
         "global_batch_tokens=256",
         "steps=14",
+        "muon_iterations=1",  # compiles faster
         "data_readers=2",
         "packing_buffer_documents=20",
         f"dataset_path={place}/text",
@@ -361,8 +362,9 @@ def test_a_typo_is_told_before_jax_is_imported(tmp_path, program):
 
 
 def test_a_second_run_on_the_same_folder_is_refused(place):
-    first = start(*words_of(place, "locked", "steps=2000", "eval_interval=0", "sample_interval=0"))
-    wait_for_step(place, "locked", 2, first)
+    words = words_of(place, "locked", "eval_interval=0", "sample_interval=0")
+    first = start(*words, pause=3)  # its other steps take longer than the second start
+    wait_for_step(place, "locked", 0, first)
     _, err = run(*words_of(place, "locked"), status=2)
     first.send_signal(signal.SIGKILL)
     first.communicate()

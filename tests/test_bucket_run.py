@@ -50,7 +50,6 @@ class Place:
             "short_window_multiple=16",
             "global_batch_tokens=256",
             f"steps={STEPS}",
-            "muon_iterations=1",  # compiles faster
             "data_readers=2",
             "packing_buffer_documents=20",
             "dataset_path=gs://anonymous@ours/text",

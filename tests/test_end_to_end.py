@@ -31,7 +31,7 @@ STEPS = 300  # long enough to be stopped in the middle; the same for all that ar
 EXTRA = (
     "emb_dim=32 head_dim=16 num_query_heads=2 vocab_size=300 max_target_length=32 short_window_multiple=16"
     " global_batch_tokens=128 data_readers=2 packing_buffer_documents=20 num_cpu_devices=1 eval_tokens=1024"
-    " eval_interval=0 sample_interval=0 tensorboard=false warmup_steps=2 checkpoint_interval_steps=50 embedding_lr=30"
+    " eval_interval=0 sample_interval=0 tensorboard=false warmup_steps=2 checkpoint_interval_steps=75 embedding_lr=30"
     " log_interval=50 muon_iterations=1"
 )
 
@@ -66,7 +66,7 @@ def settings(place):
         "XLA_FLAGS": os.environ["XLA_FLAGS"],  # of conftest.py
         "DEVICE": "cpu",
         "CHIPS": "1",
-        "MODEL": "d2",
+        "MODEL": "d1",
         "NUM_ITERATIONS": str(STEPS),
         "DATASET_PATH": f"{place}/text",
         "TOKENIZER_PATH": f"{place}/tokenizer",
@@ -249,7 +249,7 @@ def wait_for_step(folder, step, process):
 def test_speedrun_starts_a_preempted_training_again_by_itself_and_skips_what_is_done(
     settings, place
 ):
-    folder = place / f"runs/d2_{STEPS}steps"
+    folder = place / f"runs/d1_{STEPS}steps"
     settings = {**settings, "STAGES": "setup data tokenizer training result"}
     process = start("gpu/d12_speedrun.sh", settings)
     wait_for_step(folder, 5, process)
@@ -476,7 +476,7 @@ def test_smoke_then_resume_after_preemption(settings, place):
     rows = metrics.read_text().splitlines(keepends=True)
     words = [
         "configs/base.yml",
-        "model=d2",
+        "model=d1",
         f"steps={STEPS}",
         *EXTRA.split(),
         f"base_output_directory={place}/runs",
@@ -613,13 +613,13 @@ def test_launch_trains_on_through_a_preemption_and_leaves_nothing(cloud):
     cloud.play(
         {
             "us-east5-a": [FULL],
-            "us-east5-b": [{**ON_ITS_WAY, "preempt": {"step": 50, "after": 0}}, CROWDED],
+            "us-east5-b": [{**ON_ITS_WAY, "preempt": {"step": 75, "after": 0}}, CROWDED],
             "us-east5-c": [ON_ITS_WAY],
         }
     )
     stages = "setup data tokenizer training result"  # the others have a test of their own
     out = cloud.launch(ZONE_WAIT_SECONDS="0", POLL_SECONDS="2", STAGES=stages)
-    run_folder = cloud.folder / f"buckets/ours/maxnano-d24/runs/d2_{STEPS}steps"
+    run_folder = cloud.folder / f"buckets/ours/maxnano-d24/runs/d1_{STEPS}steps"
     assert steps_of(run_folder) == list(range(STEPS))
     assert (run_folder / f"checkpoints/{STEPS}/MANIFEST.json").exists()
     assert "no machine after 0 s" in out and "the machine is lost" in out
@@ -679,7 +679,7 @@ def test_preemptions_at_random_leave_the_losses_of_an_unbroken_run(
     print(f"MAXNANO_SEED={seed}", moments)
     more = {
         "EXTRA": settings["EXTRA"].replace(
-            "checkpoint_interval_steps=50", "checkpoint_interval_steps=30"
+            "checkpoint_interval_steps=75", "checkpoint_interval_steps=30"
         )
     }
     run(
@@ -695,7 +695,7 @@ def test_preemptions_at_random_leave_the_losses_of_an_unbroken_run(
     out = cloud.launch(**more, STAGES="training", POLL_SECONDS="0.3")
     assert out.count("the machine is lost") == preemptions
     assert f"machines: {preemptions + 1}," in out
-    found = losses_of(store.objects()[f"maxnano-d24/runs/d2_{STEPS}steps/metrics.jsonl"].decode())
+    found = losses_of(store.objects()[f"maxnano-d24/runs/d1_{STEPS}steps/metrics.jsonl"].decode())
     assert [step for step, _ in found] == list(range(STEPS))
     assert found == losses_of((place / "runs/unbroken/metrics.jsonl").read_text())
     assert len(re.findall(r"Resuming .+ from step", out)) >= (preemptions + 1) // 2, (

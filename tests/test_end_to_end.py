@@ -30,7 +30,7 @@ WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix stran
 STEPS = 300  # long enough to be stopped in the middle; the same for all that are, so that the step is compiled once
 EXTRA = (
     "emb_dim=32 head_dim=16 num_query_heads=2 vocab_size=300 max_target_length=32 short_window_multiple=16"
-    " global_batch_tokens=128 data_readers=2 packing_buffer_documents=20 num_cpu_devices=1 eval_tokens=1024"
+    " global_batch_tokens=256 data_readers=2 packing_buffer_documents=20 num_cpu_devices=1 eval_tokens=1024"
     " eval_interval=0 sample_interval=0 tensorboard=false warmup_steps=2 checkpoint_interval_steps=75 embedding_lr=30"
     " log_interval=50 muon_iterations=1"
 )

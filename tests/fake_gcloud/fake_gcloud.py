@@ -301,7 +301,7 @@ def watch(key, step, after, vanish):
                 else:
                     content["machines"][key]["states"] = ["SUSPENDING", "SUSPENDED"]
             return switch_off(key)
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def check_zone(zone):

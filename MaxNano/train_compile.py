@@ -39,6 +39,7 @@ from MaxNano.compile.topologies import topology_devices
 from MaxNano.console import print_table
 from MaxNano.distributed import gpus
 from MaxNano.storage import files
+from MaxNano.training.memory_plan import describe_memory_plan, fit_memory
 from MaxNano.training.setup import RunSetup, set_up
 
 
@@ -94,7 +95,11 @@ def main(config: FrozenConfigDict) -> int:
     jax.config.update("jax_enable_compilation_cache", False)
     path = report_path(config)
     files.check_writable(path.parent, "set compile_report to another path")
-    setup = set_up(config, topology_devices(config.compile_topology, config.compile_num_slices))
+    devices = topology_devices(config.compile_topology, config.compile_num_slices)
+    setup = set_up(config, devices)
+    if "train" in config.compile_programs and (less := fit_memory(setup)) is not setup:
+        setup = less
+        print(f"Compiling for {describe_memory_plan(setup)}", flush=True)
     reports = {}
     for program in config.compile_programs:
         try:

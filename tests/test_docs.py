@@ -16,7 +16,7 @@ from MaxNano.tasks.custom_json import CustomJson
 
 KEYS = config_schema.base_keys()
 # Commands of other projects.
-OTHERS = "curl docker gcloud git lm_eval pip sky tail xpk".split()
+OTHERS = "curl docker gcloud git kubectl lm_eval pip sky tail xpk".split()
 SHARED_SCRIPTS = ["setup.sh", "end_to_end/common.sh", "end_to_end/tpu/cloud.sh"]
 MODULES = ["mkdocs", "pytest", "ruff"]
 # Words like keys that are others': of MaxText, of lm-eval, and fields of requests.
@@ -77,6 +77,10 @@ def check(command):
             assert (ROOT / words[0]).is_file()
         else:
             check_script(command.words, command.environment)
+    elif program == "sbatch":  # its options, the script, and the words of train.py
+        script, *words = [word for word in words if not word.startswith("--")]
+        assert (ROOT / script).is_file(), f"no file {script}"
+        check_program("MaxNano/train.py", ["configs/base.yml", *words])
     elif program == "export":
         texts = "".join(pages.read(path) for path in (ROOT / "end_to_end").rglob("*.sh"))
         for word in words:
@@ -117,6 +121,7 @@ def test_every_command_exists_and_parses():
         [".venv/bin/python", "MaxNano/compare.py", "configs/base.yml", "--arm", "lr=1"],
         ["python", "MaxNano/train.py", "configs/base.yml"],
         ["bash", "end_to_end/tpu/launch.sh", "--dryrun"],
+        ["sbatch", "end_to_end/clusters/slurm.sbatch", "modle=d4"],
         ["curl", "http://127.0.0.1:8000/v1/chat"],
     ],
 )

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from ports import free_port
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "end_to_end"
@@ -133,6 +135,7 @@ def test_shellcheck_finds_nothing():
     )
     assert shellcheck, "shellcheck is missing: EXTRAS=dev bash setup.sh installs it"
     found = [ROOT / "setup.sh", ROOT / "tests/run.sh", ROOT / ".ci/run", *SCRIPTS.glob("**/*.sh")]
+    found += [*SCRIPTS.glob("**/*.sbatch"), *(ROOT / "tests/fake_slurm").iterdir()]
     assert len(found) > 10
     run = subprocess.run(
         [shellcheck, "-x", *found], cwd=ROOT, capture_output=True, text=True, check=False
@@ -850,11 +853,47 @@ def test_a_machine_that_never_comes_about_is_given_up(quick, last):
     assert quick.left() == []
 
 
-def test_several_hosts_are_refused(quick):
-    quick.play({"us-east5-a": [ACTIVE]})
-    (line,) = quick.launch(status=2, ACCELERATOR="v6e-16").splitlines()
-    assert "ACCELERATOR=v6e-16 has several hosts" in line and "end_to_end/cloud/" in line
+def test_every_host_of_a_slice_is_set_up_started_and_asked_to_save(quick):
+    quick.play({"us-east5-a": [{**ON_ITS_WAY, "hosts": 4}]})
+    seen = f"{quick.folder}/seen"
+    quick.python(
+        'case "$*" in *results.py*) echo new; exit;; esac; '
+        f'echo "$HOST_INDEX in $HOME" >>{shlex.quote(seen)}; echo training'
+    )
+    out = quick.launch(ACCELERATOR="v6e-16")
+    homes = [f"{quick.folder}/machines/us-east5-a/maxnano-d24/"]
+    homes = [homes[0].rstrip("/"), *(f"{homes[0]}worker{index}" for index in (1, 2, 3))]
+    lines = sorted(Path(seen).read_text().splitlines())
+    assert lines == [f"{index} in {home}" for index, home in enumerate(homes)]
+    assert out.count("==== done") == 1, "the log of the first host"
+    assert "machines: 1, 16 chips x" in out and quick.left() == []
+    assert {call["flags"]["accelerator-type"] for call in quick.calls("create")} == {"v6e-16"}
+    assert all(call["flags"]["worker"] == "all" for call in quick.calls("scp"))
+    logs = {path.stem[-1] for path in (quick.folder / "buckets/ours/maxnano-d24/logs").iterdir()}
+    assert logs == set("0123")
+
+    out = quick.launch("--dry-run", ACCELERATOR="v6e-64")
+    assert "64 chips x 1.00 h" in out and " CHIPS=64 " in out
+    environment = {**quick.settings, "STAGES": ""}
+    del environment["STAGES"]
+    out = run("tpu/launch.sh", environment, "--dry-run", ACCELERATOR="v6e-64")
+    assert "STAGES=setup\\ data\\ tokenizer\\ training " in out, "the others are for one host"
     assert "must be a type and a number" in quick.launch(status=2, ACCELERATOR="v6e")
+
+
+@pytest.mark.long
+def test_a_slice_of_two_hosts_trains_one_run_through_a_preemption(cloud):
+    machine = {**ON_ITS_WAY, "hosts": 2, "port": free_port()}
+    preempted = {**machine, "preempt": {"step": 75, "after": 0}}
+    cloud.play({"us-east5-a": [preempted, machine]})
+    extra = f"{cloud.settings['EXTRA']} dcn_data_parallelism=2"
+    stages = "setup data tokenizer training"
+    out = cloud.launch(ACCELERATOR="v6e-16", STAGES=stages, EXTRA=extra, POLL_SECONDS="0.5")
+    run_folder = cloud.folder / f"buckets/ours/maxnano-d24/runs/d1_{STEPS}steps"
+    assert steps_of(run_folder) == list(range(STEPS))
+    assert "2 x cpu, data 2" in out and "the machine is lost" in out
+    assert re.search(r"Resuming .+ from step", out) and "machines: 2," in out
+    assert cloud.left() == []
 
 
 def test_zones_that_cannot_be_seen_are_named_and_passed_over(quick):

@@ -93,7 +93,8 @@ def test_every_key_is_there_and_those_of_the_backend_stay_null():
         "per_device_batch_size",
         "vocab_chunk_size",
     }
-    open_keys |= {"num_cpu_devices", "ici_data_parallelism", "jax_cache_dir", "scan_layers"}
+    open_keys |= {"num_cpu_devices", "ici_data_parallelism", "ici_fsdp_parallelism"}
+    open_keys |= {"jax_cache_dir", "scan_layers"}
     open_keys |= {"data_workers"}
     open_keys |= {"coordinator_address", "num_processes", "process_id"}
     asked = {
@@ -271,7 +272,7 @@ attention_chunk=0 scan_layers=layers remat_policy=all vocab_chunk_size=-1 num_cp
 mesh_axes=data mesh_axes=[data,data,fsdp,tensor] mesh_axes=[data,fsdp,expert] mesh_axes=[data,fsdp]
 mesh_axes=[ mesh_axes=] mesh_axes={} dcn_data_parallelism=0 dcn_fsdp_parallelism=null num_processes=0
 process_id=0 process_id=-1 coordinator_address=a:1 xla_flags=[vmemm] xla_flags=vmem
-ici_data_parallelism=0 ici_fsdp_parallelism=null
+ici_data_parallelism=0 ici_fsdp_parallelism=0
 ici_tensor_parallelism=two logical_axis_rules=[[vocab,tensr]] logical_axis_rules=[vocab]
 logical_axis_rules=[[]] logical_axis_rules=[[vocab,tensor],[vocab,fsdp]]
 logical_axis_rules=[[vocab,fsdp,fsdp]] tokenizer_type=gpt2 tokenizer_threads=0

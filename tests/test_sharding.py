@@ -93,7 +93,8 @@ IN_ORDER = list(range(8))
     "devices, words, shape, order",
     [
         (CPUS[:1], [], (1, 1, 1), [0]),
-        (CPUS, [], (8, 1, 1), IN_ORDER),
+        (CPUS, [], (8, 1, 1), IN_ORDER),  # FSDP is chosen later, by the memory plan
+        (CPUS, ["ici_fsdp_parallelism=null", "ici_tensor_parallelism=4"], (2, 1, 4), IN_ORDER),
         (CPUS, ["ici_fsdp_parallelism=2", "ici_tensor_parallelism=2"], (2, 2, 2), IN_ORDER),
         (PROCESSES, [], (8, 1, 1), IN_ORDER),
         (PROCESSES, ["dcn_data_parallelism=2"], (8, 1, 1), IN_ORDER),

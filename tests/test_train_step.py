@@ -505,3 +505,56 @@ def test_data_gathers_once_per_step_and_fsdp_layer_by_layer():
         for kind in "working copy", "gradients":
             assert report["needed"][kind] < data["needed"][kind] / 2, kind
     assert fsdp["needed"]["parameters"] == data["needed"]["parameters"]
+
+
+PLANS = """
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+import json
+from dataclasses import replace
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import test_train_step as t
+from MaxNano.distributed import hardware
+from MaxNano.training.memory_plan import fit_memory
+from MaxNano.training.setup import needed_bytes, set_up
+
+V6E = 125 * 2**28  # what a program may use on a v6e
+
+def plan(memory_bytes, *overrides):
+    # As on accelerators with this much memory.
+    hardware.memory_limit_bytes = lambda: memory_bytes
+    setup = set_up(t.make_config("dtype=bfloat16", *overrides), jax.devices())
+    setup = fit_memory(replace(setup, numerics=setup.numerics._replace(backend="tpu")))
+    needed = needed_bytes(setup)
+    shape = setup.mesh.shape
+    fits = sum(needed.values()) <= memory_bytes
+    choices = setup.plan.micro_rows, setup.config.remat_policy
+    return shape["data"], shape["fsdp"], fits, needed["working copy"], *choices
+
+print(json.dumps([
+    plan(V6E, "model=d24"),
+    plan(V6E, "model=d32"),
+    plan(2**37, "model=d32", "remat_policy=full"),
+    plan(V6E, "model=d32", "remat_policy=full", "ici_fsdp_parallelism=1"),
+    plan(V6E, "model=d32", "remat_policy=full", "ici_data_parallelism=8"),
+    plan(V6E, "model=d40", "remat_policy=full", "ici_tensor_parallelism=2"),
+    plan(V6E, "model=d32", "remat_policy=full", "logical_axis_rules=" + t.STACKED_FSDP),
+    plan(2**31, "model=d16", "emb_dim=780", "num_query_heads=10", "head_dim=78"),
+]))
+"""
+STACKED_FSDP = "[[layers, fsdp, data], [vocab, fsdp, data], [activation_batch, data, fsdp]]"
+
+
+def test_fsdp_is_chosen_where_data_parallelism_does_not_leave_half_of_the_memory():
+    done = programs.run("-c", PLANS, ROOT)
+    assert done.returncode == 0, done.stderr
+    d24, d32, large, fsdp_1, data_8, tensor, stacked, odd = json.loads(done.stdout)
+    assert d24[:3] == [8, 1, True]
+    assert d32[:3] == [1, 8, True] and large[:3] == [8, 1, True]
+    assert d32[3] < 2**29 < 5 * 2**30 < large[3]
+    assert d32[4:] == [32, "full"], "more micro-batches would send more"
+    # What was asked for stays, and so do rules that gather once per step in any case.
+    assert fsdp_1[:2] == data_8[:2] == stacked[:2] == [8, 1]
+    assert tensor[:2] == [1, 4], "over the devices that tensor leaves"
+    assert odd[:2] == [2, 4], "eight do not divide a width of 780"

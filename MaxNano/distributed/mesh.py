@@ -8,6 +8,17 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from ml_collections import FrozenConfigDict
 
+from MaxNano.distributed.sharding import FSDP_AXIS
+
+
+def sizes_in_slice(config: FrozenConfigDict) -> tuple[int | None, ...]:
+    """Size of each of config.mesh_axes within a slice; None: the devices that the others leave.
+
+    `ici_fsdp_parallelism=null` is 1 until the memory plan chooses FSDP.
+    """
+    sizes = {axis: config[f"ici_{axis}_parallelism"] for axis in config.mesh_axes}
+    return tuple(size or (1 if axis == FSDP_AXIS else None) for axis, size in sizes.items())
+
 
 def make_mesh(config: FrozenConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh with axes config.mesh_axes of size ici_<axis>_parallelism x dcn_<axis>_parallelism.
@@ -24,7 +35,7 @@ def make_mesh(config: FrozenConfigDict, devices: Sequence[jax.Device] | None = N
     num_slices = math.prod(dcn)
     by_process = _check_slices(devices, axes, dcn)
 
-    ici = [config[f"ici_{axis}_parallelism"] for axis in axes]
+    ici = sizes_in_slice(config)
     devices_per_slice = len(devices) // num_slices
     fixed = math.prod(size for size in ici if size)
     ici = tuple(size or devices_per_slice // fixed for size in ici)

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from ml_collections import FrozenConfigDict
 
 from MaxNano import console
-from MaxNano.distributed import compile_cache
+from MaxNano.distributed import compile_cache, mesh
 from MaxNano.storage import files
 
 START_TIMEOUT_SECONDS = 300  # until all processes of a run must have started
@@ -360,7 +360,7 @@ def _make_cpu_devices(config: FrozenConfigDict, processes: int) -> None:
     total = cpu_devices(
         cores=cores * processes,
         rows=config.global_batch_tokens // config.max_target_length,
-        parallelism=[slices, *(config[f"ici_{axis}_parallelism"] for axis in config.mesh_axes)],
+        parallelism=[slices, *mesh.sizes_in_slice(config)],
     )
     try:
         jax.config.update(

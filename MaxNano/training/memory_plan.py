@@ -1,6 +1,7 @@
-"""Chooses how a step fits in memory: rows per device, rematerialization, chunks of the loss."""
+"""Chooses how a step fits in memory: ZeRO or FSDP, rows per device, rematerialization, loss chunks."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -48,7 +49,8 @@ def smaller(setup: RunSetup) -> RunSetup | None:
     """The set-up with the next smaller memory plan; None if the config leaves none open.
 
     First fewer rows per device with more gradient accumulation, then rematerialization, then
-    smaller chunks of the vocabulary in the loss: the same losses up to rounding. What a file or the
+    smaller chunks of the vocabulary in the loss: the same losses up to rounding. With FSDP
+    rematerialization comes first: every micro-batch gathers all parameters. What a file or the
     command line sets stays.
     """
     config, plan = setup.config, setup.plan
@@ -56,10 +58,12 @@ def smaller(setup: RunSetup) -> RunSetup | None:
     def is_open(key: str) -> bool:
         return config.origin[key] in ("base", MEMORY_PLAN)
 
-    if config.per_device_batch_size is None and plan.micro_rows > 1:
+    recomputes_more = is_open("remat_policy") and config.remat_policy in ("none", "minimal")
+    has_fewer_rows = config.per_device_batch_size is None and plan.micro_rows > 1
+    if has_fewer_rows and not (recomputes_more and setup.gathers_by_layer):
         return replace(setup, plan=with_micro_rows(plan, plan.micro_rows - 1))
     chunk = losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size) or config.vocab_size
-    if is_open("remat_policy") and config.remat_policy in ("none", "minimal"):
+    if recomputes_more:
         values = {"remat_policy": "minimal" if config.remat_policy == "none" else "full"}
     elif is_open("vocab_chunk_size") and chunk > SMALL_VOCAB_CHUNK:
         values = {"vocab_chunk_size": SMALL_VOCAB_CHUNK}
@@ -69,16 +73,51 @@ def smaller(setup: RunSetup) -> RunSetup | None:
     return replace(set_up(config, list(setup.mesh.devices.flat)), plan=plan)
 
 
+def _choose_sharding(setup: RunSetup, limit: int | None) -> RunSetup:
+    """The set-up with FSDP instead of data parallelism (ZeRO), if the layout is open and `limit`
+    bytes per device ask for it.
+
+    ZeRO sends less: it gathers the parameters once per step, FSDP twice per micro-batch. But it
+    holds them and their gradients whole on each device. If parameters, optimizer state, working
+    copy and gradients are more than half of a device's memory, micro-batches become small.
+    """
+    config = setup.config
+    if limit is None or config.ici_fsdp_parallelism or config.ici_data_parallelism:
+        return setup
+    needed = needed_bytes(setup)
+    if 2 * (sum(needed.values()) - needed["activations"]) <= limit:
+        return setup
+    devices = setup.mesh.shape.get("data", 1) // config.dcn_data_parallelism
+    size = math.gcd(devices, config.emb_dim)  # parts of every matrix
+    config = pyconfig.replace(config, MEMORY_PLAN, ici_fsdp_parallelism=size)
+    sharded = set_up(config, list(setup.mesh.devices.flat)) if size > 1 else setup
+    return sharded if sharded.gathers_by_layer else setup
+
+
 def fit_memory(setup: RunSetup) -> RunSetup:
     """The set-up with the largest memory plan whose estimate fits in a device's memory.
 
     The estimate is a lower bound: after it, compile_train and take_first_step may choose a smaller
-    plan. If nothing fits, the smallest plan. On a CPU, whose memory others use too, nothing changes.
+    plan. If nothing fits, the smallest plan.
     """
-    limit = None if setup.numerics.backend == "cpu" else _shared_memory_limit()
+    limit = _memory_limit(setup)
+    setup = _choose_sharding(setup, limit)
     while limit and sum(needed_bytes(setup).values()) > limit and (less := smaller(setup)):
         setup = less
     return setup
+
+
+def _memory_limit(setup: RunSetup) -> int | None:
+    """Bytes that a program may use on the set-up's devices; None: unknown, or a CPU, whose memory
+    others use too.
+    """
+    if setup.numerics.backend == "cpu":
+        return None
+    device = setup.mesh.devices.flat[0]
+    if device in jax.devices():
+        return _shared_memory_limit()
+    chip = hardware.chip(device)  # of a topology that is not there
+    return chip and chip.program_memory_bytes
 
 
 def _shared_memory_limit() -> int | None:

@@ -22,6 +22,7 @@ from MaxNano import console, pyconfig
 from MaxNano.compile import profile
 from MaxNano.config_schema import format_value
 from MaxNano.distributed import hardware, runtime
+from MaxNano.distributed.sharding import FSDP_AXIS
 from MaxNano.models import attention, losses
 from MaxNano.models.transformer import scans_layers
 from MaxNano.tokenization.tokenizer import load_tokenizer
@@ -80,6 +81,7 @@ def probe(task: Mapping[str, Any], answer: Answer) -> None:
             "scan_layers": scans_layers(config, numerics.backend),
             "vocab_chunk_size": losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size),
             "per_device_batch_size": plan.micro_rows,
+            "ici_fsdp_parallelism": setup.mesh.shape.get(FSDP_AXIS, 1),
             "data_workers": hardware.data_workers(
                 config, numerics.backend, jax.local_device_count()
             ),

@@ -4,8 +4,10 @@
 #   export BUCKET=gs://my-bucket DATASET_PATH=gs://my-bucket/text
 #   bash end_to_end/tpu/launch.sh --dry-run    prints the plan and the price per hour
 #   bash end_to_end/tpu/launch.sh
+#   ACCELERATOR=v6e-16 bash end_to_end/tpu/launch.sh    a slice of several hosts: pretraining on all of them;
+#                                              then the line above does the other stages on one host
 #
-# Needs only gcloud. end_to_end/cloud/ supports more clouds and several hosts, and works while this computer is off.
+# Needs only gcloud. end_to_end/cloud/ supports more clouds, and works while this computer is off.
 #
 # Runs and tokenizer are stored in the bucket, because a spot machine loses its disk. After a preemption the script
 # requests another machine, and training resumes from the last checkpoint. However the script ends, the job saves and
@@ -29,8 +31,8 @@ knob OUTPUT "" "folder of all runs; empty: BUCKET/TPU_NAME/runs"
 knob TOKENIZER_PATH "" "folder of the tokenizer; empty: BUCKET/TPU_NAME/tokenizer"
 knob ALLOW_OTHER_REGION "" "1: accept a bucket in another region, which is slow and charged by the byte"
 knob SCRIPT end_to_end/tpu/d24_speedrun.sh "script to run on the machine"
-knob ACCELERATOR v6e-8 "TPU type, of one host"
-knob CHIPS 8 "number of its chips, for the price"
+knob ACCELERATOR v6e-8 "TPU type; more than 8 chips are a slice of several hosts"
+knob CHIPS 8 "number of its chips; of several hosts: by ACCELERATOR"
 knob RUNTIME v2-alpha-tpuv6e "the machine's system image"
 knob PRICE_PER_CHIP_HOUR "" "US dollars"
 knob SERVICE_ACCOUNT "" "service account of the machine; empty: the Compute Engine default of the project"
@@ -50,6 +52,8 @@ active_since=  # value of SECONDS when the machine became active
 active_total=0 # seconds that machines were active
 machines=0
 left_out= # zones that never provide a machine, and why
+hosts=1   # of the slice
+worker=   # the host that `reach` goes to: empty for the first, or all
 
 # ---- Zones and bucket
 
@@ -87,14 +91,19 @@ choose_zones() {
   say "bucket in $location; zones ${candidates[*]}"
 }
 
-# Slices with more than 8 chips have several hosts: https://cloud.google.com/tpu/docs/v6e#configurations
+# Sets `hosts`, and CHIPS of several: a host has 4 chips then, https://cloud.google.com/tpu/docs/v6e#configurations
 check_accelerator() {
   local size=${ACCELERATOR##*-}
   case $size in
     "" | *[!0-9]*) fail "ACCELERATOR is '$ACCELERATOR', but must be a type and a number, such as v6e-8" ;;
   esac
-  [ "$size" -le 8 ] ||
-    fail "ACCELERATOR=$ACCELERATOR has several hosts, but this script supports one: use end_to_end/cloud/v6e-16.yaml, see end_to_end/cloud/README.md"
+  if [ "$size" -gt 8 ]; then
+    case $ACCELERATOR in
+      v5p-* | v4-*) size=$((size / 2)) ;; # these names count cores
+    esac
+    CHIPS=$size
+    hosts=$(((size + 3) / 4))
+  fi
 }
 
 # The machine reads its text from a bucket. Checked before it costs money.
@@ -118,8 +127,8 @@ check_time() {
 # Prints the variables of watchdog.sh. Its time limit includes SAVE_SECONDS, so that this script acts first.
 watch_words() {
   printf 'WATCH_NAME=%q WATCH_ZONE=%q WATCH_PROJECT=%q WATCH_STORE=%q ' "$TPU_NAME" "$zone" "$PROJECT" "$store"
-  printf 'WATCH_SECONDS=%d WATCH_IDLE_SECONDS=%d WATCH_SAVE_SECONDS=%d WATCH_POLL_SECONDS=%s' \
-    $(($(seconds_left) + SAVE_SECONDS)) "$IDLE_SECONDS" "$SAVE_SECONDS" "$POLL_SECONDS"
+  printf 'WATCH_SECONDS=%d WATCH_IDLE_SECONDS=%d WATCH_SAVE_SECONDS=%d WATCH_POLL_SECONDS=%s WATCH_HOSTS=%d' \
+    $(($(seconds_left) + SAVE_SECONDS)) "$IDLE_SECONDS" "$SAVE_SECONDS" "$POLL_SECONDS" "$hosts"
 }
 
 # Requests a spot machine in `zone`; sets `reason` if the request is refused. The request expires and the machine
@@ -295,7 +304,7 @@ reach() {
   local kind=tpu-vm how=$1
   shift
   [ -z "$INTERNAL_IP" ] || kind=queued-resources
-  tpus "$kind" "$how" "$@" "--zone=$zone" ${INTERNAL_IP:+--tunnel-through-iap} "${ssh_options[@]/#/--$how-flag=}"
+  tpus "$kind" "$how" "$@" "--zone=$zone" ${worker:+"--worker=$worker"} ${INTERNAL_IP:+--tunnel-through-iap} "${ssh_options[@]/#/--$how-flag=}"
 }
 
 # remote COMMAND: runs a command in bash on the machine, in the home folder. gcloud's errors are in $scratch/error. Also
@@ -310,6 +319,13 @@ remote() {
 # does not show yet: `This TPU has terminal state "PREEMPTED", so it cannot be used or updated.`
 is_lost() {
   grep -qE 'terminal state|NOT_FOUND' "$scratch/error"
+}
+
+# on_all COMMAND...: runs a function whose connections go to every host of the slice.
+on_all() {
+  local worker=
+  [ "$hosts" = 1 ] || worker=all
+  "$@"
 }
 
 # persist COMMAND...: repeats a command until the machine answers, which takes a while after its start.
@@ -375,17 +391,21 @@ knobs_to_hand_on() {
   for name in $(bash "$SCRIPT" --knobs); do
     if [ -n "${!name+set}" ]; then
       printf '%s=%q ' "$name" "${!name}"
+    elif [ "$name" = STAGES ] && [ "$hosts" != 1 ]; then # one host does the others at a lower price
+      printf '%s=%q ' "$name" "setup data tokenizer training"
     fi
   done
 }
 
 # Starts SCRIPT on the machine in a new session, so that a broken connection does not end it. Does nothing if it runs
 # already, as after a connection that broke during this call. When SCRIPT exits, its status is stored in a file. Also
-# starts the watchdog, in case startup scripts are forbidden.
+# starts the watchdog, in case startup scripts are forbidden. One of several hosts is told its number by Google's
+# metadata server, as JAX is.
 start() {
-  local job
+  local job index=
+  [ "$hosts" = 1 ] || index="HOST_INDEX=\$($ask_worker_number) && export HOST_INDEX &&"
   job="trap : TERM
-env $(knobs_to_hand_on) bash $SCRIPT
+$index env $(knobs_to_hand_on) bash $SCRIPT
 echo \$? >status.new; mv status.new status"
   remote "cd MaxNano && mkdir -p $watch_folder && rm -f $watch_folder/keep && echo \"\$PWD\" >$watch_folder/job &&
     { env $(watch_words) setsid nohup bash end_to_end/tpu/watchdog.sh >>watchdog.log 2>&1 </dev/null & } &&
@@ -439,19 +459,19 @@ work() {
       absent)
         check_rights || return 1
         say "copying MaxNano to the machine"
-        persist upload && persist start || return 1
+        persist on_all upload && persist on_all start || return 1
         ;;
       0) return 0 ;;
       2) fail "$SCRIPT exited with status 2: correct the mistake above" ;;
       75 | 143 | gone) # asked to stop: usually the machine is being preempted
         sleep "$POLL_SECONDS"
-        persist start || return 1
+        persist on_all start || return 1
         ;;
       *)
         crashes=$((crashes + 1))
         [ "$crashes" -le "$MAX_CRASHES" ] || fail "$SCRIPT ended with status $status, crash $crashes: giving up"
         say "$SCRIPT ended with status $status; restarting it ($crashes of $MAX_CRASHES)"
-        persist start || return 1
+        persist on_all start || return 1
         ;;
     esac
   done
@@ -472,7 +492,7 @@ was_done() {
 # Asks the job to save, unless KEEP=1, and copies local results to the bucket.
 save() {
   local CALL_SECONDS=$((SAVE_SECONDS + 1800))
-  remote "cd MaxNano && env $(watch_words) bash end_to_end/tpu/watchdog.sh $([ -n "$KEEP" ] && echo keep || echo save)" >/dev/null
+  on_all remote "cd MaxNano && env $(watch_words) bash end_to_end/tpu/watchdog.sh $([ -n "$KEEP" ] && echo keep || echo save)" >/dev/null
 }
 
 price() {
@@ -510,6 +530,7 @@ clean_up() {
 # ---- Main
 
 watch_folder=/var/tmp/maxnano # as in watchdog.sh
+ask_worker_number='curl -sf -H Metadata-Flavor:Google http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number'
 check_accelerator
 require_gcloud
 [ -f "$SCRIPT" ] || fail "SCRIPT=$SCRIPT does not exist"

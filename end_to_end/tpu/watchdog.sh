@@ -4,7 +4,8 @@
 #   - when its time limit is over, whatever it does;
 #   - when no job runs and launch.sh has not checked for WATCH_IDLE_SECONDS.
 # Before that it asks the job to save, which then exits with status 75, and copies the log to the bucket. It never
-# interrupts a running job before the time limit. launch.sh puts the variables WATCH_* above this text.
+# interrupts a running job before the time limit. launch.sh puts the variables WATCH_* above this text. Of several hosts
+# the first one acts; the others would only later, if it does not: launch.sh checks the first one.
 #
 #   bash watchdog.sh         watches; one process per machine
 #   bash watchdog.sh save    asks the job to save, waits for it, copies local results to the bucket
@@ -25,6 +26,17 @@ say() {
   printf '[%s] watchdog: %s\n' "$(date +%H:%M:%S)" "$*"
 }
 
+# Sets `index`, the number of this host in its slice, and `late`, the seconds by which it acts later than the first one.
+find_index() {
+  local url=http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number
+  index=0
+  late=0
+  if [ "${WATCH_HOSTS:-1}" != 1 ]; then
+    index=$(curl -sf -H Metadata-Flavor:Google "$url" || echo unknown)
+    [ "$index" = 0 ] || late=$((WATCH_SAVE_SECONDS + 3600))
+  fi
+}
+
 # Succeeds if the job runs; sets `pid` and `folder`.
 job_runs() {
   folder=$(cat "$WATCH_FOLDER/job" 2>/dev/null) && [ ! -f "$folder/status" ] &&
@@ -34,7 +46,7 @@ job_runs() {
 # Copies local results to the bucket: the log, and the runs if OUTPUT is a local folder.
 copy_out() {
   folder=$(cat "$WATCH_FOLDER/job" 2>/dev/null) || return 0
-  timeout 300 gcloud storage cp "$folder/log" "$WATCH_STORE/logs/$(date +%Y%m%d-%H%M%S).log" --quiet
+  timeout 300 gcloud storage cp "$folder/log" "$WATCH_STORE/logs/$(date +%Y%m%d-%H%M%S)-$index.log" --quiet
   [ ! -d "$folder/runs" ] || timeout 1200 gcloud storage rsync "$folder/runs" "$WATCH_STORE/runs" --recursive --quiet
 }
 
@@ -86,16 +98,17 @@ watch() {
     [ ! -f "$WATCH_FOLDER/keep" ] || exit 0
     now=$(date +%s)
     looked=$(stat -c %Y "$WATCH_FOLDER/looked")
-    if [ "$now" -ge "$(cat "$WATCH_FOLDER/until" 2>/dev/null || echo "$limit")" ]; then
+    if [ $((now - late)) -ge "$(cat "$WATCH_FOLDER/until" 2>/dev/null || echo "$limit")" ]; then
       leave "the time limit is over"
       exit
-    elif ! job_runs && [ $((now - looked)) -gt "$WATCH_IDLE_SECONDS" ]; then
+    elif ! job_runs && [ $((now - looked - late)) -gt "$WATCH_IDLE_SECONDS" ]; then
       leave "no job runs, and launch.sh has not checked for $WATCH_IDLE_SECONDS s"
       exit
     fi
   done
 }
 
+find_index
 case ${1:-} in
   save) save ;;
   keep)

@@ -18,6 +18,7 @@ MACHINE, the last one again and again:
     {"hang": N, "slow": SECONDS, "deaf": true}
                               the first N connections never answer; each one takes that long; all are refused
     {"startup": false}        startup scripts are not run
+    {"hosts": N, "port": N}   a slice of so many hosts, whose processes find each other at the port
 
 A machine is a folder that its commands run in, as if at home; it goes when the machine goes. gs:// is the folder
 `buckets`, or what STORAGE_EMULATOR_HOST names. What was asked lies in `calls.jsonl`.
@@ -136,15 +137,16 @@ def scenario():
     return json.loads(text_of(f"{ROOT}/scenario.json"))
 
 
-def home(key):
-    return f"{ROOT}/machines/{key}"
+def home(key, worker=0):
+    """The home of a host: of the first one the machine's folder, of others a folder in it."""
+    return f"{ROOT}/machines/{key}" + (f"/worker{worker}" if worker else "")
 
 
-def local(text, key=None):
+def local(text, key=None, worker=0):
     """The text with the folders that stand for gs:// and for a machine's own."""
     if not STORE:
         text = text.replace("gs://", f"{BUCKETS}/")
-    return text.replace("/var/tmp/maxnano", f"{home(key)}/watch") if key else text
+    return text.replace("/var/tmp/maxnano", f"{home(key, worker)}/watch") if key else text
 
 
 # ---- Storage
@@ -265,7 +267,8 @@ def switch_off(key):
         kept = {name: value for name, value in os.environ.items() if name != "FAKE_MACHINE"}
         subprocess.run(command, start_new_session=True, env=kept, check=True)
         return
-    for pid in glob.glob(f"{glob.escape(home(key))}/*/pid"):
+    folder = glob.escape(home(key))
+    for pid in [*glob.glob(f"{folder}/*/pid"), *glob.glob(f"{folder}/worker*/*/pid")]:
         with contextlib.suppress(ProcessLookupError, ValueError):
             os.killpg(int(text_of(pid)), signal.SIGKILL)
     time.sleep(0.1)  # until they have died, and write no more
@@ -366,56 +369,62 @@ def show(zone):
                 print(f"{key.split('/')[1]}\t{machine['states'][0]}")
 
 
-def environment(key):
+def environment(key, worker, machine):
     kept = {name: value for name, value in os.environ.items() if name in HANDED_ON}
-    return {**kept, "HOME": home(key), "WATCH_FOLDER": f"{home(key)}/watch", "FAKE_MACHINE": key}
+    folder = home(key, worker)
+    own = {
+        "HOME": folder,
+        "WATCH_FOLDER": f"{folder}/watch",
+        "FAKE_MACHINE": key,
+        "FAKE_WORKER": str(worker),
+    }
+    if "port" in machine:
+        own["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{machine['port']}"
+        own |= {"JAX_PROCESS_ID": str(worker), "JAX_NUM_PROCESSES": str(machine["hosts"])}
+    return {**kept, **own}
+
+
+def workers(machine, flags):
+    """The hosts that a connection goes to."""
+    if flags.get("worker") == "all":
+        return range(machine.get("hosts", 1))
+    return [int(flags.get("worker", 0))]
 
 
 def boot(key, machine):
-    """The home of a machine that has come about, with its startup script running."""
-    if (
-        machine["states"][0] != "ACTIVE"
-        or os.path.exists(home(key))
-        or machine.get("vanished")
-        or machine.get("off")
-    ):
+    """The homes of a machine that has come about, with its startup script running."""
+    is_off = machine.get("vanished") or machine.get("off")
+    if machine["states"][0] != "ACTIVE" or os.path.exists(home(key)) or is_off:
         return
     assert os.path.exists(f"{HERE}/sudo"), "without it a machine would switch off this computer"
     import subprocess
 
-    os.makedirs(home(key))
     quiet = {"start_new_session": True, "stdin": subprocess.DEVNULL}
     nowhere = subprocess.DEVNULL
-    if "preempt" in machine:
-        command = [
-            sys.executable,
-            "-S",
-            f"{HERE}/gcloud",
-            "--watch",
-            key,
-            json.dumps(machine["preempt"]),
-        ]
-        subprocess.Popen(command, **quiet, stdout=nowhere, stderr=nowhere)
-    if machine["script"]:
-        os.mkdir(f"{home(key)}/boot")
-        script = f"{home(key)}/boot/startup.sh"
+    for worker in range(machine.get("hosts", 1)):
+        folder = home(key, worker)
+        os.makedirs(folder)
+        if not machine["script"]:
+            continue
+        os.mkdir(f"{folder}/boot")
+        script = f"{folder}/boot/startup.sh"
         with open(script, "w") as file:
-            file.write(local(machine["script"], key))
-        with open(f"{home(key)}/boot/log", "w") as log:
+            file.write(local(machine["script"], key, worker))
+        own = environment(key, worker, machine)
+        with open(f"{folder}/boot/log", "w") as log:
             process = subprocess.Popen(
-                ["bash", script],
-                **quiet,
-                env=environment(key),
-                cwd=home(key),
-                stdout=log,
-                stderr=log,
+                ["bash", script], **quiet, env=own, cwd=folder, stdout=log, stderr=log
             )
-        with open(f"{home(key)}/boot/pid", "w") as file:
+        with open(f"{folder}/boot/pid", "w") as file:
             file.write(str(process.pid))
+    if "preempt" in machine:
+        watching = ["--watch", key, json.dumps(machine["preempt"])]
+        command = [sys.executable, "-S", f"{HERE}/gcloud", *watching]
+        subprocess.Popen(command, **quiet, stdout=nowhere, stderr=nowhere)
 
 
 def active(name, zone):
-    """The home of a machine that answers."""
+    """A machine that answers, and its name."""
     key = f"{zone}/{name}"
     with world() as content:
         machine = content["machines"].get(key, {"states": ["NONE"]})
@@ -432,7 +441,7 @@ def active(name, zone):
     if hangs > 0:
         time.sleep(1000)
     time.sleep(machine.get("slow", 0))
-    return key, home(key)
+    return key, machine
 
 
 def main():
@@ -464,20 +473,29 @@ def main():
     elif command.endswith(" list"):
         show(zone)
     elif command.endswith("ssh"):
-        key, folder = active(name, zone)
+        key, machine = active(name, zone)
         print(
             "Using ssh batch size of 1. Attempting to SSH into 1 nodes with a total of 1 workers.",
             file=sys.stderr,
         )
         import subprocess
 
-        shell = ["bash", "-c", local(flags["command"], key)]
-        return subprocess.run(shell, cwd=folder, env=environment(key)).returncode
+        started = [
+            subprocess.Popen(
+                ["bash", "-c", local(flags["command"], key, worker)],
+                cwd=home(key, worker),
+                env=environment(key, worker, machine),
+            )
+            for worker in workers(machine, flags)
+        ]
+        return max(process.wait() for process in started)
     elif command.endswith("scp"):
         import shutil
 
-        machine, _, path = given[1].partition(":")
-        shutil.copy(given[0], f"{active(machine, zone)[1]}/{path}")
+        name, _, path = given[1].partition(":")
+        key, machine = active(name, zone)
+        for worker in workers(machine, flags):
+            shutil.copy(given[0], f"{home(key, worker)}/{path}")
     elif command == "storage buckets describe":
         location = scenario()["buckets"].get(name.removeprefix("gs://"))
         print(location) if location else die(f"HTTPError 404: {name} not found")

@@ -272,8 +272,8 @@ def test_the_task_of_the_guide_to_rl_works(monkeypatch):
     [block] = [block for block in pages.blocks("python") if block.page.stem == "rl"]
     names = {}
     exec(compile(block.text, block.where, "exec"), names)
-    monkeypatch.setitem(tasks.TASKS, "Sums", names["Sums"])
-    train, test = (tasks.open_task(None, f"Sums/{split}") for split in ("train", "test"))
+    monkeypatch.setitem(tasks.TASKS, "Products", names["Products"])
+    train, test = (tasks.open_task(None, f"Products/{split}") for split in ("train", "test"))
     assert len(train) + len(test) == 100
     problem = train.conversation(1)
     answer = problem["messages"][-1]["content"]

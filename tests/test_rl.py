@@ -15,11 +15,11 @@ import programs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_rl import Sums
 from tuning import GOLDEN, check_gradients
 
 from MaxNano import pyconfig
 from MaxNano.models import losses
+from MaxNano.tasks.arithmetic import Sums
 from MaxNano.tokenization.bpe import NANOCHAT_PATTERN, BpeTokenizer
 from MaxNano.training import rollouts
 from MaxNano.training import state as train_state
@@ -146,15 +146,11 @@ def test_prompts_that_leave_no_room_are_left_out_and_counted():
             return conversation
 
     problems, position = rollouts.next_problems(
-        Odd(None, "train"), TOKENIZER, rollouts.ProblemPosition(97, 3), 4, 20
+        Odd(None, "train"), TOKENIZER, rollouts.ProblemPosition(77, 3), 4, 20
     )
-    assert [p.conversation["messages"][0]["content"] for p in problems] == [
-        "9+8",
-        "0+0",
-        "0+2",
-        "0+4",
-    ]
-    assert position == rollouts.ProblemPosition(105, 7)
+    expected = [Sums(None, "train").conversation(n) for n in (78, 0, 2, 4)]
+    assert [p.conversation for p in problems] == expected
+    assert position == rollouts.ProblemPosition(85, 7)
     with pytest.raises(ValueError, match="all prompts have 3 tokens or more; raise rl_row_tokens"):
         rollouts.next_problems(Odd(None, "train"), TOKENIZER, rollouts.ProblemPosition(0, 0), 4, 3)
 

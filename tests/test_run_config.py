@@ -109,3 +109,5 @@ def test_the_quickstarts_last_lines_chat_by_name(tmp_path, monkeypatch):
         exec(program, {})
     [words] = re.findall(r"MaxNano/chat.py configs/base.yml (.*)", out.getvalue())
     assert config_of_run(pyconfig.initialize([BASE, words]), [BASE, words]).run_name == "quick"
+    assert "runs/quick/report.html" in out.getvalue()
+    assert script.index("MaxNano/train.py") < script.index("MaxNano/report.py")

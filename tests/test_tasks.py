@@ -189,6 +189,30 @@ def test_spelling_wants_every_letter():
     )
 
 
+def test_sums_hold_out_a_fifth_and_want_a_single_call_with_their_digits():
+    train, test, guess = (open_task(f"Sums/{split}") for split in ("train", "test", "guess"))
+    questions = [
+        {task.conversation(n)["messages"][0]["content"] for n in range(len(task))}
+        for task in (train, test, guess)
+    ]
+    assert [len(each) for each in questions] == [80, 20, 80] and len(guess) == 8000
+    assert not questions[0] & questions[1] and questions[2] == questions[0]
+
+    def answer(conversation):
+        call, output = (part["text"] for part in conversation["messages"][1]["content"])
+        return f"<|python_start|>{call}<|python_end|><|output_start|>{output}<|output_end|>"
+
+    for task in (train, test):
+        problems = [task.conversation(n) for n in range(len(task))]
+        assert all(task.evaluate(problem, answer(problem)) for problem in problems)
+    problem = test.conversation(0)
+    wrong = answer(problem).replace("<|output_start|>", "<|output_start|>1")
+    for text in ("", wrong, wrong + answer(problem), answer(problem) * 2):
+        assert not test.evaluate(problem, text)
+    guessed = [guess.conversation(n) for n in range(1000)]
+    assert 0.05 < sum(guess.evaluate(each, answer(each)) for each in guessed) / 1000 < 0.2
+
+
 def test_what_is_only_trained_on_has_no_verdict(folder):
     task = open_task("SmolTalk/train", folder)
     with pytest.raises(NotImplementedError, match="SmolTalk is for training only"):
@@ -345,6 +369,7 @@ def test_null_messages_in_a_file_of_ones_own_are_left_for_training_to_count(tmp_
         ("MMLU", "cais/mmlu all has no split ''; write TASK/SPLIT with one of auxiliary_train"),
         ("MMLU/train", "has no split 'train'"),
         ("SpellingBee/validation", "SpellingBee has no split 'validation'"),
+        ("Sums/validation", "Sums has no split 'validation'; write TASK/SPLIT with one of train"),
         ("chat:owner/name/train", "must be chat:OWNER/NAME/SUBSET/SPLIT"),
         (
             "chat:owner/name/default/train",

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from MaxNano.tasks import arc, chat, custom_json, gsm8k, humaneval, mmlu, spelling
+from MaxNano.tasks import arc, arithmetic, chat, custom_json, gsm8k, humaneval, mmlu, spelling
 from MaxNano.tasks.base import Conversation, Task
 
 __all__ = ["TASKS", "Conversation", "Task", "open_task"]
@@ -31,6 +31,7 @@ TASKS: dict[str, Callable[[Any, str], Task]] = {
     "SmolTalk": chat.SmolTalk,
     "SpellingBee": spelling.SpellingBee,
     "SimpleSpelling": spelling.SimpleSpelling,
+    "Sums": arithmetic.Sums,
     "json": custom_json.CustomJson,
     "chat": chat.Chat,
 }

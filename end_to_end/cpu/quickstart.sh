@@ -53,6 +53,8 @@ esac
 stage "4/4 training"
 $python MaxNano/train.py "${config[@]}"
 
+$python MaxNano/report.py configs/base.yml "run_name=$run_name"
+
 stage "done"
 $python - "runs/$run_name" "$text" "$tokenizer" "configs/base.yml model=d4_quickstart dataset_path=$text tokenizer_path=$tokenizer" <<'PY'
 import json, sys
@@ -66,6 +68,7 @@ text         {text}
 tokenizer    {tokenizer}
 checkpoints  {run}/checkpoints
 metrics      {run}/metrics.jsonl, and curves in {run}/tensorboard
+report       {run}/report.html: curves, samples and how much they repeat themselves
 
 Next:
   let it continue your text:

@@ -1,5 +1,6 @@
 """What all tests share: the CPU backend, fast compilation, one example sequence for hypothesis."""
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -27,6 +28,7 @@ os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 # The compilation cache of the programs that tests start, shared by all workers of one session.
 os.environ.setdefault("MAXNANO_TEST_CACHE", tempfile.mkdtemp(prefix="maxnano_test_cache_"))
 
+import MaxNano  # noqa: E402
 from MaxNano.distributed import runtime  # noqa: E402
 
 runtime.tile_small_products()  # as every program does
@@ -49,10 +51,38 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: position.get(item.path.name, len(LONGEST)))
 
 
+def pytest_collection_finish():
+    """Garbage collections are as rare as in programs, and leave out what collecting the tests made."""
+    gc.set_threshold(*MaxNano.GC_THRESHOLDS)
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure(config):
     """Removes the compilation cache when the session ends, not when one of its workers does."""
     if not hasattr(config, "workerinput"):
         shutil.rmtree(os.environ["MAXNANO_TEST_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+    """For modules whose tests compile the same programs again: JAX keeps what it has compiled."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    def use(settings):
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # it looks at the settings once
+
+    values = {
+        "jax_compilation_cache_dir": os.environ["MAXNANO_TEST_CACHE"],
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    before = {name: getattr(jax.config, name) for name in values}
+    use(values)
+    yield
+    use(before)
 
 
 @pytest.fixture(scope="module")

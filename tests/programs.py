@@ -247,6 +247,7 @@ if __name__ == "__main__":
     for name in IMPORTED:
         importlib.import_module(f"MaxNano.{name}")
     assert threading.active_count() == 1, threading.enumerate()
+    gc.set_threshold(*MaxNano.GC_THRESHOLDS)  # as programs do
     gc.collect()
     gc.freeze()  # collections of the children copy no pages
     become(**serve(socket.socket(fileno=int(sys.argv[1]))))

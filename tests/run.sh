@@ -8,4 +8,6 @@ unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 MAXNANO_QUIET=1 EXTRAS=dev,docs,export,serve bash setup.sh
+# Without bytecode each process compiles all tests again, which takes ten seconds in each.
+unset PYTHONDONTWRITEBYTECODE
 exec .venv/bin/python -m pytest -n "${PYTEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder "$@"

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 TINY = (
     "model=d2 emb_dim=32 head_dim=16 num_query_heads=2 max_target_length=32 vocab_size=300"
-    " global_batch_tokens=256 steps=4 num_cpu_devices=1 dataset_type=synthetic"
+    " global_batch_tokens=256 steps=4 muon_iterations=1 num_cpu_devices=1 dataset_type=synthetic"
     f" jax_cache_dir={os.environ['MAXNANO_TEST_CACHE']}"
 ).split()
 HELPERS = f"""
@@ -147,7 +147,7 @@ def test_the_optimizer_of_a_parameter_group(tree):
     tree.python("""
         import jax, optax
         from MaxNano.optimizers import groups
-        config = config_of("muon_iterations=1")
+        config = config_of()
         params = jax.tree.map(lambda x: jax.numpy.ones(x.shape), model_of().model.shapes)
         optimizer = groups.make_optimizer(config, dtype="float32")
         with jax.set_mesh(model_of().mesh):

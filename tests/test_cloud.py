@@ -153,7 +153,7 @@ def test_a_slice_trains_one_run_stops_as_one_and_resumes(settings, place):
     steps = 60
     task["envs"] |= {"DATASET_PATH": settings["DATASET_PATH"], "NUM_ITERATIONS": steps}
     more = {"BUCKET": f"{place}/slice", "RESTART_SECONDS": "1"}
-    folder = place / f"slice/runs/d2_{steps}steps"
+    folder = place / f"slice/runs/d1_{steps}steps"
     hosts = start_slice(task, settings, **more)
     scripts.wait_for_step(folder, 5, hosts[0])
     for host in hosts:

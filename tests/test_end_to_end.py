@@ -29,12 +29,12 @@ from ports import free_port
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "end_to_end"
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix strange and bright potions".split()
-STEPS = 300  # long enough to be stopped in the middle; the same everywhere, so that the step is compiled once
+STEPS = 300  # long enough to be stopped in the middle; the same for all that are, so that the step is compiled once
 EXTRA = (
     "emb_dim=32 head_dim=16 num_query_heads=2 vocab_size=300 max_target_length=32 short_window_multiple=16"
     " global_batch_tokens=256 data_readers=2 packing_buffer_documents=20 num_cpu_devices=1 eval_tokens=1024"
-    " eval_interval=0 sample_interval=0 tensorboard=false warmup_steps=2 checkpoint_interval_steps=50 embedding_lr=30"
-    " log_interval=50"
+    " eval_interval=0 sample_interval=0 tensorboard=false warmup_steps=2 checkpoint_interval_steps=75 embedding_lr=30"
+    " log_interval=50 muon_iterations=1"
 )
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the scripts are for bash")
@@ -68,7 +68,7 @@ def settings(place):
         "XLA_FLAGS": os.environ["XLA_FLAGS"],  # of conftest.py
         "DEVICE": "cpu",
         "CHIPS": "1",
-        "MODEL": "d2",
+        "MODEL": "d1",
         "NUM_ITERATIONS": str(STEPS),
         "DATASET_PATH": f"{place}/text",
         "TOKENIZER_PATH": f"{place}/tokenizer",
@@ -252,7 +252,7 @@ def wait_for_step(folder, step, process):
 def test_speedrun_starts_a_preempted_training_again_by_itself_and_skips_what_is_done(
     settings, place
 ):
-    folder = place / f"runs/d2_{STEPS}steps"
+    folder = place / f"runs/d1_{STEPS}steps"
     settings = {**settings, "STAGES": "setup data tokenizer training result"}
     process = start("gpu/d12_speedrun.sh", settings)
     wait_for_step(folder, 5, process)
@@ -379,7 +379,7 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(
     """The whole of d24_speedrun.sh; started again it asks the hub for nothing and does nothing
     twice.
     """
-    run_name = f"downloaded{is_repeated:d}"
+    run_name, base_steps = f"downloaded{is_repeated:d}", 40  # nothing stops it
     extra = f"{settings['EXTRA']} hub_url={hub} core_bundle_url={hub}/core.zip core_max_per_task=2 sample_tokens=2"
     more = {
         "DATASET_PATH": "",
@@ -389,6 +389,7 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(
         "CORE_BUNDLE": "",
         "TOKENIZER_PATH": f"{tmp_path}/another tokenizer",
         "RUN_NAME": run_name,
+        "NUM_ITERATIONS": str(base_steps),
         "CHAT_DATA": str(tmp_path),
         "RL": "1",
         "SFT_EXTRA": tuning_words(tmp_path),
@@ -408,13 +409,15 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(
         "result",
     ]
     assert "3 of 3 files" in out
-    found = json.loads((place / f"runs/{run_name}/evals/step_{STEPS:06}.json").read_text())["evals"]
+    found = json.loads((place / f"runs/{run_name}/evals/step_{base_steps:06}.json").read_text())[
+        "evals"
+    ]
     assert {"bpb train", "bpb validation", "core", "core copa", "core winograd", "samples"} == set(
         found
     )
     assert f"CORE           {found['core']['values']['core']:.4f}" in out.splitlines()
     for stage, start in (
-        ("sft", f"{STEPS} of {place}/runs/{run_name}"),
+        ("sft", f"{base_steps} of {place}/runs/{run_name}"),
         ("rl", f"4 of {place}/runs/{run_name}_sft"),
     ):
         assert f"Starting from step {start}\n" in out
@@ -476,7 +479,7 @@ def test_smoke_then_resume_after_preemption(settings, place):
     rows = metrics.read_text().splitlines(keepends=True)
     words = [
         "configs/base.yml",
-        "model=d2",
+        "model=d1",
         f"steps={STEPS}",
         *EXTRA.split(),
         f"base_output_directory={place}/runs",
@@ -613,13 +616,13 @@ def test_launch_trains_on_through_a_preemption_and_leaves_nothing(cloud):
     cloud.play(
         {
             "us-east5-a": [FULL],
-            "us-east5-b": [{**ON_ITS_WAY, "preempt": {"step": 50, "after": 0}}, CROWDED],
+            "us-east5-b": [{**ON_ITS_WAY, "preempt": {"step": 75, "after": 0}}, CROWDED],
             "us-east5-c": [ON_ITS_WAY],
         }
     )
     stages = "setup data tokenizer training result"  # the others have a test of their own
-    out = cloud.launch(ZONE_WAIT_SECONDS="0", POLL_SECONDS="0.5", STAGES=stages)
-    run_folder = cloud.folder / f"buckets/ours/maxnano-d24/runs/d2_{STEPS}steps"
+    out = cloud.launch(ZONE_WAIT_SECONDS="0", POLL_SECONDS="2", STAGES=stages)
+    run_folder = cloud.folder / f"buckets/ours/maxnano-d24/runs/d1_{STEPS}steps"
     assert steps_of(run_folder) == list(range(STEPS))
     assert (run_folder / f"checkpoints/{STEPS}/MANIFEST.json").exists()
     assert "no machine after 0 s" in out and "the machine is lost" in out
@@ -679,7 +682,7 @@ def test_preemptions_at_random_leave_the_losses_of_an_unbroken_run(
     print(f"MAXNANO_SEED={seed}", moments)
     more = {
         "EXTRA": settings["EXTRA"].replace(
-            "checkpoint_interval_steps=50", "checkpoint_interval_steps=30"
+            "checkpoint_interval_steps=75", "checkpoint_interval_steps=30"
         )
     }
     run(
@@ -695,7 +698,7 @@ def test_preemptions_at_random_leave_the_losses_of_an_unbroken_run(
     out = cloud.launch(**more, STAGES="training", POLL_SECONDS="0.3")
     assert out.count("the machine is lost") == preemptions
     assert f"machines: {preemptions + 1}," in out
-    found = losses_of(store.objects()[f"maxnano-d24/runs/d2_{STEPS}steps/metrics.jsonl"].decode())
+    found = losses_of(store.objects()[f"maxnano-d24/runs/d1_{STEPS}steps/metrics.jsonl"].decode())
     assert [step for step, _ in found] == list(range(STEPS))
     assert found == losses_of((place / "runs/unbroken/metrics.jsonl").read_text())
     assert len(re.findall(r"Resuming .+ from step", out)) >= (preemptions + 1) // 2, (
@@ -881,12 +884,12 @@ def test_every_host_of_a_slice_is_set_up_started_and_asked_to_save(quick):
 @pytest.mark.long
 def test_a_slice_of_two_hosts_trains_one_run_through_a_preemption(cloud):
     machine = {**ON_ITS_WAY, "hosts": 2, "port": free_port()}
-    preempted = {**machine, "preempt": {"step": 50, "after": 0}}
+    preempted = {**machine, "preempt": {"step": 75, "after": 0}}
     cloud.play({"us-east5-a": [preempted, machine]})
     extra = f"{cloud.settings['EXTRA']} dcn_data_parallelism=2"
     stages = "setup data tokenizer training"
     out = cloud.launch(ACCELERATOR="v6e-16", STAGES=stages, EXTRA=extra, POLL_SECONDS="0.5")
-    run_folder = cloud.folder / f"buckets/ours/maxnano-d24/runs/d2_{STEPS}steps"
+    run_folder = cloud.folder / f"buckets/ours/maxnano-d24/runs/d1_{STEPS}steps"
     assert steps_of(run_folder) == list(range(STEPS))
     assert "2 x cpu, data 2" in out and "the machine is lost" in out
     assert re.search(r"Resuming .+ from step", out) and "machines: 2," in out

@@ -33,6 +33,7 @@ from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.loading import load_engine
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[1]
 LONGEST, SLOTS, INTERVAL = 320, 4, 5
 

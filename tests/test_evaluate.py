@@ -31,6 +31,7 @@ from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.setup import set_up
 from MaxNano.training.validation import PackedRows, bits_per_byte
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "configs/base.yml")
 TASKS = ("copa", "winograd", "lambada_openai")  # one of each kind, without examples

@@ -41,7 +41,7 @@ def place(tmp_path_factory):
 def words_of(place, run_name, *more):
     return [
         str(ROOT / "configs/base.yml"),
-        "num_decoder_layers=2",
+        "num_decoder_layers=1",
         "emb_dim=32",
         "head_dim=16",
         "num_query_heads=2",
@@ -50,6 +50,7 @@ def words_of(place, run_name, *more):
         "short_window_multiple=16",
         "global_batch_tokens=256",
         "steps=14",
+        "muon_iterations=1",  # compiles faster
         "data_readers=2",
         "packing_buffer_documents=20",
         f"dataset_path={place}/text",
@@ -199,12 +200,13 @@ def wait_for_step(place, run_name, step, process):
 
 
 def test_killed_twice_it_goes_on_bit_for_bit(place, whole):
+    words = words_of(place, "killed", "sample_interval=0")
     for step in (4, 8):
-        process = start(*words_of(place, "killed"), pause=0.2)
+        process = start(*words, pause=0.2)
         wait_for_step(place, "killed", step, process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    out, _ = run(*words_of(place, "killed"))
+    out, _ = run(*words)
     assert "Resuming" in out
     assert losses_of(place, "killed") == losses_of(place, "whole")
     validation = [r["step"] for r in rows_of(place, "killed") if r.get("event") == "validation"]
@@ -220,7 +222,8 @@ def test_asked_to_stop_it_saves_and_leaves_with_75(place, whole, number, tmp_pat
     The saved config resumes the run, from another folder too.
     """
     name = f"stopped{int(number)}"
-    process = start(*words_of(place, name, "checkpoint_interval_steps=0"), pause=0.2)
+    values = ("checkpoint_interval_steps=0", "sample_interval=0")
+    process = start(*words_of(place, name, *values), pause=0.2)
     wait_for_step(place, name, 3, process)
     if number == signal.SIGHUP:
         process.stdout.close()
@@ -255,7 +258,7 @@ def test_it_goes_on_with_other_devices_and_workers(place, whole):
     copy = place / "copy of text"
     shutil.copytree(place / "text", copy)
     free = ["num_cpu_devices=4", "ici_fsdp_parallelism=2", "data_workers=1", f"dataset_path={copy}"]
-    free += ["eval_interval=14"]
+    free += ["eval_interval=14", "sample_interval=0"]
     run(*words_of(place, "moved", *free, "log_interval=5", "per_device_batch_size=1"))
     started = history_of(place, "moved")[-2]
     assert started["step"] == 12 and started["changes"]["num_cpu_devices"] == [1, 4]
@@ -361,8 +364,9 @@ def test_a_typo_is_told_before_jax_is_imported(tmp_path, program):
 
 
 def test_a_second_run_on_the_same_folder_is_refused(place):
-    first = start(*words_of(place, "locked", "steps=2000", "eval_interval=0", "sample_interval=0"))
-    wait_for_step(place, "locked", 2, first)
+    words = words_of(place, "locked", "eval_interval=0", "sample_interval=0")
+    first = start(*words, pause=3)  # its other steps take longer than the second start
+    wait_for_step(place, "locked", 0, first)
     _, err = run(*words_of(place, "locked"), status=2)
     first.send_signal(signal.SIGKILL)
     first.communicate()
@@ -375,7 +379,8 @@ def test_a_change_that_is_allowed_is_recorded(place, whole):
     copy_without_last_checkpoint(place, "changed")
     shard = place / "edited/shard_1.parquet"
     shard.write_bytes((place / "text/shard_0.parquet").read_bytes())
-    words = words_of(place, "changed", "matrix_lr=0.04", f"dataset_path={place}/edited")
+    values = ("matrix_lr=0.04", f"dataset_path={place}/edited", "sample_interval=0")
+    words = words_of(place, "changed", *values)
     _, err = run(*words, status=2)
     assert "matrix_lr=0.04 instead of 0.02; in the training data shard_1.parquet has changed" in err
     saved = (place / "runs/changed/config.yml").read_text()

@@ -180,6 +180,7 @@ def test_prefill_and_decode_compile_for_a_slice(tmp_path):
         "decode_slots=32",
         "stream_interval=4",
         "prefill_rows=1",
+        "num_decoder_layers=1",
     )
     out, values = report(tmp_path, *TINY, *words, **LEAST_EFFORT)
     prefill, decode = values["programs"]["prefill"], values["programs"]["decode"]

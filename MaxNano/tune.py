@@ -70,7 +70,7 @@ def tune(config: FrozenConfigDict, argv: Sequence[str]) -> int:
     session = Session(config, argv, facts, journal)
     winner = best = find(session)
     default_seconds, best_seconds = search.compare(
-        session.start, winner, session.measure, lambda: session.has_time(to_compare=True)
+        session.start, winner, session.measure, lambda: session.seconds_left(to_compare=True) > 0
     )
     if not default_seconds:  # each turn failed, so the first measurement has to do
         default_seconds = [session.row(Trial(session.start, FIRST_STEPS))["seconds"]]
@@ -136,7 +136,7 @@ def find(session: Session) -> Overrides:
     for knob in knobs:
         values = "; ".join(words_of(session.merge({}, choice)) for choice in knob.choices)
         print(f"To try for {knob.name}: {values}", flush=True)
-    return search.search(session.start, knobs, session.measure, session.has_time, session.merge)
+    return search.search(session.start, knobs, session.measure, session.seconds_left, session.merge)
 
 
 def first_settings(session: Session, attention: Sequence[Overrides]) -> Overrides:

@@ -397,3 +397,18 @@ def test_the_train_step_compiles_for_every_topology(tmp_path, topology):
     if train["chips"] > 1:
         assert {c["kind"] for c in train["collectives"]} & {"all-reduce", "reduce-scatter"}
         assert all(c["axes"] for c in train["collectives"])
+
+
+@pytest.mark.gpu_compile
+@needs_cuda
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("model,card_gib", [("d12", 24), ("d8", 8)])
+@pytest.mark.long
+def test_the_step_fits_on_a_small_card_without_a_setting(tmp_path, model, card_gib):
+    """A card of 8 GiB is a third of an RTX 4090, of which JAX takes three quarters."""
+    words = (f"model={model}", "compile_topology=rtx4090-1")
+    share = str(0.75 * card_gib / 24)
+    _, values = report(tmp_path, *words, XLA_CLIENT_MEM_FRACTION=share)
+    memory = values["programs"]["train"]["memory"]
+    assert memory["total"] < memory["limit"] < 0.75 * card_gib * GIB
+    assert values["micro_batch_rows"] >= 4 and memory["aliased"] > 0

@@ -62,15 +62,24 @@ KNOBS = [
 ]
 
 
-def run_search(cost, knobs=KNOBS, has_time=lambda: True, start=None):
-    """(the result, the trials) of a search in which `cost` gives the seconds of a trial."""
+def run_search(cost, knobs=KNOBS, budget=1000, start=None):
+    """(the result, the trials) of a search in which `cost` gives the seconds of a trial, and which has
+    time for `budget` trials; those that are equal are measured once.
+    """
     trials = []
 
     def measure(trial):
-        trials.append(trial)
+        if trial not in trials:
+            trials.append(trial)
         return Outcome(cost(trial), "")
 
-    best = search.search(start or {}, knobs, measure, has_time, lambda best, choice: best | choice)
+    best = search.search(
+        start or {},
+        knobs,
+        measure,
+        lambda: budget - len(trials),
+        lambda best, choice: best | choice,
+    )
     return best, trials
 
 
@@ -83,10 +92,41 @@ def cost_of(trial):
 
 
 def test_the_search_finds_the_fastest():
-    best, trials = run_search(cost_of)
+    best, trials = run_search(lambda trial: 10 + cost_of(trial))
     assert best == {"per_device_batch_size": 4, "scan_layers": False}
     rungs = [trial.steps for trial in trials if not trial.turn][:10]
     assert rungs == [3] * 5 + [6] * 3 + [12] * 2  # 5 settings, the faster half of them twice
+
+
+def test_what_is_far_slower_is_not_measured_again():
+    best, trials = run_search(cost_of, KNOBS[:1])
+    assert best == {"per_device_batch_size": 4}
+    assert [(trial.steps, bool(trial.turn)) for trial in trials][:7] == [(3, False)] * 5 + [
+        (6, True)
+    ] * 2
+    # One rival that is not far slower: only both by turns can tell.
+    best, trials = run_search(lambda trial: 1 + len(trial.overrides) / 20, KNOBS[1:2])
+    assert best == {} and [trial.steps for trial in trials] == [3, 3, 3, 6, 6]
+
+
+def test_a_short_search_reaches_every_knob():
+    knobs = [Knob(str(n), [{f"key_{n}": value} for value in range(6)]) for n in range(5)]
+    best, trials = run_search(lambda trial: 1 + len(trial.overrides), knobs, budget=11)
+    assert best == {} and len(trials) == 11
+    assert [sum(f"key_{n}" in t.overrides for t in trials) for n in range(5)] == [2] * 5
+
+
+def test_what_a_share_cuts_off_is_measured_in_the_next_cycle():
+    knobs = [KNOBS[0], KNOBS[2]]
+
+    def cost(trial):
+        fast = trial.overrides.get("per_device_batch_size") == 8
+        return (0.5 if fast else 1.0) + len(trial.overrides) / 4
+
+    best, trials = run_search(cost, knobs, budget=7)
+    assert best == {"per_device_batch_size": 8}
+    values = [trial.overrides.get("per_device_batch_size") for trial in trials]
+    assert values == [None, 1, 2, 4, None, 8, None, 8]
 
 
 def test_settings_that_fail_are_never_chosen():
@@ -105,23 +145,21 @@ def test_a_gain_that_is_gone_when_both_are_measured_again_is_noise():
 
 
 def test_without_time_the_start_stays():
-    assert run_search(cost_of, has_time=lambda: False, start={"scan_layers": False}) == (
-        {"scan_layers": False},
-        [],
-    )
+    start = {"scan_layers": False}
+    assert run_search(cost_of, budget=0, start=start) == (start, [])
 
 
-def for_trials(count):
-    """Whether there is time: at the knob's begin and for `count` trials of it."""
-    left = iter([True] * (1 + count))
-    return lambda: next(left, False)
-
-
-@pytest.mark.parametrize("count, rows", [(2, 16), (3, 2), (4, 4), (6, 4), (10, 4)])
+@pytest.mark.parametrize("count, rows", [(2, 16), (3, 2), (4, 4), (5, 4)])
 def test_the_leader_of_a_knob_counts_if_the_time_ends_in_it(count, rows):
-    """In the first rung, in the second, before its gain is confirmed."""
-    best, trials = run_search(cost_of, has_time=for_trials(count))
+    """In the first rung, and before its gain is confirmed."""
+    best, trials = run_search(cost_of, KNOBS[:1], count)
     assert best == ({} if rows == 16 else {"per_device_batch_size": rows}) and len(trials) == count
+
+
+def test_the_leader_of_a_second_rung_counts():
+    for count in (6, 7, 9):
+        best, trials = run_search(lambda trial: 10 + cost_of(trial), KNOBS[:1], count)
+        assert best == {"per_device_batch_size": 4} and len(trials) == count
 
 
 def test_what_was_confirmed_is_not_lost_if_the_time_ends():
@@ -130,10 +168,10 @@ def test_what_was_confirmed_is_not_lost_if_the_time_ends():
     def cost(trial):
         return 0.1 if "remat_policy" in trial.overrides else cost_of(trial)
 
-    best, trials = run_search(cost, has_time=for_trials(14))
+    best, trials = run_search(cost, KNOBS[:2], budget=9)
     assert best == {"per_device_batch_size": 4} and "remat_policy" in trials[-1].overrides
     knobs = [Knob("data workers", [{"data_workers": 1}], with_data=True)]
-    assert run_search(lambda trial: 1 - len(trial.overrides) / 2, knobs, for_trials(2))[0] == {}
+    assert run_search(lambda trial: 1 - len(trial.overrides) / 2, knobs, 2)[0] == {}
 
 
 def test_if_the_data_cannot_be_read_nothing_is_tried_with_them():

@@ -1,7 +1,9 @@
 """Carries out the Dockerfile in a chroot, where there is no Docker, and tries the result.
 
     debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm /tmp/root
+    mount -t proc proc /tmp/root/proc && mount -t tmpfs -o mode=1777 tmpfs /tmp/root/dev/shm
     python tests/with_chroot.py /tmp/root cpu
+    umount /tmp/root/proc /tmp/root/dev/shm        before the folder is deleted
 
 As root. The folder stands for the base image, with Debian's Python. Each RUN is run in it, each COPY copies
 what .dockerignore leaves. Then the user of the image trains a tiny model, chats with it and serves it.
@@ -19,7 +21,7 @@ import test_container as container
 
 TINY = (
     "model=d2 emb_dim=32 head_dim=16 max_target_length=64 vocab_size=280 steps=4"
-    " global_batch_tokens=256 eval_tokens=512 run_name=tiny dataset_type=text dataset_path=data/text"
+    " global_batch_tokens=512 eval_tokens=512 run_name=tiny dataset_type=text dataset_path=data/text"
     " tokenizer_path=data/tokenizer"
 ).split()
 # How this machine reaches the package index.
@@ -86,10 +88,14 @@ class Root:
                 self.entrypoint = container.json.loads(rest)
 
 
-def main(folder, target):
-    root = Root(folder)
+def build(root, target):
+    """Carries out the lines of a target."""
     for line in container.STAGES[target]:
         root.carry_out(*line)
+
+
+def use(root):
+    """Trains, chats and serves as the user of the image."""
     run = [*root.entrypoint]
     assert "maxnano serve" not in root.run(run) and root.user == "1000"
     text = root.folder / "maxnano/data/text"
@@ -97,7 +103,7 @@ def main(folder, target):
     for name in ("a.txt", "b.txt"):
         (text / name).write_text("The dog ran to the house, and the cat sat on the mat. " * 60)
     root.run([*run, "train-tokenizer", *TINY])
-    assert "Validation at step 4" in root.run([*run, "train", *TINY])
+    assert "Validation at step 4" in root.run([*run, "train", *TINY, "data_readers=1"])
     root.run([*run, "chat", "run_name=tiny", "prompt=The dog", "max_new_tokens=8"])
     root.environment["MAXNANO_API_KEY"] = "0123456789abcdef"
     words = ["serve", "run_name=tiny", "serve_host=0.0.0.0", "serve_port=0"]
@@ -113,6 +119,12 @@ def main(folder, target):
             print(answer.status, answer.read().decode())
         server.terminate()
     print(f"the image works: {root.folder}")
+
+
+def main(folder, target):
+    root = Root(folder)
+    build(root, target)
+    use(root)
 
 
 if __name__ == "__main__":

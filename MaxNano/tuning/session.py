@@ -46,14 +46,13 @@ class Session:
         """Time of the search, with that before it was interrupted."""
         return self._earlier_seconds + time.monotonic() - self._began
 
-    def has_time(self, *, to_compare: bool = False) -> bool:
-        """Whether another trial fits before the comparison with the defaults has to begin, or in
-        that comparison.
-        """
+    def seconds_left(self, *, to_compare: bool = False) -> float:
+        """Time before the comparison with the defaults has to begin, or to the end of it."""
+        left = self._budget_seconds - self.spent_seconds()
         if to_compare:
-            return self.spent_seconds() < self._budget_seconds
+            return left
         last = (2 * TURNS + 1) * min(self.journal.walls, default=0.0)
-        return self.spent_seconds() + min(last, self._budget_seconds / 4) < self._budget_seconds
+        return left - min(last, self._budget_seconds / 4)
 
     def say(self, line: str) -> None:
         """Print a line after the time that was spent."""

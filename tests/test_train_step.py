@@ -541,6 +541,7 @@ print(json.dumps([
     plan(V6E, "model=d40", "remat_policy=full", "ici_tensor_parallelism=2"),
     plan(V6E, "model=d32", "remat_policy=full", "logical_axis_rules=" + t.STACKED_FSDP),
     plan(2**31, "model=d16", "emb_dim=780", "num_query_heads=10", "head_dim=78"),
+    plan(2**29, "model=d16", "emb_dim=256", "num_query_heads=2"),
 ]))
 """
 STACKED_FSDP = "[[layers, fsdp, data], [vocab, fsdp, data], [activation_batch, data, fsdp]]"
@@ -549,7 +550,7 @@ STACKED_FSDP = "[[layers, fsdp, data], [vocab, fsdp, data], [activation_batch, d
 def test_fsdp_is_chosen_where_data_parallelism_does_not_leave_half_of_the_memory():
     done = programs.run("-c", PLANS, ROOT)
     assert done.returncode == 0, done.stderr
-    d24, d32, large, fsdp_1, data_8, tensor, stacked, odd = json.loads(done.stdout)
+    d24, d32, large, fsdp_1, data_8, tensor, stacked, odd, narrow = json.loads(done.stdout)
     assert d24[:3] == [8, 1, True]
     assert d32[:3] == [1, 8, True] and large[:3] == [8, 1, True]
     assert d32[3] < 2**29 < 5 * 2**30 < large[3]
@@ -558,3 +559,4 @@ def test_fsdp_is_chosen_where_data_parallelism_does_not_leave_half_of_the_memory
     assert fsdp_1[:2] == data_8[:2] == stacked[:2] == [8, 1]
     assert tensor[:2] == [1, 4], "over the devices that tensor leaves"
     assert odd[:2] == [2, 4], "eight do not divide a width of 780"
+    assert narrow[:2] == [4, 2], "128 columns each"

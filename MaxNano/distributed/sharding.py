@@ -147,7 +147,15 @@ def reduce(x: jax.Array, spec: PartitionSpec, axes: Sequence[str]) -> jax.Array:
         if axes_of(part):
             x = jax.lax.psum_scatter(x, axes_of(part), scatter_dimension=dimension, tiled=True)
             left = [axis for axis in left if axis not in axes_of(part)]
-    return jax.lax.psum(x, tuple(left)) if left else x
+    return sum_over(x, left)
+
+
+def sum_over(tree, axes: Sequence[str]):
+    """Inside shard_map: the sum of each array over mesh `axes`, without those of one device: XLA
+    refuses a sum over them alone if the compiler manages the other axes.
+    """
+    axes = tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
+    return jax.lax.psum(tree, axes) if axes else tree
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -17,6 +17,9 @@ from MaxNano.training.step import build_programs, lower_train
 
 MEMORY_PLAN = "the memory plan"  # the origin of values that `smaller` sets
 SMALL_VOCAB_CHUNK = 2048
+# Columns of a matrix on each device with FSDP: fewer fill no register of a TPU, and XLA then sums
+# whole gradients instead of reduce-scattering them.
+LEAST_WIDTH = 128
 
 
 def compile_train(setup: RunSetup) -> tuple[RunSetup, jax.stages.Compiled]:
@@ -88,7 +91,7 @@ def _choose_sharding(setup: RunSetup, limit: int | None) -> RunSetup:
     if 2 * (sum(needed.values()) - needed["activations"]) <= limit:
         return setup
     devices = setup.mesh.shape.get("data", 1) // config.dcn_data_parallelism
-    size = math.gcd(devices, config.emb_dim)  # parts of every matrix
+    size = largest_divisor(math.gcd(devices, config.emb_dim), max(1, config.emb_dim // LEAST_WIDTH))
     config = pyconfig.replace(config, MEMORY_PLAN, ici_fsdp_parallelism=size)
     sharded = set_up(config, list(setup.mesh.devices.flat)) if size > 1 else setup
     return sharded if sharded.gathers_by_layer else setup

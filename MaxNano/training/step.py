@@ -117,7 +117,7 @@ def train_step(
 
     def local_gradients(params, batch, token_bytes):
         params = working_copy(setup, params)
-        count = jax.lax.psum(stage.loss_count(batch), axes)
+        count = sharding.sum_over(stage.loss_count(batch), axes)
 
         def loss_fn(params, micro):
             nll = batch_losses(setup, params, micro)
@@ -139,7 +139,7 @@ def train_step(
             (sums, grads), _ = jax.lax.scan(accumulate, start, jax.tree.map(plan.split, batch))
         grads = reduce_gradients(setup, grads)
         with jax.named_scope("reduce"):
-            return jax.lax.psum(sums, axes), grads
+            return sharding.sum_over(sums, axes), grads
 
     (loss, (nats, size)), grads = setup.over_devices(
         local_gradients, (specs, setup.batch_spec, PartitionSpec()), (PartitionSpec(), specs)
@@ -182,7 +182,7 @@ def eval_step(params, batch, token_bytes, *, setup: RunSetup) -> tuple[jax.Array
             return count_bits(nll, micro["targets"], token_bytes)
 
         bits = jax.lax.map(micro_bits, jax.tree.map(setup.plan.split, batch))
-        return jax.lax.psum(jax.tree.map(jnp.sum, bits), setup.batch_axes)
+        return sharding.sum_over(jax.tree.map(jnp.sum, bits), setup.batch_axes)
 
     specs = setup.manual_specs(setup.abstract.params)
     return setup.over_devices(

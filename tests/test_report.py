@@ -24,6 +24,7 @@ from MaxNano import report as command
 from MaxNano.reporting import blocks, charts, gpt2, render, report, run_history
 from MaxNano.reporting.blocks import Missing
 from MaxNano.reporting.charts import Series
+from MaxNano.reporting.evaluations import distinct_ngrams
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = str(ROOT / "configs" / "base.yml")
@@ -261,6 +262,7 @@ def test_the_whole_way(chain):
         and "<|output_start|>4" in samples
         and "right; expected: 4" in samples
     )
+    assert "distinct n-grams" in samples and "100.0 %" in samples
     assert samples.count("wrong; expected: A") == 1
 
     config = parts["Config"]
@@ -757,3 +759,11 @@ def test_in_a_browser(chain, tmp_path):
             colors.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
         assert len(colors) == 2
         browser.close()
+
+
+def test_distinct_ngrams_are_counted_over_all_texts():
+    texts = ["and the 19th and the 19th", "and the end", "", "word"]
+    assert distinct_ngrams(texts, 1) == pytest.approx(5 / 10)
+    assert distinct_ngrams(texts, 2) == pytest.approx(4 / 7)
+    assert distinct_ngrams(texts, 3) == pytest.approx(4 / 5)
+    assert distinct_ngrams(texts, 7) is None and distinct_ngrams([], 1) is None

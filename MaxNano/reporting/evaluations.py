@@ -6,7 +6,7 @@ An evaluation without a row is shown as a table of its numbers. A new view is a 
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from MaxNano.reporting import charts, gpt2
@@ -16,6 +16,11 @@ from MaxNano.reporting.words import percent, score, stage_of
 
 RECORDS_READ = 200  # answers per task in which a right and a wrong one are looked for
 ANSWERS_SHOWN = 12
+SIZES = (1, 2, 3)  # of the n-grams that are counted in samples
+DISTINCT_NOTE = (
+    "Distinct n-grams: different sequences of n words as a share of all in the continuations. "
+    "Text that repeats itself has few."
+)
 
 Runs = Sequence[Run]
 
@@ -280,6 +285,13 @@ def _sample_section(runs: Runs) -> Section:
         blocks.append(Speech(prompt, turns))
     if blocks:
         blocks.insert(0, Note("Greedy continuations of the same prompts."))
+        rows = [
+            [stage_of(run), *(percent(distinct_ngrams(texts[run.name].values(), n)) for n in SIZES)]
+            for run in runs
+            if texts[run.name]
+        ]
+        blocks.append(Table(["distinct n-grams", *(f"n = {n}" for n in SIZES)], rows))
+        blocks.append(Note(DISTINCT_NOTE))
     else:
         hint = "sample_interval, or evaluate.py with evals=samples, does it"
         blocks.append(Missing(f"No samples were taken: {hint}."))
@@ -287,6 +299,19 @@ def _sample_section(runs: Runs) -> Section:
     if shown := list(itertools.islice(answers, ANSWERS_SHOWN)):
         blocks += [Heading("Answers to chat tasks"), *shown]
     return Section("Samples", blocks)
+
+
+def distinct_ngrams(texts: Iterable[str], n: int) -> float | None:
+    """distinct-n: different n-grams of words as a share of all in the texts, None if there are none.
+
+    Source: https://arxiv.org/abs/1510.03055 (Li et al., A diversity-promoting objective function).
+    """
+    ngrams = [
+        tuple(words[start : start + n])
+        for words in map(str.split, texts)
+        for start in range(len(words) - n + 1)
+    ]
+    return len(set(ngrams)) / len(ngrams) if ngrams else None
 
 
 def samples_of(run: Run) -> dict[str, str]:

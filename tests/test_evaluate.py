@@ -19,6 +19,7 @@ import yaml
 
 from MaxNano import evaluate, pyconfig, train
 from MaxNano.data import loader
+from MaxNano.distributed import runtime
 from MaxNano.distributed.preemption import EXIT_PREEMPTED, Preempted
 from MaxNano.evals import core
 from MaxNano.evals.bpb import BpbEval
@@ -326,6 +327,25 @@ def test_bits_per_byte_are_of_all_batches_together():
     counts = iter([(np.float32(8), np.float32(4)), (np.float32(1), np.float32(5))])
     assert bits_per_byte(lambda batch: next(counts), range(2)) == pytest.approx(9 / 9 / math.log(2))
     assert bits_per_byte(lambda batch: (0.0, 0.0), range(1)) == math.inf
+
+
+def test_an_evaluation_waits_before_virtual_devices_wait_for_each_other_forever():
+    """From 32 queued programs with collectives on, virtual CPU devices never end."""
+    started, ended, waiting = [], [], []
+
+    class Count(float):
+        def block_until_ready(self):
+            waiting.append(len(started) - len(ended))
+            ended.append(self)
+            return self
+
+    def count_bits(batch):
+        started.append(batch)
+        return Count(batch), 2.0
+
+    assert bits_per_byte(count_bits, range(100)) == pytest.approx(4950 / 200 / math.log(2))
+    assert ended == list(range(100)), "in order, and each is waited for"
+    assert 1 < max(waiting) <= runtime.IN_FLIGHT + 1 < 32
 
 
 # ---- In training --------------------------------------------------------------------------------

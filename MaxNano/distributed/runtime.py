@@ -3,6 +3,7 @@
 Call `initialize(config)` before anything that starts a JAX backend.
 """
 
+import collections
 import contextlib
 import errno
 import gc
@@ -14,9 +15,9 @@ import re
 import socket
 import threading
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -31,8 +32,11 @@ START_TIMEOUT_SECONDS = 300  # until all processes of a run must have started
 DEVICE_TIMEOUT_SECONDS = 300  # until JAX must have found the devices
 SHUTDOWN_TIMEOUT_SECONDS = 60  # how long a failing process waits for the others
 FEW_ROWS = 8  # number of rows that tile_small_products optimizes for
+IN_FLIGHT = 8  # programs that may wait on the devices before the host waits for one
 LOCAL_CACHE = "~/.cache/maxnano/jax"  # compilation cache of runs on a disk
 REMOTE_CACHE = ".jax_cache"  # compilation cache of runs in an object store, next to them
+
+Result = TypeVar("Result")
 
 
 def initialize(config: FrozenConfigDict) -> None:
@@ -122,6 +126,23 @@ def freeze_gc() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def limit_in_flight(results: Iterable[Result], most: int = IN_FLIGHT) -> Iterator[Result]:
+    """Yields the results, trees of arrays, of programs that `results` starts one after the other.
+
+    A result is yielded when it is ready; up to `most` later programs have been started by then.
+    Any loop that starts programs without reading their results needs this: virtual CPU devices of
+    one process wait for each other forever once 32 programs with collectives are queued, and XLA
+    aborts the process after 40 s.
+    """
+    waiting: collections.deque[Result] = collections.deque()
+    for result in results:
+        waiting.append(result)
+        if len(waiting) > most:
+            yield jax.block_until_ready(waiting.popleft())
+    while waiting:
+        yield jax.block_until_ready(waiting.popleft())
 
 
 # ---- Several processes --------------------------------------------------------------------------

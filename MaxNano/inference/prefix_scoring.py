@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
-from MaxNano.distributed import hardware
+from MaxNano.distributed import hardware, runtime
 from MaxNano.inference import weights as inference_weights
 from MaxNano.inference.prompts import Prompt, Scorer
 from MaxNano.inference.weights import Weights
@@ -374,14 +374,14 @@ class PrefixScorer:
 
     def _score(self, weights, prompts: Sequence[Prompt], *, greedy: bool):
         shapes = self._shapes.choose([shape_of(prompt, self._field) for prompt in prompts])
-        in_flight: collections.deque = collections.deque()
-        for batch in plan_batches(shapes, self._tokens, self._shards):
-            arrays = [self._put(array) for array in fill(batch, prompts, self._bos_id)]
-            in_flight.append((batch, self._program(weights, *arrays)[greedy]))
-            if len(in_flight) > IN_FLIGHT:
-                yield from self._read(prompts, *in_flight.popleft())
-        while in_flight:
-            yield from self._read(prompts, *in_flight.popleft())
+
+        def started():
+            for batch in plan_batches(shapes, self._tokens, self._shards):
+                arrays = [self._put(array) for array in fill(batch, prompts, self._bos_id)]
+                yield batch, self._program(weights, *arrays)[greedy]
+
+        for batch, scores in runtime.limit_in_flight(started(), IN_FLIGHT):
+            yield from self._read(prompts, batch, scores)
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(array.shape, self._rows, lambda part: array[part])

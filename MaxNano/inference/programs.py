@@ -296,6 +296,7 @@ class ModelRunner:
         self.store: KVCache | None = None  # allocated when first used
         seen = np.zeros((programs.slots, programs.weights["head"].shape[1]), np.bool_)
         self._none_seen = jax.device_put(seen, programs.by_slot)
+        self._prompts = 0  # calls of prefill and extend
 
     def set_params(self, params: dict[str, Any]) -> None:
         """Prepare a parameter tree of jax or numpy arrays for decoding."""
@@ -341,6 +342,7 @@ class ModelRunner:
         tokens = jax.device_put(tokens, programs.by_slot)
         leaves = jax.tree.leaves(self.store)
         self.cache, _ = programs.extend(self.weights, self.cache, work, tokens, *leaves)
+        self._limit_in_flight()
 
     def _work(self, shard: int, *fields: int) -> jax.Array:
         work = np.zeros((self.programs.setup.data_parallel_size, 5), np.int32)
@@ -356,7 +358,14 @@ class ModelRunner:
         program = programs.scoring_prefill if is_scored else programs.prefill
         inputs = (jax.device_put(x, programs.by_slot) for x in inputs)
         self.cache, scores = program(self.weights, self.cache, *inputs, np.bool_(with_top))
+        self._limit_in_flight()
         return jax.device_get(scores)
+
+    def _limit_in_flight(self) -> None:
+        """Waits for the cache from time to time, for the reason of runtime.limit_in_flight."""
+        self._prompts += 1
+        if self._prompts % runtime.IN_FLIGHT == 0:
+            jax.block_until_ready(self.cache)
 
     def decode(
         self,

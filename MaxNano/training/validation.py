@@ -8,6 +8,7 @@ import numpy as np
 
 from MaxNano.data import loader
 from MaxNano.data.loader import Batch
+from MaxNano.distributed import runtime
 
 
 class PackedRows:
@@ -45,8 +46,7 @@ def bits_per_byte(
     count_bits: batch -> (nats, bytes) of the targets that stand for bytes. Special tokens and
     ignored targets count in neither. Source: nanochat/loss_eval.py@92d63d4.
     """
-    counts = [count_bits(batch) for batch in batches]
-    # Reading the numbers only here lets the batches overlap on the device.
+    counts = list(runtime.limit_in_flight(count_bits(batch) for batch in batches))
     nats = math.fsum(float(nats) for nats, _ in counts)
     size = math.fsum(float(size) for _, size in counts)
     return nats / (math.log(2) * size) if size else math.inf

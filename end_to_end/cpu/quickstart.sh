@@ -96,7 +96,8 @@ print(f"""validation bits per byte: {bpb[0]:.4f} before training, {bpb[-1]:.4f} 
 text         {text}
 tokenizer    {tokenizer}
 checkpoints  {last_run}/checkpoints
-report       {last_run}/report.html, and curves in {last_run}/tensorboard
+metrics      {last_run}/metrics.jsonl, and curves in {last_run}/tensorboard
+report       {last_run}/report.html
 
 Next:
   {verb}:

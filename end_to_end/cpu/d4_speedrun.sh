@@ -23,7 +23,7 @@ default DATASET_PATH data/text
 default TOKENIZER_PATH data/tokenizer_4096
 default CHAT_DATA data/chat
 default EVALS "bpb,${CORE_BUNDLE:+core,}samples"
-default EXTRA "core_max_per_task=20 log_interval=10"
+default EXTRA "${CORE_BUNDLE:+core_max_per_task=20 }log_interval=10"
 default SFT_EXTRA "$(sft_words "${CHAT_DATA:-data/chat}")"
 # After fine-tuning some sums are right. The rewards are for the others: sums that are held out show it.
 default RL_EXTRA "rl_task=Sums/train rl_eval_task=Sums/test rl_eval_problems=0 rl_eval_samples=8 rl_problems=16 rl_samples=8\

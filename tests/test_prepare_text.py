@@ -211,6 +211,17 @@ def test_the_quickstart_on_another_folder_is_another_run(tmp_path, quickstart):
     assert quickstart(tmp_path / "c") == [second]
 
 
+def test_the_quickstart_refuses_what_is_no_folder(tmp_path, quickstart):
+    (tmp_path / "book.txt").write_text("text")
+    for name in ("book.txt", "none"):
+        with pytest.raises(subprocess.CalledProcessError) as caught:
+            quickstart(tmp_path / name)
+        assert caught.value.returncode == 2
+        assert caught.value.stderr == (
+            f"error: {tmp_path / name} is not a folder; name one with your .txt and .md files\n"
+        )
+
+
 def test_without_an_index_the_way_out_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     for name, value in {"NO_INDEX": "1", "FIND_LINKS": "", "EXTRA_INDEX_URL": ""}.items():

@@ -9,7 +9,11 @@ set -euo pipefail
 unset CDPATH
 folder=
 if [ $# -gt 0 ]; then
-  folder=$(cd "$1" && pwd) || exit 2
+  if [ ! -d "$1" ]; then
+    echo "error: $1 is not a folder; name one with your .txt and .md files" >&2
+    exit 2
+  fi
+  folder=$(cd "$1" && pwd)
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # shellcheck source=end_to_end/cpu/fine_tuning.sh

@@ -256,9 +256,7 @@ def test_a_chat_task(tree):
         """,
     )
     path = "MaxNano/tasks/__init__.py"
-    tree.replace(
-        path, r"import arc, chat, (.*), spelling$", r"import arc, chat, \1, shout, spelling"
-    )
+    tree.replace(path, r"^(from MaxNano.tasks import .*), spelling$", r"\1, shout, spelling")
     tree.replace(path, r"^TASKS: .*\{$", r'\g<0>\n    "Shout": shout.Shout,')
     tree.python("""
         from MaxNano import tasks

@@ -532,14 +532,19 @@ def test_a_killed_worker_is_one_clear_error(shards):
             take(batches, 200)
 
 
+def live_threads():
+    """Without those that tqdm starts for the downloads of other tests, whenever it likes."""
+    return {thread for thread in threading.enumerate() if type(thread).__name__ != "TMonitor"}
+
+
 def test_close_leaves_no_thread_and_no_process(shards):
-    threads = set(threading.enumerate())
+    threads = live_threads()
     for workers in (0, 2):
         batches = open_loader(make_config(shards, data_workers=workers))
         next(batches)
         batches.close()
         batches.close()
-        assert not set(threading.enumerate()) - threads
+        assert not live_threads() - threads
         assert not multiprocessing.active_children()
 
 

@@ -298,11 +298,11 @@ def _connect_cpu_devices() -> None:
     Gloo waits 30 s for a connection, and later one process may compile that much longer than
     another.
     """
-    mesh = jax.make_mesh((jax.device_count(),), ("device",))
-    sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("device"))
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    line = jax.make_mesh((jax.device_count(),), ("device",))
+    sharded = jax.sharding.NamedSharding(line, jax.sharding.PartitionSpec("device"))
+    replicated = jax.sharding.NamedSharding(line, jax.sharding.PartitionSpec())
     ones = jax.make_array_from_callback(
-        (mesh.size,), sharded, lambda index: np.ones(mesh.size)[index]
+        (line.size,), sharded, lambda index: np.ones(line.size)[index]
     )
     jax.jit(jax.numpy.sum, out_shardings=replicated)(ones).block_until_ready()
     gather_json(None)  # its connections are between processes, not devices

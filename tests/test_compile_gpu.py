@@ -405,7 +405,7 @@ def test_the_train_step_compiles_for_every_topology(tmp_path, topology):
 @pytest.mark.parametrize("model,card_gib", [("d12", 24), ("d8", 8)])
 @pytest.mark.long
 def test_the_step_fits_on_a_small_card_without_a_setting(tmp_path, model, card_gib):
-    """A card of 8 GiB is a third of an RTX 4090, of which JAX takes three quarters."""
+    """A card of 8 GiB, with JAX's three quarters of it: a quarter of an RTX 4090."""
     words = (f"model={model}", "compile_topology=rtx4090-1")
     share = str(0.75 * card_gib / 24)
     _, values = report(tmp_path, *words, XLA_CLIENT_MEM_FRACTION=share)

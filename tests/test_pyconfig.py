@@ -428,6 +428,11 @@ def test_nanochats_flags_are_answered_with_the_key(word, hint):
     assert refusal(word).endswith(f"; write {hint}=VALUE")
 
 
+def test_another_folder_is_named_as_the_reason():
+    message = refusal(first="configs/none.yml")
+    assert message.endswith("configs/none.yml does not exist; run this in MaxNano's folder")
+
+
 def test_a_list_without_its_other_half_asks_for_quotes():
     assert refusal("trackers=[[a,").endswith(
         "; a bracket is missing: the shell needs quotes around a list"

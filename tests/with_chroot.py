@@ -1,9 +1,9 @@
 """Carries out the Dockerfile in a chroot, where there is no Docker, and tries the result.
 
-    debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm /tmp/root
-    mount -t proc proc /tmp/root/proc && mount -t tmpfs -o mode=1777 tmpfs /tmp/root/dev/shm
-    python tests/with_chroot.py /tmp/root cpu
-    umount /tmp/root/proc /tmp/root/dev/shm        before the folder is deleted
+    debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm FOLDER
+    mount -t proc proc FOLDER/proc && mount -t tmpfs -o mode=1777 tmpfs FOLDER/dev/shm
+    python tests/with_chroot.py FOLDER cpu
+    umount FOLDER/proc FOLDER/dev/shm        before the folder is deleted
 
 As root. The folder stands for the base image, with Debian's Python. Each RUN is run in it, each COPY copies
 what .dockerignore leaves. Then the user of the image trains a tiny model, chats with it and serves it.

@@ -36,7 +36,7 @@ from MaxNano.models.transformer import Context, LayerKind, layer_kinds
 
 SMALLEST_PREFIX, SMALLEST_BRANCH = 64, 16  # columns
 SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512  # queries that are scored against the same keys
-IN_FLIGHT = 2  # batches queued on the devices before the host waits for one
+BATCHES_IN_FLIGHT = 2  # batches queued on the devices before the host waits for one
 
 
 class ScoringLimits(NamedTuple):
@@ -380,7 +380,7 @@ class PrefixScorer:
                 arrays = [self._put(array) for array in fill(batch, prompts, self._bos_id)]
                 yield batch, self._program(weights, *arrays)[greedy]
 
-        for batch, scores in runtime.limit_in_flight(started(), IN_FLIGHT):
+        for batch, scores in runtime.limit_in_flight(started(), BATCHES_IN_FLIGHT):
             yield from self._read(prompts, batch, scores)
 
     def _put(self, array: np.ndarray) -> jax.Array:

@@ -2,7 +2,7 @@
 # Shared by quickstart.sh and d4_speedrun.sh: how the model of the quickstart is fine-tuned. Sourced, never run.
 
 # sft_words FOLDER: prints key=value arguments. FOLDER is written by prepare_chat.py.
-# A quarter of the conversations are sums; the others are generated small talk and stories, questions with
+# Three in ten conversations are sums; the others are generated small talk and stories, questions with
 # short answers, and casual conversations. The run has about 70 steps, so the learning rates need warm-up.
 sft_words() {
   echo "chat_train_mixture=[[json:$1/small_talk.jsonl,1,1500],[json:$1/questions.jsonl,1,1500],[json:$1/train.jsonl,1,60],[Sums/train,16]]\

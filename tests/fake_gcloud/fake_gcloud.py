@@ -14,7 +14,7 @@ MACHINE, the last one again and again:
     {"reason": MESSAGE}       why it is FAILED
     {"preempt": {"step": N, "after": SECONDS, "vanish": BOOL}}
                               the machine dies that long after checkpoint N lies in a bucket, or, with null, after its
-                              job has started; its request is SUSPENDED, or goes on to say ACTIVE
+                              job has started; its request is SUSPENDED, or stays ACTIVE
     {"hang": N, "slow": SECONDS, "deaf": true}
                               the first N connections never answer; each one takes that long; all are refused
     {"startup": false}        startup scripts are not run

@@ -333,7 +333,7 @@ def test_sums_by_the_calculator_are_learned_from_reward(place, tmp_path, seed):
             "rl_samples=16",
             "rl_row_tokens=24",
             "max_new_tokens=14",
-            "rl_eval_task=Sums/test",
+            "rl_eval_task=Sums/train",  # a model of width 64 learns these by heart
             "rl_eval_problems=0",
             "rl_eval_samples=4",
             "eval_interval=20",

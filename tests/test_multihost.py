@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -253,6 +254,8 @@ def test_data_that_fail_in_one_process_stop_both_with_one_checkpoint(place, one)
 
 IN_EACH_PROCESS = """
     import resource, sys
+
+    sys.stdout = open(sys.argv.pop(), "w", 1)  # Gloo writes its lines to the other one in pieces
     import filelock, jax, numpy as np
     from MaxNano import pyconfig
     from MaxNano.training import checkpointing
@@ -350,13 +353,18 @@ COMPARING = """
 def run_two(code, folder):
     """What each of two processes prints."""
     code, port = textwrap.dedent(IN_EACH_PROCESS) + textwrap.dedent(code), str(free_port())
-    written = finish(
-        [start_python("-c", code, port, str(index), str(folder)) for index in range(2)]
-    )
-    return [
-        ([line for line in out.splitlines() if line and "[Gloo]" not in line], err)
-        for out, err in written
-    ]
+    with tempfile.TemporaryDirectory() as printed:
+        files = [Path(printed) / str(index) for index in range(2)]
+        written = finish(
+            [
+                start_python("-c", code, port, str(index), str(folder), str(file))
+                for index, file in enumerate(files)
+            ]
+        )
+        return [
+            (file.read_text().splitlines(), err)
+            for file, (_, err) in zip(files, written, strict=True)
+        ]
 
 
 def test_hosts_read_the_rows_that_their_devices_need(tmp_path):

@@ -299,7 +299,7 @@ def test_killed_it_goes_on_bit_for_bit(place, whole):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_sums_by_the_calculator_are_learned_from_reward(place, tmp_path, seed):
     """Fine-tuning teaches to call the calculator with any digits, reinforcement learning with the
-    right ones.
+    right ones: also for the 20 sums that it never trains on.
     """
     common = [
         f"base_output_directory={tmp_path}/runs",
@@ -333,9 +333,9 @@ def test_sums_by_the_calculator_are_learned_from_reward(place, tmp_path, seed):
             "rl_samples=16",
             "rl_row_tokens=24",
             "max_new_tokens=14",
-            "rl_eval_task=Sums/train",  # a model of width 64 learns these by heart
+            "rl_eval_task=Sums/test",
             "rl_eval_problems=0",
-            "rl_eval_samples=4",
+            "rl_eval_samples=16",
             "eval_interval=20",
             "steps=60",
             "chat_slots=64",
@@ -351,4 +351,4 @@ def test_sums_by_the_calculator_are_learned_from_reward(place, tmp_path, seed):
     first, *_, last = [
         row["pass@1"] for row in rows_of(tmp_path, "d2_rl") if row.get("event") == "validation"
     ]
-    assert first < 0.2 and last > 0.8, out
+    assert first < 0.3 and last > 0.8, out

@@ -130,8 +130,7 @@ def finish(processes, status=0):
 
 
 def rows_of(place, run_name):
-    lines = (place / "runs" / run_name / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return programs.rows_of(place / "runs" / run_name)
 
 
 def losses_of(place, run_name):

@@ -1,6 +1,5 @@
 """Several processes of one run: the losses of one process, one checkpoint, one end."""
 
-import json
 import os
 import shutil
 import signal

@@ -329,7 +329,7 @@ def test_sums_by_the_calculator_are_learned_from_reward(place, tmp_path, seed):
             "max_new_tokens=14",
             "rl_eval_task=Sums/test",
             "rl_eval_problems=0",
-            "rl_eval_samples=16",
+            "rl_eval_samples=4",
             "eval_interval=20",
             "steps=60",
             "chat_slots=64",
@@ -345,4 +345,4 @@ def test_sums_by_the_calculator_are_learned_from_reward(place, tmp_path, seed):
     first, *_, last = [
         row["pass@1"] for row in rows_of(tmp_path, "d2_rl") if row.get("event") == "validation"
     ]
-    assert first < 0.3 and last > 0.8, out
+    assert first < 0.4 and last > 0.8, out  # 20 problems, the first sample of each

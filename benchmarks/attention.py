@@ -34,6 +34,7 @@ from ml_collections import FrozenConfigDict
 
 from benchmarks import common
 from MaxNano import pyconfig
+from MaxNano.compile import calibration
 from MaxNano.distributed import hardware
 from MaxNano.models import attention, layers
 
@@ -295,7 +296,9 @@ def estimate(
         forward, backward = splash_cycles(length, window, settings, parts)
     else:
         forward, backward = (sum(parts[name]) for name in ("forward", "backward"))
-    total = heads * (forward + backward) + around
+    kernels = heads * (forward + backward)
+    total = kernels + around
+    calibrated = calibration.calibrate({"pallas": kernels, "activation": around}, chip)
     ideal = flops(config, 1, window, backward=True) / chip.peak_flops * chip.clock_hz
     return result | {
         "fits VMEM": "yes",
@@ -303,6 +306,7 @@ def estimate(
         "backward cycles": heads * backward,
         "around cycles": around,
         "total cycles": total,
+        "calibrated": calibrated.text(",.0f"),
         "of peak": f"{ideal / total:.1%}",
     }
 

@@ -229,6 +229,10 @@ def estimate(
             )
         )
         row["calibrated ms"] = step_range.text(",.0f")
+        rate = step_range.inverse()
+        row["calibrated M tokens/s"] = rate.times(tokens / 1e3).text(",.2f")
+        peak = chips * chip.peak_flops / 1e3  # FLOPs per millisecond
+        row["calibrated MFU"] = rate.times(flops / peak).text(".1%")
     return row | {
         "state GiB": round(short["state GiB"], 2),
         "at most GiB": round(short["state GiB"] + whole["working GiB"], 1),

@@ -16,7 +16,7 @@ from test_model import random_params
 
 from MaxNano import pyconfig
 from MaxNano.compile import calibration, costs
-from MaxNano.training.setup import set_up
+from MaxNano.training.setup import flops_per_token, set_up
 from MaxNano.training.step import batch_losses
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -227,6 +227,17 @@ def test_a_step_is_put_together_of_its_parts():
             1.756 * part + 7 * factor
             for part, factor in zip(whole["calibration"], network[:3], strict=True)
         )
+    )
+    # Rates fall where the step takes longer: 918e12 FLOP/s of 64 chips are the peak.
+    step = [
+        1.756 * part + 7 * factor
+        for part, factor in zip((0.5, 0.25, 1.0), network[:3], strict=True)
+    ]
+    rates = [64 * 256 / step[part] / 1e3 for part in (0, 2, 1)]
+    assert row["calibrated M tokens/s"] == "{:,.2f} ({:,.2f} to {:,.2f})".format(*rates)
+    flops = flops_per_token(config) * 64 * 256 / (64 * 918e12 / 1e3)
+    assert row["calibrated MFU"] == "{:.1%} ({:.1%} to {:.1%})".format(
+        *(flops / step[part] for part in (0, 2, 1))
     )
     # 32 rows on two chips are a micro-batch: three times as many tokens are three of them.
     row = pods.estimate(config, whole, short, layout, tokens=3 * 32 * 2048 * 32)

@@ -698,22 +698,35 @@ def test_measurements_on_a_v6e_correct_its_estimates_and_no_other_chips():
     assert calibration.calibrate(cycles, hardware.CHIPS["TPU v5 lite"]) is None
 
 
-def test_the_report_has_the_calibrated_range_beside_the_count():
+def test_the_report_has_the_calibrated_range_beside_each_estimate():
     text = program(["%x = f32[4096]{0} parameter(0)", fusion("f", "x", 1_750_000)], ADD)
-    work = compile_report.ProgramWork(model_flops=4e11, tokens=1, steps=None)
+    # The steps are those of a run: 1,000 of 1 ms each, at 0.54 USD per hour and chip.
+    work = compile_report.ProgramWork(model_flops=4e11, tokens=3, steps=1000, bytes=8e8)
     report = compile_report.analyze(compiled(text), CHIP, work=work)
     factor = calibration.FACTORS["activation"]
     assert report.cycles == 1_750_000  # as the compiler has it
-    assert report.calibrated_seconds == pytest.approx([1e-3 * part for part in factor[:3]])
-    mfu, low, high = report.calibrated_mfu
-    assert low < mfu < high and mfu * factor.value == pytest.approx(report.mfu)
+    seconds, run, price = map(report.calibrated, ("step_seconds", "run_seconds", "run_price"))
+    assert seconds == pytest.approx([1e-3 * part for part in factor[:3]])
+    assert run == pytest.approx([1000 * part for part in seconds])
+    assert price == pytest.approx([part / 3600 * CHIP.price for part in run])
+    # What the chip gets done per second falls where the step takes longer.
+    for name in ("mfu", "bandwidth_utilization", "tokens_per_second"):
+        value, low, high = report.calibrated(name)
+        assert [value * factor.value, low * factor.high, high * factor.low] == pytest.approx(
+            [getattr(report, name)] * 3
+        )
     rows = {row[0]: row for _, _, rows in report.tables() for row in rows}
     assert f"{factor.low * 1.75:,.1f} to {factor.high * 1.75:,.1f}" in rows["calibrated"][1]
-    assert "to" in rows["calibrated step"][1] and "to" in rows["calibrated MFU"][1]
-    assert json.loads(json.dumps(report.to_json()))["calibrated_seconds"]["low"] == pytest.approx(
-        1e-3 * factor.low
-    )
+    estimates = {name.removeprefix("estimated ") for name in rows if name.startswith("estimated")}
+    calibrated = {name for name in rows if name.startswith("calibrated ")}
+    assert calibrated == {f"calibrated {name}" for name in estimates} and len(estimates) == 6
+    assert rows["calibrated run"][1] == run.times(1 / 60).text(",.1f", " min")
+    values = json.loads(json.dumps(report.to_json()))
+    assert values["calibrated_seconds"]["low"] == pytest.approx(1e-3 * factor.low)
+    assert values["calibrated_tokens_per_second"]["high"] == pytest.approx(3e3 / factor.low)
+    assert {"calibrated_cycles", "calibrated_mfu", "calibrated_run_price"} <= set(values)
     assert report.assumptions[-1] == calibration.ASSUMPTION and "matmul x" in calibration.ASSUMPTION
-    other = compile_report.analyze(compiled(text), hardware.CHIPS["TPU v5 lite"])
+    other = compile_report.analyze(compiled(text), hardware.CHIPS["TPU v5 lite"], work=work)
     assert other.assumptions == costs.ASSUMPTIONS
-    assert other.calibrated_seconds is None and "calibrated" not in str(other.tables())
+    assert other.calibrated("step_seconds") is None and "calibrated" not in str(other.tables())
+    assert other.to_json()["calibrated_seconds"] is None

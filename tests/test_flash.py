@@ -4,9 +4,11 @@
 
 import functools
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -139,6 +141,37 @@ def test_bfloat16_is_as_near_to_float32_as_plain_attention_in_bfloat16():
     got = output_and_gradients(functools.partial(by_kernel, case=case), arrays)
     for name, one, other, truth in zip(NAMES, got, plain, exact, strict=False):
         assert np.linalg.norm(one - truth) < 1.25 * np.linalg.norm(other - truth), name
+
+
+def test_the_output_is_kept_once():
+    """The backward kernel reads the output as the next product does, in the compute dtype: of two
+    dtypes a TPU's compiler copies both out of the stack of all layers.
+    """
+    case = Case(256, 127, embeds=True)
+    arrays = inputs(case, jnp.bfloat16)[1:]
+    policy = jax.checkpoint_policies.save_only_these_names("attention_out")
+
+    @partial(jax.checkpoint, policy=policy)
+    def attend(*arrays):
+        return by_kernel(*arrays, case=case)
+
+    def run(*arrays):
+        return jax.vjp(attend, *arrays)[1](arrays[0])
+
+    calls = {}
+
+    def collect(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "pallas_call":
+                name = equation.params["name"]
+                calls.setdefault(name, []).append(equation)
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                collect(inner)
+
+    collect(jax.make_jaxpr(run)(*arrays).jaxpr)
+    (backward,) = calls["flash_backward_w127"]
+    kinds = [x.aval.dtype for x in backward.invars if x.aval.shape == arrays[0].shape]
+    assert kinds.count(jnp.bfloat16) == len(kinds) == 3  # output, its gradient, value embeddings
 
 
 def test_the_largest_scores_overflow_nowhere():

@@ -1,6 +1,7 @@
 """The model computes nanochat's numbers, however its layers are run."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from MaxNano import pyconfig, scaling
 from MaxNano.interop import nanochat
+from MaxNano.models.layers import norm_and_channels, rms_norm
 from MaxNano.models.losses import token_losses
 from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import LayerKind, Numerics, repetition, scans_layers
@@ -228,6 +230,27 @@ def test_bfloat16_tables_and_activations():
     forward = jax.jit(lambda params, tokens: model.bind(params)(tokens))
     hidden = forward(random_params(model), np.zeros((1, 64), np.int32))
     assert hidden.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_norm_with_channels_is_a_norm_and_a_slice(dtype):
+    """Bit for bit, and so is its gradient."""
+    size = 10.0 ** np.linspace(-3, 3, 7)[:, None]
+    x = jnp.asarray(size * np.sin(np.arange(7 * 32).reshape(7, 32)), dtype)
+    cotangents = jnp.cos(x), jnp.sin(3 * x[:, :5])
+
+    def sliced(x):
+        y = rms_norm(x, 1e-6)
+        return y, y[:, :5]
+
+    def run(function, x, cotangents):
+        out, pull = jax.vjp(function, x)
+        return *out, *pull(cotangents)
+
+    got = jax.jit(partial(run, lambda x: norm_and_channels(x, 1e-6, 5)))(x, cotangents)
+    for one, other in zip(got, jax.jit(partial(run, sliced))(x, cotangents), strict=True):
+        assert one.dtype == dtype
+        np.testing.assert_array_equal(one, other)
 
 
 def test_parameter_counts_are_those_of_the_scaling_laws():

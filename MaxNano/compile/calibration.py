@@ -30,6 +30,10 @@ class Range(NamedTuple):
         """The range in another unit."""
         return Range(*(scale * part for part in self))
 
+    def inverse(self) -> "Range":
+        """The range of 1 / what this one is about."""
+        return Range(1 / self.value, 1 / self.high, 1 / self.low)
+
     def text(self, form: str, unit: str = "") -> str:
         """Such as "0.73 s (0.62 to 0.90)"."""
         return f"{self.value:{form}}{unit} ({self.low:{form}} to {self.high:{form}})"

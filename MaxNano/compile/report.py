@@ -69,17 +69,23 @@ class CostReport:
     # Cycles as measurements on the chip correct them; None where nothing was measured. All other
     # fields are as the compiler and the rules have them.
     calibrated_cycles: calibration.Range | None = None
-    calibrated_seconds: calibration.Range | None = None
-    calibrated_mfu: calibration.Range | None = None
     assumptions: tuple[str, ...] = ASSUMPTIONS
 
+    def calibrated(self, name: str) -> calibration.Range | None:
+        """The range of an estimate, one of ESTIMATES, as measurements correct it; None if unknown."""
+        value = getattr(self, name)
+        if value is None or self.calibrated_cycles is None:
+            return None
+        ratio = self.calibrated_cycles.times(1 / self.cycles)
+        return (ratio.inverse() if ESTIMATES[name].is_rate else ratio).times(value)
+
     def to_json(self) -> dict[str, Any]:
-        """The fields as values for json.dumps."""
+        """The fields and the ranges of ESTIMATES as values for json.dumps."""
         values = dataclasses.asdict(self)
         values["memory"] = {**self.memory._asdict(), "total": self.memory.total}
-        for name in ("calibrated_cycles", "calibrated_seconds", "calibrated_mfu"):
-            part = getattr(self, name)
-            values[name] = part and part._asdict()
+        ranges = {"calibrated_cycles": self.calibrated_cycles}
+        ranges |= {estimate.key: self.calibrated(name) for name, estimate in ESTIMATES.items()}
+        values |= {key: part and part._asdict() for key, part in ranges.items()}
         values["collectives"] = [collective._asdict() for collective in self.collectives]
         values["most_expensive"] = [
             {**operation._asdict(), "total": operation.total} for operation in self.most_expensive
@@ -163,23 +169,39 @@ class CostReport:
             ("chips", str(self.chips)),
             ("model FLOPs per chip", or_unknown(self.model_flops, ".4g")),
             ("HLO matmul FLOPs per chip", matmul),
-            ("estimated step", f"{self.step_seconds:.4g} s"),
-            ("estimated MFU", or_unknown(self.mfu, ".1%")),
         ]
-        if self.calibrated_seconds:
-            rows.append(("calibrated step", self.calibrated_seconds.text(".3g", " s")))
-        if self.calibrated_mfu:
-            rows.append(("calibrated MFU", self.calibrated_mfu.text(".1%")))
-        if self.bandwidth_utilization is not None:
-            rows.append(("estimated bandwidth utilization", f"{self.bandwidth_utilization:.1%}"))
-        minutes = self.run_seconds and self.run_seconds / 60
-        return [
-            *rows,
-            ("estimated tokens/s", or_unknown(self.tokens_per_second, ",.0f")),
-            ("estimated run", or_unknown(minutes, ",.1f", " min")),
-            ("estimated price", or_unknown(self.run_price, ",.2f", " USD")),
-            ("compiled in", or_unknown(self.compile_seconds, ".0f", " s")),
-        ]
+        for name, (label, form, unit, scale, _, _) in ESTIMATES.items():
+            value, part = getattr(self, name), self.calibrated(name)
+            if value is not None or name != "bandwidth_utilization":
+                text = or_unknown(value and scale * value, form, unit)
+                rows.append((f"estimated {label}", text))
+            if part:
+                rows.append((f"calibrated {label}", part.times(scale).text(form, unit)))
+        return [*rows, ("compiled in", or_unknown(self.compile_seconds, ".0f", " s"))]
+
+
+class Estimate(NamedTuple):
+    """How a report prints an estimate that follows from the cycles."""
+
+    label: str
+    form: str
+    unit: str
+    scale: float  # of the printed unit
+    key: str  # of its calibrated range in to_json
+    is_rate: bool = False  # falls as the cycles rise
+
+
+# By the field of CostReport.
+ESTIMATES = {
+    "step_seconds": Estimate("step", ".4g", " s", 1, "calibrated_seconds"),
+    "mfu": Estimate("MFU", ".1%", "", 1, "calibrated_mfu", True),
+    "bandwidth_utilization": Estimate(
+        "bandwidth utilization", ".1%", "", 1, "calibrated_bandwidth_utilization", True
+    ),
+    "tokens_per_second": Estimate("tokens/s", ",.0f", "", 1, "calibrated_tokens_per_second", True),
+    "run_seconds": Estimate("run", ",.1f", " min", 1 / 60, "calibrated_run_seconds"),
+    "run_price": Estimate("price", ",.2f", " USD", 1, "calibrated_run_price"),
+}
 
 
 def analyze(
@@ -210,7 +232,6 @@ def analyze(
     by_class = result.by_class()
     by_basis["bytes"] += by_class["collective"]
     calibrated = calibration.calibrate(by_class, chip)
-    calibrated_seconds = calibrated and calibrated.times(1 / chip.clock_hz)
     return CostReport(
         chips=chips,
         memory=_memory_of(compiled, chip),
@@ -234,16 +255,6 @@ def analyze(
         run_price=run_seconds / 3600 * chips * chip.price if is_priced else None,
         assumptions=(*ASSUMPTIONS, calibration.ASSUMPTION) if calibrated else ASSUMPTIONS,
         calibrated_cycles=calibrated,
-        calibrated_seconds=calibrated_seconds,
-        calibrated_mfu=work
-        and calibrated_seconds
-        and _mfu_range(work.model_flops / (chips * chip.peak_flops), calibrated_seconds),
-    )
-
-
-def _mfu_range(ideal_seconds: float, seconds: calibration.Range) -> calibration.Range:
-    return calibration.Range(
-        ideal_seconds / seconds.value, ideal_seconds / seconds.high, ideal_seconds / seconds.low
     )
 
 

@@ -96,6 +96,31 @@ def _rms_norm_backward(epsilon, residuals, cotangent):
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def norm_and_channels(x: jax.Array, epsilon: float, channels: int) -> tuple[jax.Array, jax.Array]:
+    """`rms_norm` of x (..., D), and its first `channels` (..., C) as an array of their own.
+
+    An array that two products read is stored by the TPU compiler; each of these two has one reader,
+    which computes it from x. Numbers and gradients are those of a slice.
+    """
+    return _norm_and_channels_forward(x, epsilon, channels)[0]
+
+
+def _norm_and_channels_forward(x, epsilon, channels):
+    y, (_, rms) = _rms_norm_forward(x, epsilon)
+    first = (x[..., :channels].astype(jnp.float32) / rms).astype(x.dtype)
+    return (y, first), (x, rms)
+
+
+def _norm_and_channels_backward(epsilon, channels, residuals, cotangents):
+    cotangent, first = cotangents
+    padding = [(0, 0)] * (first.ndim - 1) + [(0, cotangent.shape[-1] - channels)]
+    return _rms_norm_backward(epsilon, residuals, cotangent + jnp.pad(first, padding))
+
+
+norm_and_channels.defvjp(_norm_and_channels_forward, _norm_and_channels_backward)
+
+
 @jax.custom_vjp
 def row_major(x: jax.Array) -> jax.Array:
     """`x`, and in the backward pass its gradient, with the last axis innermost in memory.

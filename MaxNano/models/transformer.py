@@ -32,6 +32,7 @@ from MaxNano.models import attention, embedding, layers, losses, quantization
 from MaxNano.models.layers import (
     constant,
     linspace,
+    norm_and_channels,
     normal,
     parameter,
     rms_norm,
@@ -203,10 +204,13 @@ def block(
     matmul, place = context.matmul, context.place
     x = place(mix(x, layer["resid_lambda"], _last(x0, x), layer["x0_lambda"]))
     with jax.named_scope("attention"):
-        h = rms_norm(x, config.norm_epsilon)
-        value_embed = None
-        if value_rows is not None:
-            value_embed = _last(value_rows, h), value_gate(config, layer["value"]["gate"], h)
+        if value_rows is None:
+            h, value_embed = rms_norm(x, config.norm_epsilon), None
+        else:
+            h, channels = norm_and_channels(
+                x, config.norm_epsilon, config.value_embed_gate_channels
+            )
+            value_embed = _last(value_rows, h), value_gate(config, layer["value"]["gate"], channels)
         qkv = checkpoint_name(matmul(h, layer["attention"]["qkv"]), "qkv")
         with jax.named_scope("attend"):
             y, state = attend(_constrain(qkv, "activation_heads", config), value_embed)
@@ -217,11 +221,11 @@ def block(
         return place(x + layers.mlp(layer["mlp"], h, matmul)), state
 
 
-def value_gate(config: FrozenConfigDict, gate: jax.Array, h: jax.Array) -> jax.Array:
-    """Gates (..., K, T) of the value embeddings, float32; gate (C, K), h (..., T, D)."""
-    channels = h[..., : config.value_embed_gate_channels]
+def value_gate(config: FrozenConfigDict, gate: jax.Array, channels: jax.Array) -> jax.Array:
+    """Gates (..., K, T) of the value embeddings, float32; gate (C, K), channels (..., T, C)."""
+    gate = gate.astype(channels.dtype)
     # Tokens last: an array whose last axis is a few heads wastes most of a register.
-    gates = jnp.einsum("...TC,CK->...KT", channels, gate.astype(h.dtype)).astype(jnp.float32)
+    gates = jnp.einsum("...TC,CK->...KT", channels, gate).astype(jnp.float32)
     return config.value_embed_gate_range * jax.nn.sigmoid(gates)
 
 

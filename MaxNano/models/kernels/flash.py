@@ -156,7 +156,10 @@ def _forward(qkv, embeds, cos, sin, head):
     kept = _bits(out)
     kept, lse = (checkpoint_name(x, "attention_out") for x in (kept, _bits(lse)))
     lse = jax.lax.bitcast_convert_type(lse, jnp.float32)
-    return jax.lax.bitcast_convert_type(kept, out.dtype), (qkv, embeds, cos, sin, kept, lse)
+    # One array for the backward kernel and for the product with the output matrix: of integers for
+    # the one and floats for the other, the compiler copies both out of the stack of all layers.
+    out = jax.lax.bitcast_convert_type(kept, out.dtype)
+    return out, (qkv, embeds, cos, sin, out, lse)
 
 
 def _bits(x):
@@ -278,8 +281,7 @@ def _backward_kernel(
         raw = q_ref[0, rows].T
         q, inverse = _prepare(raw, tables(rows), head.epsilon, head.log2_scale)
         q, cotangent = q.astype(dtype), cotangent_ref[0, rows]
-        out = jax.lax.bitcast_convert_type(out_ref[0, rows], dtype)
-        along = head.dot(ones[:_SUBLANES], cotangent * out, ((1,), (1,)))[:1]
+        along = head.dot(ones[:_SUBLANES], cotangent * out_ref[0, rows], ((1,), (1,)))[:1]
         cotangent = cotangent.T
         raw_queries[start], dqs[start] = (raw, inverse), 0
         queries[start] = q, cotangent

@@ -22,6 +22,7 @@ from MaxNano.training.memory_plan import (
     is_out_of_memory,
     replaces_null,
     smaller,
+    step_limit_bytes,
     with_micro_rows,
 )
 from MaxNano.training.setup import RunSetup, flops_per_token
@@ -140,8 +141,9 @@ def _compile(setup: RunSetup, program: str) -> jax.stages.Compiled:
     if for_gpu:  # whose compiler does not compare with the memory
         gpu = gpus.gpu_of(setup.mesh.devices.flat[0].device_kind)
         memory = gpu_report.memory_of(compiled, gpu)
-        if memory.total > memory.limit:
-            sizes = (f"{size / 2**30:.1f} GiB" for size in (memory.total, memory.limit))
+        limit = step_limit_bytes(setup, memory.limit) if program == "train" else memory.limit
+        if memory.total > limit:
+            sizes = (f"{size / 2**30:.1f} GiB" for size in (memory.total, limit))
             raise _out_of_memory(setup, program, *sizes)
     return compiled
 

@@ -155,7 +155,7 @@ def finished_run(job: Job) -> Run | None:
         return None
     for key in sorted(result_keys()):
         # What follows from the data or from another run is not known here.
-        if key in run.lines and not {"chat_epochs", "the run"} & {run.lines[key][1]}:
+        if key in run.lines and not {"chat_epochs", pyconfig.RUN_ORIGIN} & {run.lines[key][1]}:
             now = config_schema.format_value(config[key])
             if now != run.lines[key][0]:
                 raise ValueError(

@@ -455,7 +455,6 @@ def help_text(program: str | None = None, *, show_all: bool = True) -> str:
                 100,
                 initial_indent=indent,
                 subsequent_indent="      ",
-                break_long_words=False,
                 break_on_hyphens=False,
             )
     if not show_all:

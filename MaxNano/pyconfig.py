@@ -26,6 +26,7 @@ from MaxNano.storage import files
 
 ORIGIN = "origin"  # the only entry of a config that is not a key: key -> origin of its value
 DERIVED = "derived"
+RUN_ORIGIN = "the run"  # of a value with which the run to resume was started
 TUNED_ORIGIN = "tuned/"  # begins the origin of a value from a file that tune.py wrote
 SAVED_HEADER = "# A resolved config"  # first words of a file that `save` wrote
 

@@ -16,6 +16,7 @@ import pytest
 from jax._src import xla_bridge
 from test_train_compile import TINY, report, run
 
+from MaxNano import pyconfig
 from MaxNano.compile import gpu_report, hlo, programs, roofline, topologies
 from MaxNano.compile.report import ProgramWork
 from MaxNano.distributed import gpus, hardware
@@ -269,7 +270,7 @@ def test_the_report_adds_up(monkeypatch):
         assert word in text, word
     assert "collectives" not in text
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".95")
-    assert gpu_report.memory_share() == 0.95
+    assert gpus.program_memory_bytes(gpus.GPUS["h100"]) == int(0.95 * 84_942_979_072)
 
 
 # ---- What fits ----------------------------------------------------------------------------------
@@ -298,8 +299,15 @@ def a_setup(monkeypatch, gib_per_row, rows, per_device_batch_size=None):
         lower, lambda setup: ProgramWork(1e9, 4096, 100), "per_device_batch_size"
     )
     monkeypatch.setitem(programs.PROGRAMS, "train", row)
-    values = {"per_device_batch_size": per_device_batch_size, "model": "d12"}
-    config = SimpleNamespace(**values, compile_topology="rtx4090-1")
+    words = [
+        "model=d12",
+        "compile_topology=rtx4090-1",
+        "remat_policy=full",
+        "vocab_chunk_size=2048",
+    ]
+    if per_device_batch_size:
+        words.append(f"per_device_batch_size={per_device_batch_size}")
+    config = pyconfig.initialize([str(pyconfig.BASE), *words])
     plan = BatchPlan(1, 256 // rows, rows)
     return Setup(plan, config, mesh_of("NVIDIA GeForce RTX 4090")), tried
 
@@ -382,6 +390,18 @@ def test_all_programs_compile_for_an_h100(tmp_path):
     assert train["largest_micro_batch"] == 256
     assert train["memory"]["aliased"] > 0, "the state is updated in place"
     assert any(".py:" in kernel["source"] for kernel in train["kernels"][:10])
+
+
+@pytest.mark.gpu_compile
+@needs_cuda
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["deterministic", "cublas", "cuda_graphs"])
+@pytest.mark.long
+def test_the_train_step_compiles_with_every_flag_group(tmp_path, name):
+    words = ("compile_topology=h100-1", "per_device_batch_size=128", f"xla_flags=[{name}]")
+    _, values = report(tmp_path, *TINY, *words)
+    kinds = values["programs"]["train"]["kinds"]
+    assert ("Triton GEMM" in kinds) == (name != "cublas"), kinds
 
 
 @pytest.mark.gpu_compile

@@ -25,17 +25,13 @@ pytestmark = [
 
 def run(program: str, **environment: str) -> dict:
     """The JSON line that a program prints last."""
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    env = {
-        **os.environ,
-        "PYTHONPATH": paths,
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        **environment,
-    }
-    env.pop("JAX_PLATFORMS", None)
+    # The tests' own settings are for the CPU.
+    env = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
-        env=env,
+        env=env | environment,
         text=True,
         capture_output=True,
         timeout=280,
@@ -44,126 +40,136 @@ def run(program: str, **environment: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_cudnn_attention_equals_the_reference():
+ATTENTION = """
+    import json
+    import jax, jax.numpy as jnp
+    import numpy as np
+    from MaxNano import pyconfig
+    from MaxNano.models import attention
+
+    config = pyconfig.initialize([str(pyconfig.BASE)])
+    settings = attention.KernelSettings.from_config(config)
+
+    def loss(kernel, window, weights, *qkv):
+        out = attention.attention(
+            *qkv, window=window, kernel=kernel, settings=settings, rules=config.logical_axis_rules
+        )
+        return jnp.sum(out.astype(jnp.float32) * weights), out
+
+    rows = []
+    for length, heads, kv_heads, head_dim, window in [
+        (512, 4, 4, 128, 512), (512, 4, 4, 128, 128), (384, 4, 2, 128, 100), (1000, 6, 2, 64, 256),
+        (2048, 6, 6, 128, 512), (256, 2, 1, 256, 77),
+    ]:
+        rng = np.random.default_rng(length + window)
+        q = rng.standard_normal((2, heads, length, head_dim), np.float32)
+        k, v = rng.standard_normal((2, 2, kv_heads, length, head_dim), np.float32)
+        weights = rng.standard_normal(q.shape, np.float32)
+        q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+
+        def value_and_grads(kernel, dtype):
+            function = jax.value_and_grad(
+                lambda *qkv: loss(kernel, window, weights, *qkv), argnums=(0, 1, 2), has_aux=True
+            )
+            with jax.default_matmul_precision("highest"):
+                (_, out), grads = jax.jit(function)(*(x.astype(dtype) for x in (q, k, v)))
+            return [np.asarray(x, np.float64) for x in (out, *grads)]
+
+        exact = value_and_grads("reference", jnp.float32)
+        error = lambda found: [
+            float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, exact)
+        ]
+        rows.append([
+            [length, heads, kv_heads, head_dim, window],
+            error(value_and_grads("cudnn", jnp.bfloat16)), error(value_and_grads("reference", jnp.bfloat16)),
+        ])
+    [device] = jax.devices()[:1]
+    auto = {
+        dtype: attention.resolve("auto", device, dtype=dtype, head_dim=128) for dtype in ("bfloat16", "float32")
+    }
+    print(json.dumps({"rows": rows, "auto": auto}))
+"""
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return run(ATTENTION)
+
+
+def test_cudnn_attention_equals_the_reference(kernels):
     """Outputs and gradients in bfloat16 are as near to float32's as the reference in bfloat16 is,
     times two.
     """
-    found = run("""
-        import json
-        import jax, jax.numpy as jnp
-        import numpy as np
-        from MaxNano import pyconfig
-        from MaxNano.models import attention
-
-        config = pyconfig.initialize([str(pyconfig.BASE)])
-        settings = attention.KernelSettings.from_config(config)
-
-        def loss(kernel, window, weights, *qkv):
-            out = attention.attention(
-                *qkv, window=window, kernel=kernel, settings=settings, rules=config.logical_axis_rules
-            )
-            return jnp.sum(out.astype(jnp.float32) * weights), out
-
-        rows = []
-        for length, heads, kv_heads, head_dim, window in [
-            (512, 4, 4, 128, 512), (512, 4, 4, 128, 128), (384, 4, 2, 128, 100), (1000, 6, 2, 64, 256),
-            (2048, 6, 6, 128, 512), (256, 2, 1, 256, 77),
-        ]:
-            rng = np.random.default_rng(length + window)
-            q = rng.standard_normal((2, heads, length, head_dim), np.float32)
-            k, v = rng.standard_normal((2, 2, kv_heads, length, head_dim), np.float32)
-            weights = rng.standard_normal(q.shape, np.float32)
-            q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
-
-            def value_and_grads(kernel, dtype):
-                function = jax.value_and_grad(
-                    lambda *qkv: loss(kernel, window, weights, *qkv), argnums=(0, 1, 2), has_aux=True
-                )
-                with jax.default_matmul_precision("highest"):
-                    (_, out), grads = jax.jit(function)(*(x.astype(dtype) for x in (q, k, v)))
-                return [np.asarray(x, np.float64) for x in (out, *grads)]
-
-            exact = value_and_grads("reference", jnp.float32)
-            error = lambda found: [
-                float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, exact)
-            ]
-            rows.append([
-                [length, heads, kv_heads, head_dim, window],
-                error(value_and_grads("cudnn", jnp.bfloat16)), error(value_and_grads("reference", jnp.bfloat16)),
-            ])
-        print(json.dumps({"rows": rows}))
-    """)
     print()
-    for shape, errors, expected in found["rows"]:
+    for shape, errors, expected in kernels["rows"]:
         print(shape, [f"{x:.1e}" for x in errors], [f"{x:.1e}" for x in expected])
         assert all(
             error <= max(2 * other, 5e-3) for error, other in zip(errors, expected, strict=True)
         )
 
 
-def test_auto_takes_cudnn_in_16_bits_and_chunked_in_float32():
-    found = run("""
-        import json
-        import jax
-        from MaxNano.models import attention
-
-        [device] = jax.devices()[:1]
-        print(json.dumps({
-            dtype: attention.resolve("auto", device, dtype=dtype, head_dim=128) for dtype in ("bfloat16", "float32")
-        }))
-    """)
-    assert found == {"bfloat16": "cudnn", "float32": "chunked"}
+def test_auto_takes_cudnn_in_16_bits_and_chunked_in_float32(kernels):
+    assert kernels["auto"] == {"bfloat16": "cudnn", "float32": "chunked"}
 
 
+# Two layers of d4: with and without a value embedding, with a short and a long window; two
+# micro-batches.
 LOSSES = """
     import json
     import sys
     import numpy as np
     import jax
     from MaxNano import pyconfig
-    from MaxNano.distributed import runtime, sharding
-    from MaxNano.training import state as train_state
-    from MaxNano.training.setup import set_up
-    from MaxNano.training.memory_plan import compile_train
-    from MaxNano.training.step import build_programs
     from MaxNano.data.loader import put_global, to_batch
+    from MaxNano.distributed import runtime, sharding
+    from MaxNano.models import attention
+    from MaxNano.training import state as train_state
+    from MaxNano.training.memory_plan import compile_train
+    from MaxNano.training.setup import set_up
+    from MaxNano.training.step import build_programs
 
-    config = pyconfig.initialize([
-        str(pyconfig.BASE), "model=d4", "max_target_length=512", "vocab_size=4096", "global_batch_tokens=16384",
-        "per_device_batch_size=16", "jax_cache_dir=", "steps=10", *{overrides},
-    ])
-    runtime.initialize(config)
-    setup = set_up(config)
-    setup, program = compile_train(setup)
-    rng = np.random.default_rng(0)
-    losses = []
-    with jax.set_mesh(setup.mesh):
-        programs = build_programs(setup, program, np.ones(config.vocab_size, np.int32))
-        state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
-        for _ in range(8):
-            tokens = rng.integers(0, 300, (setup.plan.rows, config.max_target_length + 1), dtype=np.int32)
-            batch = put_global(to_batch(tokens), sharding.batch_sharding(setup.mesh, config.logical_axis_rules))
-            state, metrics = programs.train(state, batch)
-            losses.append(float(metrics["loss"]))
-    print(json.dumps({{"losses": [x.hex() for x in losses], "attention": setup.numerics.attention}}))
+    COMMON = [
+        str(pyconfig.BASE), "model=d4", "num_decoder_layers=2", "emb_dim=256", "max_target_length=512",
+        "vocab_size=4096", "global_batch_tokens=2048", "per_device_batch_size=2", "jax_cache_dir=",
+        "num_cpu_devices=1", "steps=10",
+    ]
+    runtime.initialize(pyconfig.initialize(COMMON))
+
+    def losses(words):
+        config = pyconfig.initialize([*COMMON, *words])
+        setup = set_up(config, jax.devices()[:1])
+        setup, program = compile_train(setup)
+        rng = np.random.default_rng(0)
+        values = []
+        with jax.set_mesh(setup.mesh):
+            programs = build_programs(setup, program, np.ones(config.vocab_size, np.int32))
+            state = train_state.initialize(config, setup.numerics, setup.optimizer, setup.abstract)
+            for _ in range(8):
+                tokens = rng.integers(0, 300, (setup.plan.rows, config.max_target_length + 1), dtype=np.int32)
+                batch = put_global(to_batch(tokens), sharding.batch_sharding(setup.mesh, config.logical_axis_rules))
+                state, metrics = programs.train(state, batch)
+                values.append(float(metrics["loss"]).hex())
+        print(words, values, file=sys.stderr, flush=True)  # a crash has a name
+        return values
+
+    def kernels():
+        [device] = jax.devices()[:1]
+        return [
+            name for name, row in attention.KERNELS.items()
+            if device.platform in row.backends and not row.problem(device, "bfloat16", 128)
+        ]
+
+    print(json.dumps({{" ".join(words): losses(words) for words in {runs}}}))
 """
 
 
-def losses(*overrides: str) -> list[str]:
-    """Losses of eight steps in a process of its own, compiled anew, as hexadecimal floats."""
-    return run(LOSSES.format(overrides=list(overrides)))["losses"]
+def losses(runs: str, **environment: str) -> dict[str, list[float]]:
+    """The losses of eight steps by the words of a run. runs: an expression, the words of each."""
+    output = run(LOSSES.format(runs=runs), **environment)
+    return {words: [float.fromhex(x) for x in found] for words, found in output.items()}
 
 
 def test_deterministic_flags_give_the_same_losses_to_the_last_bit():
-    first, second = (losses("xla_flags=[deterministic]") for _ in range(2))
+    """In two processes, each of which compiles, and chooses kernels by measuring them."""
+    first, second = (losses('[["xla_flags=[deterministic]"]]') for _ in range(2))
     assert first == second
-
-
-def test_float32_trains_on_a_gpu():
-    """attention=auto does not take cuDNN's kernel there; losses are those of bfloat16 within its
-    rounding.
-    """
-    exact = [float.fromhex(x) for x in losses("dtype=float32")]
-    rounded = [float.fromhex(x) for x in losses()]
-    assert rounded == pytest.approx(exact, rel=0.01)
-    assert exact[-1] < exact[0]

@@ -556,7 +556,7 @@ def test_any_text_survives_saving(tmp_path_factory, text):
 def test_all_help_lists_every_key_with_type_range_default_and_text():
     text = config_schema.help_text()
     assert all(f"  {key}=" in text for key in KEYS)
-    assert "  remat_policy=none  (str one of none minimal full names)" in text
+    assert "  remat_policy=none  (str? one of none minimal full names)" in text
     assert "  num_decoder_layers=null  (int? 1..256)" in text
     assert "  rope_theta=100000.0  (float > 1)" in text
     assert text.index("The run") < text.index("run_name=") < text.index("Model size")

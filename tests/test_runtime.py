@@ -355,6 +355,18 @@ def test_the_tpu_compiler_takes_every_flag_group():
     assert "No such compile option: 'xla_tpu_no_such_flag'" in refusal
 
 
+@pytest.mark.parametrize("backend", ["gpu", "cpu"])
+def test_jaxlib_knows_the_flags_of_every_group(backend):
+    """Its compiler for the CPU reads the flags of all but TPUs, with their values."""
+    config = config_of()
+    groups = [name for name, target, *_ in config.xla_flag_groups if target == backend]
+    assert groups or backend == "cpu"
+    for name in groups:
+        chosen = pyconfig.replace(config, "test", xla_flags=(name,))
+        options = hardware.compiler_options(chosen, backend)
+        jax.jit(lambda x: x + 1, compiler_options=options).lower(1.0).compile()
+
+
 # ---- Numbers and memory -------------------------------------------------------------------------
 
 

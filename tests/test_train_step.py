@@ -29,7 +29,8 @@ from MaxNano.training.memory_plan import (
     explain_out_of_memory,
     fit_memory,
 )
-from MaxNano.training.setup import check_memory, check_sharding, plan_batch, set_up
+from MaxNano.training.setup import check_memory, check_sharding, needed_bytes, plan_batch, set_up
+from MaxNano.training.start import with_start
 from MaxNano.training.step import build_programs, jit_train
 
 ROOT = Path(__file__).parents[1]
@@ -262,6 +263,87 @@ def test_a_memory_plan_also_recomputes_and_takes_small_chunks(monkeypatch):
         check_memory(asked)
 
 
+@pytest.mark.parametrize(
+    "memory_bytes,words,expected",
+    [
+        (84_942_979_072, (), (16, "none")),  # an H100
+        (151_397_597_184, (), (32, "none")),  # an H200
+        (60 * 10**9, (), (8, "none")),
+        (48 * 10**9, (), (32, "names")),  # four rows would fit with none
+        (24 * 10**9, (), (1, "names")),
+        (84_942_979_072, ("per_device_batch_size=4",), (4, "none")),
+        (84_942_979_072, ("per_device_batch_size=32",), (32, "names")),
+        (151_397_597_184, ("remat_policy=names",), (32, "names")),
+        (48 * 10**9, ("remat_policy=none",), (4, "none")),
+    ],
+)
+def test_null_recomputes_nothing_on_a_gpu_where_eight_rows_fit(
+    monkeypatch, memory_bytes, words, expected
+):
+    """Model d24, whose file has remat_policy=null."""
+    setup = on_a_gpu(monkeypatch, memory_bytes, "model=d24", *words)
+    assert (setup.plan.micro_rows, setup.config.remat_policy) == expected
+    assert setup.plan.rows == plan_batch(setup.config, 1).rows
+
+
+def test_null_recomputes_nothing_only_on_a_gpu_of_known_memory(monkeypatch):
+    config = make_config("model=d24", "dtype=bfloat16")
+    setup = set_up(config, jax.devices()[:1])
+    names = set_up(
+        make_config("model=d24", "dtype=bfloat16", "remat_policy=names"), jax.devices()[:1]
+    )
+    assert needed_bytes(setup) == needed_bytes(names), "where no memory plan is made"
+    for backend, memory_bytes in (("cpu", 2**40), ("tpu", 2**40), ("gpu", None)):
+        monkeypatch.setattr(hardware, "memory_limit_bytes", lambda size=memory_bytes: size)
+        numerics = setup.numerics._replace(backend=backend)
+        fitted = fit_memory(replace(setup, numerics=numerics))
+        assert (fitted.plan.micro_rows, fitted.config.remat_policy) == (32, "names"), backend
+
+
+def test_a_step_without_recomputation_that_proves_too_large_has_fewer_rows_then_recomputes(
+    monkeypatch, capsys
+):
+    tried = []
+
+    class Lowered:
+        def __init__(self, setup):
+            tried.append((setup.plan.micro_rows, setup.config.remat_policy))
+
+        def compile(self):
+            if tried[-1][1] == "none":
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+            return "step"
+
+    setup = on_a_gpu(monkeypatch, 151_397_597_184, "model=d24")
+    monkeypatch.setattr(memory_plan, "lower_train", Lowered)
+    compiled_for, _ = compile_train(setup)
+    assert tried == [(32, "none"), (16, "none"), (8, "none"), (32, "names")]
+    assert compiled_for.plan == setup.plan
+    out = capsys.readouterr().out
+    assert out.endswith("Compiling for 32 rows per device, remat_policy=names\n")
+
+
+def test_a_run_that_began_with_a_remat_policy_of_its_models_file_keeps_it(tmp_path):
+    """d24.yml had names before it had null."""
+    words = ("model=d24", f"base_output_directory={tmp_path}")
+    config = make_config(*words)
+    text = pyconfig.to_yaml(config)
+    assert "\nremat_policy: null  # d24.yml\n" in text
+    saved = tmp_path / "d24/config.yml"
+    saved.parent.mkdir()
+    for before, origin, expected in (
+        ("names", "d24.yml", "names"),
+        ("names", pyconfig.RUN_ORIGIN, "names"),
+        ("null", "d24.yml", None),
+        ("full", "command line", None),
+        ("full", "tuned/some-card-1-d24.yml", None),  # of other devices
+    ):
+        line = f"remat_policy: {before}  # {origin}"
+        saved.write_text(text.replace("remat_policy: null  # d24.yml", line))
+        assert with_start(config).remat_policy == expected, line
+        assert with_start(make_config(*words, "remat_policy=none")).remat_policy == "none"
+
+
 def test_a_memory_plan_leaves_a_cpu_and_what_fits_alone(monkeypatch):
     monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 10**9)
     setup = set_up(make_config("model=d12"), jax.devices()[:1])
@@ -345,7 +427,7 @@ def test_out_of_memory_names_the_setting_to_change(overrides, remedy):
 
 def test_a_gpus_program_that_needs_more_than_the_card_is_compiled_smaller(monkeypatch):
     """XLA compiles it all the same for a GPU; its buffers tell."""
-    peaks = {8: 90, 4: 60, 2: 40, 1: 20}
+    peaks = {8: 90, 4: 49, 2: 40, 1: 20}  # 49 of 50 leave too little for anything else
     devices = jax.devices()[:1]
 
     class Lowered:
@@ -362,6 +444,9 @@ def test_a_gpus_program_that_needs_more_than_the_card_is_compiled_smaller(monkey
     setup = set_up(make_config(*TINY), devices)
     gpu = replace(setup, numerics=setup.numerics._replace(backend="gpu"))
     assert compile_train(gpu)[0].plan.micro_rows == 2
+    asked = set_up(make_config(*TINY, "per_device_batch_size=4"), devices)
+    asked = replace(asked, numerics=gpu.numerics)
+    assert compile_train(asked)[0].plan.micro_rows == 4
 
 
 def test_parameters_left_whole_on_every_device_are_refused():
@@ -551,7 +636,7 @@ def test_fsdp_is_chosen_where_data_parallelism_does_not_leave_half_of_the_memory
     done = programs.run("-c", PLANS, ROOT)
     assert done.returncode == 0, done.stderr
     d24, d32, large, fsdp_1, data_8, tensor, stacked, odd, narrow = json.loads(done.stdout)
-    assert d24[:3] == [8, 1, True]
+    assert d24[:3] == [8, 1, True] and d24[4:] == [32, "names"]
     assert d32[:3] == [1, 8, True] and large[:3] == [8, 1, True]
     assert d32[3] < 2**29 < 5 * 2**30 < large[3]
     assert d32[4:] == [32, "full"], "more micro-batches would send more"

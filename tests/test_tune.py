@@ -34,6 +34,7 @@ FACTS = Facts(
     resolved={
         "attention": "chunked",
         "embedding_gradient": "scatter",
+        "remat_policy": "none",
         "scan_layers": True,
         "vocab_chunk_size": 0,
         "per_device_batch_size": 32,
@@ -240,6 +241,10 @@ def test_what_is_tried_on_a_tpu_slice():
 
 def test_flags_that_change_more_than_speed_are_kept():
     facts = FACTS._replace(backend="gpu")
+    assert names_and_values(make_config(), facts)["XLA flags"] == [
+        {"xla_flags": ("vmem", "cublas")},
+        {"xla_flags": ("vmem", "cuda_graphs")},
+    ]
     groups = "[[vmem, tpu, xla_v=1], [deterministic, gpu, xla_a=true], [fast, gpu, xla_b=1],"
     groups += " [faster, gpu, xla_b=2]]"
     config = make_config(f"xla_flag_groups={groups}")
@@ -622,15 +627,16 @@ def test_auto_uses_the_file_for_these_devices_and_says_so(folder, machine, capsy
 def test_the_command_line_and_the_model_win(folder, machine, capsys):
     write_tuned(folder, "model=d24", name="tpu-v6-lite-8-d24.yml")
     config = tuned_file.with_tuned(tuned_config(folder, "model=d24", "attention=chunked"))
-    assert (config.attention, config.remat_policy) == ("chunked", "names")
+    assert (config.attention, config.remat_policy) == ("chunked", None)
     assert used(config) == {"per_device_batch_size": 4}
     assert "remat_policy, attention as set elsewhere" in capsys.readouterr().out
 
 
 def test_a_value_of_the_models_file_is_replaced_if_the_search_began_with_it(folder, machine):
-    """d24.yml has a remat policy for a TPU, which is slow on a large GPU."""
+    """d24.yml leaves its remat policy to the memory plan."""
     config = tuned_config(folder, "model=d24")
-    assert {} in names_and_values(config, FACTS)["remat"]  # "names" is one of those tried
+    facts = FACTS._replace(resolved=FACTS.resolved | {"remat_policy": "names"})
+    assert {} in names_and_values(config, facts)["remat"]  # "names" is one of those tried
     path = write_tuned(folder, "model=d24", name="tpu-v6-lite-8-d24.yml")
     facts, values = tuned_file.read(path)
     tuned_file.write(path, facts | tuned_file.replaced(config, values), values)
@@ -638,9 +644,9 @@ def test_a_value_of_the_models_file_is_replaced_if_the_search_began_with_it(fold
     assert used(tuned) == VALUES
     begin(folder, tuned, "d24")
     assert used(tuned_file.with_tuned(config)) == VALUES  # resumed
-    path.write_text(path.read_text().replace("replaces: remat_policy=names", "replaces: x=1"))
+    path.write_text(path.read_text().replace("replaces: remat_policy=null", "replaces: x=1"))
     fresh = tuned_config(folder, "model=d24", "run_name=fresh")
-    assert tuned_file.with_tuned(fresh).remat_policy == "names"  # the model's file has changed
+    assert tuned_file.with_tuned(fresh).remat_policy is None  # the model's file has changed
     given = tuned_config(folder, "model=d24", "run_name=fresh", "remat_policy=minimal")
     assert tuned_file.with_tuned(given).remat_policy == "minimal"
 

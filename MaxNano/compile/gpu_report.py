@@ -1,7 +1,6 @@
 """The report of a compiled GPU program: memory, kernels by kind, the roofline, expensive kernels."""
 
 import dataclasses
-import os
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -13,10 +12,6 @@ from MaxNano.compile.collectives import Collective
 from MaxNano.compile.costs import Walk
 from MaxNano.compile.report import ProgramMemory, ProgramWork, gib, merge_collectives, or_unknown
 from MaxNano.distributed import gpus, hardware
-
-# The share of a GPU's memory that JAX takes by default.
-# Source: https://docs.jax.dev/en/latest/gpu_memory_allocation.html
-DEFAULT_MEMORY_SHARE = 0.75
 
 
 class KindCost(NamedTuple):
@@ -210,14 +205,8 @@ def memory_of(compiled: jax.stages.Compiled, gpu: gpus.Gpu) -> ProgramMemory:
         aliased=stats.alias_size_in_bytes,
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
-        limit=int(memory_share() * gpu.memory_bytes),
+        limit=gpus.program_memory_bytes(gpu),
     )
-
-
-def memory_share() -> float:
-    """The share of a GPU's memory that JAX takes; from the environment variables that it reads."""
-    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-    return float(next(filter(None, map(os.environ.get, names)), DEFAULT_MEMORY_SHARE))
 
 
 def _kinds(result: Walk) -> dict[str, KindCost]:

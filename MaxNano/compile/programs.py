@@ -16,7 +16,15 @@ from MaxNano.compile.report import CostReport, ProgramWork, analyze
 from MaxNano.compile.topologies import cuda_without_gpu
 from MaxNano.distributed import gpus, hardware
 from MaxNano.inference import programs as engine_programs
-from MaxNano.training.memory_plan import compile_train, is_out_of_memory, with_micro_rows
+from MaxNano.training.memory_plan import (
+    compile_train,
+    describe_memory_plan,
+    is_out_of_memory,
+    replaces_null,
+    smaller,
+    step_limit_bytes,
+    with_micro_rows,
+)
 from MaxNano.training.setup import RunSetup, flops_per_token
 from MaxNano.training.step import lower_evaluate, lower_train
 
@@ -61,19 +69,20 @@ def compile_program(setup: RunSetup, program: str) -> tuple[RunSetup, CostReport
 def _compile_for_gpu(setup: RunSetup, program: str) -> tuple[RunSetup, GpuReport]:
     """As compile_program; the report of the train step has the largest micro-batch that fits."""
     rows = None
-    started = time.monotonic()
-    try:
-        compiled = _compile(setup, program)
-    except OutOfMemory as error:
-        if program != "train" or setup.config.per_device_batch_size is not None:
-            raise
-        rows = largest_micro_batch(setup, program)
-        if rows is None:
-            raise
-        print(f"{error}; compiling for {rows} rows per device", flush=True)
-        setup = replace(setup, plan=with_micro_rows(setup.plan, rows))
+    while True:
         started = time.monotonic()
-        compiled = _compile(setup, program)
+        try:
+            compiled = _compile(setup, program)
+            break
+        except OutOfMemory as error:
+            is_open = setup.config.per_device_batch_size is None or replaces_null(setup.config)
+            less = smaller(setup) if program == "train" and is_open else None
+            if less is None:
+                raise
+            print(f"{error}; compiling for {describe_memory_plan(less)}", flush=True)
+            # Fewer rows of the same step are the largest micro-batch, if they fit.
+            rows = less.plan.micro_rows if less.config == setup.config else None
+            setup = less
     report = gpu_report.analyze(
         compiled,
         setup.mesh,
@@ -132,8 +141,9 @@ def _compile(setup: RunSetup, program: str) -> jax.stages.Compiled:
     if for_gpu:  # whose compiler does not compare with the memory
         gpu = gpus.gpu_of(setup.mesh.devices.flat[0].device_kind)
         memory = gpu_report.memory_of(compiled, gpu)
-        if memory.total > memory.limit:
-            sizes = (f"{size / 2**30:.1f} GiB" for size in (memory.total, memory.limit))
+        limit = step_limit_bytes(setup, memory.limit) if program == "train" else memory.limit
+        if memory.total > limit:
+            sizes = (f"{size / 2**30:.1f} GiB" for size in (memory.total, limit))
             raise _out_of_memory(setup, program, *sizes)
     return compiled
 

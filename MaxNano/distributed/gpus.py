@@ -6,6 +6,7 @@ here as a table, from which `target_text` writes the description.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from MaxNano.distributed import hardware
@@ -70,6 +71,10 @@ GPUS = {
     ),
 }
 
+# The share of a GPU's memory that JAX takes by default.
+# Source: https://docs.jax.dev/en/latest/gpu_memory_allocation.html
+DEFAULT_MEMORY_SHARE = 0.75
+
 DEVICES_WITH_LINKS = (1, 8)  # of a host whose GPUs NVLink connects; other hosts have one here
 
 # The compiler plans attention for this version of cuDNN; newer ones run it too.
@@ -91,6 +96,13 @@ def topology_names() -> list[str]:
 def gpu_of(device_kind: str) -> Gpu | None:
     """The GPU that a device_kind of JAX names, None if the table does not have it."""
     return next((gpu for gpu in GPUS.values() if gpu.device_kind == device_kind), None)
+
+
+def program_memory_bytes(gpu: Gpu) -> int:
+    """Bytes of a GPU that is not there which JAX would take, by the variables that it reads."""
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    share = float(next(filter(None, map(os.environ.get, names)), DEFAULT_MEMORY_SHARE))
+    return int(share * gpu.memory_bytes)
 
 
 def compute_capability(device: jax.Device) -> str:

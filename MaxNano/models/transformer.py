@@ -564,13 +564,15 @@ def residual_widths(config: FrozenConfigDict) -> dict[str, int]:
 def kept_residuals(config: FrozenConfigDict, by_layer: bool) -> tuple[str, ...] | None:
     """The names in residual_widths that the backward pass does not recompute; None: all it needs.
 
+    remat_policy=null is names where no memory plan has replaced it.
+
     by_layer: weights are gathered layer by layer, and again in the backward pass. Keeping all would
     keep them too.
     """
     minimal = tuple(residual_widths(config))
     everything = minimal if by_layer else None
     kept = {"none": everything, "minimal": minimal, "full": (), "names": tuple(config.remat_names)}
-    return kept[config.remat_policy]
+    return kept[config.remat_policy or "names"]
 
 
 def _rematerialize(run_layer, kept: tuple[str, ...] | None, scanned: bool):

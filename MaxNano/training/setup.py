@@ -242,7 +242,7 @@ def describe_plan(setup: RunSetup) -> dict[str, str]:
         f"{plan.accumulation_steps} micro-batches x {plan.micro_rows} rows x {pyconfig.row_length(config)}",
         "horizon": f"{config.steps:,} steps, {tokens:,} tokens, "
         f"{tokens / scaling_parameters:.2f} per scaling parameter",
-        "memory": f"at least {memory} GB per device (estimate)",
+        "memory": f"at least {memory} GB per device (estimate), remat_policy={config.remat_policy}",
         "data": stage_config(config).describe_data(config),
         "run": str(run_directory(config)),
     }

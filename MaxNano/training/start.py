@@ -90,8 +90,9 @@ def check_windows(config: FrozenConfigDict, saved: Mapping[str, Any]) -> None:
 
 def with_start(config: FrozenConfigDict) -> FrozenConfigDict:
     """The config with what a run to resume was started with and no later command changes by chance:
-    its load_from and load_optimizer, if no load_from is given, and its long_documents. A key on the
-    command line stays.
+    its load_from and load_optimizer, if no load_from is given, its long_documents, and the
+    remat_policy of its files, if they leave it to the memory plan now. A key on the command line
+    stays.
     """
     saved = run_directory(config) / "config.yml"
     if not config.enable_checkpointing or not saved.exists():
@@ -100,6 +101,10 @@ def with_start(config: FrozenConfigDict) -> FrozenConfigDict:
     keys = ["long_documents"]
     if config.load_from is None and before.get("load_from") is not None:
         keys += ["load_from", "load_optimizer"]
+    if config.remat_policy is None:
+        _, origin = pyconfig.saved_lines(saved.read_text()).get("remat_policy", ("", ""))
+        if origin != COMMAND_LINE and not origin.startswith(pyconfig.TUNED_ORIGIN):
+            keys.append("remat_policy")
     values = {
         key: before[key]
         for key in keys
@@ -107,7 +112,7 @@ def with_start(config: FrozenConfigDict) -> FrozenConfigDict:
         and before[key] != config[key]
         and (key == "load_from" or config.origin[key] != COMMAND_LINE)
     }
-    return pyconfig.replace(config, "the run", **values) if values else config
+    return pyconfig.replace(config, pyconfig.RUN_ORIGIN, **values) if values else config
 
 
 def check_start(config: FrozenConfigDict, saved: Mapping[str, Any]) -> None:

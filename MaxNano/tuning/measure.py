@@ -81,6 +81,7 @@ def probe(task: Mapping[str, Any], answer: Answer) -> None:
             "scan_layers": scans_layers(config, numerics.backend),
             "vocab_chunk_size": losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size),
             "per_device_batch_size": plan.micro_rows,
+            "remat_policy": setup.config.remat_policy,
             "ici_fsdp_parallelism": setup.mesh.shape.get(FSDP_AXIS, 1),
             "data_workers": hardware.data_workers(
                 config, numerics.backend, jax.local_device_count()

@@ -103,18 +103,15 @@ def plan_batch(config: FrozenConfigDict, data_parallel_size: int) -> BatchPlan:
             f"{data_parallel_size} devices cannot share equally: make it a multiple of {data_parallel_size * length}"
         )
     device_rows = rows // data_parallel_size
-    micro_rows = config.per_device_batch_size or largest_divisor(device_rows, LARGEST_MICRO_BATCH)
+    micro_rows = config.per_device_batch_size or scaling.largest_divisor(
+        device_rows, LARGEST_MICRO_BATCH
+    )
     if device_rows % micro_rows:
         raise ValueError(
             f"per_device_batch_size={micro_rows} does not divide the {device_rows} rows on each of "
             f"{data_parallel_size} devices: choose a divisor of {device_rows}, or leave it null"
         )
     return BatchPlan(data_parallel_size, device_rows // micro_rows, micro_rows)
-
-
-def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` that is at most `limit`."""
-    return max(n for n in range(1, min(number, limit) + 1) if number % n == 0)
 
 
 def needed_bytes(setup: RunSetup) -> dict[str, int]:

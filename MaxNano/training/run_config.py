@@ -24,8 +24,8 @@ def config_of_run(config: FrozenConfigDict, argv: Sequence[str]) -> FrozenConfig
     the run has no checkpoint, or if argv names another model.
     """
     directory = run_directory(config)
-    if not names(directory / "checkpoints"):
-        hint = similar_runs(config, "a checkpoint", lambda run: bool(names(run / "checkpoints")))
+    if not _has_checkpoint(directory):
+        hint = similar_runs(config, "a checkpoint", _has_checkpoint)
         raise ValueError(
             f"{directory} holds no checkpoint: give run_name and base_output_directory of a trained"
             f" run{hint}"
@@ -60,7 +60,29 @@ def config_of_run(config: FrozenConfigDict, argv: Sequence[str]) -> FrozenConfig
 
 def similar_runs(config: FrozenConfigDict, what: str, has: Callable[[epath.Path], bool]) -> str:
     """The end of an error about run_name: "; did you mean NAME?", or the runs that have `what`."""
-    folder = run_directory(config).parent
+    return _similar(config.run_name, run_directory(config).parent, what, has)
+
+
+def require_start(config: FrozenConfigDict) -> None:
+    """Raise ValueError if load_from names a run without a checkpoint, and this run has none yet.
+
+    A dry run needs no checkpoint.
+    """
+    directory = run_directory(config)
+    is_resumed = config.enable_checkpointing and _has_checkpoint(directory)
+    if config.load_from is None or config.dry_run or is_resumed:
+        return
+    start = pyconfig.start_directory(config.load_from, directory)
+    if not _has_checkpoint(start):
+        hint = _similar(start.name, start.parent, "a checkpoint", _has_checkpoint)
+        raise ValueError(f"load_from={config.load_from}: {start} holds no checkpoint{hint}")
+
+
+def _has_checkpoint(run: epath.Path) -> bool:
+    return bool(names(run / "checkpoints"))
+
+
+def _similar(name: str, folder: epath.Path, what: str, has: Callable[[epath.Path], bool]) -> str:
     runs = [run for run in names(folder) if has(folder / run)]
     known = f"; runs with {what}: {', '.join(runs)}" if runs else ""
-    return suggest(config.run_name, runs) or known
+    return suggest(name, runs) or known

@@ -325,7 +325,7 @@ def test_validation_rows_are_packed_once_and_kept():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(1.0, ["about 16m40, 1,000 batches"]), (0.05, []), (0.01, [])]
+    ("seconds", "told"), [(1.0, ["about 16m40s, 1,000 batches"]), (0.05, []), (0.01, [])]
 )
 def test_a_long_validation_is_told_once_with_its_time(seconds, told):
     """The first validation of own conversations took an hour on a CPU, without a word."""

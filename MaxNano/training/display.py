@@ -120,7 +120,7 @@ def _words(key: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Such as 5m07 or 1h02m."""
+    """Such as 5m07s or 1h02m."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

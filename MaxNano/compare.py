@@ -264,7 +264,8 @@ def write(report: Report, folder: epath.Path, name: str) -> None:
     for section in report.sections:
         for block in section.blocks:
             if isinstance(block, Curves) and block.image:
-                picture = charts.picture(block.series, title=f"{block.title}, {block.caption}")
+                title = f"{block.title}, {block.caption}"
+                picture = charts.picture(block.series, title=title, from_zero=block.from_zero)
                 texts[block.image] = ElementTree.tostring(picture, encoding="unicode")
     for file, text in texts.items():
         files.write_whole(folder / file, text)

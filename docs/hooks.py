@@ -19,9 +19,11 @@ sys.path.insert(0, str(ROOT))
 
 from MaxNano import config_schema  # noqa: E402
 
+TOPICS = sorted(page for page in (ROOT / "benchmarks").glob("*.md") if page.stem != "README")
 # Files outside docs/ that are pages of the site.
 PAGES = {
-    "benchmarks/README.md": "results/benchmarks.md",
+    "benchmarks/README.md": "results/benchmarks/index.md",
+    **{f"benchmarks/{page.name}": f"results/benchmarks/{page.name}" for page in TOPICS},
     "end_to_end/cloud/README.md": "start/cloud.md",
     "CHANGELOG.md": "reference/changelog.md",
     "CONTRIBUTING.md": "guides/contributing.md",

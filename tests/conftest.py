@@ -25,6 +25,8 @@ FLAGS = [
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones end at an unknown flag
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+# Operations without the stack that made them, which costs a twentieth of tracing and lowering.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # The compilation cache of the programs that tests start, shared by all workers of one session.
 os.environ.setdefault("MAXNANO_TEST_CACHE", tempfile.mkdtemp(prefix="maxnano_test_cache_"))
 

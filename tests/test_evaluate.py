@@ -415,9 +415,7 @@ def test_core_while_training(place, monkeypatch, capsys):
     assert len(answered) == len(TASKS)
     printed = capsys.readouterr().out
     assert "1 of 3 CORE tasks are already done" in printed
-    rows = [
-        json.loads(line) for line in (place / "runs/trained/metrics.jsonl").read_text().splitlines()
-    ]
+    rows = programs.rows_of(place / "runs/trained")
     (event,) = (row for row in rows if row.get("event") == "core")
     assert event["step"] == 1
     assert event["core"] == pytest.approx(sum(event[label] for label in TASKS) / 3)
@@ -453,6 +451,6 @@ def test_an_evaluation_that_fails_while_training_leaves_a_saved_run(place, monke
     folder = place / "runs/failing"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["2"]
     assert "Saved checkpoint at step 2; the same command resumes" in capsys.readouterr().out
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = programs.rows_of(folder)
     assert [row["step"] for row in rows if "event" not in row] == [0, 1]
     assert [row["step"] for row in rows if row.get("event") == "validation"] == [0]

@@ -1,6 +1,5 @@
 """Several processes of one run: the losses of one process, one checkpoint, one end."""
 
-import json
 import os
 import shutil
 import signal
@@ -130,8 +129,7 @@ def finish(processes, status=0):
 
 
 def rows_of(place, run_name):
-    lines = (place / "runs" / run_name / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return programs.rows_of(place / "runs" / run_name)
 
 
 def losses_of(place, run_name):

@@ -3,11 +3,14 @@
 The latter needs nbclient: `bash tests/run_notebook.sh`.
 """
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -135,6 +138,42 @@ def test_the_settings_reach_the_commands(folder, monkeypatch):
         assert config.run_name in ("tiny", "tiny_sft")
     assert calls[0][2].vocab_size == calls[-3][2].vocab_size == 270
     assert calls[-1][3] == SETTINGS["QUESTIONS"]
+
+
+@pytest.mark.parametrize("source", ["repository", "archive", "nothing"])
+def test_maxnano_is_cloned_or_unpacked(tmp_path, monkeypatch, source):
+    """By the cell of the set-up, outside of a checkout."""
+    folder = tmp_path / "a/b"  # a checkout two levels up would be taken
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    html = types.SimpleNamespace(HTML=str, display=print)
+    monkeypatch.setitem(sys.modules, "IPython.display", html)
+    sources = ["".join(cell["source"]) for cell in CODE]
+    [cell] = [source for source in sources if '"git", "clone"' in source]
+    commands = []
+    names = {"REPOSITORY": "", "PYTHON": "python"}
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: record(commands, command))
+    if source == "repository":
+        names["REPOSITORY"] = "https://git.example/MaxNano"
+    if source == "archive":
+        with zipfile.ZipFile("MaxNano.zip", "w") as archive:
+            archive.writestr("MaxNano/setup.sh", "")
+    if source == "nothing":
+        with pytest.raises(FileNotFoundError, match=r"REPOSITORY.*MaxNano\.zip"):
+            exec(cell, names)
+        return
+    exec(cell, names)
+    assert Path.cwd() == folder / "MaxNano"
+    cloned = [["git", "clone", "--depth=1", names["REPOSITORY"], "MaxNano"]]
+    assert commands == (cloned if source == "repository" else [])
+
+
+def record(commands, command):
+    """A process that ends well; git clone leaves a folder."""
+    commands.append(command)
+    Path(command[-1]).mkdir()
+    process = types.SimpleNamespace(stdin=io.StringIO(), stdout=[], returncode=0)
+    return contextlib.nullcontext(process)
 
 
 @pytest.mark.skipif("NOTEBOOK_PYTHON" not in os.environ, reason="bash tests/run_notebook.sh")

@@ -238,17 +238,11 @@ def start(*words):
 
 
 def run(*words, status=0):
-    process = start(*words)
-    out, err = process.communicate(timeout=3000)
-    assert process.returncode == status, out + err
-    return out, err
+    return programs.finish(start(*words), status, timeout=3000)
 
 
 def rows_of(place, run_name):
-    return [
-        json.loads(line)
-        for line in (place / "runs" / run_name / "metrics.jsonl").read_text().splitlines()
-    ]
+    return programs.rows_of(place / "runs" / run_name)
 
 
 def steps_of(place, run_name):
@@ -299,7 +293,7 @@ def test_killed_it_goes_on_bit_for_bit(place, whole):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_sums_by_the_calculator_are_learned_from_reward(place, tmp_path, seed):
     """Fine-tuning teaches to call the calculator with any digits, reinforcement learning with the
-    right ones.
+    right ones: also for the 20 sums that it never trains on.
     """
     common = [
         f"base_output_directory={tmp_path}/runs",
@@ -333,9 +327,9 @@ def test_sums_by_the_calculator_are_learned_from_reward(place, tmp_path, seed):
             "rl_samples=16",
             "rl_row_tokens=24",
             "max_new_tokens=14",
-            "rl_eval_task=Sums/train",  # a model of width 64 learns these by heart
+            "rl_eval_task=Sums/test",
             "rl_eval_problems=0",
-            "rl_eval_samples=4",
+            "rl_eval_samples=16",
             "eval_interval=20",
             "steps=60",
             "chat_slots=64",
@@ -351,4 +345,4 @@ def test_sums_by_the_calculator_are_learned_from_reward(place, tmp_path, seed):
     first, *_, last = [
         row["pass@1"] for row in rows_of(tmp_path, "d2_rl") if row.get("event") == "validation"
     ]
-    assert first < 0.2 and last > 0.8, out
+    assert first < 0.3 and last > 0.8, out

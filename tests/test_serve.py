@@ -12,7 +12,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import openai
 import pytest
 from fake_engine import SCORE, FakeEngine, byte_tokenizer
 from serving import Server, wait_until
@@ -443,6 +442,8 @@ def test_abuse_gets_the_right_status_and_the_server_lives(server):
 
 
 def test_openais_client_sees_its_own_errors(server):
+    import openai
+
     with pytest.raises(openai.BadRequestError) as told:
         long = {"role": "user", "content": "x" * 512}
         server.client.chat.completions.create(model="tiny", messages=[long])
@@ -553,6 +554,8 @@ def test_only_this_machine_is_answered_without_a_key(server):
 
 
 def test_with_a_key():
+    import openai
+
     with Server(FakeEngine(echo), key=KEY) as running:
         assert running.chat()[0] == 200
         assert running.request("GET", "/v1/models", headers={"Host": "example.org"})[0] == 200
@@ -744,6 +747,8 @@ print("left", engine.running, engine.waiting)
 
 def test_sigterm_lets_replies_end():
     """A running and a waiting reply end, new connections are refused, the exit status is 0."""
+    import openai
+
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "PYTHONUNBUFFERED": "1",

@@ -7,7 +7,6 @@ import random
 import time
 
 import client_requests
-import openai
 import pytest
 from client_requests import READ_FILE, SEARCH, assistant, system, user
 from fake_engine import FakeEngine, byte_tokenizer
@@ -574,6 +573,8 @@ def test_tokenize_counts_a_prompt_or_messages(server):
 
 
 def test_a_model_is_found_by_its_name(server):
+    import openai
+
     assert server.client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError) as told:
         server.client.models.retrieve("gpt-4")

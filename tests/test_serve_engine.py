@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import openai
 import pytest
 from fake_engine import byte_tokenizer
 from serving import Server, wait_until
@@ -137,6 +136,8 @@ serve(make_app(config, engine), bind("127.0.0.1", 0), drain_seconds=30)
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_2000_requests_of_which_a_fifth_leave_keep_the_memory_flat():
+    import openai
+
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "PYTHONUNBUFFERED": "1",

@@ -120,17 +120,11 @@ def start(*words, pause=0):
 
 
 def run(*words, status=0):
-    process = start(*words)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == status, out + err
-    return out, err
+    return programs.finish(start(*words), status)
 
 
 def rows_of(place, run_name):
-    return [
-        json.loads(line)
-        for line in (place / "runs" / run_name / "metrics.jsonl").read_text().splitlines()
-    ]
+    return programs.rows_of(place / "runs" / run_name)
 
 
 def losses_of(place, run_name):

@@ -79,15 +79,11 @@ def start(*words, cwd=ROOT, pause=None):
 
 
 def run(*words, cwd=ROOT, status=0):
-    process = start(*words, cwd=cwd)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == status, out + err
-    return out, err
+    return programs.finish(start(*words, cwd=cwd), status)
 
 
 def rows_of(place, run_name):
-    lines = (place / "runs" / run_name / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return programs.rows_of(place / "runs" / run_name)
 
 
 def losses_of(place, run_name):

@@ -1,7 +1,7 @@
 """How the estimates for a TPU v6e compare with measurements: a factor for each class of operation.
 
 benchmarks/calibration.py compiles programs whose time on a v6e is public and prints the ratios; the
-table is in benchmarks/README.md. No other chip is calibrated.
+table is in benchmarks/tpu.md. No other chip is calibrated.
 """
 
 from collections.abc import Mapping

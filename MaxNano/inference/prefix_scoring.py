@@ -46,7 +46,7 @@ class ScoringLimits(NamedTuple):
     compilation: int  # computed in the time that one program takes to compile
 
 
-# On a CPU, temporaries of more tokens do not fit into its caches: see benchmarks/README.md.
+# On a CPU, temporaries of more tokens do not fit into its caches: see benchmarks/evaluation.md.
 LIMITS = {"cpu": ScoringLimits(512, 4096), "other": ScoringLimits(16384, 2**20)}
 
 

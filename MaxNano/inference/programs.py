@@ -24,7 +24,7 @@ from MaxNano.inference.kv_cache import KVCache
 from MaxNano.inference.weights import Weights
 from MaxNano.models.setup import ModelSetup
 
-# XLA's fastest CPU matrix products at these sizes: benchmarks/README.md.
+# XLA's fastest CPU matrix products at these sizes: benchmarks/decoding.md.
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 _FEW_ROWS_OPTIONS = _CPU_OPTIONS | {"xla_cpu_multi_thread_eigen": False}
 SMALLEST_BUCKET = 64  # prompts are padded to this many tokens times a power of two

@@ -210,7 +210,9 @@ def line_chart(
     return chart
 
 
-def picture(series: Sequence[Series], *, title: str) -> ElementTree.Element:
+def picture(
+    series: Sequence[Series], *, title: str, from_zero: bool = False
+) -> ElementTree.Element:
     """The chart as an <svg> of its own, with title, legend and colors."""
     top = 26 + 18 * len(series)
     rules = [
@@ -226,7 +228,7 @@ def picture(series: Sequence[Series], *, title: str) -> ElementTree.Element:
         y = 34 + 18 * row
         parts.append(element("path", {"class": name, "d": f"M{LEFT} {y - 4}h14"}))
         parts.append(element("text", {"x": LEFT + 22, "y": y}, line.name))
-    chart = line_chart(series, label=title)
+    chart = line_chart(series, label=title, from_zero=from_zero)
     chart.attrib |= {"y": str(top), "width": str(WIDTH), "height": str(HEIGHT)}
     box = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {WIDTH} {top + HEIGHT}"}
     return element("svg", box, *parts, chart)

@@ -87,6 +87,10 @@ def test_a_wrong_name_is_one_line(runs, words, told):
             "load_from=small_sf: .*small_sf holds no checkpoint; did you mean small_sft[?]",
         ),
         ("empty", "load_from=empty: .*empty holds no checkpoint; runs with a checkpoint: large, s"),
+        (
+            "small_sft",
+            "=nowhere does not exist; load_from=small_sft has elsewhere: begin with .*yml",
+        ),
     ],
 )
 def test_a_start_without_a_checkpoint_is_told_before_anything_is_read(runs, name, told):

@@ -64,9 +64,8 @@ def similar_runs(config: FrozenConfigDict, what: str, has: Callable[[epath.Path]
 
 
 def require_start(config: FrozenConfigDict) -> None:
-    """Raise ValueError if load_from names a run without a checkpoint, and this run has none yet.
-
-    A dry run needs no checkpoint.
+    """Raise ValueError if this run has no checkpoint and load_from names a run without one, or one
+    with another tokenizer than a tokenizer_path that does not exist. A dry run needs neither.
     """
     directory = run_directory(config)
     is_resumed = config.enable_checkpointing and _has_checkpoint(directory)
@@ -76,6 +75,14 @@ def require_start(config: FrozenConfigDict) -> None:
     if not _has_checkpoint(start):
         hint = _similar(start.name, start.parent, "a checkpoint", _has_checkpoint)
         raise ValueError(f"load_from={config.load_from}: {start} holds no checkpoint{hint}")
+    saved, path = start / "config.yml", epath.Path(config.tokenizer_path).expanduser()
+    if saved.exists() and not path.exists():
+        known = pyconfig.saved_values(saved).get("tokenizer_path", config.tokenizer_path)
+        if known != config.tokenizer_path:
+            raise ValueError(
+                f"tokenizer_path={config.tokenizer_path} does not exist; load_from={config.load_from} has "
+                f"{known}: begin with {saved} instead of configs/base.yml"
+            )
 
 
 def _has_checkpoint(run: epath.Path) -> bool:

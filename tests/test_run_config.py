@@ -137,3 +137,5 @@ def test_the_quickstarts_last_lines_chat_by_name(tmp_path, monkeypatch):
     [words] = re.findall(r"MaxNano/chat.py configs/base.yml (.*)", out.getvalue())
     assert config_of_run(pyconfig.initialize([BASE, words]), [BASE, words]).run_name == "quick_sft"
     assert "runs/quick_sft/report.html" in out.getvalue()
+    # The set-up of the quickstart has no packages of the server.
+    assert re.search(r"EXTRAS=serve bash setup.sh\n.*MaxNano/serve.py", out.getvalue())

@@ -225,6 +225,7 @@ def describe_plan(setup: RunSetup) -> dict[str, str]:
     device = setup.mesh.devices.flat[0].device_kind
     chip = hardware.chip(setup.mesh.devices.flat[0])
     layout = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
+    warm_up = 0 < config.steps <= config.warmup_steps
     quantized = "" if config.quantization == "none" else f", layer matmuls {config.quantization}"
     memory = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in needed_bytes(setup).items())
     return {
@@ -238,7 +239,9 @@ def describe_plan(setup: RunSetup) -> dict[str, str]:
         "batch": f"{config.global_batch_tokens:,} tokens = {plan.data_parallel_size} devices x "
         f"{plan.accumulation_steps} micro-batches x {plan.micro_rows} rows x {pyconfig.row_length(config)}",
         "horizon": f"{config.steps:,} steps, {tokens:,} tokens, "
-        f"{tokens / scaling_parameters:.2f} per scaling parameter",
+        f"{tokens / scaling_parameters:.2f} per scaling parameter"
+        + f"; all are warm-up of the learning rates: warmup_steps={config.warmup_steps}"
+        * warm_up,
         "memory": f"at least {memory} GB per device (estimate)",
         "data": stage_config(config).describe_data(config),
         "run": str(run_directory(config)),

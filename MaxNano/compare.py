@@ -35,7 +35,7 @@ from ml_collections import FrozenConfigDict
 from MaxNano import config_schema, pyconfig
 from MaxNano.console import print_table
 from MaxNano.reporting import charts, comparison, leaderboard, render
-from MaxNano.reporting.blocks import Curves, Heading, Missing, Report, Table
+from MaxNano.reporting.blocks import Curves, Heading, Missing, Note, Report, Table
 from MaxNano.reporting.run_history import Run, read_run
 from MaxNano.storage import files
 from MaxNano.training.config_changes import result_keys
@@ -283,7 +283,7 @@ def write_comparison(
             title = block.text
         elif isinstance(block, Table):
             print_table(title, block.header, block.rows)
-        elif isinstance(block, Missing):
+        elif isinstance(block, Missing | Note):
             print(block.text)
     folder = comparison_folder(config)
     write(report, folder, "compare")

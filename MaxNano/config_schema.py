@@ -348,7 +348,8 @@ def _parse_value(node: yaml.Node, key: Key, depth: int) -> Any:
     if depth == 0:
         return _parse_scalar(node, key)
     if not isinstance(node, yaml.SequenceNode):
-        raise _InvalidValue(f"is not a {'list of ' * depth}{key.kind}: write it as [a, b]")
+        form = "[" * key.depth + "a, b" + "]" * key.depth
+        raise _InvalidValue(f"is not a {'list of ' * key.depth}{key.kind}: write it as {form}")
     return tuple(_parse_value(item, key, depth - 1) for item in node.value)
 
 

@@ -246,3 +246,8 @@ def steps_for_ratio(ratio: float, scaling_parameters: int, batch: int) -> int:
 def steps_for_flops(target_flops: float, flops_per_token: int, batch: int) -> int:
     """Steps that take `target_flops`, rounded to the nearest step."""
     return round(target_flops / (flops_per_token * batch))
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`."""
+    return max(n for n in range(1, min(number, limit) + 1) if number % n == 0)

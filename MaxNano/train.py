@@ -44,6 +44,7 @@ from MaxNano.training.memory_plan import (
 )
 from MaxNano.training.metric_files import has_all_rows
 from MaxNano.training.metrics import MetricLogger
+from MaxNano.training.run_config import require_start
 from MaxNano.training.run_record import RunRecord, check_processes
 from MaxNano.training.setup import RunSetup, check_memory, flops_per_token, print_plan, set_up
 from MaxNano.training.stages import with_horizon
@@ -57,7 +58,9 @@ def main(config: FrozenConfigDict) -> int:
     runtime.initialize(config)
     config = with_tuned(config)
     check_processes(config)
-    config = with_horizon(with_start(config))
+    config = with_start(config)
+    require_start(config)
+    config = with_horizon(config)
     setup = fit_memory(set_up(config))
     if jax.process_index() == 0:
         print_plan(setup)

@@ -26,8 +26,8 @@ from ml_collections import FrozenConfigDict
 from benchmarks import common
 from MaxNano import pyconfig
 from MaxNano.compile import costs
+from MaxNano.scaling import largest_divisor
 from MaxNano.storage.files import run_directory
-from MaxNano.training.setup import largest_divisor
 
 BASE = "as configured"
 ALTERNATIVES = {  # the most important first: a table may stay unfinished

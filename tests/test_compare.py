@@ -490,6 +490,7 @@ def test_two_arms_are_trained_and_compared(folder, monkeypatch, capsys):
     capsys.readouterr()
     assert command_in_process(command_of(folder, runs, "run_name=again")[2:]) == 0
     out = capsys.readouterr().out
+    assert "less is better. An interval that contains 0 may be noise" in out
     again = out[out.index("difference") :].splitlines()
     assert again[1].split()[:3] == ["matrix_lr=0.2", "1", table[2].split()[2]]
 

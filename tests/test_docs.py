@@ -193,7 +193,8 @@ def test_guides_run_with_a_tiny_model(tmp_path):
 
     conversations = [block for block in pages.blocks("json") if block.page.stem == "conversations"]
     lines = "".join(block.text for block in conversations) * 40
-    (tmp_path / "data/my_conversations.jsonl").write_text(lines)
+    for name in ("my_conversations", "my_validation"):
+        (tmp_path / f"data/{name}.jsonl").write_text(lines)
     [words] = steps_of("guides/conversations.md", "stage=sft")
     tokenizer = ["tokenizer_path=data/notes_tokenizer", "vocab_size=300"]
     run_step(tmp_path, words, *TINY, *SFT, *tokenizer)

@@ -29,7 +29,7 @@ from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training import state as train_state
 from MaxNano.training.checkpointing import Checkpointer
 from MaxNano.training.setup import set_up
-from MaxNano.training.validation import PackedRows, bits_per_byte
+from MaxNano.training.validation import PackedRows, bits_per_byte, tell_if_long
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[1]
@@ -322,6 +322,19 @@ def test_validation_rows_are_packed_once_and_kept():
             for name, values in expected.items():
                 np.testing.assert_array_equal(batch[name], values)
     assert len(kept) == 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(1.0, ["about 16m40s, 1,000 batches"]), (0.05, []), (0.01, [])]
+)
+def test_a_long_validation_is_told_once_with_its_time(seconds, told):
+    """The first validation of own conversations took an hour on a CPU, without a word."""
+    now, lines, seen = [0.0], [], []
+    for batch in tell_if_long(range(1000), lines.append, lambda: now[0]):
+        now[0] += seconds if batch >= 3 else 100.0  # the first ones compile
+        seen.append(batch)
+    assert seen == list(range(1000)) and len(lines) == len(told)
+    assert all(part in line for part, line in zip(told, lines, strict=True))
 
 
 def test_bits_per_byte_are_of_all_batches_together():

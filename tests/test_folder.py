@@ -90,8 +90,8 @@ def test_a_file_that_cannot_be_opened_is_skipped_and_counted_once(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and then nothing")
     source = sources.ParquetSource(make_config("parquet", tmp_path), "train")
     with pytest.raises(sources.DamagedData, match="a.parquet: cannot be read .*skip_corrupt_data"):
-        stream.check_readers(source, 2)
-    stream.check_readers(source, 2, skip_damaged=True)
+        stream.usable_readers(source, 2)
+    assert stream.usable_readers(source, 2, skip_damaged=True) == 2
     lists = [read_until_epoch_2(source, reader, 2, 8, skip_damaged=True) for reader in range(2)]
     assert sorted(text for part in lists for _, texts in part for text in texts) == [
         f"b {n}" for n in range(8)

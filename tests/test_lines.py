@@ -7,11 +7,12 @@ import pickle
 import numpy as np
 import pyarrow as pa
 import pytest
+from byte_tokenizer import ByteTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sources import documents_of, make_config
 
-from MaxNano.data import lines, stream
+from MaxNano.data import lines, loader, stream
 
 # Lines of all lengths around the block's, with characters of several bytes.
 LINES = st.lists(st.text("aé\U0001f600 ", max_size=12), min_size=1, max_size=30)
@@ -33,9 +34,9 @@ def test_blocks_of_lines_have_every_document_once_and_in_order(tmp_path_factory,
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "cut off', "line at byte 15: cannot be read"),
-        ("[" * 100_000, "line at byte 15: cannot be read .nested too deeply"),
-        ('{"number": ' + "9" * 5000 + "}", "line at byte 15: cannot be read .Exceeds the limit"),
+        ('{"text": "cut off', "line 2: cannot be read"),
+        ("[" * 100_000, "line 2: cannot be read .nested too deeply"),
+        ('{"number": ' + "9" * 5000 + "}", "line 2: cannot be read .Exceeds the limit"),
         ('{"text": 5}', "no text in field 'text'"),
         ('["text"]', "no text in field 'text'"),
     ],
@@ -97,7 +98,7 @@ def test_a_book_in_any_form_becomes_documents_of_whole_sentences_for_all_readers
     for name in "ab":
         (tmp_path / f"{name}.txt").write_bytes(text.encode())
     source = lines.TextSource(make_config("text", tmp_path), "train")
-    stream.check_readers(source, 8)
+    assert stream.usable_readers(source, 8) == 8
     found = documents_of(source)
     assert {group % 8 for _, group, _ in found} == set(range(8))
     texts = [document for _, _, document in found]
@@ -136,7 +137,7 @@ def test_text_is_cut_at_blank_lines_and_serves_many_readers(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(text)
     source = lines.TextSource(make_config("text", tmp_path), "train")
-    stream.check_readers(source, 8)
+    assert stream.usable_readers(source, 8) == 8
     found = documents_of(source)
     whole = [text for _, _, text in found if len(text) >= lines.TEXT_DOCUMENT_CHARACTERS]
     assert len(whole) > 0.9 * len(found)
@@ -153,6 +154,32 @@ def write_compressed(path, content, kind):
         path.write_bytes(compressed.getvalue().to_pybytes())
 
 
+def test_notes_in_markdown_are_text(tmp_path):
+    """The guide and the quickstart promise .md files, which were silently not read."""
+    for name in ("a.md", "b.txt", "c.md"):
+        (tmp_path / name).write_text(name)
+    config = make_config("text", tmp_path)
+    assert list(stream.iterate_texts(config, "train")) == ["a.md", "b.txt"]
+    assert list(stream.iterate_texts(config, "validation")) == ["c.md"]
+    with pytest.raises(ValueError, match="0 .parquet files.*; dataset_type=text reads its .txt"):
+        list(stream.iterate_texts(make_config("parquet", tmp_path), "train"))
+
+
+def test_small_files_train_with_the_defaults(tmp_path):
+    """A folder of notes: no file is large enough for 8 readers, which was refused."""
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 200)
+    config = make_config("text", tmp_path, max_target_length=16)
+    for split in ("train", "validation"):
+        with loader.make_loader(config, ByteTokenizer(), split, batch_rows=8) as batches:
+            first = next(batches)["inputs"]
+            state = batches.state()
+            assert state["data_readers"] == 1 and first.shape == (8, 16)
+            second = next(batches)["inputs"]
+        with loader.make_loader(config, ByteTokenizer(), split, batch_rows=8, state=state) as again:
+            assert (next(again)["inputs"] == second).all()
+
+
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 def test_compressed_lines_are_read_by_several_readers(tmp_path, kind):
     rows = [json.dumps({"text": f"{n} " + "x" * 300}) for n in range(2000)]
@@ -166,7 +193,7 @@ def test_compressed_lines_are_read_by_several_readers(tmp_path, kind):
     (tmp_path / "a.jsonl").rename(tmp_path / "plain")
     source = lines.JsonlSource(config, "train")
     assert source.files == [f"a.jsonl.{kind}"]
-    stream.check_readers(source, 4)
+    assert stream.usable_readers(source, 4) == 4
     texts = [text for _, _, text in documents_of(pickle.loads(pickle.dumps(source)))]
     assert texts == [json.loads(row)["text"] for row in rows]
     damaged = tmp_path / f"a.jsonl.{kind}"
@@ -187,7 +214,7 @@ def test_lines_without_text_are_skipped_and_damaged_ones_only_if_asked(tmp_path)
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     (tmp_path / "b.jsonl").write_text("")
     config = make_config("jsonl", tmp_path)
-    with pytest.raises(ValueError, match="a.jsonl, line at byte 43: cannot be read"):
+    with pytest.raises(ValueError, match="a.jsonl, line 4: cannot be read"):
         list(stream.iterate_texts(config, "train"))
     source = lines.JsonlSource(config, "train")
     start = stream.start_position(source, 0)
@@ -209,8 +236,26 @@ def test_a_field_that_no_line_has_is_told(tmp_path):
     (tmp_path / "b.jsonl").write_text("")
     for skip in ("false", "true"):
         config = make_config("jsonl", tmp_path, skip_corrupt_data=skip)
-        with pytest.raises(ValueError, match="line at byte 0: no text in field 'text'; set text_c"):
+        with pytest.raises(
+            ValueError, match="line 1: no text in field 'text'; set text_column to one of body"
+        ):
             list(stream.iterate_texts(config, "train"))
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
+def test_a_damaged_line_far_into_a_file_is_named_by_its_number(tmp_path, ending):
+    rows = [json.dumps({"text": f"é {number}" * 40}, ensure_ascii=False) for number in range(3000)]
+    rows[2345] = '{"text" "no colon"}'
+    open_file = gzip.open if ending.endswith(".gz") else open
+    with open_file(tmp_path / f"a{ending}", "wt", encoding="utf-8") as file:
+        file.write("\n".join(["", *rows]))
+    (tmp_path / "b.jsonl").write_text("")
+    documents = stream.iterate_texts(make_config("jsonl", tmp_path), "train")
+    with pytest.raises(ValueError, match=f"a{ending}, line 2347: cannot be read .*, column 9"):
+        list(documents)
+    # Skipped, it costs no count, and the lines after it are read.
+    config = make_config("jsonl", tmp_path, skip_corrupt_data="true")
+    assert len(list(stream.iterate_texts(config, "train"))) == 2999
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path):

@@ -483,8 +483,6 @@ def test_what_does_not_fit_together_is_told(shards):
         open_loader(make_config(shards), batch_rows=6)
     with pytest.raises(ValueError, match="3 hosts do not divide the 8 rows"):
         open_loader(make_config(shards), host_count=3)
-    with pytest.raises(ValueError, match="set data_readers=5 or less"):
-        open_loader(make_config(shards, data_readers=8))
     with open_loader(make_config(shards)) as batches:
         state = batches.state()
     with pytest.raises(ValueError, match="data_readers=4 but the run has 2"):

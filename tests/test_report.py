@@ -21,7 +21,8 @@ from markdown_it import MarkdownIt
 
 from MaxNano import pyconfig
 from MaxNano import report as command
-from MaxNano.reporting import blocks, charts, gpt2, render, report, run_history
+from MaxNano.data import fingerprint
+from MaxNano.reporting import blocks, charts, evaluations, gpt2, render, report, run_history
 from MaxNano.reporting.blocks import Missing
 from MaxNano.reporting.charts import Series
 from MaxNano.reporting.evaluations import distinct_ngrams
@@ -111,6 +112,22 @@ def chat_entries(accuracy, **more):
         **more,
     }
     return {"chat ARC-Easy/test": task, "chat": {"chatcore": (accuracy - 0.25) / 0.75}}
+
+
+def test_bits_per_byte_of_other_text_are_not_those_of_the_run(tmp_path):
+    """`evaluate.py run_name=a dataset_path=OTHER` changed the number at a glance."""
+    folder = make_run(tmp_path / "a", rows=[validation(0, 3.0), *rows_of(30), validation(30, 1.75)])
+    contents = {"last.parquet": "8321837c97863977"}
+    path = folder / "checkpoints/30/extra/metadata"
+    extra = json.loads(path.read_text()) | {"inputs": {"data": {"validation": contents}}}
+    path.write_text(json.dumps(extra))
+    (folder / "evals").mkdir()
+    for data, bpb in (("8654", 1.75), (fingerprint.summary(contents), 3.5)):
+        entry = {"of": {"run": "abc", "data": data}, "values": {"bpb": 3.5}}
+        (folder / "evals/step_000030.json").write_text(
+            json.dumps({"evals": {"bpb validation": entry}})
+        )
+        assert evaluations.validation_bpb(run_history.read_run(folder)) == bpb
 
 
 @pytest.fixture(scope="module")

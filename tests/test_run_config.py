@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from MaxNano import chat, pyconfig, serve
-from MaxNano.training.run_config import config_of_run
+from MaxNano import chat, pyconfig, serve, train
+from MaxNano.training.run_config import config_of_run, require_start
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = str(ROOT / "configs/base.yml")
@@ -79,6 +79,31 @@ def test_a_wrong_name_is_one_line(runs, words, told):
         read(runs, *words)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (
+            "small_sf",
+            "load_from=small_sf: .*small_sf holds no checkpoint; did you mean small_sft[?]",
+        ),
+        ("empty", "load_from=empty: .*empty holds no checkpoint; runs with a checkpoint: large, s"),
+        (
+            "small_sft",
+            "=nowhere does not exist; load_from=small_sft has elsewhere: begin with .*yml",
+        ),
+    ],
+)
+def test_a_start_without_a_checkpoint_is_told_before_anything_is_read(runs, name, told):
+    """The tokenizer was missed first, and the conversations were counted."""
+    words = ["configs/base.yml", "model=d2", "stage=sft", f"base_output_directory={runs}"]
+    words += ["tokenizer_path=nowhere", "chat_train_mixture=[[json:nowhere.jsonl, 1]]"]
+    config = pyconfig.initialize([*words, f"load_from={name}", "run_name=new"])
+    with pytest.raises(ValueError, match=told):
+        train.main(config)
+    for words_of_resumed in (["run_name=large"], ["run_name=new", "dry_run=true"]):
+        require_start(pyconfig.initialize([*words, f"load_from={name}", *words_of_resumed]))
+
+
 @pytest.mark.parametrize("program", [chat, serve], ids=["chat", "serve"])
 def test_chat_and_serve_read_the_runs_config(runs, program, monkeypatch):
     """They failed, and advised to train a new tokenizer."""
@@ -112,3 +137,5 @@ def test_the_quickstarts_last_lines_chat_by_name(tmp_path, monkeypatch):
     [words] = re.findall(r"MaxNano/chat.py configs/base.yml (.*)", out.getvalue())
     assert config_of_run(pyconfig.initialize([BASE, words]), [BASE, words]).run_name == "quick_sft"
     assert "runs/quick_sft/report.html" in out.getvalue()
+    # The set-up of the quickstart has no packages of the server.
+    assert re.search(r"EXTRAS=serve bash setup.sh\n.*MaxNano/serve.py", out.getvalue())

@@ -250,12 +250,12 @@ def test_a_conversation_may_be_changed_without_harm(tmp_path):
         ("3", "line 3: a conversation must be"),
         ("[]", "line 3: .* at least one message"),
         ('{"text": "x"}', "line 3: a conversation must be"),
-        ('["Hi"]', "line 3: message 0 must be"),
-        ('[{"role": "user"}]', "line 3: message 0 must be"),
-        (json.dumps([{**HELLO[0], "role": "tool"}]), "line 3: message 0 is from 'tool' but must"),
+        ('["Hi"]', "line 3: message 1 must be .*; it has no 'role' and no 'content'"),
+        ('[{"role": "user"}]', "line 3: message 1 must be .*; it has no 'content'$"),
+        (json.dumps([{**HELLO[0], "role": "tool"}]), "line 3: message 1 is from 'tool' but must"),
         (
             json.dumps([HELLO[0], {"role": "assistant", "content": 5}]),
-            "line 3: .* message 1 must be a text",
+            "line 3: .* message 2 must be a text",
         ),
         (json.dumps(HELLO[:1]), "line 3: no message is from 'assistant'"),
         ("[" * 100_000, "line 3: nested too deeply"),
@@ -269,12 +269,20 @@ def test_an_error_names_the_line(tmp_path, line, problem):
         open_task(f"json:{path}")
 
 
+def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(f"{json.dumps(HELLO)}\n\n".encode() + '[{"role": "é'.encode("latin-1"))
+    with pytest.raises(ValueError, match="a.jsonl cannot be read: line 3 is not UTF-8 text$"):
+        open_task(f"json:{path}")
+
+
 def test_an_error_in_a_list_names_the_conversation_or_the_line(tmp_path):
     path = tmp_path / "a.json"
     for content, problem in (
         (json.dumps([HELLO, HELLO[:1]]), "conversation 2: no message is from"),
         ("[\n[],\n}", "line 3: not JSON"),
         ('{"messages": []}', "must be a list of conversations; or name it .jsonl"),
+        ('{"messages": []}\n{}', "line 2: not JSON: .*; name it .jsonl if each line is a conv"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=problem):

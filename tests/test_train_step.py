@@ -29,7 +29,14 @@ from MaxNano.training.memory_plan import (
     explain_out_of_memory,
     fit_memory,
 )
-from MaxNano.training.setup import check_memory, check_sharding, needed_bytes, plan_batch, set_up
+from MaxNano.training.setup import (
+    check_memory,
+    check_sharding,
+    describe_plan,
+    needed_bytes,
+    plan_batch,
+    set_up,
+)
 from MaxNano.training.start import with_start
 from MaxNano.training.step import build_programs, jit_train
 
@@ -205,6 +212,13 @@ def test_a_model_that_cannot_fit_is_refused_before_anything_is_allocated(monkeyp
         check_memory(set_up(make_config("model=d24"), jax.devices()[:1]))
     check_memory(set_up(make_config("model=d4"), jax.devices()[:1]))
     assert len(jax.live_arrays()) == before
+
+
+@pytest.mark.parametrize(("steps", "told"), [(40, True), (41, False)])
+def test_the_plan_tells_that_a_short_run_is_all_warm_up(steps, told):
+    """Two learning rates were compared in 30 steps that never reached them."""
+    setup = set_up(make_config(*TINY, f"steps={steps}", "warmup_steps=40"), jax.devices()[:1])
+    assert ("all are warm-up" in describe_plan(setup)["horizon"]) == told
 
 
 def test_rows_that_do_not_fit_into_memory_are_halved(monkeypatch, capsys):

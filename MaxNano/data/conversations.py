@@ -19,6 +19,7 @@ import numpy as np
 
 from MaxNano import tasks
 from MaxNano.data import packing
+from MaxNano.scaling import largest_divisor
 
 # Conversations that steps_of_passes packs to estimate the rows of an epoch.
 _SAMPLE_CONVERSATIONS = 4096
@@ -175,23 +176,18 @@ class ConversationEncoding:
     """The workers.Encoding of a mixture's conversations.
 
     Reader r of R takes conversations r, r + R, ... of each epoch. Built as
-    `ConversationEncoding(config, tokenizer, split)`. Raises ValueError as Mixture does, and if
-    there are fewer conversations than readers.
+    `ConversationEncoding(config, tokenizer, split)`. Of fewer conversations than data_readers, R is
+    the largest divisor that leaves no reader without one. Raises ValueError as Mixture does.
     """
 
     def __init__(self, config: Any, tokenizer: Any, split: str):
         self.mixture = Mixture(config, split)
-        self.readers = config.data_readers
+        self.readers = largest_divisor(config.data_readers, len(self.mixture))
         self.row_tokens = config.max_target_length + 1
         self.splits = False
         self.padding = ~tokenizer.bos_id
         self._tokenizer = tokenizer
         self._list_documents = config.tokenize_batch_documents
-        if len(self.mixture) < self.readers:
-            raise ValueError(
-                f"data_readers={self.readers} is too many for {self.mixture.where}, which has "
-                f"{len(self.mixture)} conversations; set data_readers={len(self.mixture)} or less"
-            )
 
     def lists(
         self, reader: int, position: ConversationPosition

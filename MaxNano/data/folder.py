@@ -23,7 +23,13 @@ BUCKET_RETRY_SECONDS = 120  # time limit for retries of a failed request to a bu
 _SERVICE_ERROR = re.compile(r"google::cloud|AWS Error|bucket did not answer|curl", re.IGNORECASE)
 
 # The files of other formats, for the message about a folder without files of the right one.
-_FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".txt": "text"}
+_FORMATS = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".jsonl.gz": "jsonl",
+    ".txt": "text",
+    ".md": "text",
+}
 
 
 class DamagedData(ValueError):
@@ -195,7 +201,8 @@ class Folder:
             raise ValueError(
                 f"dataset_path={self.where} has {len(files)} {' or '.join(self.endings)} files, "
                 f"{len(splits.train)} of them to train on; at least 2 are needed, because those of "
-                f"the validation split, or the last one, are held out{self._other_formats(present)}"
+                f"the validation split, or the last one, are held out"
+                f"{'; split the file' * (len(files) == 1)}{self._other_formats(present)}"
             )
         self.files = splits.train if split == "train" else splits.validation
         self.unused = [*splits.unused, *subfolders]

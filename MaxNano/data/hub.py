@@ -15,6 +15,7 @@ import collections
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -84,6 +85,7 @@ def _open_client() -> httpx2.Client:
 
 
 huggingface_hub.set_client_factory(_open_client)
+logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings itself
 
 
 class HubRepository(NamedTuple):

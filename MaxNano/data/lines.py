@@ -110,15 +110,16 @@ class JsonlSource(_LineFolder):
     endings = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
     def open_path(self, path: str) -> "_JsonlBlocks":
-        return _JsonlBlocks(self.open_lines(path), path, self.column)
+        is_told = not self._config.skip_corrupt_data
+        return _JsonlBlocks(self.open_lines(path), path, self.column, is_told)
 
 
 class _JsonlBlocks(_Blocks):
-    """Group g has the lines that begin in block g."""
+    """Group g has the lines that begin in block g. is_told: damage is reported, with its line."""
 
-    def __init__(self, file: io.RawIOBase, path: str, field: str):
+    def __init__(self, file: io.RawIOBase, path: str, field: str, is_told: bool):
         super().__init__(file, path)
-        self._field = field
+        self._field, self._is_told = field, is_told
 
     def documents(self, group: int) -> Iterator[str | None | DamagedData]:
         begin, end = group * BLOCK_BYTES, (group + 1) * BLOCK_BYTES
@@ -129,47 +130,53 @@ class _JsonlBlocks(_Blocks):
             if begin:
                 offset += len(self._file.readline())
             while offset < end and (line := self._file.readline()):
-                where = f"{self.path}, line at byte {offset}"
-                offset += len(line)
+                start, offset = offset, offset + len(line)
                 line = line.removeprefix(_BYTE_ORDER_MARK)
                 if not line.strip():
                     continue
-                record = _parse(line, where)
-                if isinstance(record, DamagedData):
-                    yield record
+                try:
+                    record = _parse(line)
+                except ValueError as error:
+                    where = self._line_at(start) if self._is_told else self.path
+                    yield DamagedData(f"{where}: cannot be read ({error})")
                     continue
-                yield _text_of(record, self._field, where)
+                text = record.get(self._field) if isinstance(record, dict) else record
+                if not isinstance(record, dict) or not isinstance(text, str | None):
+                    raise self._no_text(start, record)
+                yield text
                 is_present = is_present or self._field in record
-                missing = missing or where
+                missing = missing or (start, record)
         if missing and not is_present:  # in none of the lines: it has another name
-            raise _no_text(missing, self._field)
+            raise self._no_text(*missing)
+
+    def _no_text(self, start: int, record: Any) -> ValueError:
+        record = record if isinstance(record, dict) else {}
+        texts = ", ".join(name for name, value in record.items() if isinstance(value, str))
+        return ValueError(
+            f"{self._line_at(start)}: no text in field {self._field!r}; set text_column to "
+            + (f"one of {texts}" if texts else "the field that holds it")
+        )
+
+    def _line_at(self, start: int) -> str:
+        """The line that begins at a byte, in words. Reads the file up to it, to count lines."""
+        number, rest = 1, start
+        self._file.seek(0)
+        while rest and (chunk := self._file.read(min(rest, BLOCK_BYTES))):
+            number, rest = number + chunk.count(b"\n"), rest - len(chunk)
+        self._file.readline()  # as the caller has done
+        return f"{self.path}, line {number}"
 
 
-def _parse(line: bytes, where: str) -> Any:
-    """A line's JSON value, or DamagedData with the reason why there is none."""
+def _parse(line: bytes) -> Any:
+    """A line's JSON value. Raises ValueError with the reason why there is none."""
     try:
-        with naming(where):
-            return json.loads(decode(line))
-    except DamagedData as error:
-        return error
+        return json.loads(decode(line))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg}, column {error.colno}") from None
     except RecursionError:
-        return DamagedData(f"{where}: cannot be read (nested too deeply)")
-    except ValueError as error:  # json.JSONDecodeError, or an integer of thousands of digits
-        return DamagedData(f"{where}: cannot be read ({str(error).splitlines()[0]})")
-
-
-def _text_of(record: Any, field: str, where: str) -> str | None:
-    """The text of a record, None if it has none. Raises ValueError if it has something else."""
-    text = record.get(field) if isinstance(record, dict) else record
-    if not isinstance(record, dict) or not isinstance(text, str | None):
-        raise _no_text(where, field)
-    return text
-
-
-def _no_text(where: str, field: str) -> ValueError:
-    return ValueError(
-        f"{where}: no text in field {field!r}; set text_column to the field that holds it"
-    )
+        raise ValueError("nested too deeply") from None
+    except ValueError as error:  # not UTF-8, or an integer of thousands of digits
+        raise ValueError(str(error).splitlines()[0]) from None
 
 
 # ---- Running text -------------------------------------------------------------------------------
@@ -181,7 +188,7 @@ class TextSource(_LineFolder):
     A file is not one document: all readers share it, and training sees its documents in many rows.
     """
 
-    endings = (".txt",)
+    endings = (".txt", ".md")
 
     def open_path(self, path: str) -> "_TextBlocks":
         return _TextBlocks(self.open_lines(path), path)

@@ -268,7 +268,8 @@ def make_loader(
     tokenizer: anything with `encode_batch(texts, bos=True)` that can be pickled.
     Raises ValueError if readers, rows, hosts, data and state do not fit together.
     """
-    readers = config.data_readers
+    encoding = _make_encoding(config, tokenizer, split)
+    readers = encoding.readers
     if batch_rows % readers:
         works = ", ".join(str(n) for n in range(1, batch_rows + 1) if batch_rows % n == 0)
         raise ValueError(
@@ -280,7 +281,6 @@ def make_loader(
             f"{host_count} hosts do not divide the {batch_rows} rows of a {split} batch; "
             f"set global_batch_tokens to a multiple of {host_count} x max_target_length"
         )
-    encoding = _make_encoding(config, tokenizer, split)
     host_rows, reader_rows = batch_rows // host_count, batch_rows // readers
     rows = range(host_index * host_rows, (host_index + 1) * host_rows)
     opened = range(rows[0] // reader_rows, rows[-1] // reader_rows + 1)
@@ -303,11 +303,10 @@ def _make_encoding(config: Any, tokenizer: Any, split: str) -> workers.Encoding:
     if config.dataset_type in ENCODINGS:
         return ENCODINGS[config.dataset_type](config, tokenizer, split)
     source = sources.open_source(config, split)
-    stream.check_readers(source, config.data_readers, config.skip_corrupt_data)
     return workers.TextEncoding(
         source=source,
         tokenizer=tokenizer,
-        readers=config.data_readers,
+        readers=stream.usable_readers(source, config.data_readers, config.skip_corrupt_data),
         list_documents=config.tokenize_batch_documents,
         row_tokens=config.max_target_length + 1,
         splits=config.long_documents == "split",

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from MaxNano.data.folder import DamagedData, NotArrived
 from MaxNano.data.sources import MixtureSource, RowGroups, Source, open_source
+from MaxNano.scaling import largest_divisor
 
 POLL_SECONDS = 1.0  # between checks for a file that has not arrived
 REMIND_SECONDS = 30.0  # between messages about it
@@ -248,29 +249,22 @@ def _furthest_below(characters: Sequence[int], weights: Sequence[float]) -> int:
     return min(range(len(weights)), key=lambda part: characters[part] / weights[part])
 
 
-def check_readers(source: Source, readers: int, skip_damaged: bool = False) -> None:
-    """Raise ValueError if some reader would have nothing to read in all of `source`.
+def usable_readers(source: Source, readers: int, skip_damaged: bool = False) -> int:
+    """The largest divisor of `readers` with which each reader has something to read in `source`.
 
     Files that have not arrived are taken to be large enough; otherwise read_lists raises later.
     """
     if isinstance(source, MixtureSource):
         for part in source.parts:
-            check_readers(part, readers, skip_damaged)
-        return
-    most, all_arrived = 0, True
+            readers = usable_readers(part, readers, skip_damaged)
+        return readers
+    most = 1
     for file in range(len(source.files)):
         groups = _open(source, file, skip_damaged)
-        if isinstance(groups, NotArrived):
-            all_arrived = False
-            continue
-        most = max(most, len(groups or ()))
+        most = readers if isinstance(groups, NotArrived) else max(most, len(groups or ()))
         if most >= readers:
-            return
-    if all_arrived:
-        raise ValueError(
-            f"data_readers={readers} is too many for {source.where}: no file has more than {most} "
-            f"row groups; set data_readers={most} or less, or write files with more row groups"
-        )
+            return readers
+    return largest_divisor(readers, most)
 
 
 # ---- All documents once -------------------------------------------------------------------------

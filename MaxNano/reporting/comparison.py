@@ -178,9 +178,10 @@ def compare(name: str, arms: Sequence[Arm], problems: Sequence[str] = ()) -> Rep
     blocks.append(
         Note(
             f"Difference: mean of arm minus {arms[0].name}, of runs with the same seed, with its "
-            f"{CONFIDENCE:.0%} confidence interval (Student's t, paired). An interval that contains 0 may "
-            "be noise; with several arms, some of their intervals miss by chance. tokens/s: median of "
-            "the steps after the warm-up, time: with evaluations and checkpoints; both are means "
+            f"{CONFIDENCE:.0%} confidence interval (Student's t, paired). Of bits per byte and losses, less "
+            "is better. An interval that contains 0 may be noise; with several arms, some of their "
+            "intervals miss by chance. tokens/s: median of the steps after the warm-up, time: with "
+            "evaluations and checkpoints; both are means "
             "over the seeds."
         )
     )

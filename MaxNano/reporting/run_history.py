@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from MaxNano import pyconfig
+from MaxNano.data.fingerprint import summary
 from MaxNano.storage import files, history
 from MaxNano.storage.checkpoints import newest_extra
 from MaxNano.training.config_changes import parameters_id
@@ -123,7 +124,7 @@ def read_run(folder: epath.Path) -> Run:
         steps=[row for row in rows if "event" not in row],
         events=[row for row in rows if "event" in row],
         saved=extra.get("run", {}),
-        evaluations=_evaluations(folder / "evals", problems, {"run": run_id} if extra else {}),
+        evaluations=_evaluations(folder / "evals", problems, run_id if extra else None, extra),
         problems=problems,
         history=history.read(folder),
     )
@@ -149,9 +150,14 @@ def _rows(path: epath.Path) -> tuple[list[dict[str, Any]], bool]:
 
 
 def _evaluations(
-    folder: epath.Path, problems: list[str], of: Mapping[str, Any]
+    folder: epath.Path, problems: list[str], run_id: str | None, extra: Mapping[str, Any]
 ) -> list[Evaluation]:
-    """The entries of evals/step_*.json that are of this run, by step."""
+    """The entries of evals/step_*.json that are of this run and, as bits per byte, of its text, by
+    step.
+    """
+    of = {} if run_id is None else {"run": run_id}
+    trained_on = extra.get("inputs", {}).get("data") or {}
+    text = {f"bpb {split}": summary(contents) for split, contents in trained_on.items()}
     evaluations = []
     for name in files.names(folder):
         if not (name.startswith("step_") and name.endswith(".json")):
@@ -161,7 +167,9 @@ def _evaluations(
             entries = {
                 name: entry
                 for name, entry in json.loads(path.read_text())["evals"].items()
-                if isinstance(entry["values"], dict) and entry["of"].items() >= of.items()
+                if isinstance(entry["values"], dict)
+                and entry["of"].items() >= of.items()
+                and text.get(name) in (None, entry["of"].get("data", text.get(name)))
             }
             step = int(path.stem.removeprefix("step_"))
             evaluations.append(Evaluation(step, entries, folder / path.stem))

@@ -120,8 +120,9 @@ def read_text(path: Any, name: str) -> str:
     """A UTF-8 text file. Raises ValueError, with `name` and the reason on one line, if that fails."""
     try:
         return epath.Path(path).expanduser().read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{name} cannot be read: it is not UTF-8 text") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{name} cannot be read: line {line} is not UTF-8 text") from None
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {_reason(error)}") from None
 

@@ -47,7 +47,10 @@ def _lines(text: str, path: str) -> Iterator[tuple[str, Any]]:
 
 def _items(text: str, path: str) -> Iterator[tuple[str, Any]]:
     """(location for messages, content) of every element of a JSON list."""
-    items = _parse(text, path, 1)
+    try:
+        items = _parse(text, path, 1)
+    except ValueError as error:
+        raise ValueError(f"{error}; name it .jsonl if each line is a conversation") from None
     if not isinstance(items, list):
         raise ValueError(f"{path} must be a list of conversations; or name it .jsonl")
     for number, item in enumerate(items, start=1):

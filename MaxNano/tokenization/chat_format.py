@@ -68,8 +68,13 @@ def _messages(conversation: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def _role(message: Mapping[str, Any], index: int) -> str:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        raise ValueError(f'message {index} must be {{"role": ..., "content": ...}}')
+    keys = message.keys() if isinstance(message, Mapping) else ()
+    missing = [repr(key) for key in ("role", "content") if key not in keys]
+    if missing:
+        raise ValueError(
+            f'message {index + 1} must be {{"role": ..., "content": ...}}; it has no '
+            + " and no ".join(missing)
+        )
     return message["role"]
 
 
@@ -85,10 +90,10 @@ def turns(conversation: Mapping[str, Any]) -> list[tuple[str, Any]]:
         side = "user" if role == "system" else role
         if side not in ("user", "assistant"):
             raise ValueError(
-                f"message {index} is from {role!r} but must be from 'system', 'user' or 'assistant'"
+                f"message {index + 1} is from {role!r} but must be from 'system', 'user' or 'assistant'"
             )
         types = PART_TYPES if side == "assistant" else PART_TYPES[:1]
-        parts = _parts(message["content"], f"the content of message {index}", types)
+        parts = _parts(message["content"], f"the content of message {index + 1}", types)
         if turns and turns[-1][0] == side:
             _join(turns[-1][1], parts)
         else:

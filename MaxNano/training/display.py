@@ -90,9 +90,9 @@ def step_line(row: Mapping[str, Any], position: Mapping[str, int], total_steps: 
     shown = {key: value for key, value in position.items() if value or not key.endswith("_share")}
     if shown:
         parts.append(" ".join(_amount(key, value) for key, value in shown.items()))
-    times = _duration(row["elapsed_seconds"])
+    times = duration(row["elapsed_seconds"])
     if row["seconds_left"] is not None:
-        times += f", {_duration(row['seconds_left'])} left"
+        times += f", {duration(row['seconds_left'])} left"
     return " | ".join([*parts, times])
 
 
@@ -119,7 +119,8 @@ def _words(key: str) -> str:
     return key.replace("_", " ")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Such as 5m07s or 1h02m."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

@@ -12,8 +12,9 @@ from ml_collections import FrozenConfigDict
 from MaxNano import pyconfig
 from MaxNano.distributed import gpus, hardware, runtime
 from MaxNano.models import losses
+from MaxNano.scaling import largest_divisor
 from MaxNano.training.context import RunContext
-from MaxNano.training.setup import BatchPlan, RunSetup, largest_divisor, needed_bytes, set_up
+from MaxNano.training.setup import BatchPlan, RunSetup, needed_bytes, set_up
 from MaxNano.training.step import build_programs, lower_train
 
 MEMORY_PLAN = "the memory plan"  # the origin of values that `smaller` sets

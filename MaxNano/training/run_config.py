@@ -24,8 +24,8 @@ def config_of_run(config: FrozenConfigDict, argv: Sequence[str]) -> FrozenConfig
     the run has no checkpoint, or if argv names another model.
     """
     directory = run_directory(config)
-    if not names(directory / "checkpoints"):
-        hint = similar_runs(config, "a checkpoint", lambda run: bool(names(run / "checkpoints")))
+    if not _has_checkpoint(directory):
+        hint = similar_runs(config, "a checkpoint", _has_checkpoint)
         raise ValueError(
             f"{directory} holds no checkpoint: give run_name and base_output_directory of a trained"
             f" run{hint}"
@@ -60,7 +60,36 @@ def config_of_run(config: FrozenConfigDict, argv: Sequence[str]) -> FrozenConfig
 
 def similar_runs(config: FrozenConfigDict, what: str, has: Callable[[epath.Path], bool]) -> str:
     """The end of an error about run_name: "; did you mean NAME?", or the runs that have `what`."""
-    folder = run_directory(config).parent
+    return _similar(config.run_name, run_directory(config).parent, what, has)
+
+
+def require_start(config: FrozenConfigDict) -> None:
+    """Raise ValueError if this run has no checkpoint and load_from names a run without one, or one
+    with another tokenizer than a tokenizer_path that does not exist. A dry run needs neither.
+    """
+    directory = run_directory(config)
+    is_resumed = config.enable_checkpointing and _has_checkpoint(directory)
+    if config.load_from is None or config.dry_run or is_resumed:
+        return
+    start = pyconfig.start_directory(config.load_from, directory)
+    if not _has_checkpoint(start):
+        hint = _similar(start.name, start.parent, "a checkpoint", _has_checkpoint)
+        raise ValueError(f"load_from={config.load_from}: {start} holds no checkpoint{hint}")
+    saved, path = start / "config.yml", epath.Path(config.tokenizer_path).expanduser()
+    if saved.exists() and not path.exists():
+        known = pyconfig.saved_values(saved).get("tokenizer_path", config.tokenizer_path)
+        if known != config.tokenizer_path:
+            raise ValueError(
+                f"tokenizer_path={config.tokenizer_path} does not exist; load_from={config.load_from} has "
+                f"{known}: begin with {saved} instead of configs/base.yml"
+            )
+
+
+def _has_checkpoint(run: epath.Path) -> bool:
+    return bool(names(run / "checkpoints"))
+
+
+def _similar(name: str, folder: epath.Path, what: str, has: Callable[[epath.Path], bool]) -> str:
     runs = [run for run in names(folder) if has(folder / run)]
     known = f"; runs with {what}: {', '.join(runs)}" if runs else ""
-    return suggest(config.run_name, runs) or known
+    return suggest(name, runs) or known

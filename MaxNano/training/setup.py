@@ -103,18 +103,15 @@ def plan_batch(config: FrozenConfigDict, data_parallel_size: int) -> BatchPlan:
             f"{data_parallel_size} devices cannot share equally: make it a multiple of {data_parallel_size * length}"
         )
     device_rows = rows // data_parallel_size
-    micro_rows = config.per_device_batch_size or largest_divisor(device_rows, LARGEST_MICRO_BATCH)
+    micro_rows = config.per_device_batch_size or scaling.largest_divisor(
+        device_rows, LARGEST_MICRO_BATCH
+    )
     if device_rows % micro_rows:
         raise ValueError(
             f"per_device_batch_size={micro_rows} does not divide the {device_rows} rows on each of "
             f"{data_parallel_size} devices: choose a divisor of {device_rows}, or leave it null"
         )
     return BatchPlan(data_parallel_size, device_rows // micro_rows, micro_rows)
-
-
-def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` that is at most `limit`."""
-    return max(n for n in range(1, min(number, limit) + 1) if number % n == 0)
 
 
 def needed_bytes(setup: RunSetup) -> dict[str, int]:
@@ -228,6 +225,7 @@ def describe_plan(setup: RunSetup) -> dict[str, str]:
     device = setup.mesh.devices.flat[0].device_kind
     chip = hardware.chip(setup.mesh.devices.flat[0])
     layout = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
+    warm_up = 0 < config.steps <= config.warmup_steps
     quantized = "" if config.quantization == "none" else f", layer matmuls {config.quantization}"
     memory = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in needed_bytes(setup).items())
     return {
@@ -241,7 +239,9 @@ def describe_plan(setup: RunSetup) -> dict[str, str]:
         "batch": f"{config.global_batch_tokens:,} tokens = {plan.data_parallel_size} devices x "
         f"{plan.accumulation_steps} micro-batches x {plan.micro_rows} rows x {pyconfig.row_length(config)}",
         "horizon": f"{config.steps:,} steps, {tokens:,} tokens, "
-        f"{tokens / scaling_parameters:.2f} per scaling parameter",
+        f"{tokens / scaling_parameters:.2f} per scaling parameter"
+        + f"; all are warm-up of the learning rates: warmup_steps={config.warmup_steps}"
+        * warm_up,
         "memory": f"at least {memory} GB per device (estimate), remat_policy={config.remat_policy}",
         "data": stage_config(config).describe_data(config),
         "run": str(run_directory(config)),

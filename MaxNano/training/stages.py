@@ -28,7 +28,7 @@ from MaxNano.distributed.preemption import LOOKAHEAD_BATCHES
 from MaxNano.stage_configs import stage_config
 from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training import rollouts
-from MaxNano.training.validation import bits_per_byte
+from MaxNano.training.validation import bits_per_byte, tell_if_long
 
 if TYPE_CHECKING:
     from MaxNano.training.context import RunContext
@@ -122,7 +122,7 @@ def evaluate_text(run: RunContext) -> dict[str, float]:
     """{"bpb": bits per byte} of the held-out rows."""
 
     def checked() -> Iterator[Mapping]:
-        for batch in run.held_out:
+        for batch in tell_if_long(run.held_out, run.say):
             run.progress()
             yield batch
 

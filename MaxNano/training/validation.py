@@ -1,7 +1,8 @@
 """Bits per byte on text: a loss that does not depend on the tokenizer."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -9,6 +10,10 @@ import numpy as np
 from MaxNano.data import loader
 from MaxNano.data.loader import Batch
 from MaxNano.distributed import runtime
+from MaxNano.training.display import duration
+
+WARM_UP_BATCHES = 3  # they may include compilation
+MEASURED_SECONDS, LONG_SECONDS = 10.0, 60.0
 
 
 class PackedRows:
@@ -36,6 +41,29 @@ def _rows_of(batch: Batch) -> np.ndarray:
     inputs, targets = batch["inputs"], batch["targets"]
     ids = np.concatenate([inputs[:, 1:], np.maximum(targets[:, -1:], 0)], axis=1)
     return np.concatenate([inputs[:, :1], np.where(targets < 0, ~ids, ids)], axis=1)
+
+
+def tell_if_long(
+    batches: PackedRows | Sequence[Batch],
+    tell: Callable[[str], None],
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Batch]:
+    """The batches. After MEASURED_SECONDS a line tells how long all of them take, if that is more
+    than LONG_SECONDS: nothing else is printed until they are done.
+    """
+    started: float | None = clock()
+    for done, batch in enumerate(batches):
+        if done == WARM_UP_BATCHES:
+            started = clock()
+        measured = done - WARM_UP_BATCHES
+        if measured > 0 and started is not None and clock() - started > MEASURED_SECONDS:
+            seconds, started = (clock() - started) / measured * len(batches), None
+            if seconds > LONG_SECONDS:
+                tell(
+                    f"Each validation takes about {duration(seconds)}, {len(batches):,} batches; a smaller "
+                    "eval_tokens or a larger eval_interval shortens the run"
+                )
+        yield batch
 
 
 def bits_per_byte(

@@ -107,6 +107,7 @@ Next:
   {verb}:
     .venv/bin/python MaxNano/chat.py configs/base.yml run_name={last_run.removeprefix("runs/")}
   the same in a browser:
+    EXTRAS=serve bash setup.sh
     .venv/bin/python MaxNano/serve.py configs/base.yml run_name={last_run.removeprefix("runs/")}
   train a model for twice as long:
     .venv/bin/python MaxNano/train.py {config} run_name={name}_long steps={2 * (last["step"] + 1)}

@@ -101,7 +101,8 @@ def norm_and_channels(x: jax.Array, epsilon: float, channels: int) -> tuple[jax.
     """`rms_norm` of x (..., D), and its first `channels` (..., C) as an array of their own.
 
     An array that two products read is stored by the TPU compiler; each of these two has one reader,
-    which computes it from x. Numbers and gradients are those of a slice.
+    which computes it from x. Numbers and gradients are those of a slice, up to what a compiler makes
+    of them.
     """
     return _norm_and_channels_forward(x, epsilon, channels)[0]
 

@@ -118,6 +118,8 @@ class Context(NamedTuple):
     matmul(x, w): the product of x (..., T, D) and a matrix.
     place(x) -> the residual stream x (..., T, D), laid out over devices and in memory.
     wrap(run_layer, scanned) -> run_layer, with rematerialization for instance.
+    stores_no_norm: whether gates and projection each compute the normalized input: see
+        norm_and_channels.
     """
 
     attend: Callable[..., tuple[jax.Array, Any]]
@@ -127,6 +129,7 @@ class Context(NamedTuple):
     matmul: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul
     place: Callable[[jax.Array], jax.Array] = lambda x: x
     wrap: Callable[[Callable, bool], Callable] = lambda run_layer, scanned: run_layer
+    stores_no_norm: bool = False
 
 
 class Stack(NamedTuple):
@@ -204,12 +207,13 @@ def block(
     matmul, place = context.matmul, context.place
     x = place(mix(x, layer["resid_lambda"], _last(x0, x), layer["x0_lambda"]))
     with jax.named_scope("attention"):
-        if value_rows is None:
-            h, value_embed = rms_norm(x, config.norm_epsilon), None
+        width, value_embed = config.value_embed_gate_channels, None
+        if value_rows is not None and context.stores_no_norm:
+            h, channels = norm_and_channels(x, config.norm_epsilon, width)
         else:
-            h, channels = norm_and_channels(
-                x, config.norm_epsilon, config.value_embed_gate_channels
-            )
+            h = rms_norm(x, config.norm_epsilon)
+            channels = h[..., :width]
+        if value_rows is not None:
             value_embed = _last(value_rows, h), value_gate(config, layer["value"]["gate"], channels)
         qkv = checkpoint_name(matmul(h, layer["attention"]["qkv"]), "qkv")
         with jax.named_scope("attend"):
@@ -529,6 +533,7 @@ def training_context(
         matmul=partial(quantization.matmul, kind=config.quantization),
         place=lambda x: row_major(_constrain(x, "activation_embed", config)),
         wrap=wrap,
+        stores_no_norm=numerics.backend == "tpu",
     )
 
 

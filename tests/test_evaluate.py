@@ -325,12 +325,12 @@ def test_validation_rows_are_packed_once_and_kept():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(1.0, ["about 16m40s, 1,000 batches"]), (0.05, []), (0.01, [])]
+    ("seconds", "told"), [(1.0, ["It takes about 16m40s;"]), (0.05, []), (0.01, [])]
 )
 def test_a_long_validation_is_told_once_with_its_time(seconds, told):
     """The first validation of own conversations took an hour on a CPU, without a word."""
     now, lines, seen = [0.0], [], []
-    for batch in tell_if_long(range(1000), lines.append, lambda: now[0]):
+    for batch in tell_if_long(range(2000), 1000, "It", lines.append, lambda: now[0]):
         now[0] += seconds if batch >= 3 else 100.0  # the first ones compile
         seen.append(batch)
     assert seen == list(range(1000)) and len(lines) == len(told)

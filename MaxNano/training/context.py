@@ -21,7 +21,7 @@ from MaxNano.training.setup import RunSetup
 from MaxNano.training.stages import BatchStream
 from MaxNano.training.state import TrainState
 from MaxNano.training.step import RunPrograms
-from MaxNano.training.validation import PackedRows
+from MaxNano.training.validation import PackedRows, tell_if_long
 
 
 def say(line: str) -> None:
@@ -87,7 +87,9 @@ class RunContext:
         rows, failure = None, None
         try:
             with self.at_once(), stages.open_loader(self, "validation") as batches:
-                rows = PackedRows(batches, eval_batches(self.config), self.config.vocab_size)
+                count, what = eval_batches(self.config), "Packing the validation data"
+                told = tell_if_long(batches, count, what, self.say)
+                rows = PackedRows(told, count, self.config.vocab_size)
         except (ValueError, OSError, RuntimeError) as error:
             failure = error
         runtime.raise_together(failure)

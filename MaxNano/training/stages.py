@@ -122,7 +122,7 @@ def evaluate_text(run: RunContext) -> dict[str, float]:
     """{"bpb": bits per byte} of the held-out rows."""
 
     def checked() -> Iterator[Mapping]:
-        for batch in tell_if_long(run.held_out, run.say):
+        for batch in tell_if_long(run.held_out, len(run.held_out), "Each validation", run.say):
             run.progress()
             yield batch
 

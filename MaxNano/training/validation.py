@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import numpy as np
@@ -44,25 +44,24 @@ def _rows_of(batch: Batch) -> np.ndarray:
 
 
 def tell_if_long(
-    batches: PackedRows | Sequence[Batch],
+    batches: Iterable[Batch],
+    count: int,
+    what: str,
     tell: Callable[[str], None],
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Batch]:
-    """The batches. After MEASURED_SECONDS a line tells how long all of them take, if that is more
-    than LONG_SECONDS: nothing else is printed until they are done.
+    """The first `count` batches. After MEASURED_SECONDS a line tells how long all of them take, if
+    that is more than LONG_SECONDS: nothing else is printed until they are done.
     """
     started: float | None = clock()
-    for done, batch in enumerate(batches):
+    for done, batch in enumerate(islice(batches, count)):
         if done == WARM_UP_BATCHES:
             started = clock()
         measured = done - WARM_UP_BATCHES
         if measured > 0 and started is not None and clock() - started > MEASURED_SECONDS:
-            seconds, started = (clock() - started) / measured * len(batches), None
+            seconds, started = (clock() - started) / measured * count, None
             if seconds > LONG_SECONDS:
-                tell(
-                    f"Each validation takes about {duration(seconds)}, {len(batches):,} batches; a smaller "
-                    "eval_tokens or a larger eval_interval shortens the run"
-                )
+                tell(f"{what} takes about {duration(seconds)}; a smaller eval_tokens takes less")
         yield batch
 
 

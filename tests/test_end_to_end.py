@@ -65,7 +65,7 @@ def settings(place):
     return {
         **kept,
         "PATH": f"{ROOT}/tests/fake_gcloud:{Path(sys.executable).parent}:{kept['PATH']}",
-        "XLA_FLAGS": os.environ["XLA_FLAGS"],  # of conftest.py
+        **{name: os.environ[name] for name in ("XLA_FLAGS", "JAX_TRACEBACK_IN_LOCATIONS_LIMIT")},
         "DEVICE": "cpu",
         "CHIPS": "1",
         "MODEL": "d1",

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix strange and bright potions".split()
 STEPS = 10
 BY_ENVIRONMENT = ("JAX_", "SLURM_", "TPU_", "MEGASCALE_")
+SET_BY_CONFTEST = ("JAX_PLATFORMS", "JAX_TRACEBACK_IN_LOCATIONS_LIMIT")
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +80,11 @@ TWO = ("num_cpu_devices=2", "dcn_data_parallelism=2")
 def clean(**env):
     """This environment without what could tell JAX of other processes."""
     kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(BY_ENVIRONMENT)
+        name: value
+        for name, value in os.environ.items()
+        if name in SET_BY_CONFTEST or not name.startswith(BY_ENVIRONMENT)
     }
-    return {**kept, "JAX_PLATFORMS": "cpu", **env}
+    return {**kept, **env}
 
 
 STARTED = []

@@ -170,6 +170,6 @@ def losses(runs: str, **environment: str) -> dict[str, list[float]]:
 
 
 def test_deterministic_flags_give_the_same_losses_to_the_last_bit():
-    """In two processes, each of which compiles, and chooses kernels by measuring them."""
+    """In two processes: each compiles and autotunes anew."""
     first, second = (losses('[["xla_flags=[deterministic]"]]') for _ in range(2))
     assert first == second

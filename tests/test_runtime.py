@@ -302,9 +302,12 @@ def test_flags_for_gpus_are_flags_of_xla():
     """
     config = config_of()
     names = [name for name, backend, *_ in config.xla_flag_groups if backend == "gpu"]
-    options = hardware.compiler_options(pyconfig.replace(config, "test", xla_flags=names), "gpu")
-    assert options["xla_gpu_deterministic_ops"] is True and len(options) == len(names)
-    jax.jit(lambda x: x + 1, compiler_options=options)(1.0)
+    assert "deterministic" in names
+    for name in names:
+        chosen = pyconfig.replace(config, "test", xla_flags=(name,))
+        options = hardware.compiler_options(chosen, "gpu")
+        assert options
+        jax.jit(lambda x: x + 1, compiler_options=options)(1.0)
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_deterministic_opps"):
         jax.jit(lambda x: x + 2, compiler_options={"xla_gpu_deterministic_opps": True})(1.0)
 
@@ -353,18 +356,6 @@ def test_the_tpu_compiler_takes_every_flag_group():
     names, refusal = done.stdout.splitlines()
     assert "vmem" in names.split()
     assert "No such compile option: 'xla_tpu_no_such_flag'" in refusal
-
-
-@pytest.mark.parametrize("backend", ["gpu", "cpu"])
-def test_jaxlib_knows_the_flags_of_every_group(backend):
-    """Its compiler for the CPU reads the flags of all but TPUs, with their values."""
-    config = config_of()
-    groups = [name for name, target, *_ in config.xla_flag_groups if target == backend]
-    assert groups or backend == "cpu"
-    for name in groups:
-        chosen = pyconfig.replace(config, "test", xla_flags=(name,))
-        options = hardware.compiler_options(chosen, backend)
-        jax.jit(lambda x: x + 1, compiler_options=options).lower(1.0).compile()
 
 
 # ---- Numbers and memory -------------------------------------------------------------------------

@@ -530,19 +530,29 @@ def test_a_killed_worker_is_one_clear_error(shards):
             take(batches, 200)
 
 
-def live_threads():
-    """Without those that tqdm starts for the downloads of other tests, whenever it likes."""
-    return {thread for thread in threading.enumerate() if type(thread).__name__ != "TMonitor"}
+@pytest.fixture
+def started(monkeypatch):
+    """The threads that this test starts, and that those start; other tests leave threads that start more."""
+    threads = []
+    start = threading.Thread.start
+
+    def record(thread):
+        if threading.current_thread() in (threading.main_thread(), *threads):
+            threads.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", record)
+    return threads
 
 
-def test_close_leaves_no_thread_and_no_process(shards):
-    threads = live_threads()
+def test_close_leaves_no_thread_and_no_process(shards, started):
     for workers in (0, 2):
         batches = open_loader(make_config(shards, data_workers=workers))
         next(batches)
+        assert any(thread.is_alive() for thread in started)
         batches.close()
         batches.close()
-        assert not live_threads() - threads
+        assert not any(thread.is_alive() for thread in started)
         assert not multiprocessing.active_children()
 
 

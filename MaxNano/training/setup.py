@@ -13,7 +13,7 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig, scaling
 from MaxNano.console import print_table
-from MaxNano.data import summary
+from MaxNano.data import held_out, summary
 from MaxNano.data.sources import SOURCES
 from MaxNano.distributed import hardware, sharding
 from MaxNano.models import losses
@@ -210,10 +210,14 @@ def _describe_text(config: FrozenConfigDict) -> Iterator[tuple[str, str]]:
     # A run that is resumed has the share in its step line.
     if "validation files" in files and not (run_directory(config) / "checkpoints").exists():
         try:
-            discarded = summary.estimate_discarded(config, load_tokenizer(config))
+            tokenizer = load_tokenizer(config)
         except ValueError:
-            discarded = "unknown before the tokenizer is trained"
-        yield "discarded tokens", discarded
+            yield "discarded tokens", "unknown before the tokenizer is trained"
+            return
+        validation = held_out.describe(config, tokenizer) if config.eval_interval else None
+        if validation:
+            yield "validation tokens", validation
+        yield "discarded tokens", summary.estimate_discarded(config, tokenizer)
 
 
 def describe_plan(setup: RunSetup) -> dict[str, str]:

@@ -104,11 +104,9 @@ def open_loader(run: RunContext, split: str, state: Mapping[str, Any] | None = N
     share = host_share(run.rows_sharding, rows)
     loader = make_loader(run.config, run.tokenizer, split, batch_rows=rows, state=state, **share)
     if loader.readers < asked:
-        what = {"train": "training"}.get(split, split)
-        run.say(
-            f"Reading the {what} data with {loader.readers} of data_readers={asked}: "
-            "they are too small for more"
-        )
+        data = "training" if split == "train" else split
+        readers = "1 reader" if loader.readers == 1 else f"{loader.readers} readers"
+        run.say(f"Reading the {data} data with {readers}: too little for data_readers={asked}")
     return loader
 
 

@@ -66,7 +66,6 @@ def main(config: FrozenConfigDict) -> int:
     setup = fit_memory(set_up(config))
     if jax.process_index() == 0:
         print_plan(setup)
-        warn_if_small(config)
     check_memory(setup)
     if config.dry_run:
         return 0
@@ -101,6 +100,7 @@ def train(setup: RunSetup, config: FrozenConfigDict, preemption: Preemption) -> 
         record.start(start)
         run.batches = setup.stage.open_batches(run, extra.get("data"))
         cleanup.callback(run.batches.close)
+        warn_if_small(config)
         run.setup, compiled = compile_train(setup)
         run.programs = build_programs(run.setup, compiled, tokenizer.token_bytes())
         logger = make_logger(run, config, start, extra.get("metrics"))

@@ -42,6 +42,9 @@ def test_a_tiny_last_file_is_said(tmp_path):
     assert held_out.describe(resolved, TOKENIZER) == (
         "about 199; a validation reads 1,024, 5.15 passes"
     )
+    (tmp_path / "zz.txt").write_text("")  # an error of its own, where it is read
+    assert held_out.small(config, TOKENIZER) is None
+    (tmp_path / "zz.txt").unlink()
     # What the warning advises.
     (tmp_path / "b.txt").rename(tmp_path / "validation.txt")
     assert held_out.small(config, TOKENIZER) is None

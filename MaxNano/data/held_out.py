@@ -106,7 +106,7 @@ def describe(config: Any, tokenizer: Any) -> str | None:
 def small(config: Any, tokenizer: Any) -> str | None:
     """A warning about validation text of fewer than SMALL_TOKENS, with what to do; else None."""
     tokens = validation_tokens(config, tokenizer)
-    if tokens is None or tokens >= SMALL_TOKENS:
+    if not tokens or tokens >= SMALL_TOKENS:  # 0: reading them is an error
         return None
     names = getattr(sources.open_source(config, "validation"), "files", [])
     return (

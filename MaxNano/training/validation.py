@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
+import jax
 import numpy as np
 from ml_collections import FrozenConfigDict
 
@@ -97,7 +98,7 @@ def with_eval_tokens(config: FrozenConfigDict) -> FrozenConfigDict:
 
 def warn_if_small(config: FrozenConfigDict) -> None:
     """Warn of a validation set whose bits per byte say little."""
-    if not config.eval_interval:
+    if not config.eval_interval or jax.process_index() > 0:
         return
     try:
         problem = held_out.small(config, load_tokenizer(config))

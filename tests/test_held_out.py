@@ -8,6 +8,7 @@ from test_sources import make_config, write_parquet
 
 from MaxNano import pyconfig
 from MaxNano.data import held_out
+from MaxNano.tokenization.bpe import NANOCHAT_PATTERN, BpeTokenizer
 from MaxNano.training import start
 
 TOKENIZER = ByteTokenizer()
@@ -105,6 +106,26 @@ def test_the_part_of_a_mixture_that_ends_first_decides(tmp_path):
     config = make_config("mixture", tmp_path, eval_tokens="null", dataset_mixture=mixture)
     tokens = held_out.validation_tokens(config, TOKENIZER)
     assert tokens == 4 * 10 * (len(PARAGRAPH) + 1)
+
+
+def test_own_conversations_validate_in_one_pass(tmp_path):
+    """They were 20,971,520 tokens, the better part of an hour on a CPU, however few there are."""
+    path = tmp_path / "own.jsonl"
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    path.write_text(json.dumps({"messages": talk}) + "\n")
+    base = ["configs/base.yml", "model=d2", "stage=sft", "load_from=x", "vocab_size=265"]
+    own = pyconfig.initialize([*base, f"chat_validation_mixture=[[json:{path}, 3000]]"])
+    tokenizer = BpeTokenizer(NANOCHAT_PATTERN, {bytes([n]): n for n in range(256)})
+    size = len(tokenizer.render_conversation({"messages": talk})[0])
+    assert held_out.validation_tokens(own, tokenizer) == 3000 * size
+    assert held_out.with_eval_tokens(own, tokenizer).eval_tokens == 3000 * size
+    few = pyconfig.replace(own, "test", chat_validation_mixture=[[f"json:{path}", "2"]])
+    assert held_out.small(own, tokenizer) is None
+    assert "own.jsonl), and bits" in held_out.small(few, tokenizer)
+    assert "add conversations" in held_out.small(few, tokenizer)
+    # nanochat's mixture, of which nothing is downloaded here.
+    hub = pyconfig.initialize(base)
+    assert held_out.with_eval_tokens(hub, tokenizer).eval_tokens == 20_971_520
 
 
 def test_a_run_that_exists_keeps_its_eval_tokens(tmp_path):

@@ -1,35 +1,46 @@
-"""How much text validates, and how much of it a validation reads."""
+"""How much data validate, and how much of them a validation reads."""
 
 import math
 from typing import Any
 
 from MaxNano import pyconfig
-from MaxNano.data import sources
+from MaxNano.data import conversations, sources
 from MaxNano.data.folder import DamagedData, Folder, NotArrived
 
-EVAL_TOKENS = 41_943_040  # of much text. Source: nanochat/base_train.py@92d63d4, eval_tokens
+# Of much text, and of much of other types. Source: eval_tokens of nanochat's base_train.py and
+# chat_sft.py@92d63d4.
+EVAL_TOKENS = 41_943_040
+EVAL_TOKENS_OF = {"chat": 20_971_520}
 SMALL_TOKENS = 10_000  # of less text a warning says that its bits per byte say little
 MEASURED_CHARACTERS = 1_000_000  # the number of tokens of more text is an estimate
 ENOUGH_CHARACTERS = 10 * EVAL_TOKENS  # for EVAL_TOKENS
+MEASURED_CONVERSATIONS = 1_000
 BATCH_DOCUMENTS = 128  # per tokenizer call
 ORIGIN = "validation data"  # of an eval_tokens that follows from them
 
 
 def with_eval_tokens(config: Any, tokenizer: Any) -> Any:
-    """The config with eval_tokens: one pass of the validation text, EVAL_TOKENS of more text."""
+    """The config with eval_tokens: one pass of the validation data, most_tokens of more data."""
     if config.eval_tokens is not None:
         return config
     tokens = validation_tokens(config, tokenizer) or math.inf
-    return pyconfig.replace(config, ORIGIN, eval_tokens=min(EVAL_TOKENS, tokens))
+    return pyconfig.replace(config, ORIGIN, eval_tokens=min(most_tokens(config), tokens))
+
+
+def most_tokens(config: Any) -> int:
+    """The eval_tokens of much data."""
+    return EVAL_TOKENS_OF.get(config.dataset_type, EVAL_TOKENS)
 
 
 def validation_tokens(config: Any, tokenizer: Any) -> int | None:
-    """Tokens of one pass of the validation text, estimated from its first MEASURED_CHARACTERS.
+    """Tokens of one pass of the validation data, estimated from their beginning.
 
     Every process of a run finds the same number. None if it is not known: of data sets without
-    files, of one that a download lists, and of files that cannot be read.
+    files, of one that a download lists, of other tasks than json, and of files that cannot be read.
     """
     try:
+        if config.dataset_type == "chat":
+            return _tokens_of_conversations(config, tokenizer)
         source = sources.open_source(config, "validation")
         if not isinstance(source, sources.MixtureSource):
             return _tokens_of(source, tokenizer)
@@ -40,6 +51,20 @@ def validation_tokens(config: Any, tokenizer: Any) -> int | None:
         return min((round(n * share / weight) for n, weight in passes if n), default=None)
     except (ValueError, OSError):
         return None  # reported where the text is needed
+
+
+def _tokens_of_conversations(config: Any, tokenizer: Any) -> int | None:
+    """As validation_tokens, of conversations in files."""
+    names = [name for name, *_ in config.chat_validation_mixture]
+    if not all(name.startswith("json:") for name in names):
+        return None
+    encoding = conversations.ConversationEncoding(config, tokenizer, "validation")
+    size = len(encoding.mixture)
+    count, tokens = min(size, MEASURED_CONVERSATIONS), 0
+    for index in range(count):
+        document = encoding.encode(encoding.mixture.conversation(1, index)).document
+        tokens += document.length if document else 0
+    return round(tokens * size / count)
 
 
 def _tokens_of(source: Any, tokenizer: Any) -> int | None:
@@ -93,24 +118,31 @@ def _measure(groups: Any, group: int, tokenizer: Any) -> tuple[int, float]:
 
 
 def describe(config: Any, tokenizer: Any) -> str | None:
-    """The size of the validation text beside eval_tokens, for the start-up table; None if unknown."""
+    """The size of the validation data beside eval_tokens, for the start-up table; None if unknown."""
     tokens = validation_tokens(config, tokenizer)
     if tokens is None:
         return None
-    batches = max(1, (config.eval_tokens or EVAL_TOKENS) // config.global_batch_tokens)
+    batches = max(1, (config.eval_tokens or most_tokens(config)) // config.global_batch_tokens)
     read = batches * config.global_batch_tokens
     passes = f", {read / tokens:.3g} passes" if tokens else ""
     return f"about {tokens:,}; a validation reads {read:,}{passes}"
 
 
 def small(config: Any, tokenizer: Any) -> str | None:
-    """A warning about validation text of fewer than SMALL_TOKENS, with what to do; else None."""
+    """A warning about validation data of fewer than SMALL_TOKENS, with what to do; else None."""
     tokens = validation_tokens(config, tokenizer)
     if not tokens or tokens >= SMALL_TOKENS:  # 0: reading them is an error
         return None
-    names = getattr(sources.open_source(config, "validation"), "files", [])
+    if config.dataset_type == "chat":
+        names = [name for name, *_ in config.chat_validation_mixture]
+        remedy = "add conversations to them"
+    else:
+        names = sources.open_source(config, "validation").files
+        remedy = (
+            "add text to them, or name a larger file after the validation split, such as"
+            " validation.txt"
+        )
     return (
         f"only about {tokens:,} tokens validate ({', '.join(names[:2])}{', ...' * (len(names) > 2)}),"
-        " and bits per byte of so little text say little: add text to them, or name a larger file"
-        " after the validation split, such as validation.txt"
+        f" and bits per byte of so little text say little: {remedy}"
     )

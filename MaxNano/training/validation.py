@@ -93,7 +93,7 @@ def with_eval_tokens(config: FrozenConfigDict) -> FrozenConfigDict:
     try:
         return held_out.with_eval_tokens(config, load_tokenizer(config))
     except ValueError:  # no tokenizer yet, as in a dry run; reported where it is needed
-        return pyconfig.replace(config, held_out.ORIGIN, eval_tokens=held_out.EVAL_TOKENS)
+        return pyconfig.replace(config, held_out.ORIGIN, eval_tokens=held_out.most_tokens(config))
 
 
 def warn_if_small(config: FrozenConfigDict) -> None:

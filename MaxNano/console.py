@@ -25,6 +25,14 @@ def one_line(error: BaseException | str, limit: int | None = None) -> str:
     return f"{text[:head]} ... {text[head + 5 - limit :]}"
 
 
+def bytes_text(size: float) -> str:
+    """A number of bytes in the largest unit of which there is one: 3.1 GB, 640.0 kB."""
+    for unit, text in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {text}"
+    return f"{size / 1e3:.1f} kB"
+
+
 def type_and_text(error: BaseException) -> str:
     """An error of another library on one line, at most 300 characters: `TimeoutError: no answer`."""
     return one_line(f"{type(error).__name__}: {error}".rstrip(": "), 300)

@@ -124,6 +124,13 @@ def test_an_error_of_the_disk_is_one_line_that_names_the_file(tmp_path, number, 
     assert line.startswith("error: ") and line.count("\n") == 1
     assert str(tmp_path / "config.yml") in line
     assert line.strip().endswith(files.DISK_ERRORS[number])
+
+    def replace(config):
+        with files.replace_folder(tmp_path / "out", last="config.json"):
+            fail(number)
+
+    assert pyconfig.launch(replace, ["configs/base.yml"]) == 2
+    assert f"'{tmp_path}/out'" in capsys.readouterr().err and not (tmp_path / "out").exists()
     with pytest.raises(OSError, match="something else"):
         pyconfig.launch(lambda config: fail(errno.ECHILD, "something else"), ["configs/base.yml"])
 

@@ -332,6 +332,17 @@ def test_command_takes_over_the_batch_size(tmp_path, checkpoint, capsys, fields,
     assert (meta["total_batch_size"], meta["max_seq_len"]) == (2048, 256)
 
 
+def test_a_folder_or_a_lone_model_file_say_what_is_missing(tmp_path, checkpoint):
+    path, _ = checkpoint
+    with pytest.raises(ValueError, match=r"d4 is a folder; name its model file, .*d4/model_000007"):
+        run_command(tmp_path, f"from_nanochat={path.parent}", "run_name=a")
+    path.with_name("meta_000007.json").unlink()
+    with pytest.raises(ValueError, match=r"meta_000007.json.*; copy it from where model_000007"):
+        run_command(tmp_path, f"from_nanochat={path}", "run_name=a")
+    with pytest.raises(ValueError, match=r"nowhere/config.json; name the folder of a model"):
+        run_command(tmp_path, f"from_huggingface={tmp_path / 'nowhere'}", "run_name=a")
+
+
 def test_command_brings_the_tokenizer(tmp_path, checkpoint):
     path, _ = checkpoint
     folder = tmp_path / "nanochat/tokenizer"

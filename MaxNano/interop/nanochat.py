@@ -257,9 +257,16 @@ def meta_of(config: FrozenConfigDict, step: int) -> dict[str, Any]:
 
 def read_meta(path: epath.PathLike) -> dict[str, Any]:
     """The metadata of a model file. Raises ValueError if `model_config` is missing or damaged."""
-    meta_path = _meta_path(epath.Path(path).expanduser())
+    path = epath.Path(path).expanduser()
+    if path.is_dir():
+        models = [name for name in files.names(path) if name.startswith("model_")]
+        example = models[-1] if models else "model_<step>.pt"
+        raise ValueError(f"{path} is a folder; name its model file, {path / example}")
+    meta_path = _meta_path(path)
     if not meta_path.exists():
-        raise ValueError(f"there is no {meta_path}, which describes the model")
+        raise ValueError(
+            f"there is no {meta_path}, which describes the model; copy it from where {path.name} is from"
+        )
     try:
         meta = json.loads(meta_path.read_text())
         model = meta["model_config"]

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 
 # What imports and JAX's traces create stays alive. With Python's thresholds (700, 10, 10) it is scanned
@@ -30,6 +31,26 @@ def _explain_missing_package(kind, error, trace):
     os._exit(2)  # an exception that ends a program has status 1
 
 
+def end_on_interrupt():
+    """Until raise_on_interrupt, Ctrl-C ends the process with one line and status 130.
+
+    For imports, in which a KeyboardInterrupt is a traceback, and in an extension module a crash.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored or taken
+        signal.signal(signal.SIGINT, _end)
+
+
+def raise_on_interrupt():
+    """Ctrl-C raises KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number, frame):
+    os.write(2, b"Interrupted\n")
+    os._exit(130)
+
+
 def _is_program():
     """Whether a program of this package was started, by its file or with -m."""
     started = getattr(sys, "orig_argv", sys.argv)
@@ -43,3 +64,4 @@ def _is_program():
 if _is_program():  # what imports the package as a library keeps its own settings
     sys.excepthook = _explain_missing_package
     gc.set_threshold(*GC_THRESHOLDS)
+    end_on_interrupt()

@@ -16,7 +16,7 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # run as python MaxNano: see train.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from MaxNano import config_schema, console, pyconfig
+from MaxNano import config_schema, console, end_on_interrupt, pyconfig
 
 USAGE = "usage: maxnano PROGRAM [CONFIG.yml] [key=value ...]"
 
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         pyconfig.COMMAND = f"maxnano {program}"
         sys.argv[1:] = with_config(words)
+        end_on_interrupt()
         runpy.run_module(config_schema.module_of(program), run_name="__main__", alter_sys=True)
     return 0
 

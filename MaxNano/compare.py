@@ -282,7 +282,7 @@ def write_comparison(
         if isinstance(block, Heading):
             title = block.text
         elif isinstance(block, Table):
-            print_table(title, block.header, block.rows)
+            print_table(title, block.header, block.rows, plain_width=None)
         elif isinstance(block, Missing | Note):
             print(block.text)
     folder = comparison_folder(config)
@@ -303,7 +303,7 @@ def write_leaderboard(folder: epath.Path, price: float | None = None) -> None:
     if not runs:
         raise ValueError(f"{folder} has no finished run")
     table = leaderboard.table(runs, price)
-    print_table(f"results of {folder}", table.header, table.rows)
+    print_table(f"results of {folder}", table.header, table.rows, plain_width=None)
     write(leaderboard.make_leaderboard(folder.name, runs, problems, price), folder, "results")
     files.write_whole(folder / "results.csv", leaderboard.to_csv(runs, price))
     print(f"Wrote {folder / 'results.csv'}")

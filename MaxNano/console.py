@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 PLAIN_WIDTH = 120  # columns of a table if stdout is not a terminal
+UNFOLDED_WIDTH = 100_000  # columns in which no cell is folded
 
 
 def one_line(error: BaseException | str, limit: int | None = None) -> str:
@@ -22,6 +23,14 @@ def one_line(error: BaseException | str, limit: int | None = None) -> str:
         return text
     head = limit // 3
     return f"{text[:head]} ... {text[head + 5 - limit :]}"
+
+
+def bytes_text(size: float) -> str:
+    """A number of bytes in the largest unit of which there is one: 3.1 GB, 640.0 kB."""
+    for unit, text in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {text}"
+    return f"{size / 1e3:.1f} kB"
 
 
 def type_and_text(error: BaseException) -> str:
@@ -79,20 +88,36 @@ class _LossyFile(io.FileIO):
         return memoryview(data).nbytes if written is None else written
 
 
-def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table to stdout; cells may be of any type."""
-    print(format_table(title, header, rows), end="\n\n", flush=True)
+def print_table(
+    title: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    plain_width: int | None = PLAIN_WIDTH,
+) -> None:
+    """Print a table to stdout, as format_table."""
+    print(format_table(title, header, rows, plain_width=plain_width), end="\n\n", flush=True)
 
 
-def format_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table as text, as wide as stdout if that is a terminal; cells may be of any type."""
+def format_table(
+    title: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    plain_width: int | None = PLAIN_WIDTH,
+) -> str:
+    """A table as text, as wide as stdout if that is a terminal; cells may be of any type.
+
+    Elsewhere plain_width is the number of columns in which long cells are folded; None: no cell is,
+    so that programs find the names in it.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=PLAIN_WIDTH)
+        console = Console(highlight=False, width=plain_width or UNFOLDED_WIDTH)
     table = Table(
         title=Text(title), title_justify="left", box=None, pad_edge=False, header_style="bold"
     )

@@ -59,6 +59,7 @@ class ImportSource(NamedTuple):
     arrays: dict[str, np.ndarray]
     tokenizer: Tokenizer | None
     step: int
+    batch: dict[str, int] = {}  # config keys that the command line may set otherwise
 
 
 def import_run(config: FrozenConfigDict, argv: list[str]) -> None:
@@ -75,6 +76,8 @@ def import_run(config: FrozenConfigDict, argv: list[str]) -> None:
     _check_command_line(config, values, f"the checkpoint {source.path}")
     if config.origin["embedding_dtype"] != pyconfig.COMMAND_LINE:
         values["embedding_dtype"] = _table_dtype(source)
+    is_given = config.origin["global_batch_tokens"] == pyconfig.COMMAND_LINE
+    values |= {} if is_given else source.batch
     values |= _tokenizer_values(config, run, source)
     config = _resolve(config, argv, source.format, values)
     params = parameters.to_params(source.arrays, config, source.names)
@@ -95,6 +98,9 @@ def import_run(config: FrozenConfigDict, argv: list[str]) -> None:
         checkpointer.save(int(state.step), state, {**start, "imported_from": source.path})
     print(f"Recognized {source.version}: {_listed(source.values)}")
     print(f"Imported {source.path} as {run}, step {state.step}")
+    if source.format == "nanochat":
+        by = config.origin["global_batch_tokens"]
+        print(f"Batch size: global_batch_tokens={config.global_batch_tokens} ({by})")
     if not tokenizer:
         print("Found no tokenizer near it: set tokenizer_path to the model's tokenizer")
     print(f"Use {run / 'config.yml'} instead of configs/base.yml to load it")
@@ -110,7 +116,10 @@ def _nanochat_source(config: FrozenConfigDict) -> ImportSource:
     pickled = nanochat.find_tokenizer(path)
     tokenizer = nanochat.read_tokenizer(pickled) if pickled else None
     step = nanochat.step_of(meta, path)
-    return ImportSource(path, "nanochat", version, nanochat.NAMES, values, arrays, tokenizer, step)
+    batch = nanochat.batch_values(meta)
+    return ImportSource(
+        path, "nanochat", version, nanochat.NAMES, values, arrays, tokenizer, step, batch
+    )
 
 
 def _listed(values: Mapping) -> str:

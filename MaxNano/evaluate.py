@@ -42,6 +42,7 @@ from MaxNano.training.run_config import config_of_run
 from MaxNano.training.setup import set_up
 from MaxNano.training.state import TrainState
 from MaxNano.training.step import build_programs
+from MaxNano.training.validation import with_eval_tokens
 
 
 def chosen_evals(config: FrozenConfigDict) -> list[str]:
@@ -124,7 +125,7 @@ def progress_bar(name: str) -> Iterator[Callable[..., None]]:
 def main(config: FrozenConfigDict, argv: Sequence[str]) -> int:
     """Evaluate; Ctrl-C keeps what is done."""
     try:
-        evaluate(config_of_run(config, argv))
+        evaluate(with_eval_tokens(config_of_run(config, argv)))
     except KeyboardInterrupt:
         print("Interrupted; the same command resumes the evaluation", file=sys.stderr)
         return 130

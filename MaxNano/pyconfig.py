@@ -19,7 +19,7 @@ import yaml
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from MaxNano import config_schema, console, scaling
+from MaxNano import config_schema, console, end_on_interrupt, raise_on_interrupt, scaling
 from MaxNano.config_schema import BASE, COMMAND_LINE, ConfigError, Key, shorten, suggest
 from MaxNano.stage_configs import stage_config
 from MaxNano.storage import files
@@ -548,6 +548,7 @@ def check_command_line() -> None:
         sys.exit(status)
     if not has_accelerator():
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    end_on_interrupt()
 
 
 def launch(
@@ -560,10 +561,11 @@ def launch(
 
     --help prints the common keys, --help=all all keys. A ValueError raised in this package is a
     user error: one line on stderr and status 2. So is an error of the disk (files.DISK_ERRORS), whoever
-    raised it. A ValueError raised in a library is a bug and keeps its traceback. options: the help
-    of what is no key, for --help.
+    raised it. A ValueError raised in a library is a bug and keeps its traceback. After Ctrl-C the
+    status is 130. options: the help of what is no key, for --help.
     """
     console.keep_output()
+    raise_on_interrupt()
     argv = sys.argv[1:] if argv is None else argv
     try:
         for word in HELP_WORDS.keys() & set(argv):
@@ -574,6 +576,9 @@ def launch(
             print(config_schema.help_text(program.stem, show_all=HELP_WORDS[word]), end="")
             return 0
         return main(initialize(argv)) or 0
+    except KeyboardInterrupt:
+        print("Interrupted", file=sys.stderr)
+        return 130
     except ValueError as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         if Path(__file__).resolve().parent not in raised_in.parents:

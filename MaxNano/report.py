@@ -8,6 +8,7 @@ of them. What was not done or not recorded is listed. Each file is replaced as a
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -28,11 +29,11 @@ from MaxNano.storage import files
 from MaxNano.training.run_config import similar_runs
 
 
-def main(config: FrozenConfigDict) -> None:
-    """Read the run, write its report."""
+def main(config: FrozenConfigDict, argv: Sequence[str] = ("",)) -> None:
+    """Read the run, write its report. argv: what `config` was read from."""
     folder = files.run_directory(config)
     if not run_history.has_run(folder):
-        hint = similar_runs(config, "a config", run_history.has_run)
+        hint = similar_runs(config, argv, "a config", run_history.has_run)
         raise ValueError(run_history.NO_RUN.format(folder=folder) + hint)
     report = make_report(*run_history.read_chain(folder))
     for path, text in (
@@ -44,4 +45,4 @@ def main(config: FrozenConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(pyconfig.launch(main))
+    sys.exit(pyconfig.launch(lambda config: main(config, sys.argv[1:])))

@@ -61,7 +61,7 @@ def stage_config(values: Values) -> StageConfig:
 
 def _describe_text(values: Values) -> str:
     if values["dataset_type"] == "mixture":
-        return ", ".join(f"{row[1]} x {row[0]}" for row in values["dataset_mixture"])
+        return ", ".join(" x ".join(row[1::-1]) for row in values["dataset_mixture"])
     return f"{values['dataset_type']}, {values['dataset_name'] or values['dataset_path']}"
 
 
@@ -70,8 +70,9 @@ def _describe_text(values: Values) -> str:
 
 def _describe_mixture(values: Values) -> str:
     shares = []
-    for task, amount, *limit in values["chat_train_mixture"]:
-        shares.append(f"{task} x {amount}" + "".join(f" (at most {count})" for count in limit))
+    for row in values["chat_train_mixture"]:  # a malformed one is refused where it is read
+        limits = "".join(f" (at most {count})" for count in row[2:])
+        shares.append(" x ".join(row[:2]) + limits)
     return ", ".join(shares)
 
 

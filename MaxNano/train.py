@@ -50,6 +50,7 @@ from MaxNano.training.setup import RunSetup, check_memory, flops_per_token, prin
 from MaxNano.training.stages import with_horizon
 from MaxNano.training.start import start_state, with_start
 from MaxNano.training.step import build_programs
+from MaxNano.training.validation import warn_if_small, with_eval_tokens
 from MaxNano.tuning.tuned_file import with_tuned
 
 
@@ -61,6 +62,7 @@ def main(config: FrozenConfigDict) -> int:
     config = with_start(config)
     require_start(config)
     config = with_horizon(config)
+    config = with_eval_tokens(config)
     setup = fit_memory(set_up(config))
     if jax.process_index() == 0:
         print_plan(setup)
@@ -98,6 +100,7 @@ def train(setup: RunSetup, config: FrozenConfigDict, preemption: Preemption) -> 
         record.start(start)
         run.batches = setup.stage.open_batches(run, extra.get("data"))
         cleanup.callback(run.batches.close)
+        warn_if_small(config)
         run.setup, compiled = compile_train(setup)
         run.programs = build_programs(run.setup, compiled, tokenizer.token_bytes())
         logger = make_logger(run, config, start, extra.get("metrics"))

@@ -293,7 +293,9 @@ def main(config: FrozenConfigDict) -> None:
     trained, inputs = train(config)
     path = epath.Path(config.tokenizer_path).expanduser() / INPUTS
     if (path.parent / FILE_NAME).exists() and not _is_same(config, trained):
-        print(f"Replacing {config.tokenizer_path}: runs that were trained with it cannot go on")
+        print(
+            f"Replacing {config.tokenizer_path}: runs that were trained with it cannot be resumed"
+        )
     path.unlink(missing_ok=True)  # before the tokenizer: it may be another's
     trained.save(config.tokenizer_path)
     files.write_whole(path, json.dumps(inputs, indent=1) + "\n")

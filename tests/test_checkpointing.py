@@ -18,7 +18,7 @@ from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict, FrozenConfigDict
 from orbax.checkpoint.utils import TMP_DIR_SUFFIX
 
-from MaxNano import pyconfig, scaling
+from MaxNano import console, pyconfig, scaling
 from MaxNano.storage import checkpoints
 from MaxNano.storage.checkpoints import MANIFEST, CheckpointError
 from MaxNano.training import checkpointing
@@ -327,6 +327,15 @@ def test_free_space_is_checked_before_training(tmp_path):
         checkpointer.check_free_space(make_state(0))
         with pytest.raises(CheckpointError, match="GB free but checkpoints need"):
             checkpointer.check_free_space(huge)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0.0 kB"), (614_400, "614.4 kB"), (2.2e6, "2.2 MB"), (1e15, "1000000.0 GB")],
+)
+def test_sizes_have_a_unit_in_which_they_are_not_0(size, text):
+    """A disk had "0.0 GB free but checkpoints need 0.0 GB"."""
+    assert console.bytes_text(size) == text
 
 
 def test_due_by_steps_and_by_minutes(tmp_path, monkeypatch):

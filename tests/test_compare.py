@@ -216,6 +216,18 @@ def test_the_leaderboard_has_a_row_per_finished_run(runs, tmp_path, capsys):
         compare.write_leaderboard(epath.Path(tmp_path / "nothing"))
 
 
+def test_names_in_a_pipe_are_whole(tmp_path, capsys):
+    """Of twelve columns in 120 characters, a name was cut into pieces below each other."""
+    names = [f"a_run_with_a_long_name_of_{kind}_{'x' * 28}" for kind in ("one", "two")]
+    for name in names:
+        make_run(tmp_path / name, rows=[*rows_of(30), validation(30, 1.7)])
+    assert command_in_process([BASE, "--leaderboard", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = [line.split() for line in lines[lines.index(f"results of {tmp_path}") + 1 :]]
+    assert [row[0] for row in table[1:3]] == names and table[3] == []
+    assert "TPU v6 lite" in lines[2] and lines[2].split()[-1] == "0123456789ab"
+
+
 def test_an_unreadable_run_is_a_line_of_the_leaderboard(tmp_path):
     make_run(tmp_path / "good", rows=rows_of(30))
     (tmp_path / "bad").mkdir()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from MaxNano import pyconfig, tasks
 from MaxNano.data import conversations, loader, packing
+from MaxNano.stage_configs import stage_config
 from MaxNano.tokenization.bpe import NANOCHAT_PATTERN, BpeTokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tasks_packing.json").read_text())
@@ -331,6 +332,19 @@ def test_a_wrong_mixture_is_one_line(mixture, problem):
     with pytest.raises(ValueError, match=problem) as error:
         loader.make_loader(config, TOKENIZER, "train", batch_rows=8)
     assert "\n" not in str(error.value)
+    # The start-up table came first, and its error was "not enough values to unpack".
+    assert stage_config(config).describe_data(config) is not None
+
+
+def test_mixtures_are_described():
+    rows = [["list:full", "2"], ["list:empty", "1", "5"]]
+    config = make_config(rows)
+    described = stage_config(config).describe_data(config)
+    assert described == "list:full x 2, list:empty x 1 (at most 5)"
+    values = {"stage": None, "dataset_type": "mixture"}
+    values["dataset_mixture"] = [["3", "jsonl:a"], ["1", "text:b", "body"], ["1"], []]
+    described = stage_config(values).describe_data(values)
+    assert described == "jsonl:a x 3, text:b x 1, 1, "
 
 
 # ---- State --------------------------------------------------------------------------------------

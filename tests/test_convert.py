@@ -302,6 +302,47 @@ def test_command_imports_and_exports(tmp_path, checkpoint):
         run_command(tmp_path, f"from_nanochat={path}", "run_name=a")
 
 
+@pytest.mark.parametrize(
+    "fields,expected",
+    [
+        ({"total_batch_size": 131072, "user_config": {"total_batch_size": -1}}, 131072),
+        ({"user_config": {"total_batch_size": 524288}}, 524288),  # of 2025
+        ({"total_batch_size": 1000}, None),  # not whole rows
+        ({"total_batch_size": "131072", "user_config": [1]}, None),
+        ({}, None),
+    ],
+)
+def test_command_takes_over_the_batch_size(tmp_path, checkpoint, capsys, fields, expected):
+    """The fine-tuning of an imported model had the batch of the scaling law, not nanochat's."""
+    path, arrays = checkpoint
+    nanochat.write_checkpoint(path, arrays, {**nanochat.read_meta(path), **fields})
+    law = golden_config().global_batch_tokens
+    run_command(tmp_path, f"from_nanochat={path}", "run_name=a")
+    saved = str(tmp_path / "runs/a/config.yml")
+    assert pyconfig.initialize([saved]).global_batch_tokens == (expected or law) != 2048
+    out = capsys.readouterr().out
+    assert f"global_batch_tokens={expected or law} ({'nanochat' if expected else 'derived'})" in out
+    later = pyconfig.initialize([saved, "stage=sft", "load_from=a", "run_name=a_sft"])
+    assert later.global_batch_tokens == (expected or law)
+    # The command line decides, and the export tells it.
+    run_command(tmp_path, f"from_nanochat={path}", "run_name=b", "global_batch_tokens=2048")
+    target = tmp_path / "out/model_000007.npz"
+    run_command(tmp_path, f"to_nanochat={target}", "run_name=b")
+    meta = nanochat.read_meta(target)
+    assert (meta["total_batch_size"], meta["max_seq_len"]) == (2048, 256)
+
+
+def test_a_folder_or_a_lone_model_file_say_what_is_missing(tmp_path, checkpoint):
+    path, _ = checkpoint
+    with pytest.raises(ValueError, match=r"d4 is a folder; name its model file, .*d4/model_000007"):
+        run_command(tmp_path, f"from_nanochat={path.parent}", "run_name=a")
+    path.with_name("meta_000007.json").unlink()
+    with pytest.raises(ValueError, match=r"meta_000007.json.*; copy it from where model_000007"):
+        run_command(tmp_path, f"from_nanochat={path}", "run_name=a")
+    with pytest.raises(ValueError, match=r"nowhere/config.json; name the folder of a model"):
+        run_command(tmp_path, f"from_huggingface={tmp_path / 'nowhere'}", "run_name=a")
+
+
 def test_command_brings_the_tokenizer(tmp_path, checkpoint):
     path, _ = checkpoint
     folder = tmp_path / "nanochat/tokenizer"

@@ -67,6 +67,53 @@ def test_a_program_goes_on_without_the_lines_that_its_output_does_not_take(
         assert done.stdout.count("na?ve ??\n") == 3000
 
 
+# ---- Ctrl-C -------------------------------------------------------------------------------------
+
+INTERRUPTED = """
+    import os, signal, sys, time
+    signal.signal(signal.SIGINT, {handler})
+    import MaxNano
+    def interrupt(config=None):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        print("alive", flush=True)
+    {code}
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("interrupt()", 130),  # while the program imports: it was a traceback, or a crash of C code
+        ("from MaxNano import pyconfig; pyconfig.check_command_line(); interrupt()", 130),
+        ("from MaxNano import pyconfig; sys.exit(pyconfig.launch(interrupt))", 130),
+        ("MaxNano.raise_on_interrupt(); interrupt()", -2),
+    ],
+)
+def test_an_interrupt_is_one_line(code, status):
+    code = textwrap.dedent(INTERRUPTED).format(handler="signal.default_int_handler", code=code)
+    words = [str(pyconfig.BASE), "model=d2"]
+    program = str(ROOT / "MaxNano/train.py")  # makes it a program; -c is what runs
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.argv.pop(1)\n{code}", program, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status, done.stderr
+    assert "alive" not in done.stdout
+    assert (done.stderr == "Interrupted\n") == (status == 130)
+
+
+def test_an_interrupt_that_the_parent_ignores_is_ignored():
+    """As of a program that nohup or a script's & started."""
+    code = textwrap.dedent(INTERRUPTED).format(handler="signal.SIG_IGN", code="interrupt()")
+    done = subprocess.run(
+        [sys.executable, "-c", code, "MaxNano"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "alive\n", "")
+
+
 @pytest.mark.parametrize("number", sorted(files.DISK_ERRORS))
 def test_an_error_of_the_disk_is_one_line_that_names_the_file(tmp_path, number, capsys):
     def write(config):
@@ -77,6 +124,13 @@ def test_an_error_of_the_disk_is_one_line_that_names_the_file(tmp_path, number, 
     assert line.startswith("error: ") and line.count("\n") == 1
     assert str(tmp_path / "config.yml") in line
     assert line.strip().endswith(files.DISK_ERRORS[number])
+
+    def replace(config):
+        with files.replace_folder(tmp_path / "out", last="config.json"):
+            fail(number)
+
+    assert pyconfig.launch(replace, ["configs/base.yml"]) == 2
+    assert f"'{tmp_path}/out'" in capsys.readouterr().err and not (tmp_path / "out").exists()
     with pytest.raises(OSError, match="something else"):
         pyconfig.launch(lambda config: fail(errno.ECHILD, "something else"), ["configs/base.yml"])
 

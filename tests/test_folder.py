@@ -189,7 +189,27 @@ def test_files_that_are_not_read_are_said(tmp_path):
         "validation files": "shard_2.parquet",
         "unused files": "more/",
     }
-    with pytest.raises(ValueError, match=r"has 0 \.jsonl .*dataset_type=parquet reads its"):
+    with pytest.raises(ValueError, match=r"has no \.jsonl .*dataset_type=parquet reads its"):
         sources.JsonlSource(config, "train")
     missing = summary.describe_files(make_config("parquet", tmp_path / "none"))
     assert missing["training files"].startswith("none yet: dataset_path=")
+
+
+def test_a_folder_without_text_is_one_plain_line(tmp_path):
+    with pytest.raises(ValueError, match=r"has no \.txt or \.md files; put some there, or name"):
+        sources.TextSource(make_config("text", tmp_path), "train")
+    for name, content in (
+        ("a.txt", b"text"),
+        ("b.txt", b""),
+        ("c.txt", "caf\xe9".encode("latin-1")),
+    ):
+        (tmp_path / name).write_bytes(content)
+    config = make_config("text", tmp_path)
+    with pytest.raises(ValueError, match="c.txt: cannot be read .*; convert it to UTF-8, or leave"):
+        list(stream.iterate_texts(config, "validation"))
+    (tmp_path / "c.txt").unlink()
+    source = sources.TextSource(config, "validation")
+    lists = stream.read_lists(source, 0, 1, 4, stream.start_position(source, 0))
+    with pytest.raises(ValueError, match=r"no text in b\.txt; add text, or take such files away"):
+        for _ in range(3):
+            next(lists)

@@ -161,7 +161,7 @@ def test_notes_in_markdown_are_text(tmp_path):
     config = make_config("text", tmp_path)
     assert list(stream.iterate_texts(config, "train")) == ["a.md", "b.txt"]
     assert list(stream.iterate_texts(config, "validation")) == ["c.md"]
-    with pytest.raises(ValueError, match="0 .parquet files.*; dataset_type=text reads its .txt"):
+    with pytest.raises(ValueError, match="no .parquet files.*; dataset_type=text reads its .txt"):
         list(stream.iterate_texts(make_config("parquet", tmp_path), "train"))
 
 

@@ -25,7 +25,7 @@ from tensorboardX.record_writer import RecordWriter, masked_crc32c
 from MaxNano import console, pyconfig
 from MaxNano.storage import growing_file, remote
 from MaxNano.storage.bucket import Bucket
-from MaxNano.training import metric_files, metrics, tensorboard, trackers
+from MaxNano.training import display, metric_files, metrics, tensorboard, trackers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -181,6 +181,21 @@ def test_the_line_and_the_row_of_a_step_agree(config, tmp_path, capsys):
         shown = f"step {row['step']:>2}/20 | loss {row['loss']:.4f} | smoothed {row['smoothed_loss']:.4f} |"
         assert line.startswith(shown)
     assert "loss 1.0000 | smoothed 2.5609" in lines[-1]
+
+
+def test_the_line_of_a_rollout_step_has_short_numbers_and_each_once():
+    """It said "reward 0.000 | ... | epoch 1 reward 0.0 ... rollout seconds 0.03899525100041501"."""
+    facts = {
+        "epoch": 3,
+        "reward": 0.5,
+        "answer_tokens": 4.0,
+        "rollout_seconds": 0.03899525100041501,
+    }
+    row = {"step": 7, "loss": 1.0, "smoothed_loss": 1.0, "milliseconds": 20.0}
+    row |= {"tokens_per_second": 9.0, "skipped_in_all": 0, "elapsed_seconds": 1.0}
+    line = display.step_line({**row, "seconds_left": None, **facts}, facts, 10)
+    assert line.count("reward") == 1 and "reward 0.500" in line
+    assert "| epoch 3 answer tokens 4 rollout seconds 0.039 |" in line
 
 
 def test_an_unknown_chip_reports_tflops_instead_of_mfu(config, tmp_path, capsys):

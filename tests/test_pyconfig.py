@@ -127,6 +127,7 @@ def test_every_key_is_there_and_those_of_the_backend_stay_null():
         "load_from",
         "chat_slots",
         "rl_row_tokens",
+        "eval_tokens",
     }
     assert {key for key in pyconfig.keys_of(config) if config[key] is None} == open_keys | asked
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from MaxNano import chat, pyconfig, serve, train
+from MaxNano import chat, pyconfig, report, serve, train
 from MaxNano.training.run_config import config_of_run, require_start
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +77,18 @@ def test_the_processes_of_training_are_not_those_of_now(runs):
 def test_a_wrong_name_is_one_line(runs, words, told):
     with pytest.raises(ValueError, match=told):
         read(runs, *words)
+
+
+def test_the_config_of_a_folder_that_was_moved_says_what_to_add(runs):
+    """It names the folder of then, and the line named only that one."""
+    words = [str(runs / "small_sft/config.yml")]
+    told = f"; {words[0]} was moved: add base_output_directory={runs} run_name=small_sft$"
+    with pytest.raises(ValueError, match=told):
+        config_of_run(pyconfig.initialize(words), words)
+    with pytest.raises(ValueError, match=told):
+        report.main(pyconfig.initialize(words), words)
+    words += [f"base_output_directory={runs}", "run_name=small_sft"]
+    assert config_of_run(pyconfig.initialize(words), words).temperature == 0.3
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_an_epoch_without_documents_is_an_error_not_an_endless_loop(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text("\n\n")
     source = sources.JsonlSource(make_config("jsonl", tmp_path), "train")
-    with pytest.raises(ValueError, match="no document for reader 0"):
+    with pytest.raises(ValueError, match="no text in a.jsonl"):
         next(stream.read_lists(source, 0, 1, 8, stream.StreamPosition(1, 0, 0, 0)))
 
 

@@ -5,11 +5,16 @@ by train.train.
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from byte_tokenizer import ByteTokenizer
+from test_sources import make_config
 
 from MaxNano import evaluate, pyconfig, train
 from MaxNano.data.loader import put_global
@@ -18,6 +23,7 @@ from MaxNano.evals.base import EVALS, measured_steps
 from MaxNano.evals.results import ResultTable
 from MaxNano.stage_configs import STAGE_CONFIGS, StageConfig, stage_config
 from MaxNano.tokenization.bpe import NANOCHAT_PATTERN, BpeTokenizer
+from MaxNano.training import stages
 from MaxNano.training.setup import set_up
 from MaxNano.training.stages import STAGES, Stage, stage_of
 
@@ -98,6 +104,32 @@ DPO = Stage(
     count_pairs,
     batch_columns=lambda config: {"reference_losses": jnp.float32},
 )
+
+
+# ---- Stages that read text ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split,words", [("train", "2 readers"), ("validation", "1 reader")])
+def test_fewer_readers_than_asked_for_are_said(tmp_path, split, words):
+    """Small data were read by fewer readers, which decide the batches, and no line said so."""
+    for name, groups in (("a", 2), ("b", 1)):
+        table = pa.table({"text": [f"{name} {number}" for number in range(4 * groups)]})
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=4)
+    sizes = {"max_target_length": 16, "global_batch_tokens": 128, "data_readers": 4}
+    config = make_config("parquet", tmp_path, **sizes)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    plan = SimpleNamespace(plan=SimpleNamespace(rows=8))
+    lines = []
+    run = SimpleNamespace(setup=plan, config=config, tokenizer=ByteTokenizer(), say=lines.append)
+    run.rows_sharding = sharding
+    with stages.open_loader(run, split) as batches:
+        assert next(batches)["inputs"].shape == (8, 16)
+    what = {"train": "training"}.get(split, split)
+    assert lines == [f"Reading the {what} data with {words}: too little for data_readers=4"]
+    lines.clear()
+    run.config = pyconfig.replace(config, "test", data_readers=int(words[0]))
+    stages.open_loader(run, split).close()
+    assert lines == []
 
 
 # ---- The evaluation -----------------------------------------------------------------------------

@@ -373,6 +373,7 @@ def test_null_messages_in_a_file_of_ones_own_are_left_for_training_to_count(tmp_
     ("name", "problem"),
     [
         ("gsm8k/test", "unknown task 'gsm8k/test'; did you mean GSM8K"),
+        ("data/c.jsonl", "unknown task 'data/c.jsonl'; write json:data/c.jsonl for a file"),
         ("", "unknown task ''; tasks are ARC-Easy, ARC-Challenge, MMLU"),
         ("MMLU", "cais/mmlu all has no split ''; write TASK/SPLIT with one of auxiliary_train"),
         ("MMLU/train", "has no split 'train'"),

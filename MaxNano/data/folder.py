@@ -197,12 +197,17 @@ class Folder:
                 present, subfolders = self._present(recursive=True)[0], []
             files = self._of_this_kind(present)
         splits = split_files(files, self.endings)
+        if not files:
+            hint = self._other_formats(present) or "; put some there, or name another folder"
+            raise ValueError(
+                f"dataset_path={self.where} has no {' or '.join(self.endings)} files{hint}"
+            )
         if not (splits.train and splits.validation):
             raise ValueError(
                 f"dataset_path={self.where} has {len(files)} {' or '.join(self.endings)} files, "
                 f"{len(splits.train)} of them to train on; at least 2 are needed, because those of "
                 f"the validation split, or the last one, are held out"
-                f"{'; split the file' * (len(files) == 1)}{self._other_formats(present)}"
+                f"{'; split the file' * (len(files) == 1)}"
             )
         self.files = splits.train if split == "train" else splits.validation
         self.unused = [*splits.unused, *subfolders]

@@ -36,6 +36,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils._http import default_client_factory
 from huggingface_hub.utils.tqdm import tqdm
 
+from MaxNano import console
 from MaxNano.data import sources
 from MaxNano.data.folder import split_files
 from MaxNano.data.manifest import MANIFEST, Manifest
@@ -409,7 +410,7 @@ def fetch_files(
     free = shutil.disk_usage(staging).free
     if need > free:
         raise ValueError(
-            f"{staging.parent} has {free / 1e9:.1f} GB free but needs {need / 1e9:.1f} GB: set "
+            f"{staging.parent} has {console.bytes_text(free)} free but needs {console.bytes_text(need)}: set "
             "another download_path or fewer download_shards"
         )
     jobs = [lambda path=path, file=file: fetch(path, file) for path, file in files.items()]

@@ -191,6 +191,11 @@ class Loader:
         self.snapshot = dataset.snapshot
         self._rows: _Prefetch | None = _Prefetch(dataset, prefetch_batches)
 
+    @property
+    def readers(self) -> int:
+        """The number of readers of all hosts: data_readers, or fewer of small data."""
+        return self._encoding.readers
+
     def __iter__(self) -> Iterator[Batch]:
         return self
 

@@ -171,10 +171,7 @@ def read_lists(
                 group, row = group + readers, 0
             file, group = file + 1, reader
         if not has_documents:
-            raise ValueError(
-                f"{source.where}: no document for reader {reader} of data_readers={readers}; "
-                "use fewer readers or check the files"
-            )
+            raise ValueError(_no_document(source, reader, readers))
         epoch, file, has_documents = epoch + 1, 0, False
 
 
@@ -204,9 +201,21 @@ def _rows(groups: RowGroups, group: int, skip_damaged: bool) -> Iterator[str | N
 
 
 def _with_remedy(error: DamagedData) -> DamagedData:
+    remedy = "convert it to UTF-8" if "'utf-8' codec" in str(error) else "repair the file"
     return DamagedData(
-        f"{error}; repair the file, or leave out what is damaged with skip_corrupt_data=true"
+        f"{error}; {remedy}, or leave out what is damaged with skip_corrupt_data=true"
     )
+
+
+def _no_document(source: Source, reader: int, readers: int) -> str:
+    """The error of a reader that has nothing to read in a whole epoch."""
+    if readers > 1:
+        return (
+            f"{source.where}: no document for reader {reader} of data_readers={readers}; "
+            "use fewer readers or check the files"
+        )
+    names = ", ".join(source.files[:2]) + ", ..." * (len(source.files) > 2)
+    return f"{source.where}: no text in {names}; add text, or take such files away"
 
 
 def _take(rows: Iterator[Any], size: int, characters: float) -> list[Any]:

@@ -220,7 +220,7 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"there is no {path}") from None
+        raise ValueError(f"there is no {path}; name the folder of a model") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict):

@@ -177,6 +177,22 @@ def config_values(
     return values
 
 
+def batch_values(meta: Mapping) -> dict[str, int]:
+    """The batch size with which a checkpoint was trained, by config key; {} if it is not recorded.
+
+    nanochat's fine-tuning inherits it from the metadata of pretraining. Those of 2025 have it among
+    the arguments only.
+    """
+    arguments = meta.get("user_config")
+    sources = (meta, arguments if isinstance(arguments, Mapping) else {})
+    length = meta["model_config"]["sequence_len"]
+    for source in sources:
+        tokens = source.get("total_batch_size")
+        if type(tokens) is int and tokens > 0 and tokens % length == 0:
+            return {"global_batch_tokens": tokens}
+    return {}
+
+
 def check_exportable(config: FrozenConfigDict) -> None:
     """Raises ValueError if nanochat's code would compute something else with these parameters."""
     latest = ERAS[-1]
@@ -231,14 +247,26 @@ def write_checkpoint(
 def meta_of(config: FrozenConfigDict, step: int) -> dict[str, Any]:
     """The metadata of a checkpoint of `config`'s model."""
     model = {field: config[key] for field, key in MODEL_FIELDS.items()}
-    return {"step": step, "model_config": {**model, "window_pattern": config.window_pattern}}
+    return {
+        "step": step,
+        "model_config": {**model, "window_pattern": config.window_pattern},
+        "max_seq_len": config.max_target_length,
+        "total_batch_size": config.global_batch_tokens,
+    }
 
 
 def read_meta(path: epath.PathLike) -> dict[str, Any]:
     """The metadata of a model file. Raises ValueError if `model_config` is missing or damaged."""
-    meta_path = _meta_path(epath.Path(path).expanduser())
+    path = epath.Path(path).expanduser()
+    if path.is_dir():
+        models = [name for name in files.names(path) if name.startswith("model_")]
+        example = models[-1] if models else "model_<step>.pt"
+        raise ValueError(f"{path} is a folder; name its model file, {path / example}")
+    meta_path = _meta_path(path)
     if not meta_path.exists():
-        raise ValueError(f"there is no {meta_path}, which describes the model")
+        raise ValueError(
+            f"there is no {meta_path}, which describes the model; copy it from where {path.name} is from"
+        )
     try:
         meta = json.loads(meta_path.read_text())
         model = meta["model_config"]

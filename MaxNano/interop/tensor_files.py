@@ -69,7 +69,8 @@ def _torch() -> Any:
         import torch
     except ImportError:
         raise _MissingTorch(
-            "a .pt file needs torch: pip install torch, or use .safetensors or .npz"
+            "a .pt file needs torch: .venv/bin/python -m pip install torch, or use .safetensors or"
+            " .npz"
         ) from None
     return torch
 

@@ -180,7 +180,7 @@ def replace_folder(folder: epath.PathLike, last: str) -> Iterator[Path]:
     """An empty local folder to fill, which replaces `folder` when the block ends without an error.
 
     On a disk it is renamed. To a bucket its files are uploaded one by one, `last` at the end: a
-    folder without that file is incomplete.
+    folder without that file is incomplete. An error of the disk names the folder.
     """
     if is_remote(folder):
         with tempfile.TemporaryDirectory() as temporary:
@@ -195,7 +195,11 @@ def replace_folder(folder: epath.PathLike, last: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         new, old = Path(scratch) / "new", Path(scratch) / "old"
         new.mkdir()
-        yield new
+        try:
+            yield new
+        except OSError as error:
+            error.filename = error.filename or str(folder)
+            raise
         if folder.exists():
             folder.rename(old)
         try:

@@ -44,5 +44,7 @@ def open_task(config: Any, name: str) -> Task:
         names = {task.lower(): task for task in TASKS}
         near = difflib.get_close_matches(kind.lower(), names, n=1)
         hint = f"did you mean {names[near[0]]}?" if near else f"tasks are {', '.join(TASKS)}"
+        if name.endswith((".json", ".jsonl")):
+            hint = f"write json:{name} for a file of conversations"
         raise ValueError(f"unknown task {name!r}; {hint}")
     return TASKS[kind](config, argument)

@@ -197,8 +197,9 @@ def load_bpe(folder: epath.Path, threads: int) -> BpeTokenizer:
     path = folder / FILE_NAME
     if not path.exists():
         raise ValueError(
-            f"Tokenizer not found at {folder}: train one with .venv/bin/python MaxNano/train_tokenizer.py"
-            f" configs/base.yml tokenizer_path={folder} and the other arguments of this command"
+            f"Tokenizer not found at {folder}: set tokenizer_path to the folder of one, or train it with"
+            f" .venv/bin/python MaxNano/train_tokenizer.py configs/base.yml tokenizer_path={folder} and"
+            " the other arguments of this command"
         )
     return parse_file(
         path, "a tokenizer made by train_tokenizer.py", lambda: _read_bpe(path, threads)

@@ -260,8 +260,8 @@ class Checkpointer(CheckpointReader):
         free = shutil.disk_usage(self._folder.run).free
         if free < missing:
             raise CheckpointError(
-                f"{self._folder.run} has {free / 1e9:.1f} GB free but checkpoints need "
-                f"{missing / 1e9:.1f} GB; free space, lower checkpoint_keep or set "
+                f"{self._folder.run} has {console.bytes_text(free)} free but checkpoints need "
+                f"{console.bytes_text(missing)}; free space, lower checkpoint_keep or set "
                 "base_output_directory to another disk"
             )
 

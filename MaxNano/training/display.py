@@ -88,6 +88,7 @@ def step_line(row: Mapping[str, Any], position: Mapping[str, int], total_steps: 
         parts.append(f"skipped {row['skipped_in_all']}")
     # A share of 0 is not shown: nothing is discarded.
     shown = {key: value for key, value in position.items() if value or not key.endswith("_share")}
+    shown.pop("reward", None)  # is above
     if shown:
         parts.append(" ".join(_amount(key, value) for key, value in shown.items()))
     times = duration(row["elapsed_seconds"])
@@ -112,7 +113,7 @@ def event_lines(step: int, name: str, values: Mapping[str, float | str]) -> list
 def _amount(key: str, value: float) -> str:
     if key.endswith("_share"):
         return f"{_words(key.removesuffix('_share'))} {100 * value:.1f}%"
-    return f"{_words(key)} {value}"
+    return f"{_words(key)} {value if isinstance(value, int) else f'{value:.4g}'}"
 
 
 def _words(key: str) -> str:

@@ -25,7 +25,7 @@ def config_of_run(config: FrozenConfigDict, argv: Sequence[str]) -> FrozenConfig
     """
     directory = run_directory(config)
     if not _has_checkpoint(directory):
-        hint = similar_runs(config, "a checkpoint", _has_checkpoint)
+        hint = similar_runs(config, argv, "a checkpoint", _has_checkpoint)
         raise ValueError(
             f"{directory} holds no checkpoint: give run_name and base_output_directory of a trained"
             f" run{hint}"
@@ -58,8 +58,19 @@ def config_of_run(config: FrozenConfigDict, argv: Sequence[str]) -> FrozenConfig
     )
 
 
-def similar_runs(config: FrozenConfigDict, what: str, has: Callable[[epath.Path], bool]) -> str:
-    """The end of an error about run_name: "; did you mean NAME?", or the runs that have `what`."""
+def similar_runs(
+    config: FrozenConfigDict, argv: Sequence[str], what: str, has: Callable[[epath.Path], bool]
+) -> str:
+    """The end of an error about run_name: "; did you mean NAME?", or the runs that have `what`, or
+    where the run is whose config.yml is the first of argv.
+    """
+    folder = epath.Path(argv[0]).parent
+    if Path(argv[0]).name == "config.yml" and has(folder):  # it names the folder of then
+        folder = folder if "://" in argv[0] else folder.resolve()
+        return (
+            f"; {argv[0]} was moved: add base_output_directory={folder.parent}"
+            f" run_name={folder.name}"
+        )
     return _similar(config.run_name, run_directory(config).parent, what, has)
 
 

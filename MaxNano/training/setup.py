@@ -13,7 +13,7 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig, scaling
 from MaxNano.console import print_table
-from MaxNano.data import summary
+from MaxNano.data import held_out, summary
 from MaxNano.data.sources import SOURCES
 from MaxNano.distributed import hardware, sharding
 from MaxNano.models import losses
@@ -202,18 +202,25 @@ def print_plan(setup: RunSetup) -> None:
 
 
 def _describe_text(config: FrozenConfigDict) -> Iterator[tuple[str, str]]:
-    """Rows about the text of a run: its files, and at its start what packing will discard."""
-    if config.dataset_type not in SOURCES:
-        return
-    files = summary.describe_files(config)
+    """Rows about the data of a run: its files, and at its start how much of them validate, and what
+    packing will discard.
+    """
+    files = summary.describe_files(config) if config.dataset_type in SOURCES else {}
     yield from files.items()
     # A run that is resumed has the share in its step line.
-    if "validation files" in files and not (run_directory(config) / "checkpoints").exists():
-        try:
-            discarded = summary.estimate_discarded(config, load_tokenizer(config))
-        except ValueError:
-            discarded = "unknown before the tokenizer is trained"
-        yield "discarded tokens", discarded
+    is_read = "validation files" in files or config.dataset_type == "chat"
+    if not is_read or (run_directory(config) / "checkpoints").exists():
+        return
+    try:
+        tokenizer = load_tokenizer(config)
+    except ValueError:
+        yield "discarded tokens", "unknown before the tokenizer is trained"
+        return
+    validation = held_out.describe(config, tokenizer) if config.eval_interval else None
+    if validation:
+        yield "validation tokens", validation
+    if files:
+        yield "discarded tokens", summary.estimate_discarded(config, tokenizer)
 
 
 def describe_plan(setup: RunSetup) -> dict[str, str]:

@@ -99,10 +99,15 @@ def count_targets(batch: Columns) -> jax.Array:
 
 
 def open_loader(run: RunContext, split: str, state: Mapping[str, Any] | None = None) -> Loader:
-    """This host's rows of the batches of a split."""
-    rows = run.setup.plan.rows
+    """This host's rows of the batches of a split. A line says if data_readers is reduced."""
+    rows, asked = run.setup.plan.rows, run.config.data_readers
     share = host_share(run.rows_sharding, rows)
-    return make_loader(run.config, run.tokenizer, split, batch_rows=rows, state=state, **share)
+    loader = make_loader(run.config, run.tokenizer, split, batch_rows=rows, state=state, **share)
+    if loader.readers < asked:
+        data = "training" if split == "train" else split
+        readers = "1 reader" if loader.readers == 1 else f"{loader.readers} readers"
+        run.say(f"Reading the {data} data with {readers}: too little for data_readers={asked}")
+    return loader
 
 
 def open_text_batches(run: RunContext, state: Mapping[str, Any] | None) -> DevicePrefetch:

@@ -90,9 +90,9 @@ def check_windows(config: FrozenConfigDict, saved: Mapping[str, Any]) -> None:
 
 def with_start(config: FrozenConfigDict) -> FrozenConfigDict:
     """The config with what a run to resume was started with and no later command changes by chance:
-    its load_from and load_optimizer, if no load_from is given, its long_documents, and the
-    remat_policy of its files, if they leave it to the memory plan now. A key on the command line
-    stays.
+    its load_from and load_optimizer, if no load_from is given, its long_documents, its eval_tokens,
+    if it follows from the data now, and the remat_policy of its files, if they leave it to the
+    memory plan now. A key on the command line stays.
     """
     saved = run_directory(config) / "config.yml"
     if not config.enable_checkpointing or not saved.exists():
@@ -101,6 +101,8 @@ def with_start(config: FrozenConfigDict) -> FrozenConfigDict:
     keys = ["long_documents"]
     if config.load_from is None and before.get("load_from") is not None:
         keys += ["load_from", "load_optimizer"]
+    if config.eval_tokens is None:
+        keys.append("eval_tokens")
     if config.remat_policy is None:
         _, origin = pyconfig.saved_lines(saved.read_text()).get("remat_policy", ("", ""))
         if origin != COMMAND_LINE and not origin.startswith(pyconfig.TUNED_ORIGIN):

@@ -5,11 +5,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
+import jax
 import numpy as np
+from ml_collections import FrozenConfigDict
 
-from MaxNano.data import loader
+from MaxNano import console, pyconfig
+from MaxNano.data import held_out, loader
 from MaxNano.data.loader import Batch
 from MaxNano.distributed import runtime
+from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training.display import duration
 
 WARM_UP_BATCHES = 3  # they may include compilation
@@ -77,3 +81,28 @@ def bits_per_byte(
     nats = math.fsum(float(nats) for nats, _ in counts)
     size = math.fsum(float(size) for _, size in counts)
     return nats / (math.log(2) * size) if size else math.inf
+
+
+# ---- How much validates -------------------------------------------------------------------------
+
+
+def with_eval_tokens(config: FrozenConfigDict) -> FrozenConfigDict:
+    """The config with a number of eval_tokens, which null leaves to the validation data."""
+    if config.eval_tokens is not None:
+        return config
+    try:
+        return held_out.with_eval_tokens(config, load_tokenizer(config))
+    except ValueError:  # no tokenizer yet, as in a dry run; reported where it is needed
+        return pyconfig.replace(config, held_out.ORIGIN, eval_tokens=held_out.most_tokens(config))
+
+
+def warn_if_small(config: FrozenConfigDict) -> None:
+    """Warn of a validation set whose bits per byte say little."""
+    if not config.eval_interval or jax.process_index() > 0:
+        return
+    try:
+        problem = held_out.small(config, load_tokenizer(config))
+    except ValueError:
+        return  # as above
+    if problem:
+        console.warn(problem)

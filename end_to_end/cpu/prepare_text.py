@@ -162,7 +162,7 @@ def shards_of(training: Sequence[str], validation: Sequence[str]) -> Iterator[Se
         raise TextError(
             f"{len(training) + len(validation)} pieces of {DOCUMENT_CHARACTERS} characters are too "
             f"little text: about {HELD_OUT * GROUPS_PER_SHARD * DOCUMENT_CHARACTERS / 1e6:.1f} "
-            "million characters or more are needed"
+            "million characters or more are needed; docs/guides/text.md trains on less"
         )
     for shard in range(TRAIN_SHARDS):
         yield training[shard::TRAIN_SHARDS]

@@ -337,6 +337,47 @@ def test_a_collective_started_on_another_core_is_one():
     assert not result.copies
 
 
+@pytest.mark.parametrize("compute", [1000, 10**6])
+def test_a_gather_started_on_the_sparse_cores_counts_where_nothing_hides_it(compute):
+    """As libtpu 0.0.50 writes it: a start without operands, an update that passes them, and the
+    gather two calls deep.
+    """
+    rows = "bf16[4096,1024]{1,0}"
+    lines = ("%t = bf16[8192,1024]{1,0} parameter(0)", "%i = s32[4096]{0} parameter(1)")
+    gather = f"ROOT %g = {rows} gather(%t, %i), slice_sizes={{1,1024}}"
+    calls = {
+        "kernel": gather,
+        "called": f"ROOT %k = {rows} fusion(%t, %i), kind=kCustom, calls=%kernel",
+        "offloaded": f"%c = ((), {rows}, u32[]) call-start(%t, %i), to_apply=%called\n"
+        f"  ROOT %d = {rows} call-done(%c)",
+    }
+    text = program(
+        [
+            "%x = bf16[1024,1024]{1,0} parameter(0)",
+            *(line.replace("(1)", "(2)").replace("(0)", "(1)") for line in lines),
+            "%s = ((), (), (s32[1]{0:S(2)})) call-start(), "
+            'async_execution_thread="sparsecore", to_apply=%offloaded',
+            f"%u = ((bf16[8192,1024]{{1,0}}, s32[4096]{{0}}), {rows}) call-update(%s, %t, %i)",
+            fusion("f", "x", compute),
+            f"ROOT %d = {rows} call-done(%u)",
+        ],
+        *(
+            computation(name, *lines, line) + ', execution_thread="sparsecore"'
+            for name, line in calls.items()
+        ),
+        ADD,
+    )
+    result = walk(text)
+    whole = 2 * 2**23 / (costs.ROW_BANDWIDTH_SHARE * CHIP.memory_bandwidth) * CHIP.clock_hz
+    assert [(o.name, o.kind, o.shape) for o in result.operations] == [
+        ("f", "activation", "f32[4096]"),
+        ("s", "gather/scatter", "bf16[4096,1024]"),
+    ]
+    assert result.operations[1].cycles == pytest.approx(max(0, whole - compute))
+    assert result.cycles == pytest.approx(max(whole, compute))
+    assert not result.copies
+
+
 def test_between_slices_the_receiving_half_stands_for_the_collective():
     attributes = (
         'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'

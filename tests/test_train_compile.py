@@ -17,7 +17,7 @@ TINY = (
     "num_decoder_layers=2 emb_dim=128 head_dim=128 num_query_heads=1 vocab_size=1024 max_target_length=256 "
     "short_window_multiple=128 global_batch_tokens=65536 steps=100"
 ).split()
-LEAST_EFFORT = {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"}  # of the compiler, in an environment
+LEAST_EFFORT = {"JAX_OPTIMIZATION_LEVEL": "O0"}  # of the compiler, in an environment
 
 
 def run(tmp_path, *words, status=0, **own):
@@ -98,6 +98,13 @@ def test_other_names_are_refused_with_what_would_do(name):
 def test_a_wrong_name_is_one_line_and_status_2(tmp_path):
     _, err = run(tmp_path, *TINY, "compile_topology=v6e-7", status=2)
     assert err.startswith("error: compile_topology=v6e-7") and err.count("\n") == 1, err
+
+
+def test_this_jax_knows_the_least_effort():
+    """JAX ignores a variable of its environment that it does not know."""
+    import jax
+
+    assert {name.lower() for name in LEAST_EFFORT} <= jax.config.values.keys()
 
 
 # ---- Compiling ----------------------------------------------------------------------------------

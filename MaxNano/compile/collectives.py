@@ -107,6 +107,13 @@ def is_end(instruction: hlo.Instruction, body: Sequence[hlo.Instruction]) -> boo
     return ends or any(i.attribute("custom_call_target") == "AsyncCollectiveDone" for i in body)
 
 
+def is_update(instruction: hlo.Instruction) -> bool:
+    """Whether an instruction only passes the handle of what another one started, such as
+    call-update.
+    """
+    return instruction.opcode.endswith("-update")
+
+
 def is_step(body: Sequence[hlo.Instruction]) -> bool:
     """Whether a fusion advances a collective that started before."""
     return len(body) > 1 and any(i.opcode in COLLECTIVES for i in body)

@@ -23,6 +23,7 @@ from MaxNano.compile.collectives import (
     is_end,
     is_start,
     is_step,
+    is_update,
 )
 from MaxNano.distributed import hardware
 
@@ -46,7 +47,8 @@ ASSUMPTIONS = (
     f"Pallas calls: the larger of their FLOPs at {PALLAS_FLOPS_SHARE:g} of the peak (head_dim 128 fills half of a "
     "256 x 256 matrix unit) and their bytes at the memory bandwidth; FLOPs as the kernel states them, Splash's from "
     "whole tiles of its grid",
-    f"gathers and scatters: bytes of the rows, read and written, at {ROW_BANDWIDTH_SHARE:g} of the memory bandwidth",
+    f"gathers and scatters: bytes of the rows, read and written, at {ROW_BANDWIDTH_SHARE:g} of the memory bandwidth; "
+    "on the SparseCores too, where only what no operation between start and end hides counts",
     f"collectives: a ring over {RING_LINKS} links per chip (between slices: the data-center network); only what no "
     "operation between start and end hides counts",
     "operations that neither the compiler nor these rules cost: bytes at the memory bandwidth",
@@ -214,7 +216,9 @@ class Walker:
             if kind == "gather/scatter":
                 size, bandwidth = _row_bytes(body), bandwidth * ROW_BANDWIDTH_SHARE
             cycles, basis = self.cycles(size, bandwidth), "bytes"
-        shape = " ".join(f"{a.dtype}[{','.join(map(str, a.dims))}]" for a in instruction.result[:2])
+        # A start returns handles: what it computes is the result of its body's last instruction.
+        result = body[-1].result if instruction.opcode == "call-start" else instruction.result
+        shape = " ".join(f"{a.dtype}[{','.join(map(str, a.dims))}]" for a in result[:2])
         source = hlo.source_of(self.module, instruction, body)
         return Operation(
             instruction.name, kind, cycles, 1, basis, shape, source, instruction.op_name
@@ -270,14 +274,15 @@ class _Timeline:
     """Puts a computation's operations on a line of time, and asynchronous transfers from their
     start to their end.
 
-    A network runs one collective at a time, and the memory one copy.
+    A network runs one collective at a time, the memory one copy, and the SparseCores one gather or
+    scatter.
     """
 
     def __init__(self, walker: Walker, computation: hlo.Computation):
         self.walker, self.computation = walker, computation
         self.now = 0.0
-        self.busy_until = {"ici": 0.0, "dcn": 0.0, "copy": 0.0}
-        self.started: dict[str, tuple[float, Collective | Copy]] = {}
+        self.busy_until = {"ici": 0.0, "dcn": 0.0, "copy": 0.0, "sparsecore": 0.0}
+        self.started: dict[str, tuple[float, Collective | Copy | Operation]] = {}
         self.operations: list[Operation] = []
         self.collectives: list[Collective] = []
         self.copies: list[Copy] = []
@@ -317,14 +322,18 @@ class _Timeline:
         elif is_end(instruction, body):
             self._end(self._origin(instruction))
         elif is_start(instruction, body):
-            self._start(instruction.name, self.walker.copy(instruction), "copy")
-        elif instruction.opcode != "async-update":
+            operation, _ = self.walker.operation(self.computation, instruction)
+            if operation.kind == "gather/scatter":
+                self._start(instruction.name, operation, "sparsecore")
+            else:
+                self._start(instruction.name, self.walker.copy(instruction), "copy")
+        elif not is_update(instruction):
             operation, flops = self.walker.operation(self.computation, instruction)
             self.operations.append(operation)
             self.pallas_flops += flops
             self.now += operation.cycles
 
-    def _start(self, name: str, transfer: Collective | Copy, network: str) -> None:
+    def _start(self, name: str, transfer: Collective | Copy | Operation, network: str) -> None:
         end = max(self.now, self.busy_until[network]) + transfer.cycles
         self.busy_until[network] = end
         self.started[name] = (end, transfer)
@@ -333,12 +342,15 @@ class _Timeline:
         if name not in self.started:  # it started before the loop and was counted there
             return
         end, transfer = self.started.pop(name)
-        transfer = transfer._replace(exposed_cycles=min(transfer.cycles, max(0.0, end - self.now)))
+        exposed = min(transfer.cycles, max(0.0, end - self.now))
+        if isinstance(transfer, Copy):
+            self.copies.append(transfer._replace(exposed_cycles=exposed))
+            return
+        self.now += exposed
         if isinstance(transfer, Collective):
-            self.collectives.append(transfer)
-            self.now += transfer.exposed_cycles
+            self.collectives.append(transfer._replace(exposed_cycles=exposed))
         else:
-            self.copies.append(transfer)
+            self.operations.append(transfer._replace(cycles=exposed))
 
     def _origin(self, instruction: hlo.Instruction) -> str | None:
         """The name of the start that an end belongs to, found through the tuples and fusions that
@@ -352,7 +364,11 @@ class _Timeline:
             if name not in seen and name in self.computation.instructions:
                 seen.add(name)
                 before = self.computation.instructions[name]
-                handles = before.opcode in ("get-tuple-element", "tuple", "async-update", "bitcast")
+                handles = is_update(before) or before.opcode in (
+                    "get-tuple-element",
+                    "tuple",
+                    "bitcast",
+                )
                 waiting += (
                     before.operands if handles or is_step(self.walker.module.body(before)) else ()
                 )

@@ -115,18 +115,16 @@ class Module(NamedTuple):
 
         A computation that starts on another core runs as one kernel too.
         """
-        called = self.called(
-            instruction, "to_apply" if instruction.opcode == "call-start" else "calls"
-        )
-        return list(self._flat(called)) if called else [instruction]
+        return list(self._parts(instruction))
 
-    def _flat(self, computation: Computation) -> Iterator[Instruction]:
-        for instruction in computation.instructions.values():
-            called = self.called(instruction)
-            if called:
-                yield from self._flat(called)
-            else:
-                yield instruction
+    def _parts(self, instruction: Instruction) -> Iterator[Instruction]:
+        role = "to_apply" if instruction.opcode == "call-start" else "calls"
+        called = self.called(instruction, role)
+        if called is None:
+            yield instruction
+        else:
+            for inner in called.instructions.values():
+                yield from self._parts(inner)
 
 
 # ---- Parsing ------------------------------------------------------------------------------------

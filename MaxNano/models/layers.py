@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
@@ -122,6 +121,58 @@ def _norm_and_channels_backward(epsilon, channels, residuals, cotangents):
 norm_and_channels.defvjp(_norm_and_channels_forward, _norm_and_channels_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def norm_product(
+    x: jax.Array, w: jax.Array, epsilon: float, channels: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The product (T, F) of `rms_norm` of x (T, D) and w (D, F), the norm's first channels (T, C) as
+    in norm_and_channels, and zeros (T,) float32, which must be given to `row_sums` or to a kernel
+    that does the same.
+
+    The norm removes from its gradient the component along its result y, which needs the sum of y
+    times the gradient over each row: a second pass over the residual stream, after the product that
+    computes the gradient. The sum over the columns of (y w) times its gradient is the same number,
+    and is known before that product, which then writes the gradient of x at once.
+    """
+    return _norm_product_forward(x, w, epsilon, channels)[0]
+
+
+def _norm_product_forward(x, w, epsilon, channels):
+    (y, first), (x, rms) = _norm_and_channels_forward(x, epsilon, channels)
+    return (y @ w, first, jnp.zeros(x.shape[:-1], jnp.float32)), (x, w, rms)
+
+
+def _norm_product_backward(epsilon, channels, residuals, cotangents):
+    x, w, rms = residuals
+    cotangent, first, sums = cotangents
+    y = x.astype(jnp.float32) / rms
+    grad, first = (cotangent @ w.T).astype(jnp.float32), first.astype(jnp.float32)
+    if channels:
+        sums = sums + jnp.sum(first * y[..., :channels], axis=-1)
+        grad = grad + jnp.pad(first, ((0, 0), (0, x.shape[-1] - channels)))
+    along = sums[..., None] / x.shape[-1]
+    return ((grad - y * along) / rms).astype(x.dtype), y.astype(x.dtype).T @ cotangent
+
+
+norm_product.defvjp(_norm_product_forward, _norm_product_backward)
+
+
+@jax.custom_vjp
+def row_sums(product: jax.Array, sums: jax.Array) -> jax.Array:
+    """`product` (..., F), whose gradient times itself, summed over F, is the gradient of `sums`
+    (...): see norm_product.
+    """
+    return product
+
+
+def _row_sums_backward(product, cotangent):
+    both = product.astype(jnp.float32) * cotangent.astype(jnp.float32)
+    return cotangent, jnp.sum(both, axis=-1)
+
+
+row_sums.defvjp(lambda product, sums: (product, product), _row_sums_backward)
+
+
 @jax.custom_vjp
 def row_major(x: jax.Array) -> jax.Array:
     """`x`, and in the backward pass its gradient, with the last axis innermost in memory.
@@ -168,8 +219,7 @@ def mlp(
     matmul: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
     """wo(relu(wi x)^2): x (..., T, D) -> (..., T, D). scaling.BLOCK["mlp"] declares the matrices."""
-    hidden = checkpoint_name(matmul(x, weights["wi"]), "mlp_hidden")
-    return matmul(jnp.square(jax.nn.relu(hidden)), weights["wo"])
+    return matmul(jnp.square(jax.nn.relu(matmul(x, weights["wi"]))), weights["wo"])
 
 
 def gather_layer(layer: dict[str, Any], specs: dict[str, Any], dtype) -> dict[str, Any]:

@@ -96,17 +96,18 @@ def together(q, k, v):
     return jnp.concatenate(parts, axis=-1).reshape(*q.shape[:2], -1)
 
 
-def by_kernel(q, k, v, *embeds, case: Case):
+def by_kernel(q, k, v, *embeds, case: Case, sums=None, epsilon=EPSILON):
     tables = tuple(map(jnp.asarray, rotary_tables(case.length, HEAD_DIM, 1e5)))
     return flash.attention(
         together(q, k, v),
         tables,
         group=case.heads // case.kv_heads,
         value_embed=embeds or None,
+        sums=sums,
         window=case.window,
         head_dim=HEAD_DIM,
         scale=SCALE,
-        epsilon=EPSILON,
+        epsilon=epsilon,
         block=case.block,
         interpret=True,
     )
@@ -130,6 +131,27 @@ def test_output_and_gradients_are_those_of_the_definition(case):
         np.testing.assert_allclose(
             one, other, rtol=0, atol=TOLERANCE * np.abs(other).max(), err_msg=name
         )
+
+
+@pytest.mark.parametrize("case", CASES[1:4], ids=str)
+def test_the_gradient_of_sums_is_qkv_times_its_gradient(case):
+    """Summed over the columns of a kv head, as `layers.row_sums` sums over all. The kernel leaves
+    out queries and keys, for which the sum is zero up to epsilon: zero here.
+    """
+    cotangent, *arrays = inputs(case)
+    sums = jnp.zeros((1, case.kv_heads, case.length))
+
+    @jax.jit
+    def run(cotangent, *arrays):
+        kernel = functools.partial(by_kernel, case=case, epsilon=0.0)
+        _, pull = jax.vjp(lambda sums, *arrays: kernel(*arrays, sums=sums), sums, *arrays)
+        return pull(cotangent)
+
+    got, *grads = run(cotangent, *arrays)
+    both = together(*(x * grad for x, grad in zip(arrays[:3], grads, strict=False)))
+    both = np.asarray(both, np.float64).reshape(case.length, case.kv_heads, -1)
+    expected, scale = both.sum(-1).T, np.abs(both).sum(-1).T
+    assert np.max(np.abs(got[0] - expected) / scale) < TOLERANCE
 
 
 def test_bfloat16_is_as_near_to_float32_as_plain_attention_in_bfloat16():

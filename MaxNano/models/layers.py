@@ -148,7 +148,8 @@ def _norm_product_backward(epsilon, channels, residuals, cotangents):
     y = x.astype(jnp.float32) / rms
     grad, first = (cotangent @ w.T).astype(jnp.float32), first.astype(jnp.float32)
     if channels:
-        sums = sums + jnp.sum(first * y[..., :channels], axis=-1)
+        # From x: a slice of y, which the product reads too, would have the compiler store y.
+        sums = sums + jnp.sum(first * (x[..., :channels].astype(jnp.float32) / rms), axis=-1)
         grad = grad + jnp.pad(first, ((0, 0), (0, x.shape[-1] - channels)))
     along = sums[..., None] / x.shape[-1]
     return ((grad - y * along) / rms).astype(x.dtype), y.astype(x.dtype).T @ cotangent

@@ -217,15 +217,15 @@ def block(
             weight = layer["attention"]["qkv"]
             qkv, channels, sums = norm_product(x, weight, config.norm_epsilon, width)
             attend = partial(attend, sums=sums)
+        elif context.stores_no_norm and width:
+            h, channels = norm_and_channels(x, config.norm_epsilon, width)
         else:
-            if context.stores_no_norm and width:
-                h, channels = norm_and_channels(x, config.norm_epsilon, width)
-            else:
-                h = rms_norm(x, config.norm_epsilon)
-                channels = h[..., :width]
-            qkv = matmul(h, layer["attention"]["qkv"])
+            h = rms_norm(x, config.norm_epsilon)
+            channels = h[..., :width]
         if value_rows is not None:
             value_embed = _last(value_rows, x), value_gate(config, layer["value"]["gate"], channels)
+        if not context.fuses_norms:
+            qkv = matmul(h, layer["attention"]["qkv"])
         qkv = checkpoint_name(qkv, "qkv")
         with jax.named_scope("attend"):
             y, state = attend(_constrain(qkv, "activation_heads", config), value_embed)

@@ -536,52 +536,6 @@ def test_every_layout_gives_the_losses_of_one_device(layouts):
     assert done.stdout.endswith("equal\n"), done.stdout + done.stderr
 
 
-AS_ON_A_TPU = """
-import sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-import jax
-jax.config.update("jax_num_cpu_devices", 8)
-import pytest
-import test_model, test_train_step as t
-from MaxNano.distributed import sharding
-from MaxNano.data.loader import put_global
-
-def losses(devices, *overrides):
-    sizes = ["emb_dim=256", "head_dim=128", "max_target_length=128", "global_batch_tokens=1024"]
-    config = t.make_config(*t.TINY, *sizes, *overrides)
-    setup, state, programs = t.start(config, devices)
-    place = sharding.batch_sharding(setup.mesh, config.logical_axis_rules)
-    result = []
-    with jax.set_mesh(setup.mesh):
-        for step in range(4):
-            state, metrics = programs.train(state, put_global(t.batch_of(config, step), place))
-            result += [float(metrics["loss"]), float(metrics["grad_norm"])]
-    return result
-
-expected = losses(jax.devices()[:1], "attention=reference", "embedding_gradient=scatter")
-with pytest.MonkeyPatch.context() as patch:
-    test_model.fuse_norms(patch)
-    for name, gradient in zip(sys.argv[2::2], sys.argv[3::2]):
-        kernels = ["attention=flash", "flash_block=128", f"embedding_gradient={gradient}"]
-        got = losses(jax.devices(), *t.LAYOUTS[name], *kernels)
-        worst = max(abs(a / b - 1) for a, b in zip(got, expected))
-        print(name, worst)
-        assert worst < 1e-5, (name, got, expected)
-print("equal")
-"""
-
-
-@pytest.mark.long
-def test_the_step_of_a_tpu_gives_the_losses_of_the_plain_one():
-    """Its kernels, interpreted, and its norms on eight devices, against one device without them:
-    losses and norms of gradients of four steps within 1e-5.
-    """
-    layouts = {"data 4 x fsdp 2 x tensor 1": "sorted", MIXED: "scatter"}
-    words = [word for pair in layouts.items() for word in pair]
-    done = programs.run("-c", AS_ON_A_TPU, ROOT, *words)
-    assert done.stdout.endswith("equal\n"), done.stdout + done.stderr
-
-
 COLLECTIVES = """
 import sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]

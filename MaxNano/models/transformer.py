@@ -32,6 +32,7 @@ from MaxNano.models import attention, embedding, layers, losses, quantization
 from MaxNano.models.layers import (
     constant,
     linspace,
+    mix,
     norm_and_channels,
     norm_product,
     normal,
@@ -309,38 +310,6 @@ def _last(x: jax.Array, like: jax.Array) -> jax.Array:
     """As many of the last tokens of x (..., T, D) as `like` has."""
     extra = x.shape[-2] - like.shape[-2]
     return x[..., extra:, :] if extra else x
-
-
-@jax.custom_vjp
-def mix(x: jax.Array, scale: jax.Array, other: jax.Array, share: jax.Array) -> jax.Array:
-    """scale x + share other in float32, in x's dtype; x and other (..., T, D), scale and share ()."""
-    mixed = scale * x.astype(jnp.float32) + share * other.astype(jnp.float32)
-    return mixed.astype(x.dtype)
-
-
-def _mix_forward(x, scale, other, share):
-    return mix(x, scale, other, share), (x, scale, other, share)
-
-
-def _mix_backward(residuals, cotangent):
-    # The gradients of the scalars sum millions of products of both signs. Dot products are summed
-    # in blocks, which keeps digits that one long running sum in float32 loses.
-    x, scale, other, share = residuals
-
-    def dot(a, b):
-        rows = jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=-1)
-        return jnp.sum(jax.lax.optimization_barrier(rows))
-
-    grad = cotangent.astype(jnp.float32)
-    return (
-        (scale * grad).astype(x.dtype),
-        dot(cotangent, x),
-        (share * grad).astype(other.dtype),
-        dot(cotangent, other),
-    )
-
-
-mix.defvjp(_mix_forward, _mix_backward)
 
 
 # ---- Weights ------------------------------------------------------------------------------------

@@ -253,7 +253,8 @@ def mlp(
     matmul: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
     """wo(relu(wi x)^2): x (..., T, D) -> (..., T, D). scaling.BLOCK["mlp"] declares the matrices."""
-    return matmul(jnp.square(jax.nn.relu(matmul(x, weights["wi"]))), weights["wo"])
+    hidden = matmul(x, weights["wi"])
+    return matmul(jnp.square(jax.nn.relu(hidden)), weights["wo"])
 
 
 def gather_layer(layer: dict[str, Any], specs: dict[str, Any], dtype) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Parts of the model: parameters, initializers, norm, rotary embedding, MLP, and what FSDP gathers.
+"""Parts of the model: parameters, initializers, norms, residual mix, rotary embedding, MLP, and what
+FSDP gathers.
 
 Legend: L length, T tokens, D embed, N heads, H head_dim.
 """
@@ -11,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
@@ -122,6 +122,91 @@ def _norm_and_channels_backward(epsilon, channels, residuals, cotangents):
 norm_and_channels.defvjp(_norm_and_channels_forward, _norm_and_channels_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def norm_product(
+    x: jax.Array, w: jax.Array, epsilon: float, channels: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The product (T, F) of `rms_norm` of x (T, D) and w (D, F), the norm's first channels (T, C) as
+    in norm_and_channels, and zeros (T,) float32, which must be given to `row_sums` or to a kernel
+    that does the same.
+
+    The norm removes from its gradient the component along its result y, which needs the sum of y
+    times the gradient over each row: a second pass over the residual stream, after the product that
+    computes the gradient. The sum over the columns of (y w) times its gradient is the same number,
+    and is known before that product, which then writes the gradient of x at once.
+    """
+    return _norm_product_forward(x, w, epsilon, channels)[0]
+
+
+def _norm_product_forward(x, w, epsilon, channels):
+    (y, first), (x, rms) = _norm_and_channels_forward(x, epsilon, channels)
+    return (y @ w, first, jnp.zeros(x.shape[:-1], jnp.float32)), (x, w, rms)
+
+
+def _norm_product_backward(epsilon, channels, residuals, cotangents):
+    x, w, rms = residuals
+    cotangent, first, sums = cotangents
+    y = x.astype(jnp.float32) / rms
+    grad, first = (cotangent @ w.T).astype(jnp.float32), first.astype(jnp.float32)
+    if channels:
+        # From x: a slice of y, which the product reads too, would have the compiler store y.
+        sums = sums + jnp.sum(first * (x[..., :channels].astype(jnp.float32) / rms), axis=-1)
+        grad = grad + jnp.pad(first, ((0, 0), (0, x.shape[-1] - channels)))
+    along = sums[..., None] / x.shape[-1]
+    return ((grad - y * along) / rms).astype(x.dtype), y.astype(x.dtype).T @ cotangent
+
+
+norm_product.defvjp(_norm_product_forward, _norm_product_backward)
+
+
+@jax.custom_vjp
+def row_sums(product: jax.Array, sums: jax.Array) -> jax.Array:
+    """`product` (..., F), whose gradient times itself, summed over F, is the gradient of `sums`
+    (...): see norm_product.
+    """
+    return product
+
+
+def _row_sums_backward(product, cotangent):
+    both = product.astype(jnp.float32) * cotangent.astype(jnp.float32)
+    return cotangent, jnp.sum(both, axis=-1)
+
+
+row_sums.defvjp(lambda product, sums: (product, product), _row_sums_backward)
+
+
+@jax.custom_vjp
+def mix(x: jax.Array, scale: jax.Array, other: jax.Array, share: jax.Array) -> jax.Array:
+    """scale x + share other in float32, in x's dtype; x and other (..., T, D), scale and share ()."""
+    mixed = scale * x.astype(jnp.float32) + share * other.astype(jnp.float32)
+    return mixed.astype(x.dtype)
+
+
+def _mix_forward(x, scale, other, share):
+    return mix(x, scale, other, share), (x, scale, other, share)
+
+
+def _mix_backward(residuals, cotangent):
+    # The gradients of the scalars sum millions of products of both signs. Dot products are summed
+    # in blocks, which keeps digits that one long running sum in float32 loses.
+    x, scale, other, share = residuals
+
+    def dot(a, b):
+        rows = jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=-1)
+        return jnp.sum(jax.lax.optimization_barrier(rows))
+
+    grad = cotangent.astype(jnp.float32)
+    return (
+        (scale * grad).astype(x.dtype),
+        dot(cotangent, x),
+        (share * grad).astype(other.dtype),
+        dot(cotangent, other),
+    )
+
+
+mix.defvjp(_mix_forward, _mix_backward)
+
+
 @jax.custom_vjp
 def row_major(x: jax.Array) -> jax.Array:
     """`x`, and in the backward pass its gradient, with the last axis innermost in memory.
@@ -168,7 +253,7 @@ def mlp(
     matmul: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
     """wo(relu(wi x)^2): x (..., T, D) -> (..., T, D). scaling.BLOCK["mlp"] declares the matrices."""
-    hidden = checkpoint_name(matmul(x, weights["wi"]), "mlp_hidden")
+    hidden = matmul(x, weights["wi"])
     return matmul(jnp.square(jax.nn.relu(hidden)), weights["wo"])
 
 

@@ -32,12 +32,15 @@ from MaxNano.models import attention, embedding, layers, losses, quantization
 from MaxNano.models.layers import (
     constant,
     linspace,
+    mix,
     norm_and_channels,
+    norm_product,
     normal,
     parameter,
     rms_norm,
     rotary_tables,
     row_major,
+    row_sums,
     uniform,
 )
 
@@ -120,6 +123,8 @@ class Context(NamedTuple):
     wrap(run_layer, scanned) -> run_layer, with rematerialization for instance.
     stores_no_norm: whether gates and projection each compute the normalized input: see
         norm_and_channels.
+    fuses_norms: whether products that read a norm complete its gradient: see norm_product. Then
+        `attend` takes the zeros that norm_product makes as `sums`, and `matmul` is a plain product.
     """
 
     attend: Callable[..., tuple[jax.Array, Any]]
@@ -130,6 +135,7 @@ class Context(NamedTuple):
     place: Callable[[jax.Array], jax.Array] = lambda x: x
     wrap: Callable[[Callable, bool], Callable] = lambda run_layer, scanned: run_layer
     stores_no_norm: bool = False
+    fuses_norms: bool = False
 
 
 class Stack(NamedTuple):
@@ -207,22 +213,38 @@ def block(
     matmul, place = context.matmul, context.place
     x = place(mix(x, layer["resid_lambda"], _last(x0, x), layer["x0_lambda"]))
     with jax.named_scope("attention"):
-        width, value_embed = config.value_embed_gate_channels, None
-        if value_rows is not None and context.stores_no_norm:
+        value_embed, width = None, 0 if value_rows is None else config.value_embed_gate_channels
+        if context.fuses_norms:
+            weight = layer["attention"]["qkv"]
+            qkv, channels, sums = norm_product(x, weight, config.norm_epsilon, width)
+            attend = partial(attend, sums=sums)
+        elif context.stores_no_norm and width:
             h, channels = norm_and_channels(x, config.norm_epsilon, width)
         else:
             h = rms_norm(x, config.norm_epsilon)
             channels = h[..., :width]
         if value_rows is not None:
-            value_embed = _last(value_rows, h), value_gate(config, layer["value"]["gate"], channels)
-        qkv = checkpoint_name(matmul(h, layer["attention"]["qkv"]), "qkv")
+            value_embed = _last(value_rows, x), value_gate(config, layer["value"]["gate"], channels)
+        if not context.fuses_norms:
+            qkv = matmul(h, layer["attention"]["qkv"])
+        qkv = checkpoint_name(qkv, "qkv")
         with jax.named_scope("attend"):
             y, state = attend(_constrain(qkv, "activation_heads", config), value_embed)
         x = place(_last(x, y) + matmul(y, layer["attention"]["out"]))
         x = checkpoint_name(x, "attention_residual")
     with jax.named_scope("mlp"):
         h = rms_norm(x, config.norm_epsilon)
-        return place(x + layers.mlp(layer["mlp"], h, matmul)), state
+
+        def product(a, w):
+            """a w; of the norm, it is kept by name."""
+            if a is not h:
+                return matmul(a, w)
+            if context.fuses_norms:
+                hidden, _, sums = norm_product(x, w, config.norm_epsilon, 0)
+                return row_sums(checkpoint_name(hidden, "mlp_hidden"), sums)
+            return checkpoint_name(matmul(h, w), "mlp_hidden")
+
+        return place(x + layers.mlp(layer["mlp"], h, product)), state
 
 
 def value_gate(config: FrozenConfigDict, gate: jax.Array, channels: jax.Array) -> jax.Array:
@@ -288,38 +310,6 @@ def _last(x: jax.Array, like: jax.Array) -> jax.Array:
     """As many of the last tokens of x (..., T, D) as `like` has."""
     extra = x.shape[-2] - like.shape[-2]
     return x[..., extra:, :] if extra else x
-
-
-@jax.custom_vjp
-def mix(x: jax.Array, scale: jax.Array, other: jax.Array, share: jax.Array) -> jax.Array:
-    """scale x + share other in float32, in x's dtype; x and other (..., T, D), scale and share ()."""
-    mixed = scale * x.astype(jnp.float32) + share * other.astype(jnp.float32)
-    return mixed.astype(x.dtype)
-
-
-def _mix_forward(x, scale, other, share):
-    return mix(x, scale, other, share), (x, scale, other, share)
-
-
-def _mix_backward(residuals, cotangent):
-    # The gradients of the scalars sum millions of products of both signs. Dot products are summed
-    # in blocks, which keeps digits that one long running sum in float32 loses.
-    x, scale, other, share = residuals
-
-    def dot(a, b):
-        rows = jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=-1)
-        return jnp.sum(jax.lax.optimization_barrier(rows))
-
-    grad = cotangent.astype(jnp.float32)
-    return (
-        (scale * grad).astype(x.dtype),
-        dot(cotangent, x),
-        (share * grad).astype(other.dtype),
-        dot(cotangent, other),
-    )
-
-
-mix.defvjp(_mix_forward, _mix_backward)
 
 
 # ---- Weights ------------------------------------------------------------------------------------
@@ -502,7 +492,7 @@ def training_context(
         rows = embedding.lookup(table, tables, index, order, method, interpret)
         return _constrain(rows, "activation_embed", config).astype(numerics.dtype)
 
-    def attend(qkv, value_embed, kind, index):
+    def attend(qkv, value_embed, kind, index, sums=None):
         del index
         qkv, value_embed = split_rows(qkv, value_embed, length)
         y = attention.attend(
@@ -510,6 +500,7 @@ def training_context(
             rotary,
             heads=attention.Heads.from_config(config),
             value_embed=value_embed,
+            sums=None if sums is None else sums.reshape(-1, length),
             window=kind.window,
             kernel=numerics.attention,
             settings=settings,
@@ -534,6 +525,7 @@ def training_context(
         place=lambda x: row_major(_constrain(x, "activation_embed", config)),
         wrap=wrap,
         stores_no_norm=numerics.backend == "tpu",
+        fuses_norms=numerics.backend == "tpu" and config.quantization == "none",
     )
 
 

@@ -87,6 +87,7 @@ def attention(
     epsilon,
     block,
     value_embed=None,
+    sums=None,
     interpret=False,
 ):
     """Rotary embedding, QK norm and causal attention in which position t sees keys t - window ...
@@ -94,10 +95,11 @@ def attention(
 
     qkv (B, L, K x (G + 2) x H): for each kv head its `group` = G query heads, then keys, then
     values, as projected. tables: cosines and sines (L, H / 2) float32. value_embed: rows (B, L, K x
-    H) and their gates (B, K, L) float32, whose product is added to the values; or None. Returns (B,
-    L, K x G x H). `scale` multiplies normalized queries and keys, each. Scores are computed in
-    tiles of `block` x `block`; best is the width of the matrix unit. Raises ValueError for shapes
-    that the kernel cannot take.
+    H) and their gates (B, K, L) float32, whose product is added to the values; or None. sums (B, K,
+    L) float32, or None, is not read: its gradient is what `layers.norm_product` wants, the sum
+    over a kv head's columns of qkv times its gradient. Returns (B, L, K x G x H). `scale`
+    multiplies normalized queries and keys, each. Scores are computed in tiles of `block` x `block`;
+    best is the width of the matrix unit. Raises ValueError for shapes that the kernel cannot take.
     """
     length = qkv.shape[1]
     if head_dim % _LANES or length % block or block % _LANES:
@@ -115,15 +117,16 @@ def attention(
     if value_embed is not None:
         rows, gate = value_embed
         embeds = rows, gate[:, :, None]  # a gate a query lies along lanes, in a row of its own
-    return _attention(qkv, embeds, *(t.T for t in tables), head)
+    sums = () if sums is None else (sums[:, :, None],)
+    return _attention(qkv, embeds, sums, *(t.T for t in tables), head)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(qkv, embeds, cos, sin, head):
-    return _forward(qkv, embeds, cos, sin, head)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(qkv, embeds, sums, cos, sin, head):
+    return _forward(qkv, embeds, sums, cos, sin, head)[0]
 
 
-def _forward(qkv, embeds, cos, sin, head):
+def _forward(qkv, embeds, sums, cos, sin, head):
     batch, length, size, grid = head.shape_of(qkv)
     specs = _specs(length, head)
     out, lse = pl.pallas_call(
@@ -159,7 +162,7 @@ def _forward(qkv, embeds, cos, sin, head):
     # One array for the backward kernel and for the product with the output matrix: of integers for
     # the one and floats for the other, the compiler copies both out of the stack of all layers.
     out = jax.lax.bitcast_convert_type(kept, out.dtype)
-    return out, (qkv, embeds, cos, sin, out, lse)
+    return out, (qkv, embeds, sums, cos, sin, out, lse)
 
 
 def _bits(x):
@@ -168,11 +171,11 @@ def _bits(x):
 
 
 def _backward(head, residuals, cotangent):
-    qkv, embeds, cos, sin, out, lse = residuals
+    qkv, embeds, sums, cos, sin, out, lse = residuals
     _, length, size, grid = head.shape_of(qkv)
     specs = _specs(length, head)
     gradients = pl.pallas_call(
-        partial(_backward_kernel, head=head),
+        partial(_backward_kernel, head=head, embeds=len(embeds)),
         grid=grid,
         in_specs=[
             specs.query,
@@ -185,8 +188,12 @@ def _backward(head, residuals, cotangent):
             specs.sums,
             *(specs.rows, specs.gate)[: len(embeds)],
         ],
-        out_specs=[specs.all, *(specs.rows, specs.gate)[: len(embeds)]],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (qkv, *embeds)],
+        out_specs=[
+            specs.all,
+            *(specs.rows, specs.gate)[: len(embeds)],
+            *(specs.gate,)[: len(sums)],
+        ],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (qkv, *embeds, *sums)],
         scratch_shapes=[
             pltpu.VMEM((length, size), qkv.dtype),
             pltpu.VMEM((size, length), qkv.dtype),
@@ -199,7 +206,8 @@ def _backward(head, residuals, cotangent):
         interpret=head.interpret,
         name=f"flash_backward_w{head.window}",
     )(qkv, qkv, qkv, cos, sin, out, cotangent, lse, *embeds)
-    return gradients[0], tuple(gradients[1:]), None, None
+    others = tuple(gradients[1:])
+    return gradients[0], others[: len(embeds)], others[len(embeds) :], None, None
 
 
 _attention.defvjp(_forward, _backward)
@@ -248,7 +256,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, cos_ref, sin_ref, *refs, head):
 
 
 def _backward_kernel(
-    q_ref, k_ref, v_ref, cos_ref, sin_ref, out_ref, cotangent_ref, lse_ref, *refs, head
+    q_ref, k_ref, v_ref, cos_ref, sin_ref, out_ref, cotangent_ref, lse_ref, *refs, head, embeds
 ):
     """One query head.
 
@@ -257,7 +265,8 @@ def _backward_kernel(
     VMEM until its last query head is done.
     """
     *others, keys, keys_t, values, dk, dv = refs
-    embeds, (dqkv_ref, *dembeds) = others[: len(others) // 2], others[len(others) // 2 :]
+    embeds, others = others[:embeds], others[embeds:]
+    dqkv_ref, dembeds, sums = others[0], others[1 : 1 + len(embeds)], others[1 + len(embeds) :]
     length, size = keys.shape
     dtype, block, group = keys.dtype, head.block, head.group
     member = pl.program_id(2)
@@ -324,6 +333,10 @@ def _backward_kernel(
             grad = dv[:, span]
             write(group + 1, span, grad)
             _values_gradient(grad, embeds, dembeds, span)
+            for sums_ref in sums:
+                # Without queries and keys: a norm takes their part out of the gradient.
+                raw = v_ref[0, span].T.astype(jnp.float32)
+                sums_ref[0, 0, :, span] = jnp.sum(raw * grad, axis=0, keepdims=True)
 
     _overlap(head, length, prepare, score, differentiate, _BACKWARD_LEAD)
 

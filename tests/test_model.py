@@ -1,7 +1,6 @@
 """The model computes nanochat's numbers, however its layers are run."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,7 +11,7 @@ import pytest
 from MaxNano import pyconfig, scaling
 from MaxNano.interop import nanochat
 from MaxNano.models import transformer
-from MaxNano.models.layers import norm_and_channels, norm_product, rms_norm, row_sums
+from MaxNano.models.layers import norm_product, rms_norm, row_sums
 from MaxNano.models.losses import token_losses
 from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import LayerKind, Numerics, repetition, scans_layers
@@ -65,7 +64,7 @@ def fuse_norms(monkeypatch):
     plain = transformer.training_context
 
     def context(*arguments):
-        return plain(*arguments)._replace(fuses_norms=True, stores_no_norm=True)
+        return plain(*arguments)._replace(fuses_norms=True)
 
     monkeypatch.setattr(transformer, "training_context", context)
 
@@ -244,27 +243,6 @@ def test_bfloat16_tables_and_activations():
     forward = jax.jit(lambda params, tokens: model.bind(params)(tokens))
     hidden = forward(random_params(model), np.zeros((1, 64), np.int32))
     assert hidden.dtype == jnp.bfloat16
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_norm_with_channels_is_a_norm_and_a_slice(dtype):
-    """Bit for bit, and so is its gradient."""
-    size = 10.0 ** np.linspace(-3, 3, 7)[:, None]
-    x = jnp.asarray(size * np.sin(np.arange(7 * 32).reshape(7, 32)), dtype)
-    cotangents = jnp.cos(x), jnp.sin(3 * x[:, :5])
-
-    def sliced(x):
-        y = rms_norm(x, 1e-6)
-        return y, y[:, :5]
-
-    def run(function, x, cotangents):
-        out, pull = jax.vjp(function, x)
-        return *out, *pull(cotangents)
-
-    got = jax.jit(partial(run, lambda x: norm_and_channels(x, 1e-6, 5)))(x, cotangents)
-    for one, other in zip(got, jax.jit(partial(run, sliced))(x, cotangents), strict=True):
-        assert one.dtype == dtype
-        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("channels", [0, 5])

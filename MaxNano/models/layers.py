@@ -96,50 +96,27 @@ def _rms_norm_backward(epsilon, residuals, cotangent):
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def norm_and_channels(x: jax.Array, epsilon: float, channels: int) -> tuple[jax.Array, jax.Array]:
-    """`rms_norm` of x (..., D), and its first `channels` (..., C) as an array of their own.
-
-    An array that two products read is stored by the TPU compiler; each of these two has one reader,
-    which computes it from x. Numbers and gradients are those of a slice, up to what a compiler makes
-    of them.
-    """
-    return _norm_and_channels_forward(x, epsilon, channels)[0]
-
-
-def _norm_and_channels_forward(x, epsilon, channels):
-    y, (_, rms) = _rms_norm_forward(x, epsilon)
-    first = (x[..., :channels].astype(jnp.float32) / rms).astype(x.dtype)
-    return (y, first), (x, rms)
-
-
-def _norm_and_channels_backward(epsilon, channels, residuals, cotangents):
-    cotangent, first = cotangents
-    padding = [(0, 0)] * (first.ndim - 1) + [(0, cotangent.shape[-1] - channels)]
-    return _rms_norm_backward(epsilon, residuals, cotangent + jnp.pad(first, padding))
-
-
-norm_and_channels.defvjp(_norm_and_channels_forward, _norm_and_channels_backward)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def norm_product(
     x: jax.Array, w: jax.Array, epsilon: float, channels: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The product (T, F) of `rms_norm` of x (T, D) and w (D, F), the norm's first channels (T, C) as
-    in norm_and_channels, and zeros (T,) float32, which must be given to `row_sums` or to a kernel
-    that does the same.
+    """The product (T, F) of `rms_norm` of x (T, D) and w (D, F), the norm's first channels (T, C),
+    and zeros (T,) float32, which must be given to `row_sums` or to a kernel that does the same.
 
     The norm removes from its gradient the component along its result y, which needs the sum of y
     times the gradient over each row: a second pass over the residual stream, after the product that
     computes the gradient. The sum over the columns of (y w) times its gradient is the same number,
     and is known before that product, which then writes the gradient of x at once.
+
+    The TPU compiler stores an array that two products read. So product and channels each compute
+    the normalized input from x.
     """
     return _norm_product_forward(x, w, epsilon, channels)[0]
 
 
 def _norm_product_forward(x, w, epsilon, channels):
-    (y, first), (x, rms) = _norm_and_channels_forward(x, epsilon, channels)
+    y, (_, rms) = _rms_norm_forward(x, epsilon)
+    first = (x[..., :channels].astype(jnp.float32) / rms).astype(x.dtype)
     return (y @ w, first, jnp.zeros(x.shape[:-1], jnp.float32)), (x, w, rms)
 
 

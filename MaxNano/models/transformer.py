@@ -33,7 +33,6 @@ from MaxNano.models.layers import (
     constant,
     linspace,
     mix,
-    norm_and_channels,
     norm_product,
     normal,
     parameter,
@@ -121,8 +120,6 @@ class Context(NamedTuple):
     matmul(x, w): the product of x (..., T, D) and a matrix.
     place(x) -> the residual stream x (..., T, D), laid out over devices and in memory.
     wrap(run_layer, scanned) -> run_layer, with rematerialization for instance.
-    stores_no_norm: whether gates and projection each compute the normalized input: see
-        norm_and_channels.
     fuses_norms: whether products that read a norm complete its gradient: see norm_product. Then
         `attend` takes the zeros that norm_product makes as `sums`, and `matmul` is a plain product.
     """
@@ -134,7 +131,6 @@ class Context(NamedTuple):
     matmul: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul
     place: Callable[[jax.Array], jax.Array] = lambda x: x
     wrap: Callable[[Callable, bool], Callable] = lambda run_layer, scanned: run_layer
-    stores_no_norm: bool = False
     fuses_norms: bool = False
 
 
@@ -214,19 +210,12 @@ def block(
     x = place(mix(x, layer["resid_lambda"], _last(x0, x), layer["x0_lambda"]))
     with jax.named_scope("attention"):
         value_embed, width = None, 0 if value_rows is None else config.value_embed_gate_channels
-        if context.fuses_norms:
-            weight = layer["attention"]["qkv"]
-            qkv, channels, sums = norm_product(x, weight, config.norm_epsilon, width)
-            attend = partial(attend, sums=sums)
-        elif context.stores_no_norm and width:
-            h, channels = norm_and_channels(x, config.norm_epsilon, width)
-        else:
-            h = rms_norm(x, config.norm_epsilon)
-            channels = h[..., :width]
+        weight = layer["attention"]["qkv"]
+        qkv, channels, sums = _project_norm(config, x, weight, width, context)
         if value_rows is not None:
             value_embed = _last(value_rows, x), value_gate(config, layer["value"]["gate"], channels)
-        if not context.fuses_norms:
-            qkv = matmul(h, layer["attention"]["qkv"])
+        if sums is not None:
+            attend = partial(attend, sums=sums)
         qkv = checkpoint_name(qkv, "qkv")
         with jax.named_scope("attend"):
             y, state = attend(_constrain(qkv, "activation_heads", config), value_embed)
@@ -239,12 +228,23 @@ def block(
             """a w; of the norm, it is kept by name."""
             if a is not h:
                 return matmul(a, w)
-            if context.fuses_norms:
-                hidden, _, sums = norm_product(x, w, config.norm_epsilon, 0)
-                return row_sums(checkpoint_name(hidden, "mlp_hidden"), sums)
-            return checkpoint_name(matmul(h, w), "mlp_hidden")
+            hidden, _, sums = _project_norm(config, x, w, 0, context)
+            hidden = checkpoint_name(hidden, "mlp_hidden")
+            return hidden if sums is None else row_sums(hidden, sums)
 
         return place(x + layers.mlp(layer["mlp"], h, product)), state
+
+
+def _project_norm(
+    config: FrozenConfigDict, x: jax.Array, w: jax.Array, channels: int, context: Context
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The product (..., T, F) of the norm of x (..., T, D) and w (D, F), and the norm's first
+    channels (..., T, C). The third is None, or layers.norm_product's zeros.
+    """
+    if context.fuses_norms:
+        return norm_product(x, w, config.norm_epsilon, channels)
+    h = rms_norm(x, config.norm_epsilon)
+    return context.matmul(h, w), h[..., :channels], None
 
 
 def value_gate(config: FrozenConfigDict, gate: jax.Array, channels: jax.Array) -> jax.Array:
@@ -524,7 +524,6 @@ def training_context(
         matmul=partial(quantization.matmul, kind=config.quantization),
         place=lambda x: row_major(_constrain(x, "activation_embed", config)),
         wrap=wrap,
-        stores_no_norm=numerics.backend == "tpu",
         fuses_norms=numerics.backend == "tpu" and config.quantization == "none",
     )
 

@@ -198,7 +198,8 @@ def replace_folder(folder: epath.PathLike, last: str) -> Iterator[Path]:
         try:
             yield new
         except OSError as error:
-            error.filename = error.filename or str(folder)
+            if error.errno is not None and error.filename is None:
+                error.filename = str(folder)
             raise
         if folder.exists():
             folder.rename(old)

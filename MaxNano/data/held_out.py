@@ -130,6 +130,8 @@ def describe(config: Any, tokenizer: Any) -> str | None:
 
 def small(config: Any, tokenizer: Any) -> str | None:
     """A warning about validation data of fewer than SMALL_TOKENS, with what to do; else None."""
+    if config.origin["eval_tokens"] == ORIGIN and config.eval_tokens >= SMALL_TOKENS:
+        return None  # it is one pass at most, and need not be counted again
     tokens = validation_tokens(config, tokenizer)
     if not tokens or tokens >= SMALL_TOKENS:  # 0: reading them is an error
         return None

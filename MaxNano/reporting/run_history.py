@@ -155,7 +155,7 @@ def _evaluations(
     """The entries of evals/step_*.json that are of this run and, as bits per byte, of its text, by
     step.
     """
-    of = {} if run_id is None else {"run": run_id}
+    wanted = {} if run_id is None else {"run": run_id}
     trained_on = extra.get("inputs", {}).get("data") or {}
     text = {f"bpb {split}": summary(contents) for split, contents in trained_on.items()}
     evaluations = []
@@ -168,7 +168,7 @@ def _evaluations(
                 name: entry
                 for name, entry in json.loads(path.read_text())["evals"].items()
                 if isinstance(entry["values"], dict)
-                and entry["of"].items() >= of.items()
+                and entry["of"].items() >= wanted.items()
                 and text.get(name) in (None, entry["of"].get("data", text.get(name)))
             }
             step = int(path.stem.removeprefix("step_"))

@@ -33,7 +33,7 @@ from etils import epath
 from ml_collections import FrozenConfigDict
 
 from MaxNano import config_schema, pyconfig
-from MaxNano.console import print_table
+from MaxNano.console import UNFOLDED_WIDTH, print_table
 from MaxNano.reporting import charts, comparison, leaderboard, render
 from MaxNano.reporting.blocks import Curves, Heading, Missing, Note, Report, Table
 from MaxNano.reporting.run_history import Run, read_run
@@ -282,7 +282,7 @@ def write_comparison(
         if isinstance(block, Heading):
             title = block.text
         elif isinstance(block, Table):
-            print_table(title, block.header, block.rows, plain_width=None)
+            print_table(title, block.header, block.rows, plain_width=UNFOLDED_WIDTH)
         elif isinstance(block, Missing | Note):
             print(block.text)
     folder = comparison_folder(config)
@@ -303,7 +303,7 @@ def write_leaderboard(folder: epath.Path, price: float | None = None) -> None:
     if not runs:
         raise ValueError(f"{folder} has no finished run")
     table = leaderboard.table(runs, price)
-    print_table(f"results of {folder}", table.header, table.rows, plain_width=None)
+    print_table(f"results of {folder}", table.header, table.rows, plain_width=UNFOLDED_WIDTH)
     write(leaderboard.make_leaderboard(folder.name, runs, problems, price), folder, "results")
     files.write_whole(folder / "results.csv", leaderboard.to_csv(runs, price))
     print(f"Wrote {folder / 'results.csv'}")

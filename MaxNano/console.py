@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 PLAIN_WIDTH = 120  # columns of a table if stdout is not a terminal
-UNFOLDED_WIDTH = 100_000  # columns in which no cell is folded
+UNFOLDED_WIDTH = 100_000  # no cell is folded, so that programs find whole names
 
 
 def one_line(error: BaseException | str, limit: int | None = None) -> str:
@@ -26,7 +26,7 @@ def one_line(error: BaseException | str, limit: int | None = None) -> str:
 
 
 def bytes_text(size: float) -> str:
-    """A number of bytes in the largest unit of which there is one: 3.1 GB, 640.0 kB."""
+    """A number of bytes in the largest unit that it reaches: 3.1 GB, 640.0 kB."""
     for unit, text in ((1e9, "GB"), (1e6, "MB")):
         if size >= unit:
             return f"{size / unit:.1f} {text}"
@@ -93,7 +93,7 @@ def print_table(
     header: Sequence[str],
     rows: Iterable[Sequence[Any]],
     *,
-    plain_width: int | None = PLAIN_WIDTH,
+    plain_width: int = PLAIN_WIDTH,
 ) -> None:
     """Print a table to stdout, as format_table."""
     print(format_table(title, header, rows, plain_width=plain_width), end="\n\n", flush=True)
@@ -104,12 +104,11 @@ def format_table(
     header: Sequence[str],
     rows: Iterable[Sequence[Any]],
     *,
-    plain_width: int | None = PLAIN_WIDTH,
+    plain_width: int = PLAIN_WIDTH,
 ) -> str:
     """A table as text, as wide as stdout if that is a terminal; cells may be of any type.
 
-    Elsewhere plain_width is the number of columns in which long cells are folded; None: no cell is,
-    so that programs find the names in it.
+    Elsewhere plain_width is the number of columns, in which long cells are folded.
     """
     from rich.console import Console
     from rich.table import Table
@@ -117,7 +116,7 @@ def format_table(
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=plain_width or UNFOLDED_WIDTH)
+        console = Console(highlight=False, width=plain_width)
     table = Table(
         title=Text(title), title_justify="left", box=None, pad_edge=False, header_style="bold"
     )

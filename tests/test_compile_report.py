@@ -207,6 +207,7 @@ def test_operations_are_told_apart_by_what_they_make():
 
 
 GATHER = "replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}"
+SCATTER = f"{GATHER}, to_apply=%add"
 RING = collectives.RING_LINKS * CHIP.ici_link_bandwidth / CHIP.clock_hz  # bytes a cycle
 
 
@@ -312,29 +313,52 @@ def test_a_collective_that_goes_on_inside_fusions_starts_and_ends_once():
     assert [(o.name, o.kind) for o in result.operations] == [("m", "matmul")]
 
 
-def test_a_collective_started_on_another_core_is_one():
-    """As libtpu writes it for the SparseCores."""
+SHARD, WHOLE = "f32[1024,1024]{1,0}", "f32[4096,1024]{1,0}"
+
+
+@pytest.mark.parametrize("is_passed_later", [False, True])
+@pytest.mark.parametrize(
+    "kind,attributes,source,result",
+    [
+        ("all-gather", GATHER, SHARD, WHOLE),
+        ("reduce-scatter", SCATTER, WHOLE, SHARD),
+        ("all-reduce", SCATTER, WHOLE, WHOLE),
+    ],
+)
+def test_a_collective_started_on_another_core_is_one(
+    kind, attributes, source, result, is_passed_later
+):
+    """As libtpu writes it for the SparseCores, with the operands at the start or, for a v7x, in an
+    update, so that the start's own result is a few bytes.
+    """
     offloaded = computation(
         "offloaded",
-        "%p = bf16[1024,1024]{1,0} parameter(0)",
-        f"ROOT %g = bf16[4096,1024]{{1,0}} all-gather(%p), {GATHER}",
+        f"%p = {source} parameter(0)",
+        f"ROOT %g = {result} {kind}(%p), {attributes}",
     )
+    where = 'async_execution_thread="sparsecore", to_apply=%offloaded'
+    start = [f"%s = (({source}), {result}) call-start(%x), {where}"]
+    if is_passed_later:
+        start = [
+            f"%s = ((), (), (s32[1]{{0:S(2)}})) call-start(), {where}",
+            f"%u = (({source}), {result}) call-update(%s, %x)",
+        ]
     text = program(
         [
-            "%x = bf16[1024,1024]{1,0} parameter(0)",
-            "%s = ((bf16[1024,1024]{1,0}), bf16[4096,1024]{1,0}) call-start(%x), "
-            'async_execution_thread="sparsecore", to_apply=%offloaded',
+            f"%x = {source} parameter(0)",
+            *start,
             fusion("f", "x", 1000),
-            "ROOT %d = bf16[4096,1024]{1,0} call-done(%s)",
+            f"ROOT %d = {result} call-done(%{'u' if is_passed_later else 's'})",
         ],
         offloaded + ', execution_thread="sparsecore"',
         ADD,
     )
-    result = walk(text)
-    (gather,) = result.collectives
-    assert (gather.kind, gather.bytes, gather.overlapped) == ("all-gather", 2**23, True)
-    assert gather.exposed_cycles == pytest.approx(0.75 * 2**23 / RING - 1000)
-    assert not result.copies
+    walked = walk(text)
+    (found,) = walked.collectives
+    assert (found.kind, found.bytes, found.overlapped) == (kind, 2**24, True)
+    sent = (1.5 if kind == "all-reduce" else 0.75) * 2**24
+    assert found.exposed_cycles == pytest.approx(sent / RING - 1000)
+    assert not walked.copies
 
 
 @pytest.mark.parametrize("compute", [1000, 10**6])

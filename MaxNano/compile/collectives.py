@@ -59,12 +59,16 @@ class CollectiveReader:
         kind = inner.opcode.removesuffix("-start")
         if kind == "all-reduce" and any(i.opcode == "dynamic-slice" for i in body):
             kind = "reduce-scatter"  # each chip keeps its shard of the sum
+        group = hlo.replica_groups(inner)[0] or list(range(self._mesh.size if self._mesh else 1))
         read = sum(array.bytes for array in computation.operands(instruction))
         written = sum(array.bytes for array in instruction.result)
         overlapped = is_start(instruction, body)
-        # A start also returns its operands.
-        size = max(read, written - read if overlapped else written)
-        group = hlo.replica_groups(inner)[0] or list(range(self._mesh.size if self._mesh else 1))
+        if instruction.opcode == "call-start":  # a later call-update may pass the operands
+            share = len(group) if inner.opcode == "reduce-scatter" else 1
+            size = share * sum(array.bytes for array in inner.result)
+        else:
+            # Other starts also return their operands.
+            size = max(read, written - read if overlapped else written)
         if len(group) == 1 and self._mesh and self._mesh.size > 1:
             return None  # over an axis of size 1, which a fast compilation leaves in the program
         axes, network = _axes_of(group, self._mesh)

@@ -312,7 +312,7 @@ say_next() {
   if [ -z "${MAXNANO_QUIET:-}" ]; then # scripts that call this one set it
     cat <<'NEXT'
 Next:
-  bash end_to_end/cpu/quickstart.sh   trains a small model and chats with it, in about a quarter of an hour
+  bash end_to_end/cpu/quickstart.sh   trains a small model and chats with it, in about eight minutes
   bash tests/run.sh                   runs the tests
 NEXT
   fi

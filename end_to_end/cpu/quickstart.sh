@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a small language model from a fresh clone, on a CPU, in about a quarter of an hour, and chats with it.
+# Trains a small language model from a fresh clone, on a CPU, in about eight minutes, and chats with it.
 #
 #   bash end_to_end/cpu/quickstart.sh            stories, encyclopedia articles, conversations (18 MB)
 #   bash end_to_end/cpu/quickstart.sh FOLDER     your own .txt and .md files in FOLDER; a model that continues text

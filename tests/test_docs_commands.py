@@ -1,0 +1,160 @@
+"""Every command of the pages that starts one of MaxNano's programs runs, with a tiny model and text.
+
+Behind -m long: some minutes. A command keeps its words; added ones make model, text and time small,
+and give a new run a name that no other command uses. tests/test_docs.py parses all commands; those of
+shell scripts are run by tests/test_end_to_end.py and tests/test_prepare_text.py.
+"""
+
+import itertools
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pages
+import programs
+import pyarrow.parquet as pq
+import pytest
+from ports import free_port
+from test_compile_gpu import HAS_CUDA
+from test_end_to_end import RL_WORDS, hub, place, tuning_words  # noqa: F401
+from test_train_compile import LEAST_EFFORT
+from test_train_compile import TINY as COMPILED
+
+from MaxNano.tokenization.bpe import train_bpe
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.long
+
+MODEL = """num_decoder_layers=2 emb_dim=32 head_dim=16 num_query_heads=2 max_target_length=64
+    vocab_size=300""".split()
+STEPS = """global_batch_tokens=512 num_cpu_devices=1 data_readers=1 steps=4 eval_tokens=512
+    tensorboard=false packing_buffer_documents=20 muon_iterations=1 sample_tokens=2""".split()
+TEXT = ["dataset_type=parquet", "dataset_path=data/text", "tokenizer_path=data/tokenizer"]
+ANSWER = ["max_new_tokens=4", "decode_slots=1", "num_cpu_devices=1"]
+# Runs that the commands start from.
+BASE_RUNS = "d4_quickstart notes v8192 my_run imported d4_a".split()
+TUNED_RUNS = "d4_quickstart_sft nano_sft my_sft d24_rl".split()
+NUMBERS = itertools.count()
+
+
+def program_commands():
+    """The commands with .venv/bin/python and a file of MaxNano/."""
+    return [
+        command
+        for command in pages.commands()
+        if command.words[:1] == [".venv/bin/python"] and command.words[1].startswith("MaxNano/")
+    ]
+
+
+def title(command):
+    return f"{command.where} {' '.join(command.words[1:])[:60]}"
+
+
+def start(folder, words, **environment):
+    environment = {**os.environ, **environment}
+    return programs.start(ROOT / words[0], *words[1:], cwd=folder, env=environment)
+
+
+def run(folder, words, statuses=(0,), **environment):
+    process = start(folder, words, **environment)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode in statuses, out + err
+    return out
+
+
+@pytest.fixture(scope="module")
+def home(place, tmp_path_factory):  # noqa: F811
+    """A folder as a user's: text, tokenizer, conversations, and runs by the names of the pages."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    shutil.copytree(place / "text", folder / "data/text")
+    texts = pq.read_table(folder / "data/text")["text"].to_pylist()
+    train_bpe(texts, 300).save(folder / "data/tokenizer")
+    first = ["MaxNano/train.py", "configs/base.yml", "model=d24"]
+    run(folder, [*first, *MODEL, *STEPS, *TEXT])
+    words = [*TEXT, *MODEL, *STEPS, *tuning_words(folder).split()]
+    run(folder, [*first, "stage=sft", "load_from=d24", *words])
+    for original, copies in (("d24", BASE_RUNS), ("d24_sft", TUNED_RUNS)):
+        for copy in copies:
+            shutil.copytree(folder / "runs" / original, folder / "runs" / copy)
+    for seed, name in enumerate(("d4_b", "d4_c")):
+        run(folder, [*first, *MODEL, *STEPS, *TEXT, f"run_name={name}", f"seed={seed}"])
+    convert = ["MaxNano/convert.py", "configs/base.yml"]
+    run(folder, [*convert, "run_name=d24", "to_nanochat=model_000004.safetensors"])
+    run(folder, [*convert, "run_name=d24_sft", "to_huggingface=huggingface"])
+    return folder
+
+
+def words_of_training(folder, words):
+    """For train.py, compare.py --arm and tune.py: the tiny model, and the data of its stage."""
+    added = [*MODEL, *STEPS, *TEXT]
+    if "stage=sft" in words:
+        added += tuning_words(folder).split()
+    if "stage=rl" in words:
+        added += RL_WORDS.split()
+    if any(word.startswith("profile_steps=") for word in words):
+        added += ["steps=12", "profile_steps=[10,11]"]
+    return [*added, f"run_name=run_{next(NUMBERS)}"]
+
+
+def added_words(command, folder, address):
+    """What makes a command small."""
+    program, words = Path(command.words[1]).stem, command.words[2:]
+    if any(word.startswith("--help") or word == "dry_run=true" for word in words):
+        return []
+    if program == "train":
+        return words_of_training(folder, words)
+    if program == "compare":
+        return [*words_of_training(folder, words), "--seeds", "1"] if "--arm" in words else []
+    if program == "tune":
+        return [*words_of_training(folder, words), "tune_minutes=0.5"]
+    if program == "train_tokenizer":
+        return [*TEXT[:2], "vocab_size=300", f"tokenizer_path=data/tokenizer_{next(NUMBERS)}"]
+    if program == "download":
+        if any(word.startswith("download=") for word in words):  # chat's are many hubs' files
+            core = [f"core_bundle_url={address}/core.zip", "core_bundle=data/core.zip"]
+            return ["download=[core]", *core]
+        hub_words = [f"hub_url={address}", "dataset_name=us/text", "download_shards=2"]
+        return [*hub_words, f"download_path=data/{next(NUMBERS)}"]
+    if program == "chat":
+        return [*ANSWER, *([] if any("prompt=" in word for word in words) else ["prompt=One"])]
+    if program == "serve":
+        return ["num_cpu_devices=1", "decode_slots=1", f"serve_port={free_port()}"]
+    if program == "evaluate":
+        added = ["num_cpu_devices=1", "eval_tokens=512", "sample_tokens=2"]
+        if "core" in " ".join(words):
+            added += [f"core_bundle={ROOT}/tests/golden/core_small.zip", "core_max_per_task=1"]
+        if "chat" in " ".join(words):
+            added += ["chat_tasks=[SimpleSpelling/test]", "chat_max_per_task=2", *ANSWER[:1]]
+        return added
+    if program == "convert" and any(word.startswith("from_") for word in words):
+        source = "nanochat=model_000004.safetensors" if "nanochat" in " ".join(words) else ""
+        return [f"from_{source or 'huggingface=huggingface'}", f"run_name=run_{next(NUMBERS)}"]
+    if program == "train_compile":
+        return [*COMPILED, "num_decoder_layers=1", "muon_iterations=1", "global_batch_tokens=65536"]
+    return []
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("command", program_commands(), ids=title)
+def test_the_command_runs(command, home, hub):  # noqa: F811
+    program, words = Path(command.words[1]).stem, command.words[1:]
+    if any(word.startswith(("compile_topology=h100", "compile_topology=rtx")) for word in words):
+        if not HAS_CUDA:
+            pytest.skip("JAX's plugin for CUDA is missing (extra gpu)")
+    added = added_words(command, home, hub)
+    if program == "serve":
+        process = start(home, [*words, *added])
+        for line in process.stdout:
+            if line.startswith("Serving "):
+                process.send_signal(signal.SIGTERM)
+                break
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, out + err
+        return
+    own = LEAST_EFFORT if program == "train_compile" else {}
+    # A dry run of a model that is too large for this machine says so and ends with 2.
+    statuses = (0, 2) if "dry_run=true" in words else (0,)
+    out = run(home, [*words, *added], statuses, **own)
+    assert out.strip()

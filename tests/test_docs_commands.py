@@ -5,10 +5,13 @@ and give a new run a name that no other command uses. tests/test_docs.py parses 
 shell scripts are run by tests/test_end_to_end.py and tests/test_prepare_text.py.
 """
 
+import contextlib
 import itertools
+import json
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pages
@@ -45,6 +48,11 @@ def program_commands():
         for command in pages.commands()
         if command.words[:1] == [".venv/bin/python"] and command.words[1].startswith("MaxNano/")
     ]
+
+
+def requests():
+    """The commands that ask a server that runs here."""
+    return [command for command in pages.commands() if command.words[:1] == ["curl"]]
 
 
 def title(command):
@@ -136,6 +144,17 @@ def added_words(command, folder, address):
     return []
 
 
+@contextlib.contextmanager
+def serving(folder, words):
+    """A server that has loaded its models; then it is asked to stop, and ends with 0."""
+    process = start(folder, words)
+    assert any(line.startswith("Serving ") for line in process.stdout), process.stderr.read()
+    yield
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("command", program_commands(), ids=title)
 def test_the_command_runs(command, home, hub):  # noqa: F811
@@ -145,16 +164,27 @@ def test_the_command_runs(command, home, hub):  # noqa: F811
             pytest.skip("JAX's plugin for CUDA is missing (extra gpu)")
     added = added_words(command, home, hub)
     if program == "serve":
-        process = start(home, [*words, *added])
-        for line in process.stdout:
-            if line.startswith("Serving "):
-                process.send_signal(signal.SIGTERM)
-                break
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, out + err
-        return
+        with serving(home, [*words, *added]):
+            return
     own = LEAST_EFFORT if program == "train_compile" else {}
     # A dry run of a model that is too large for this machine says so and ends with 2.
     statuses = (0, 2) if "dry_run=true" in words else (0,)
     out = run(home, [*words, *added], statuses, **own)
     assert out.strip()
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_a_server_answers_the_requests_of_the_pages(home):
+    port, address = free_port(), "http://127.0.0.1:8000/"
+    assert len(requests()) >= 5 and all(any(address in w for w in r.words) for r in requests())
+    words = ["configs/base.yml", "run_name=d4_quickstart_sft", f"serve_port={port}", *ANSWER[1:]]
+    with serving(home, ["MaxNano/serve.py", *words]):
+        for command in requests():
+            asked = [word.replace(":8000/", f":{port}/") for word in command.words]
+            done = subprocess.run(
+                [*asked, "--silent", "--show-error", "--fail-with-body"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0 and json.loads(done.stdout), (command, done)

@@ -59,13 +59,13 @@ def title(command):
     return f"{command.where} {' '.join(command.words[1:])[:60]}"
 
 
-def start(folder, words, **environment):
+def start(folder, words, root=ROOT, **environment):
     environment = {**os.environ, **environment}
-    return programs.start(ROOT / words[0], *words[1:], cwd=folder, env=environment)
+    return programs.start(root / words[0], *words[1:], cwd=folder, env=environment)
 
 
-def run(folder, words, statuses=(0,), **environment):
-    process = start(folder, words, **environment)
+def run(folder, words, statuses=(0,), **options):
+    process = start(folder, words, **options)
     out, err = process.communicate(timeout=600)
     assert process.returncode in statuses, out + err
     return out
@@ -167,10 +167,16 @@ def test_the_command_runs(command, home, hub):  # noqa: F811
         with serving(home, [*words, *added]):
             return
     own = LEAST_EFFORT if program == "train_compile" else {}
+    if program == "tune":  # it writes into configs/tuned of its tree, which a new Python imports
+        own = {"root": home / "tree", "PYTHONHASHSEED": "1"}
+        for name in ("MaxNano", "configs"):
+            shutil.copytree(ROOT / name, home / "tree" / name)
     # A dry run of a model that is too large for this machine says so and ends with 2.
     statuses = (0, 2) if "dry_run=true" in words else (0,)
     out = run(home, [*words, *added], statuses, **own)
     assert out.strip()
+    if program == "tune":
+        assert [path.suffix for path in (home / "tree/configs/tuned").iterdir()] == [".yml"]
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")

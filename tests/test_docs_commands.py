@@ -1,8 +1,8 @@
 """Every command of the pages that starts one of MaxNano's programs runs, with a tiny model and text.
 
-Behind -m long: some minutes. A command keeps its words; added ones make model, text and time small,
-and give a new run a name that no other command uses. tests/test_docs.py parses all commands; those of
-shell scripts are run by tests/test_end_to_end.py and tests/test_prepare_text.py.
+Behind -m long: some minutes. Added words make model, text and time small, and give a new run a name
+that no other command uses; CORE alone is downloaded, since chat's data come from many hubs.
+tests/test_docs.py parses the other commands too.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import pages
 import programs
 import pyarrow.parquet as pq
 import pytest
+from pages import ROOT
 from ports import free_port
 from test_compile_gpu import HAS_CUDA
 from test_end_to_end import RL_WORDS, hub, place, tuning_words  # noqa: F401
@@ -26,7 +27,6 @@ from test_train_compile import TINY as COMPILED
 
 from MaxNano.tokenization.bpe import train_bpe
 
-ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.long
 
 MODEL = """num_decoder_layers=2 emb_dim=32 head_dim=16 num_query_heads=2 max_target_length=64
@@ -128,7 +128,7 @@ def added_words(command, folder, address):
     if program == "chat":
         return [*ANSWER, *([] if any("prompt=" in word for word in words) else ["prompt=One"])]
     if program == "serve":
-        return ["num_cpu_devices=1", "decode_slots=1", f"serve_port={free_port()}"]
+        return [*ANSWER[1:], f"serve_port={free_port()}"]
     if program == "evaluate":
         added = ["num_cpu_devices=1", "eval_tokens=512", "sample_tokens=2"]
         if "core" in " ".join(words):
@@ -137,10 +137,11 @@ def added_words(command, folder, address):
             added += ["chat_tasks=[SimpleSpelling/test]", "chat_max_per_task=2", *ANSWER[:1]]
         return added
     if program == "convert" and any(word.startswith("from_") for word in words):
-        source = "nanochat=model_000004.safetensors" if "nanochat" in " ".join(words) else ""
-        return [f"from_{source or 'huggingface=huggingface'}", f"run_name=run_{next(NUMBERS)}"]
+        sources = ("from_nanochat=model_000004.safetensors", "from_huggingface=huggingface")
+        source = sources["from_huggingface" in " ".join(words)]
+        return [source, f"run_name=run_{next(NUMBERS)}"]
     if program == "train_compile":
-        return [*COMPILED, "num_decoder_layers=1", "muon_iterations=1", "global_batch_tokens=65536"]
+        return [*COMPILED, "num_decoder_layers=1", "muon_iterations=1"]
     return []
 
 

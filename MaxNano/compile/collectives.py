@@ -60,13 +60,13 @@ class CollectiveReader:
         if kind == "all-reduce" and any(i.opcode == "dynamic-slice" for i in body):
             kind = "reduce-scatter"  # each chip keeps its shard of the sum
         group = hlo.replica_groups(inner)[0] or list(range(self._mesh.size if self._mesh else 1))
-        read = sum(array.bytes for array in computation.operands(instruction))
-        written = sum(array.bytes for array in instruction.result)
         overlapped = is_start(instruction, body)
         if instruction.opcode == "call-start":  # a later call-update may pass the operands
             share = len(group) if inner.opcode == "reduce-scatter" else 1
             size = share * sum(array.bytes for array in inner.result)
         else:
+            read = sum(array.bytes for array in computation.operands(instruction))
+            written = sum(array.bytes for array in instruction.result)
             # Other starts also return their operands.
             size = max(read, written - read if overlapped else written)
         if len(group) == 1 and self._mesh and self._mesh.size > 1:

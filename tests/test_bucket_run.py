@@ -114,7 +114,6 @@ def place():
         yield place
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_killed_and_stopped_in_the_middle_of_uploads_it_goes_on_bit_for_bit_and_can_be_used(place):
     store = place.store
@@ -166,7 +165,6 @@ def test_killed_and_stopped_in_the_middle_of_uploads_it_goes_on_bit_for_bit_and_
     assert "finished" in place.run("end_to_end/results.py", "broken", before=["state"])
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_fine_tuning_starts_from_a_run_in_the_bucket(place, tmp_path):
     talk = [("user", "the quick"), ("assistant", "brown fox jumps over a lazy dog")]
@@ -188,7 +186,6 @@ def test_fine_tuning_starts_from_a_run_in_the_bucket(place, tmp_path):
     assert steps and steps == list(range(len(steps))) and max(place.steps("tuned")[1]) == len(steps)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_share_a_run_in_the_bucket(place):
     """Stopped by SIGTERM they save together, and resumed they have each step once, with the losses

@@ -377,7 +377,6 @@ def rows(tmp_path_factory):
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.slow
 def test_a_training_stage(rows):
     """A row of STAGE_CONFIGS, a row of STAGES and a file of overrides. DPO is in test_stages.py."""
     steps = [row for row in rows if "event" not in row]
@@ -386,7 +385,6 @@ def test_a_training_stage(rows):
     assert steps[0]["loss"] == pytest.approx((1 - 1 / 265) * math.log(265), rel=0.01)
 
 
-@pytest.mark.slow
 def test_an_evaluation(rows):
     """A file in evals/ and a row of EVALS."""
     norms = [row for row in rows if row.get("event") == "head"]

@@ -146,7 +146,7 @@ def start_slice(task, settings, **more):
     return [start(task, settings, JAX_PROCESS_ID="0", SKYPILOT_NODE_RANK="0", **more), second]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_slice_trains_one_run_stops_as_one_and_resumes(settings, place):
     """One host trains the tokenizer, the other waits for it; told to stop, both end with 75."""
     task = read("v6e-16")

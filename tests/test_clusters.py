@@ -98,7 +98,7 @@ def free_job():
         return job
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_tasks_join_save_at_the_signal_and_resume(place, one, tmp_path):
     words = multihost.words_of(place, "slurm", "checkpoint_interval_steps=0", *multihost.TWO)[1:]
     slow = f'exec {sys.executable} {ROOT}/tests/slow_train.py 1 "${{@:2}}"'

@@ -486,6 +486,7 @@ def losses_of(folder, name):
     return [row["loss"] for row in map(json.loads, lines) if "event" not in row]
 
 
+@pytest.mark.slow
 def test_two_arms_are_trained_and_compared(folder, monkeypatch, capsys):
     command = command_of(
         folder, "run_name=two", "--arm", "matrix_lr=0.02", "--arm", "matrix_lr=0.2", "--seeds=1"
@@ -512,7 +513,7 @@ def command_in_process(arguments):
     return pyconfig.launch(lambda config: compare.main(config, words, options), words)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_stopped_again_and_again_a_comparison_has_the_same_numbers(folder):
     arms = ["--arm", "", "--arm", "matrix_lr=0.2", "--seeds", "2"]
     run(*command_of(folder, "run_name=whole", *arms))

@@ -484,6 +484,7 @@ def test_a_line_that_is_no_question_is_named(line, message):
 REAL = Path(os.environ.get("CORE_BUNDLE", ROOT.parent / "shared/data/core_eval_bundle.tar.xz"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not REAL.exists(), reason="the real bundle is not there: CORE_BUNDLE=PATH says where it is"
 )

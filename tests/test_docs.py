@@ -173,7 +173,7 @@ def run_step(folder, words, *added):
     return result
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_guides_run_with_a_tiny_model(tmp_path):
     """Your own text; your own conversations, after it; compare two ideas."""
     for name in ("configs", "MaxNano"):

@@ -1,6 +1,6 @@
 """Every command of the pages that starts one of MaxNano's programs runs, with a tiny model and text.
 
-Behind -m long: some minutes. Added words make model, text and time small, and give a new run a name
+Some minutes, so -m slow. Added words make model, text and time small, and give a new run a name
 that no other command uses; CORE alone is downloaded, since chat's data come from many hubs.
 tests/test_docs.py parses the other commands too.
 """
@@ -27,7 +27,7 @@ from test_train_compile import TINY as COMPILED
 
 from MaxNano.tokenization.bpe import train_bpe
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 MODEL = """num_decoder_layers=2 emb_dim=32 head_dim=16 num_query_heads=2 max_target_length=64
     vocab_size=300""".split()

@@ -129,6 +129,7 @@ def steps_of(folder):
 # ---- The scripts as such
 
 
+@pytest.mark.slow
 def test_shellcheck_finds_nothing():
     shellcheck = shutil.which(
         "shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -171,6 +172,7 @@ def test_a_wrong_argument_is_one_line(settings):
 # ---- Preflight
 
 
+@pytest.mark.slow
 def test_the_preflight_says_what_is_missing_and_trains_nothing(settings, place):
     out = run("tpu/d24_speedrun.sh", settings, "--dry-run", OUTPUT=f"{place}/dry")
     assert re.findall(r"^(ok|FAIL) +(\w+)", out, re.MULTILINE) == [
@@ -247,7 +249,6 @@ def wait_for_step(folder, step, process):
     raise AssertionError(f"never saw step {step}: {process.communicate()}")
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_speedrun_starts_a_preempted_training_again_by_itself_and_skips_what_is_done(
     settings, place
@@ -497,7 +498,6 @@ def test_smoke_then_resume_after_preemption(settings, place):
         assert result.returncode == 1 and reason in result.stderr
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_miniseries_ends_with_a_table(settings, place):
     more = {"DEPTHS": "1 2", "RATIO": "0.2", "NUM_ITERATIONS": ""}
@@ -658,7 +658,6 @@ def losses_of(metrics):
     return [(row["step"], row["loss"]) for row in rows if "event" not in row]
 
 
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("preemptions", [2, 5])
 def test_preemptions_at_random_leave_the_losses_of_an_unbroken_run(
@@ -881,7 +880,7 @@ def test_every_host_of_a_slice_is_set_up_started_and_asked_to_save(quick):
     assert "must be a type and a number" in quick.launch(status=2, ACCELERATOR="v6e")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_slice_of_two_hosts_trains_one_run_through_a_preemption(cloud):
     machine = {**ON_ITS_WAY, "hosts": 2, "port": free_port()}
     preempted = {**machine, "preempt": {"step": 75, "after": 0}}

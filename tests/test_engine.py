@@ -137,6 +137,7 @@ def test_greedy_tokens_are_nanochats(served, recorded):
         assert together.tokens == tokens and together.finish == "length"
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_nanochats_with_many_slots(setup, params, recorded):
     """Above runtime.FEW_ROWS rows, other matrix products run on a CPU."""
     served = Engine(setup, params, Letters(), slots=2 * runtime.FEW_ROWS, max_length=LONGEST)

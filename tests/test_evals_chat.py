@@ -257,6 +257,7 @@ def records_of(directory, name):
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_with_the_task_that_was_under_way(evaluated, folder):  # noqa: F811
     directory, out = evaluated
     assert all(f"{name} is already done" in out for name in LETTERED)

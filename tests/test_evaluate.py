@@ -176,7 +176,7 @@ def killed_after(name, folder, *words):
     return process.communicate()[0]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_killed_twice_and_on_other_devices_it_has_the_same_numbers(place, capsys):
     """On two devices it is killed within CORE and, gone on, within the chat tasks; then this
     process goes on.
@@ -223,6 +223,7 @@ def test_killed_twice_and_on_other_devices_it_has_the_same_numbers(place, capsys
         assert here == there, label
 
 
+@pytest.mark.slow
 def test_results_of_other_inputs_are_measured_again(place, capsys):
     """Other text under the same and another path, other keys of sampling."""
 
@@ -382,6 +383,7 @@ class Preemption:
         return contextlib.nullcontext()
 
 
+@pytest.mark.slow
 def test_core_while_training(place, monkeypatch, capsys):
     """After the last step; stopped in the middle it goes on with the task that was under way;
     evaluate.py knows it.

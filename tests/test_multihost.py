@@ -182,7 +182,7 @@ def copy_of_first_checkpoint(place, run_name, copy):
         shutil.rmtree(place / "runs" / copy / "checkpoints" / str(step))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_processes_told_by_the_environment_give_the_losses_of_one(place, one):
     (out, _), (other_out, _) = finish(start_two(words_of(place, "two", *TWO), by="environment"))
     assert_same_losses(place, "two")
@@ -190,7 +190,7 @@ def test_two_processes_told_by_the_environment_give_the_losses_of_one(place, one
     assert "loss" not in other_out, "only process 0 speaks"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_tensor_parallelism_over_the_processes_gives_the_losses_of_one(place, one):
     """The axis that spans the processes does not shard the batch, so both read all of it."""
     layout = ("num_cpu_devices=4", "dcn_tensor_parallelism=2")
@@ -199,7 +199,7 @@ def test_tensor_parallelism_over_the_processes_gives_the_losses_of_one(place, on
     assert_same_losses(place, "tensor")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_processes_go_on_where_one_stopped(place, one):
     copy_of_first_checkpoint(place, "one", "one_then_two")
     (out, _), _ = finish(start_two(words_of(place, "one_then_two", *TWO), by="environment"))
@@ -207,6 +207,7 @@ def test_two_processes_go_on_where_one_stopped(place, one):
     assert_same_losses(place, "one_then_two")
 
 
+@pytest.mark.slow
 def test_asked_to_stop_both_save_one_step_and_one_process_goes_on(place, one):
     words = words_of(place, "stopped", "checkpoint_interval_steps=0")
     # JAX looks for the signal once a second.
@@ -223,7 +224,7 @@ def test_asked_to_stop_both_save_one_step_and_one_process_goes_on(place, one):
     assert_same_losses(place, "stopped")
 
 
-@pytest.mark.long  # a minute; tests/test_runtime.py has the agreement of the processes
+@pytest.mark.slow  # a minute; tests/test_runtime.py has the agreement of the processes
 def test_data_that_fail_in_one_process_stop_both_with_one_checkpoint(place, one):
     """A part that only the readers of process 1 come to: the run ended unsaved."""
     (place / "damaged").mkdir()
@@ -399,6 +400,7 @@ def test_processes_with_other_values_end_with_status_2(place):
     assert not (place / "runs/unlike").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_run_in_a_bucket(monkeypatch):
     with object_store.serve() as store:
         object_store.use(store, monkeypatch)
@@ -413,6 +415,7 @@ def test_two_processes_share_a_run_in_a_bucket(monkeypatch):
     assert {"1", "3"} <= kept
 
 
+@pytest.mark.slow
 def test_what_one_process_cannot_write_all_of_them_know(tmp_path):
     (lines, err), (other_lines, _) = run_two(SAVING, tmp_path)
     assert lines == other_lines

@@ -140,7 +140,7 @@ def test_logits_losses_and_gradients(problem):
         assert np.linalg.norm(got[name]) == pytest.approx(norm, rel=1e-5), name
 
 
-@pytest.mark.long  # test_train_step.py compares all parameters after one and eight updates
+@pytest.mark.slow  # test_train_step.py compares all parameters after one and eight updates
 def test_three_updates(problem):
     config, setup, arrays, batch = problem
     programs = build_programs(setup, jit_train(setup), np.ones(50, np.int32))

@@ -672,7 +672,7 @@ def test_an_error_of_one_process_is_raised_in_all(monkeypatch):
         runtime.raise_together(OSError("here"))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_virtual_devices_do_not_wait_for_each_other_forever():
     """Without the limit, each of three runs of this ended in XLA's abort after 40 s (jax 0.10.2)."""
     result = run_python(

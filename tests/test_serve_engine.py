@@ -98,7 +98,7 @@ def test_replies_are_the_engines():
         wait_until(lambda: server.service.pending == 0 and engine.is_idle)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_64_streams_are_each_as_alone():
     """64 streams of 50 tokens over 16 slots: each equals the greedy completion alone."""
     config, engine = make(16)
@@ -133,7 +133,7 @@ serve(make_app(config, engine), bind("127.0.0.1", 0), drain_seconds=30)
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_2000_requests_of_which_a_fifth_leave_keep_the_memory_flat():
     import openai
@@ -201,7 +201,7 @@ metric_list: [{{metric: acc}}]
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_lm_eval_reads_the_engines_scores(tmp_path):
     """lm-eval's local-completions with the server's tokenizer reports the engine's scores."""
     program = shutil.which("lm_eval")

@@ -283,7 +283,7 @@ def wait_for_step(place, run_name, step, process):
     raise AssertionError(f"never saw step {step}: {process.communicate()}")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_killed_it_goes_on_bit_for_bit(place, whole):
     words = sft_words(place, "chat_epochs=2", "run_name=killed")
     process = start(*words, pause=0.2)

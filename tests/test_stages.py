@@ -213,6 +213,7 @@ def events_of(path, name):
     return [row for row in rows if row.get("event") == name]
 
 
+@pytest.mark.slow
 def test_a_stage_and_an_evaluation_are_a_row_each(rows, words, tmp_path, monkeypatch, capsys):
     config = pyconfig.initialize(words)
     assert stage_config(config).name == "dpo" and stage_of(config) is DPO

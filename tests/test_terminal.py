@@ -92,6 +92,7 @@ SHOWN = (
 )
 
 
+@pytest.mark.slow
 def test_typing_wrapping_interrupts_and_history(start):
     """A pasted text and a quoted one are one message; replies are Markdown, wrapped between words;
     Ctrl-C stops one, says how to leave and keeps the chat; the arrow keys bring back messages.

@@ -272,6 +272,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(place):
     assert not (place / "runs/dry").exists()
 
 
+@pytest.mark.slow
 def test_damaged_data_stop_a_run_that_is_saved_and_can_leave_them_out(place):
     """A corrupt row group after hours ended the run unsaved, and the same command stopped again."""
     (place / "damaged").mkdir()
@@ -361,6 +362,7 @@ def test_a_typo_is_told_before_jax_is_imported(tmp_path, program):
     )
 
 
+@pytest.mark.slow
 def test_a_second_run_on_the_same_folder_is_refused(place):
     words = words_of(place, "locked", "eval_interval=0", "sample_interval=0")
     first = start(*words, pause=3)  # its other steps take longer than the second start

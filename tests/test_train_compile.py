@@ -110,6 +110,7 @@ def test_this_jax_knows_the_least_effort():
 # ---- Compiling ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(900)
 def test_both_programs_compile_for_a_slice(tmp_path):
@@ -179,6 +180,7 @@ def check_that_weights_travel_once(collectives, keys, micro_batches=None):
     assert moved("reduce-scatter", "all-reduce") == pytest.approx(summed, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.tpu_compile
 @pytest.mark.timeout(900)
 def test_prefill_and_decode_compile_for_a_slice(tmp_path):

@@ -381,6 +381,7 @@ class FailingStep:
         return self.step(state, *args)
 
 
+@pytest.mark.slow
 def test_a_first_step_out_of_memory_is_repeated_with_half_the_rows(capsys):
     """State and loss are bit for bit those of a run that was told to take half the rows."""
     tiny = (*(word for word in TINY if "layers" not in word), "num_decoder_layers=1")

@@ -142,6 +142,7 @@ def test_the_recorded_score_is_that_of_the_recorded_answers():
     assert core_tasks.core_score(centered) == pytest.approx(golden["core"], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_shared_prefix_changes_no_number(few_shapes):
     setup = shared_prefix_setup()
     check_shared_prefixes(setup, from_formula(setup, {}))

@@ -982,6 +982,7 @@ def test_connections_that_hang_or_are_slow_are_failed_looks(quick):
     assert "machines: 1," in out and quick.left() == []
 
 
+@pytest.mark.slow
 def test_a_machine_that_never_answers_is_replaced(quick):
     quick.play({"us-east5-a": [{**ACTIVE, "deaf": True}, ACTIVE]})
     out = quick.launch()
@@ -993,6 +994,7 @@ def test_a_machine_that_never_answers_is_replaced(quick):
     assert "machines: 2," in out and "==== done" in out and quick.left() == []
 
 
+@pytest.mark.slow
 def test_a_machine_that_vanishes_is_replaced_though_its_request_says_active(quick):
     vanish = {"preempt": {"step": None, "after": 0, "vanish": True}}
     quick.play({"us-east5-a": [{**ACTIVE, **vanish}, ACTIVE]})
@@ -1005,6 +1007,7 @@ def test_a_machine_that_vanishes_is_replaced_though_its_request_says_active(quic
     assert quick.left() == []
 
 
+@pytest.mark.slow
 def test_what_cannot_run_is_not_run_twice_and_what_crashes_is(quick):
     quick.play({"us-east5-a": [ACTIVE]})
     out = quick.launch(status=2, STAGES="setup trainign")
@@ -1118,6 +1121,7 @@ def test_a_machine_that_trains_on_alone_ends_when_its_job_has(training):
     assert len(training.calls("create")) == 1, "what is done is not done once more"
 
 
+@pytest.mark.slow
 def test_killed_launch_finds_its_machine_again(training):
     training.play({"us-east5-a": [ACTIVE]})
     process = start("tpu/launch.sh", training.settings)
@@ -1166,6 +1170,7 @@ def test_a_machine_that_may_not_delete_itself_shuts_down(training):
     assert "75 the time limit is over" in last_words(training)
 
 
+@pytest.mark.slow
 def test_without_a_network_it_waits_and_the_machine_trains_on(training):
     training.play({"us-east5-a": [ACTIVE]})
     process = start("tpu/launch.sh", training.settings)

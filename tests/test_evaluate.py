@@ -117,6 +117,7 @@ def results(folder):
     return json.loads((folder / "runs/run/evals/step_000007.json").read_text())["evals"]
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_with_the_task_that_was_under_way(place, monkeypatch, capsys):
     """Also: the run's own shape is used, tables and files hold the numbers, a finished one is not
     done again.

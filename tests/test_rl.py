@@ -274,6 +274,7 @@ def test_its_checkpoint_can_be_talked_to(place, whole):
     assert engine.max_length == 32, "the model's context, not that of the rollouts"
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_bit_for_bit(place, whole):
     words = rl_words(place, "rl_clip=0.2", "rl_kl=0.01", "run_name=killed")
     process = start(*words)

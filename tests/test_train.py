@@ -373,6 +373,7 @@ def test_a_second_run_on_the_same_folder_is_refused(place):
     assert err.startswith("error: ") and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_change_that_is_allowed_is_recorded(place, whole):
     """In the middle of a run: another rate, and other text under the same path."""
     shutil.copytree(place / "text", place / "edited")

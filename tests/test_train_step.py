@@ -150,6 +150,7 @@ def test_eight_updates_are_nanochats():
     check("final/")
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up_to_the_batch(tiny):
     """Also where they have different numbers of targets: the mean is over the targets of all."""
     states = []

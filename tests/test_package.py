@@ -119,7 +119,7 @@ print(config.run_name, tuned_file.FOLDER)
     assert result.stdout == "d24_speedrun_sft configs/tuned\n", result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pip_installs_a_command_that_trains_and_chats(built, tmp_path):
     """In a fresh environment, with the pinned versions of the packages from the index."""
     run("-m", "venv", tmp_path / "venv", cwd=tmp_path)

@@ -114,7 +114,7 @@ def place():
         yield place
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_and_stopped_in_the_middle_of_uploads_it_goes_on_bit_for_bit_and_can_be_used(place):
     store = place.store
     assert list(place.losses("whole")) == list(range(STEPS))

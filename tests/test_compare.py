@@ -513,7 +513,7 @@ def command_in_process(arguments):
     return pyconfig.launch(lambda config: compare.main(config, words, options), words)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stopped_again_and_again_a_comparison_has_the_same_numbers(folder):
     arms = ["--arm", "", "--arm", "matrix_lr=0.2", "--seeds", "2"]
     run(*command_of(folder, "run_name=whole", *arms))

@@ -438,7 +438,7 @@ def test_the_site_is_served(tmp_path):
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60) as page:
             assert b"MaxNano" in page.read()
     finally:
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGTERM)  # in the background Ctrl-C is ignored
         process.communicate(timeout=60)
 
 

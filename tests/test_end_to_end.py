@@ -880,7 +880,7 @@ def test_every_host_of_a_slice_is_set_up_started_and_asked_to_save(quick):
     assert "must be a type and a number" in quick.launch(status=2, ACCELERATOR="v6e")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_slice_of_two_hosts_trains_one_run_through_a_preemption(cloud):
     machine = {**ON_ITS_WAY, "hosts": 2, "port": free_port()}
     preempted = {**machine, "preempt": {"step": 75, "after": 0}}

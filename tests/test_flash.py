@@ -297,7 +297,7 @@ print("equal")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_step_of_a_tpu_gives_the_losses_of_the_plain_one():
     """Its kernels, interpreted, and its norms on eight devices, against one device without them:
     losses and norms of gradients of four steps within 1e-5.

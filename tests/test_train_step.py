@@ -614,7 +614,7 @@ sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 import json
 from dataclasses import replace
 import jax
-jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_num_cpu_devices", 16)
 import test_train_step as t
 from MaxNano.distributed import hardware
 from MaxNano.training.memory_plan import fit_memory
@@ -622,10 +622,10 @@ from MaxNano.training.setup import needed_bytes, set_up
 
 V6E = 125 * 2**28  # what a program may use on a v6e
 
-def plan(memory_bytes, *overrides):
+def plan(memory_bytes, *overrides, devices=8):
     # As on accelerators with this much memory.
     hardware.memory_limit_bytes = lambda: memory_bytes
-    setup = set_up(t.make_config("dtype=bfloat16", *overrides), jax.devices())
+    setup = set_up(t.make_config("dtype=bfloat16", *overrides), jax.devices()[:devices])
     setup = fit_memory(replace(setup, numerics=setup.numerics._replace(backend="tpu")))
     needed = needed_bytes(setup)
     shape = setup.mesh.shape
@@ -643,6 +643,8 @@ print(json.dumps([
     plan(V6E, "model=d32", "remat_policy=full", "logical_axis_rules=" + t.STACKED_FSDP),
     plan(2**31, "model=d16", "emb_dim=780", "num_query_heads=10", "head_dim=78"),
     plan(2**29, "model=d16", "emb_dim=256", "num_query_heads=2"),
+    plan(V6E, "model=d32", "remat_policy=full", devices=16),
+    plan(2**32, "model=d32", "remat_policy=full", devices=16),
 ]))
 """
 STACKED_FSDP = "[[layers, fsdp, data], [vocab, fsdp, data], [activation_batch, data, fsdp]]"
@@ -651,7 +653,8 @@ STACKED_FSDP = "[[layers, fsdp, data], [vocab, fsdp, data], [activation_batch, d
 def test_fsdp_is_chosen_where_data_parallelism_does_not_leave_half_of_the_memory():
     done = programs.run("-c", PLANS, ROOT)
     assert done.returncode == 0, done.stderr
-    d24, d32, large, fsdp_1, data_8, tensor, stacked, odd, narrow = json.loads(done.stdout)
+    plans = json.loads(done.stdout)
+    d24, d32, large, fsdp_1, data_8, tensor, stacked, odd, narrow, sixteen, tight = plans
     assert d24[:3] == [8, 1, True] and d24[4:] == [32, "names"]
     assert d32[:3] == [1, 8, True] and large[:3] == [8, 1, True]
     assert d32[3] < 2**29 < 5 * 2**30 < large[3]
@@ -661,3 +664,5 @@ def test_fsdp_is_chosen_where_data_parallelism_does_not_leave_half_of_the_memory
     assert tensor[:2] == [1, 4], "over the devices that tensor leaves"
     assert odd[:2] == [2, 4], "eight do not divide a width of 780"
     assert narrow[:2] == [4, 2], "128 columns each"
+    assert sixteen[:2] == [2, 8], "more parts would send more"
+    assert tight[:2] == [1, 16], "where eight leave too little memory"

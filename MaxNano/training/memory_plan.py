@@ -22,6 +22,10 @@ SMALL_VOCAB_CHUNK = 2048
 # Columns of a matrix on each device with FSDP: fewer fill no register of a TPU, and XLA then sums
 # whole gradients instead of reduce-scattering them.
 LEAST_WIDTH = 128
+# Parts of a parameter with FSDP, if their state then takes at most half of a device's memory. More
+# parts send more: with d32 on v6e-16 16 parts take 1.5 times the collectives of 8, since XLA then
+# sums whole gradients, on v6e-64 1.04 times. Source: benchmarks/tpu.md.
+MOST_PARTS = 8
 # Rows per device for which a GPU keeps all activations rather than those of remat_names. By the
 # roofline d24 gains 15 % with 8 on an H100; sums of gradients in float32 take more of it with fewer.
 LEAST_ROWS = 8
@@ -111,13 +115,22 @@ def _choose_sharding(setup: RunSetup, limit: int | None) -> RunSetup:
     config = setup.config
     if limit is None or config.ici_fsdp_parallelism or config.ici_data_parallelism:
         return setup
-    needed = needed_bytes(setup)
-    if 2 * (sum(needed.values()) - needed["activations"]) <= limit:
-        return setup
+
+    def leaves_half(setup: RunSetup) -> bool:
+        needed = needed_bytes(setup)
+        return 2 * (sum(needed.values()) - needed["activations"]) <= limit
+
     devices = setup.mesh.shape.get("data", 1) // config.dcn_data_parallelism
-    size = largest_divisor(math.gcd(devices, config.emb_dim), max(1, config.emb_dim // LEAST_WIDTH))
-    sharded = _with_values(setup, ici_fsdp_parallelism=size) if size > 1 else setup
-    return sharded if sharded.gathers_by_layer else setup
+    widest = max(1, config.emb_dim // LEAST_WIDTH)
+    chosen = setup
+    for most in (MOST_PARTS, widest):
+        if leaves_half(chosen):
+            break
+        size = largest_divisor(math.gcd(devices, config.emb_dim), min(most, widest))
+        sharded = _with_values(setup, ici_fsdp_parallelism=size) if size > 1 else setup
+        if sharded.gathers_by_layer:
+            chosen = sharded
+    return chosen
 
 
 def fit_memory(setup: RunSetup) -> RunSetup:

@@ -67,6 +67,27 @@ def test_the_rule_of_layers_chooses_the_kind_of_sharding():
     assert not sharding.gathers_by_layer(RULES)
 
 
+@pytest.mark.parametrize(
+    "data, fsdp, layers, axes",
+    [
+        (8, 8, 64, ("data", "fsdp")),
+        (2, 16, 32, ("data", "fsdp")),
+        (2, 8, 24, ("data", "fsdp")),  # 16 owners of 24 layers
+        (8, 8, 32, "data"),  # they have whole layers already
+        (32, 8, 48, "data"),
+        (1, 16, 12, "fsdp"),  # otherwise each device would own twelve
+        (64, 2, 24, ("data", "fsdp")),
+        (8, 1, 24, None),
+    ],
+)
+def test_owners_outnumber_the_layers_only_where_each_would_have_many(data, fsdp, layers, axes):
+    rules = pyconfig.initialize([str(pyconfig.BASE)]).logical_axis_rules
+    mesh = jax.sharding.AbstractMesh((data, fsdp, 1), ("data", "fsdp", "tensor"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        expected = None if axes is None else PartitionSpec(axes)
+        assert sharding.owners(rules, layers) == expected
+
+
 def device(index, *, process=0, platform="cpu", **more):
     return SimpleNamespace(
         id=index, process_index=process, platform=platform, device_kind=platform, **more

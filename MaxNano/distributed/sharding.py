@@ -7,6 +7,7 @@ Over FSDP_AXIS parameters stay sharded during a step, and each layer gathers its
 data-parallel axes, or if FSDP_AXIS shards the stack of layers, a step gathers them once (ZeRO).
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -20,6 +21,7 @@ Rules = Sequence[Sequence[str]]
 
 BATCH_AXES: Axes = ("activation_batch", "activation_length")
 FSDP_AXIS = "fsdp"
+LARGEST_SHARE = 8  # layers of one owner, where others compute the same
 
 
 def partition_spec(axes: Axes, rules: Rules, mesh_axes: Sequence[str]) -> PartitionSpec:
@@ -92,17 +94,28 @@ def constrain(x: jax.Array, axes: Axes, rules: Rules) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding.spec)
 
 
-def owners(rules: Rules) -> PartitionSpec | None:
-    """With FSDP on mesh axes that the compiler manages: how a stack of matrices (layers, ...) is
-    sharded if each is whole on one device, over all axes that shard layers or `embed`, whether or
-    not they divide the layers. None without FSDP.
+def owners(rules: Rules, layers: int) -> PartitionSpec | None:
+    """With FSDP on mesh axes that the compiler manages: how a stack of `layers` matrices (layers,
+    ...) is sharded if each is whole on one device or more. None without FSDP.
+
+    Over all axes that shard layers or `embed`, whether or not they divide the layers. If that would
+    be more owners than layers, XLA sends whole stacks back from them: then over the axes with the
+    most devices that are not more, if none owns more than LARGEST_SHARE layers, and the devices
+    along the others compute the same.
     """
-    _, managed = _managed()
+    mesh, managed = _managed()
     if FSDP_AXIS not in managed or not gathers_by_layer(rules):
         return None
     table = {rule[0]: rule[1:] for rule in rules}
-    axes = dict.fromkeys((*table.get("layers", ()), *table.get("embed", ())))
-    return PartitionSpec(_part([axis for axis in axes if axis in managed]))
+    named = dict.fromkeys((*table.get("layers", ()), *table.get("embed", ())))
+    axes = tuple(axis for axis in named if axis in managed)
+
+    def devices(chosen: Sequence[str]) -> int:
+        return math.prod(mesh.shape[axis] for axis in chosen)
+
+    subsets = (c for n in range(len(axes) + 1) for c in itertools.combinations(axes, n))
+    most = max((c for c in subsets if devices(c) <= layers), key=devices)
+    return PartitionSpec(_part(most if layers <= LARGEST_SHARE * devices(most) else axes))
 
 
 def _managed() -> tuple[AbstractMesh, list[str]]:

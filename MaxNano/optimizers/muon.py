@@ -51,18 +51,18 @@ def muon(
 
     beta2: decay of NorMuon's second moment, 0 for none. dtype: of everything from row equilibration
     to the Polar Express iterations. rules: they decide which devices compute which matrices; each
-    matrix is computed on one device.
+    matrix is computed on one device, or on several that compute the same.
     """
 
     def to_owners(x):
-        spec = owners(rules)
+        spec = owners(rules, len(x))
         if spec is None:
             return constrain(x, ("layers", *(None,) * (x.ndim - 1)), rules)
         return jax.lax.with_sharding_constraint(x, spec)
 
     def on_owners(x):
         # With FSDP the update travels back once all of it is computed.
-        spec = owners(rules)
+        spec = owners(rules, len(x))
         return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 
     parts = [nesterov_momentum(momentum), each_matrix(lambda x: x.astype(dtype))]

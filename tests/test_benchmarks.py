@@ -22,7 +22,16 @@ from MaxNano.training.step import batch_losses
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks is no package to install
 
-from benchmarks import alternatives, common, input_pipeline, loss, pods, step_time, straightforward  # noqa: E402
+from benchmarks import (  # noqa: E402
+    alternatives,
+    common,
+    input_pipeline,
+    loss,
+    mlp,
+    pods,
+    step_time,
+    straightforward,
+)
 from benchmarks import calibration as calibrate  # noqa: E402
 
 SCRIPTS = sorted(
@@ -351,6 +360,17 @@ def test_the_input_pipeline_says_what_a_million_tokens_need(tmp_path, monkeypatc
     assert "A million tokens/s needs " in out and "data_workers=" in out
 
 
+def test_the_fused_mlp_is_the_models(monkeypatch):
+    monkeypatch.setattr(mlp, "COLUMNS", 48)  # 128 in parts of 48, 48 and 32
+    config = make_config(*TINY)
+    x, up, down = (
+        jax.random.normal(jax.random.key(n), shape) / scale
+        for n, (shape, scale) in enumerate((((64, 32), 1), ((32, 128), 6), ((128, 32), 11)))
+    )
+    got = mlp.fused(config, 16, x, up, down, interpret=True)
+    np.testing.assert_allclose(got, mlp.plain(config, x, up, down), rtol=1e-5, atol=1e-5)
+
+
 # ---- Compiled -----------------------------------------------------------------------------------
 
 
@@ -358,7 +378,8 @@ def test_the_input_pipeline_says_what_a_million_tokens_need(tmp_path, monkeypatc
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    "script", ["straightforward", "loss", "alternatives", "pods", "step_time", "calibration"]
+    "script",
+    ["straightforward", "loss", "alternatives", "pods", "step_time", "calibration", "mlp"],
 )
 def test_a_small_model_is_compiled(script, tmp_path):
     words = (

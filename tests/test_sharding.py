@@ -82,7 +82,8 @@ def test_the_rule_of_layers_chooses_the_kind_of_sharding():
 )
 def test_owners_outnumber_the_layers_only_where_each_would_have_many(data, fsdp, layers, axes):
     rules = pyconfig.initialize([str(pyconfig.BASE)]).logical_axis_rules
-    mesh = jax.sharding.AbstractMesh((data, fsdp, 1), ("data", "fsdp", "tensor"))
+    auto = (jax.sharding.AxisType.Auto,) * 3  # as make_mesh has them
+    mesh = jax.sharding.AbstractMesh((data, fsdp, 1), ("data", "fsdp", "tensor"), axis_types=auto)
     with jax.sharding.use_abstract_mesh(mesh):
         expected = None if axes is None else PartitionSpec(axes)
         assert sharding.owners(rules, layers) == expected

@@ -101,19 +101,21 @@ def main(config: FrozenConfigDict) -> None:
             jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
             for shape in ((total, width), (width, hidden), (hidden, width))
         ]
-        programs = {"XLA": (partial(plain, config), hardware.compiler_options(config, "tpu"))}
-        for tokens in TOKENS:
-            programs[f"kernel, {tokens} tokens a tile"] = partial(fused, config, tokens), None
-        for title, (function, options) in programs.items():
+        # Title, function, compiler options, and tiles of the kernel or None.
+        programs = [("XLA", partial(plain, config), hardware.compiler_options(config, "tpu"), None)]
+        programs += [
+            (f"kernel, {n} tokens a tile", partial(fused, config, n), None, total // n)
+            for n in TOKENS
+        ]
+        for title, function, options, tiles in programs:
             started = time.monotonic()
             compiled = jax.jit(function, compiler_options=options).lower(*arrays).compile()
             seconds = time.monotonic() - started
-            if title == "XLA":
+            if tiles is None:
                 walk = costs.walk(hlo.parse(compiled.as_text()), chip, vocab_size=config.vocab_size)
                 by_class = walk.by_class()
             else:
                 [path] = Path(name).glob(f"*{NAME}*-final_bundles.txt")
-                tiles = total // programs[title][0].args[1]
                 by_class = {"pallas": tiles * sum(read_schedule(path.read_text()))}
             for path in Path(name).iterdir():
                 path.unlink()

@@ -304,21 +304,9 @@ def test_setup(machine, tmp_path, command):
 def test_a_speedrun(script, settings, place, hub, tmp_path):
     """All stages with text of a hub; the checks; the smoke run."""
     runs = tmp_path / "runs"
-    extra = f"{settings['EXTRA']} hub_url={hub} core_bundle_url={hub}/core.zip core_max_per_task=2 sample_tokens=2"
-    own = {
-        "DATASET_PATH": "",
-        "DATASET_NAME": "us/text",
-        "DOWNLOAD_SHARDS": "2",
-        "DOWNLOAD_PATH": f"{tmp_path}/downloads",
-        "CORE_BUNDLE": "",
-        "TOKENIZER_PATH": f"{tmp_path}/tokenizer",
-        "OUTPUT": str(runs),
-        "CHAT_DATA": str(tmp_path),
-        "SFT_EXTRA": scripts.tuning_words(tmp_path),
-        "EXTRA": extra,
-    }
+    own = scripts.from_hub(settings, hub, tmp_path) | {"OUTPUT": str(runs)}
     environment = {k: v for k, v in settings.items() if k != "NUM_ITERATIONS"} | own
-    out = run(script, ROOT, **{**environment, "EXTRA": f"{extra} steps=40"})
+    out = run(script, ROOT, **{**environment, "EXTRA": f"{own['EXTRA']} steps=40"})
     assert "==== done" in out
     assert (runs / "d1/checkpoints/40").is_dir() and (runs / "d1_sft/report.html").is_file()
 

@@ -372,6 +372,24 @@ def tuning_words(folder):
     )
 
 
+def from_hub(settings, hub, folder):
+    """What makes a script download its text and CORE's bundle from the hub into `folder`, and
+    fine-tune on conversations there.
+    """
+    core = f"core_bundle_url={hub}/core.zip core_max_per_task=2 sample_tokens=2"
+    return {
+        "DATASET_PATH": "",
+        "DATASET_NAME": "us/text",
+        "DOWNLOAD_SHARDS": "2",
+        "DOWNLOAD_PATH": f"{folder}/downloads",
+        "CORE_BUNDLE": "",
+        "TOKENIZER_PATH": f"{folder}/another tokenizer",
+        "CHAT_DATA": str(folder),
+        "SFT_EXTRA": tuning_words(folder),
+        "EXTRA": f"{settings['EXTRA']} hub_url={hub} {core}",
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("is_repeated", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_speedrun_downloads_its_text_and_goes_all_the_way(
@@ -381,21 +399,13 @@ def test_speedrun_downloads_its_text_and_goes_all_the_way(
     twice.
     """
     run_name, base_steps = f"downloaded{is_repeated:d}", 40  # nothing stops it
-    extra = f"{settings['EXTRA']} hub_url={hub} core_bundle_url={hub}/core.zip core_max_per_task=2 sample_tokens=2"
-    more = {
-        "DATASET_PATH": "",
-        "DATASET_NAME": "us/text",
-        "DOWNLOAD_SHARDS": "2",
-        "DOWNLOAD_PATH": f"{tmp_path}/downloads",
-        "CORE_BUNDLE": "",
-        "TOKENIZER_PATH": f"{tmp_path}/another tokenizer",
+    more = from_hub(settings, hub, tmp_path) | {
         "RUN_NAME": run_name,
         "NUM_ITERATIONS": str(base_steps),
-        "CHAT_DATA": str(tmp_path),
         "RL": "1",
-        "SFT_EXTRA": tuning_words(tmp_path),
         "RL_EXTRA": RL_WORDS,
     }
+    extra = more.pop("EXTRA")
     out = run("tpu/d24_speedrun.sh", {**settings, **more}, EXTRA=extra)
     assert re.findall(r"^==== \d+/10 (\w+)", out, re.MULTILINE) == [
         "setup",

@@ -23,8 +23,7 @@ SMALL_VOCAB_CHUNK = 2048
 # whole gradients instead of reduce-scattering them.
 LEAST_WIDTH = 128
 # Parts of a parameter with FSDP, if their state then takes at most half of a device's memory. More
-# parts send more: with d32 on v6e-16 16 parts take 1.5 times the collectives of 8, since XLA then
-# sums whole gradients, on v6e-64 1.04 times. Source: benchmarks/tpu.md.
+# parts send more, and over all chips of a v6e-16 XLA sums whole gradients: benchmarks/tpu.md.
 MOST_PARTS = 8
 # Rows per device for which a GPU keeps all activations rather than those of remat_names. By the
 # roofline d24 gains 15 % with 8 on an H100; sums of gradients in float32 take more of it with fewer.
@@ -123,10 +122,10 @@ def _choose_sharding(setup: RunSetup, limit: int | None) -> RunSetup:
     devices = setup.mesh.shape.get("data", 1) // config.dcn_data_parallelism
     widest = max(1, config.emb_dim // LEAST_WIDTH)
     chosen = setup
-    for most in (MOST_PARTS, widest):
+    for most in sorted({min(MOST_PARTS, widest), widest}):
         if leaves_half(chosen):
             break
-        size = largest_divisor(math.gcd(devices, config.emb_dim), min(most, widest))
+        size = largest_divisor(math.gcd(devices, config.emb_dim), most)
         sharded = _with_values(setup, ici_fsdp_parallelism=size) if size > 1 else setup
         if sharded.gathers_by_layer:
             chosen = sharded

@@ -120,19 +120,22 @@ def find(session: Session) -> Overrides:
     config, facts = session.config, session.facts
     attention = candidates.attention_choices(config, facts)
     gradients = candidates.gradient_choices(config, facts)
-    results = session.check_kernels([*attention, *gradients])
+    products = candidates.product_choices(config, facts)
+    results = session.check_kernels([*attention, *gradients, *products])
     correct = [not (result.get("failure") or result["problem"]) for result in results]
     right = [
         (result["milliseconds"], index)
         for index, result in enumerate(results[: len(attention)])
         if correct[index]
     ]
-    correct_gradients = correct[len(attention) :]
-    gradients = [choice for choice, ok in zip(gradients, correct_gradients, strict=True) if ok]
+    others = [*gradients, *products]
+    others = [choice for choice, ok in zip(others, correct[len(attention) :], strict=True) if ok]
     attention = [attention[index] for _, index in sorted(right)]
     session.start = first_settings(session, attention)
+    if products and products[0] not in others:  # the default is wrong
+        session.start |= {"layer_products": "xla"}
     half = max(3, (len(attention) + 1) // 2)
-    knobs = candidates.knobs(config, facts, attention[:half], gradients)
+    knobs = candidates.knobs(config, facts, attention[:half], others)
     for knob in knobs:
         values = "; ".join(words_of(session.merge({}, choice)) for choice in knob.choices)
         print(f"To try for {knob.name}: {values}", flush=True)

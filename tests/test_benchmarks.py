@@ -27,7 +27,6 @@ from benchmarks import (  # noqa: E402
     common,
     input_pipeline,
     loss,
-    mlp,
     pods,
     step_time,
     straightforward,
@@ -360,17 +359,6 @@ def test_the_input_pipeline_says_what_a_million_tokens_need(tmp_path, monkeypatc
     assert "A million tokens/s needs " in out and "data_workers=" in out
 
 
-def test_the_fused_mlp_is_the_models(monkeypatch):
-    monkeypatch.setattr(mlp, "COLUMNS", 48)  # 128 in parts of 48, 48 and 32
-    config = make_config(*TINY)
-    x, up, down = (
-        jax.random.normal(jax.random.key(n), shape) / scale
-        for n, (shape, scale) in enumerate((((64, 32), 1), ((32, 128), 6), ((128, 32), 11)))
-    )
-    got = mlp.fused(config, 16, x, up, down, interpret=True)
-    np.testing.assert_allclose(got, mlp.plain(config, x, up, down), rtol=1e-5, atol=1e-5)
-
-
 # ---- Compiled -----------------------------------------------------------------------------------
 
 
@@ -379,7 +367,7 @@ def test_the_fused_mlp_is_the_models(monkeypatch):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "script",
-    ["straightforward", "loss", "alternatives", "pods", "step_time", "calibration", "mlp"],
+    ["straightforward", "loss", "alternatives", "pods", "step_time", "calibration", "products"],
 )
 def test_a_small_model_is_compiled(script, tmp_path):
     words = (

@@ -43,7 +43,7 @@ def hidden_of(setup):
     def draw(x):
         return jax.numpy.asarray(0.1 * rng.standard_normal(x.shape), x.dtype)
     params = jax.tree.map(draw, setup.model.shapes)
-    tokens = np.arange(32, dtype=np.int32)[None]
+    tokens = np.arange(setup.config.max_target_length, dtype=np.int32)[None]
     return jax.jit(lambda params: setup.model.bind(params)(tokens))(params)
 """
 
@@ -118,18 +118,24 @@ def test_an_attention_kernel(tree):
 
 
 def test_the_mlp(tree):
-    """SwiGLU: the function `mlp` and the row of its matrices. tests/test_swiglu.py tests the rest."""
+    """SwiGLU: the function `activation` and the row of the MLP's matrices, in a TPU's kernels too.
+
+    tests/test_swiglu.py tests the rest.
+    """
     tree.replace("MaxNano/scaling.py", r'^    "mlp": \{', r'\g<0>"gate": ("embed", "mlp"), ')
-    tree.replace(
-        "MaxNano/models/layers.py",
-        r"matmul\(jnp.square\(jax.nn.relu\(hidden\)\), ",
-        'matmul(jax.nn.silu(matmul(x, weights["gate"])) * hidden, ',
-    )
+    path = "MaxNano/models/layers.py"
+    tree.replace(path, r"activation\(hidden: jax.Array\)", "activation(gate, hidden)")
+    tree.replace(path, r"jnp.square\(jax.nn.relu\(hidden\)\)", "jax.nn.silu(gate) * hidden")
     tree.python("""
         from MaxNano import scaling
         setup = model_of()
         assert setup.model.shapes["layers"]["mlp"]["gate"].shape[-2:] == (32, 128)
-        assert np.all(np.isfinite(hidden_of(setup)))
+        plain, kernels = (
+            hidden_of(model_of(f"layer_products={name}", "max_target_length=128", "emb_dim=128"))
+            for name in ("xla", "pallas")
+        )
+        assert np.all(np.isfinite(plain))
+        np.testing.assert_allclose(plain, kernels, rtol=0, atol=1e-5 * np.abs(plain).max())
         import jax
         counted = scaling.parameter_counts(scaling.shape_of(setup.config)).total
         assert counted == sum(x.size for x in jax.tree.leaves(setup.model.shapes))

@@ -518,6 +518,17 @@ def test_a_kernel_that_says_what_it_costs():
     assert by_bytes.cycles == pytest.approx(10**9 / CHIP.memory_bandwidth * CHIP.clock_hz)
 
 
+def test_the_kernels_of_products_reach_the_share_that_their_bundles_say():
+    estimate = '"cost_estimate":{"flops":"1000000000000","bytes_accessed":"10"}'
+    for name, share in costs.KERNEL_FLOPS_SHARES.items():
+        result = pallas(
+            f'metadata={{op_name="jit(f)/jit(_{name})/{name}/pallas_call"}}, '
+            f'backend_config={{"custom_call_config":{{"body":"",{estimate}}}}}'
+        )
+        peak = share * CHIP.peak_flops / CHIP.clock_hz
+        assert result.cycles == pytest.approx(10**12 / peak)
+
+
 def test_a_kernel_that_says_nothing_costs_its_bytes():
     result = pallas("metadata={}")
     assert (result.pallas_flops, result.operations[0].kind, result.operations[0].basis) == (

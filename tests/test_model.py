@@ -10,8 +10,6 @@ import pytest
 
 from MaxNano import pyconfig, scaling
 from MaxNano.interop import nanochat
-from MaxNano.models import transformer
-from MaxNano.models.layers import norm_product, rms_norm, row_sums
 from MaxNano.models.losses import token_losses
 from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import LayerKind, Numerics, repetition, scans_layers
@@ -59,19 +57,9 @@ def loss_of(config, numerics, params, tokens, targets):
     )
 
 
-def fuse_norms(monkeypatch):
-    """Training runs the layers as on a TPU, on any backend."""
-    plain = transformer.training_context
-
-    def context(*arguments):
-        return plain(*arguments)._replace(fuses_norms=True)
-
-    monkeypatch.setattr(transformer, "training_context", context)
-
-
 VARIANTS = {
     "plain": ([], FLOAT32),
-    "norms as on a TPU": ([], FLOAT32),
+    "products in a TPU's kernels": ([], FLOAT32._replace(products="pallas")),
     "chunked": (["attention_chunk=96"], FLOAT32._replace(attention="chunked")),
     "full remat": (["remat_policy=full"], FLOAT32),
     "minimal remat": (["remat_policy=minimal"], FLOAT32),
@@ -79,11 +67,9 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_loss_and_gradients_are_nanochats(golden, variant, monkeypatch):
+def test_logits_loss_and_gradients_are_nanochats(golden, variant):
     """Within 1e-5, gradients relative to the tensor's largest: tests/golden/README.md."""
     overrides, numerics = VARIANTS[variant]
-    if variant == "norms as on a TPU":
-        fuse_norms(monkeypatch)
     config = make_config(*golden_overrides(golden), *overrides)
     params = nanochat.to_params(named(golden, "init/"), config)
     tokens, targets = golden["idx"][0], golden["targets"][0]
@@ -165,6 +151,8 @@ def test_layers_are_unrolled_on_a_gpu_unless_the_config_says_otherwise():
     }.items():
         config = small(f"scan_layers={value}")
         assert [scans_layers(config, backend) for backend in ("cpu", "gpu", "tpu")] == expected
+        kernels = [scans_layers(config, "tpu", "pallas", by_layer=fsdp) for fsdp in (False, True)]
+        assert kernels == [value == "true", value != "false"]
     jaxpr = {}
     for backend in ("cpu", "gpu"):
         model = architecture(small(*LAYOUTS["groups of 4"]), FLOAT32._replace(backend=backend))
@@ -243,61 +231,6 @@ def test_bfloat16_tables_and_activations():
     forward = jax.jit(lambda params, tokens: model.bind(params)(tokens))
     hidden = forward(random_params(model), np.zeros((1, 64), np.int32))
     assert hidden.dtype == jnp.bfloat16
-
-
-@pytest.mark.parametrize("channels", [0, 5])
-def test_a_product_completes_the_gradient_of_its_norm(channels):
-    """Float32 as autodiff of norm, slice and product has it; bfloat16 as near to it as that is."""
-    size = 10.0 ** np.linspace(-2, 2, 64)[:, None]
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(size * rng.standard_normal((64, 32)), jnp.float32)
-    w = jnp.asarray(rng.standard_normal((32, 48)), jnp.float32)
-    cotangents = rng.standard_normal((64, 48)), rng.standard_normal((64, channels))
-
-    def plain(x, w):
-        y = rms_norm(x, 1e-6)
-        return y @ w, y[:, :channels]
-
-    def fused(x, w):
-        product, first, sums = norm_product(x, w, 1e-6, channels)
-        return row_sums(product, sums), first
-
-    def run(function, dtype):
-        out, pull = jax.vjp(function, x.astype(dtype), w.astype(dtype))
-        both = *out, *pull(tuple(jnp.asarray(c, dtype) for c in cotangents))
-        return [np.asarray(a, np.float64) for a in both]
-
-    exact = run(plain, jnp.float32)
-    for one, other in zip(run(fused, jnp.float32), exact, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * np.abs(other).max(initial=0))
-    scale = [1, 1, size, 1]  # each row counts alike
-    rounded = zip(run(fused, jnp.bfloat16), run(plain, jnp.bfloat16), exact, scale, strict=True)
-    for one, other, truth, factor in rounded:
-        error, plain_error = (np.linalg.norm((a - truth) * factor) for a in (one, other))
-        assert error <= 1.1 * plain_error
-
-
-def test_only_products_of_the_norm_complete_its_gradient(monkeypatch):
-    """An MLP that uses its input in other ways too has the same gradients as on other backends."""
-
-    def gated(weights, x, matmul):
-        hidden = jax.nn.silu(matmul(2 * x, weights["wi"])) * matmul(x, weights["wi"])
-        return x[..., ::-1] * matmul(hidden, weights["wo"])
-
-    monkeypatch.setattr(transformer.layers, "mlp", gated)
-    config = small("num_decoder_layers=2")
-    params = random_params(architecture(config, FLOAT32))
-    tokens = np.arange(2 * 64).reshape(2, 64) % 47
-
-    def total(params):
-        return loss_of(config, FLOAT32, params, tokens, (tokens + 1) % 50).mean()
-
-    expected = jax.jit(jax.grad(total))(params)
-    fuse_norms(monkeypatch)
-    got = jax.jit(jax.grad(lambda params: total(params)))(params)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), got, expected
-    )
 
 
 def test_parameter_counts_are_those_of_the_scaling_laws():

@@ -14,6 +14,7 @@ import pytest
 
 from MaxNano import pyconfig
 from MaxNano.interop import nanochat
+from MaxNano.models.kernels import polar
 from MaxNano.optimizers import groups, muon
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,6 +184,33 @@ def test_polar_express_in_bfloat16_stays_close():
     x = muon.polar_express(matrix.astype(jnp.bfloat16), iterations=5, norm_margin=1.01)
     assert x.dtype == jnp.bfloat16
     assert jnp.linalg.norm(x - exact) < 0.02 * jnp.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("shape", [(2, 128, 384), (2, 384, 128), (2, 256, 256)])
+@pytest.mark.parametrize("iterations", [1, 5])
+def test_the_kernel_of_polar_express_is_its_definition(shape, iterations):
+    """In bfloat16 as near to float32 as the definition in bfloat16."""
+    matrices = jnp.float32(normal(shape))
+
+    def by_kernel(x):
+        x = muon.inside_interval(x, 1.01)
+        return polar.iterate(x, coefficients=muon.POLAR_EXPRESS[:iterations], interpret=True)
+
+    def by_definition(x):
+        return muon.polar_express(x, iterations, norm_margin=1.01)
+
+    exact = by_definition(matrices)
+    atol = 1e-5 * np.abs(exact).max()
+    np.testing.assert_allclose(by_kernel(matrices), exact, rtol=0, atol=atol)
+    rounded = matrices.astype(jnp.bfloat16)
+    errors = [jnp.linalg.norm(f(rounded) - exact) for f in (by_kernel, by_definition)]
+    assert errors[0] < 1.1 * errors[1]
+
+
+def test_what_the_kernel_of_polar_express_takes():
+    assert polar.fits(1536, 6144, 2) and polar.fits(8192, 2048, 2)  # of d24 and d32
+    assert not polar.fits(12, 12, 2)  # value gates
+    assert not polar.fits(3072, 12288, 2)  # of d48: more than a chip's VMEM
 
 
 def test_fewer_iterations_are_the_first_ones():

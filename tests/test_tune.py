@@ -34,6 +34,7 @@ FACTS = Facts(
     resolved={
         "attention": "chunked",
         "embedding_gradient": "scatter",
+        "layer_products": "xla",
         "remat_policy": "none",
         "scan_layers": True,
         "vocab_chunk_size": 0,
@@ -203,7 +204,10 @@ def names_and_values(config, facts):
         config,
         facts,
         candidates.attention_choices(config, facts),
-        candidates.gradient_choices(config, facts),
+        [
+            *candidates.gradient_choices(config, facts),
+            *candidates.product_choices(config, facts),
+        ],
     )
     return {
         knob.name: [candidates.changes(config, facts, choice) for choice in knob.choices]
@@ -227,6 +231,7 @@ def test_what_is_tried_on_a_cpu():
 def test_what_is_tried_on_a_tpu_slice():
     kernel_names = ["flash", "chunked", "splash", "reference"]
     resolved = FACTS.resolved | {"attention": "flash", "embedding_gradient": "sorted"}
+    resolved |= {"layer_products": "pallas"}
     facts = FACTS._replace(backend="tpu", devices=8, kernels=kernel_names, resolved=resolved)
     values = names_and_values(make_config("max_target_length=2048", "num_kv_heads=2"), facts)
     assert {} in values["attention"] and {"flash_block": 512} in values["attention"]
@@ -237,6 +242,7 @@ def test_what_is_tried_on_a_tpu_slice():
     assert {"ici_tensor_parallelism": 2} in values["layout"]
     assert {"ici_tensor_parallelism": 4} not in values["layout"]  # two kv heads
     assert {"embedding_gradient": "one_hot"} in values["embedding gradient"]
+    assert values["layer products"] == [{}, {"layer_products": "xla"}]
 
 
 def test_flags_that_change_more_than_speed_are_kept():

@@ -9,7 +9,7 @@ data-parallel axes, or if FSDP_AXIS shards the stack of layers, a step gathers t
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -68,7 +68,7 @@ def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
 
 def batch_axes(mesh: Mesh, rules: Rules) -> tuple[str, ...]:
     """The data-parallel mesh axes: those that shard the batch."""
-    return axes_of(batch_sharding(mesh, rules).spec[0])
+    return axes_of(partition_spec(BATCH_AXES, rules, mesh.axis_names)[0])
 
 
 def data_parallel_size(mesh: Mesh, rules: Rules) -> int:
@@ -92,6 +92,27 @@ def constrain(x: jax.Array, axes: Axes, rules: Rules) -> jax.Array:
         return x
     sharding = named_sharding(mesh, x.shape, axes, rules, managed)
     return jax.lax.with_sharding_constraint(x, sharding.spec)
+
+
+def over_owners(
+    function: Callable[[jax.Array], jax.Array], x: jax.Array, rules: Rules
+) -> jax.Array | None:
+    """`function` of each device's part of a stack of matrices (layers, ...), in a program that the
+    compiler manages: by `owners`, else by the rule of `layers`. None if they do not divide it.
+    """
+    mesh, managed = _managed()
+    if not managed:
+        return function(x)
+    spec = owners(rules, len(x))
+    if spec is None:
+        axes = ("layers", *(None,) * (x.ndim - 1))
+        spec = named_sharding(mesh, x.shape, axes, rules, managed).spec
+    if len(x) % _size(mesh, axes_of(spec[0] if spec else None)):
+        return None
+    local = jax.shard_map(
+        function, in_specs=spec, out_specs=spec, axis_names=set(mesh.axis_names), check_vma=False
+    )
+    return local(x)
 
 
 def owners(rules: Rules, layers: int) -> PartitionSpec | None:

@@ -21,7 +21,7 @@ from MaxNano.inference import kv_cache, sampling
 from MaxNano.inference import weights as inference_weights
 from MaxNano.inference.kv_cache import CacheLayout, KVCache
 from MaxNano.inference.weights import Weights
-from MaxNano.models import attention, embedding, transformer
+from MaxNano.models import attention, embedding, products, transformer
 from MaxNano.models.layers import rms_norm, rotary_tables, row_major
 from MaxNano.models.transformer import Context, LayerKind, Numerics, Stack
 
@@ -226,7 +226,7 @@ def make_context(
         del table
         return embedding.rows(tables, index, tokens)
 
-    return Context(attend, lookup, previous, positions == 0)
+    return Context(attend, lookup, previous, positions == 0, products.plain(plan.config))
 
 
 class TokenScores(NamedTuple):

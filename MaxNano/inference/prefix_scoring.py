@@ -29,7 +29,7 @@ from MaxNano.distributed import hardware, runtime
 from MaxNano.inference import weights as inference_weights
 from MaxNano.inference.prompts import Prompt, Scorer
 from MaxNano.inference.weights import Weights
-from MaxNano.models import attention, embedding, transformer
+from MaxNano.models import attention, embedding, products, transformer
 from MaxNano.models.layers import rotary
 from MaxNano.models.setup import ModelSetup
 from MaxNano.models.transformer import Context, LayerKind, layer_kinds
@@ -100,6 +100,7 @@ def branch_hidden(
         lookup=lambda tables, index, table: embedding.rows(tables, index, tokens),
         previous=previous,
         is_first=positions <= 0,
+        products=products.plain(config),
     )
     stack = transformer.stack_layers(config, weights, period, groups)
     hidden, _ = transformer.forward(config, weights, stack, context)

@@ -23,7 +23,7 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano.distributed import gpus, sharding
 from MaxNano.models.kernels import flash
-from MaxNano.models.layers import apply_rotary, rms_norm, row_sums
+from MaxNano.models.layers import apply_rotary, rms_norm
 
 SPLASH_RESIDUALS = "attention_out"
 """Name under which a remat policy keeps splash's output and log-sum-exp, so that its forward runs once."""
@@ -117,19 +117,16 @@ def attend(
     settings: KernelSettings,
     rules: sharding.Rules,
     value_embed: tuple[jax.Array, jax.Array] | None = None,
-    sums: jax.Array | None = None,
 ) -> jax.Array:
     """The model's attention over whole sequences: rotary embedding, QK norm, value embeddings,
     scores.
 
     qkv (B, L, K x (G + 2) x H), as projected: for each kv head its G query heads, its keys and its
     values. tables: cosines and sines (L, H / 2). value_embed: rows (B, L, K x H) and their gates
-    (B, K, L) float32, whose product is added to the values. sums: (B, L) of layers.norm_product
-    whose product is qkv. Returns (B, L, N x H).
+    (B, K, L) float32, whose product is added to the values. Returns (B, L, N x H).
     """
     if _row(kernel).separate:
-        return KERNELS[kernel].run(qkv, tables, value_embed, sums, heads, window, settings, rules)
-    qkv = qkv if sums is None else row_sums(qkv, sums)
+        return KERNELS[kernel].run(qkv, tables, value_embed, heads, window, settings, rules)
     q, k, v = split_heads(qkv, tables, value_embed, heads)
     y = attention(q, k, v, window=window, kernel=kernel, settings=settings, rules=rules)
     y = checkpoint_name(y, "attention_out")
@@ -287,22 +284,18 @@ def cudnn(q, k, v, window, settings, rules):
     return out.swapaxes(1, 2)
 
 
-def fused_flash(qkv, tables, value_embed, sums, heads, window, settings, rules):
+def fused_flash(qkv, tables, value_embed, heads, window, settings, rules):
     """MaxNano's flash kernel, which splits, rotates and normalizes heads itself: see
     kernels/flash.py.
     """
     embeds = value_embed or ()
-    if sums is not None:
-        batch, length = sums.shape
-        sums = jnp.broadcast_to(sums[:, None], (batch, heads.kv_heads, length))
 
     def local(qkv, *others):
         return flash.attention(
             qkv,
             tables,
             group=heads.group,
-            value_embed=others[: len(embeds)] or None,
-            sums=None if sums is None else others[-1],
+            value_embed=others or None,
             window=window,
             head_dim=heads.head_dim,
             scale=heads.scale,
@@ -312,8 +305,6 @@ def fused_flash(qkv, tables, value_embed, sums, heads, window, settings, rules):
         )
 
     arrays = [(qkv, _FLAT_AXES), *zip(embeds, (_FLAT_AXES, _GATE_AXES), strict=False)]
-    if sums is not None:
-        arrays.append((sums, _GATE_AXES))
     arrays, axes = zip(*arrays, strict=True)
     return _on_local_blocks(local, arrays, axes, _FLAT_AXES, rules, heads.kv_heads)
 
@@ -322,7 +313,7 @@ class Kernel(NamedTuple):
     """A row of KERNELS.
 
     run: (q, k, v, window, settings, rules) -> as `attention`. If `separate` names a kernel, `run`
-    takes the fused projection, (qkv, tables, value_embed, sums, heads, window, settings, rules) ->
+    takes the fused projection, (qkv, tables, value_embed, heads, window, settings, rules) ->
     as `attend`, and the named kernel replaces it where queries, keys and values are separate, as in
     prefill.
     """

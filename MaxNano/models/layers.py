@@ -96,62 +96,6 @@ def _rms_norm_backward(epsilon, residuals, cotangent):
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def norm_product(
-    x: jax.Array, w: jax.Array, epsilon: float, channels: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The product (T, F) of `rms_norm` of x (T, D) and w (D, F), the norm's first channels (T, C),
-    and zeros (T,) float32, which must be given to `row_sums` or to a kernel that does the same.
-
-    The norm removes from its gradient the component along its result y, which needs the sum of y
-    times the gradient over each row: a second pass over the residual stream, after the product that
-    computes the gradient. The sum over the columns of (y w) times its gradient is the same number,
-    and is known before that product, which then writes the gradient of x at once.
-
-    The TPU compiler stores an array that two products read. So product and channels each compute
-    the normalized input from x.
-    """
-    return _norm_product_forward(x, w, epsilon, channels)[0]
-
-
-def _norm_product_forward(x, w, epsilon, channels):
-    y, (_, rms) = _rms_norm_forward(x, epsilon)
-    first = (x[..., :channels].astype(jnp.float32) / rms).astype(x.dtype)
-    return (y @ w, first, jnp.zeros(x.shape[:-1], jnp.float32)), (x, w, rms)
-
-
-def _norm_product_backward(epsilon, channels, residuals, cotangents):
-    x, w, rms = residuals
-    cotangent, first, sums = cotangents
-    y = x.astype(jnp.float32) / rms
-    grad, first = (cotangent @ w.T).astype(jnp.float32), first.astype(jnp.float32)
-    if channels:
-        # From x: a slice of y, which the product reads too, would have the compiler store y.
-        sums = sums + jnp.sum(first * (x[..., :channels].astype(jnp.float32) / rms), axis=-1)
-        grad = grad + jnp.pad(first, ((0, 0), (0, x.shape[-1] - channels)))
-    along = sums[..., None] / x.shape[-1]
-    return ((grad - y * along) / rms).astype(x.dtype), y.astype(x.dtype).T @ cotangent
-
-
-norm_product.defvjp(_norm_product_forward, _norm_product_backward)
-
-
-@jax.custom_vjp
-def row_sums(product: jax.Array, sums: jax.Array) -> jax.Array:
-    """`product` (..., F), whose gradient times itself, summed over F, is the gradient of `sums`
-    (...): see norm_product.
-    """
-    return product
-
-
-def _row_sums_backward(product, cotangent):
-    both = product.astype(jnp.float32) * cotangent.astype(jnp.float32)
-    return cotangent, jnp.sum(both, axis=-1)
-
-
-row_sums.defvjp(lambda product, sums: (product, product), _row_sums_backward)
-
-
 @jax.custom_vjp
 def mix(x: jax.Array, scale: jax.Array, other: jax.Array, share: jax.Array) -> jax.Array:
     """scale x + share other in float32, in x's dtype; x and other (..., T, D), scale and share ()."""
@@ -229,9 +173,23 @@ def mlp(
     x: jax.Array,
     matmul: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """wo(relu(wi x)^2): x (..., T, D) -> (..., T, D). scaling.BLOCK["mlp"] declares the matrices."""
-    hidden = matmul(x, weights["wi"])
-    return matmul(jnp.square(jax.nn.relu(hidden)), weights["wo"])
+    """x (..., T, D) through the matrices that read it, `activation`, and wo: (..., T, D)."""
+    hidden = [matmul(x, weights[name]) for name in mlp_reads()]
+    return matmul(activation(*hidden), weights["wo"])
+
+
+def mlp_reads() -> tuple[str, ...]:
+    """The MLP's matrices that read the residual stream, in the order of scaling.BLOCK."""
+    return tuple(name for name, axes in scaling.BLOCK["mlp"].items() if axes[0] == "embed")
+
+
+def activation(hidden: jax.Array) -> jax.Array:
+    """The MLP's hidden layer (..., F) from the product of each of `mlp_reads` (..., F).
+
+    Element by element: kernels/products.py computes it, and its gradient, for some columns of F at
+    a time.
+    """
+    return jnp.square(jax.nn.relu(hidden))
 
 
 def gather_layer(layer: dict[str, Any], specs: dict[str, Any], dtype) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano.distributed import hardware, sharding
 from MaxNano.distributed.mesh import make_mesh
-from MaxNano.models import attention, embedding, quantization
+from MaxNano.models import attention, embedding, products, quantization
 from MaxNano.models.transformer import Numerics, Transformer
 
 
@@ -57,6 +57,7 @@ def numerics_of(config: FrozenConfigDict, mesh: Mesh) -> Numerics:
         ),
         embedding_gradient=embedding.resolve(config.embedding_gradient, mesh),
         backend=backend,
+        products=products.resolve(config, mesh, dtype),
     )
 
 

@@ -28,18 +28,17 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig, scaling
 from MaxNano.distributed.sharding import constrain
-from MaxNano.models import attention, embedding, layers, losses, quantization
+from MaxNano.models import attention, embedding, layers, losses, products, quantization
+from MaxNano.models.kernels import products as product_kernels
 from MaxNano.models.layers import (
     constant,
     linspace,
     mix,
-    norm_product,
     normal,
     parameter,
     rms_norm,
     rotary_tables,
     row_major,
-    row_sums,
     uniform,
 )
 
@@ -62,6 +61,7 @@ class Numerics(NamedTuple):
     attention: str
     embedding_gradient: str
     backend: str
+    products: str = "xla"
 
 
 class LayerKind(NamedTuple):
@@ -79,9 +79,17 @@ def layer_kinds(config: FrozenConfigDict) -> tuple[LayerKind, ...]:
     return tuple(LayerKind(window, i in valued) for i, window in enumerate(windows))
 
 
-def scans_layers(config: FrozenConfigDict, backend: str) -> bool:
-    """Whether equal groups of layers are one compiled loop on a backend (cpu, gpu, tpu)."""
-    return backend != "gpu" if config.scan_layers is None else config.scan_layers
+def scans_layers(
+    config: FrozenConfigDict, backend: str, products: str = "xla", *, by_layer: bool = False
+) -> bool:
+    """Whether equal groups of layers are one compiled loop on a backend (cpu, gpu, tpu).
+
+    by_layer: as in kept_residuals. In a loop, what kernels keep for the backward pass is copied
+    into stacks and out of them; a program without one may gather the weights of many layers early.
+    """
+    if config.scan_layers is not None:
+        return config.scan_layers
+    return backend != "gpu" and (products == "xla" or by_layer)
 
 
 def repetition(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
@@ -117,21 +125,18 @@ class Context(NamedTuple):
         the compute dtype. `table` is where the gradient goes: see embedding.lookup.
     previous(x) -> the embeddings of the tokens before those of x (..., T, D).
     is_first: (..., T) whether a token has no token before it.
-    matmul(x, w): the product of x (..., T, D) and a matrix.
-    place(x) -> the residual stream x (..., T, D), laid out over devices and in memory.
+    place(x) -> the embeddings x (..., T, D), laid out over devices and in memory.
     wrap(run_layer, scanned) -> run_layer, with rematerialization for instance.
-    fuses_norms: whether products that read a norm complete its gradient: see norm_product. Then
-        `attend` takes the zeros that norm_product makes as `sums`, and `matmul` is a plain product.
+    products: how layers multiply.
     """
 
     attend: Callable[..., tuple[jax.Array, Any]]
     lookup: Callable[[jax.Array, Any, jax.Array | None], jax.Array]
     previous: Callable[[jax.Array], jax.Array]
     is_first: jax.Array
-    matmul: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul
+    products: products.Products
     place: Callable[[jax.Array], jax.Array] = lambda x: x
     wrap: Callable[[Callable, bool], Callable] = lambda run_layer, scanned: run_layer
-    fuses_norms: bool = False
 
 
 class Stack(NamedTuple):
@@ -206,45 +211,23 @@ def block(
     value_rows: None, or value embeddings (..., T or more, K x H); the last T are used. `attend`
     may return fewer tokens: T'.
     """
-    matmul, place = context.matmul, context.place
-    x = place(mix(x, layer["resid_lambda"], _last(x0, x), layer["x0_lambda"]))
+    x, qkv, channels = context.products.project(
+        x,
+        _last(x0, x),
+        (layer["resid_lambda"], layer["x0_lambda"]),
+        layer["attention"]["qkv"],
+        0 if value_rows is None else config.value_embed_gate_channels,
+    )
     with jax.named_scope("attention"):
-        value_embed, width = None, 0 if value_rows is None else config.value_embed_gate_channels
-        weight = layer["attention"]["qkv"]
-        qkv, channels, sums = _project_norm(config, x, weight, width, context)
+        value_embed = None
         if value_rows is not None:
             value_embed = _last(value_rows, x), value_gate(config, layer["value"]["gate"], channels)
-        if sums is not None:
-            attend = partial(attend, sums=sums)
         qkv = checkpoint_name(qkv, "qkv")
         with jax.named_scope("attend"):
             y, state = attend(_constrain(qkv, "activation_heads", config), value_embed)
-        x = place(_last(x, y) + matmul(y, layer["attention"]["out"]))
+        x = context.products.add_product(_last(x, y), y, layer["attention"]["out"])
         x = checkpoint_name(x, "attention_residual")
-    with jax.named_scope("mlp"):
-        h = rms_norm(x, config.norm_epsilon)
-
-        def product(a, w):
-            """a w; of the norm, it is kept by name."""
-            if a is not h:
-                return matmul(a, w)
-            hidden, _, sums = _project_norm(config, x, w, 0, context)
-            hidden = checkpoint_name(hidden, "mlp_hidden")
-            return hidden if sums is None else row_sums(hidden, sums)
-
-        return place(x + layers.mlp(layer["mlp"], h, product)), state
-
-
-def _project_norm(
-    config: FrozenConfigDict, x: jax.Array, w: jax.Array, channels: int, context: Context
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The product (..., T, F) of the norm of x (..., T, D) and w (D, F), and the norm's first
-    channels (..., T, C). The third is None, or layers.norm_product's zeros.
-    """
-    if context.fuses_norms:
-        return norm_product(x, w, config.norm_epsilon, channels)
-    h = rms_norm(x, config.norm_epsilon)
-    return context.matmul(h, w), h[..., :channels], None
+    return context.products.mlp(x, layer["mlp"]), state
 
 
 def value_gate(config: FrozenConfigDict, gate: jax.Array, channels: jax.Array) -> jax.Array:
@@ -454,10 +437,12 @@ class Transformer(nnx.Module):
         config = self.config
         params = nnx.to_pure_dict(nnx.state(self, nnx.Param))
         period, groups = repetition(layer_kinds(config))
-        if not scans_layers(config, self.numerics.backend) or groups < 2:
+        numerics, by_layer = self.numerics, specs is not None
+        scans = scans_layers(config, numerics.backend, numerics.products, by_layer=by_layer)
+        if not scans or groups < 2:
             period = groups = 0
         stack = stack_layers(config, params, period, groups, tables=True)
-        context = training_context(config, self.numerics, tokens, specs)
+        context = training_context(config, numerics, tokens, specs)
         hidden, _ = forward(config, params, stack, context)
         return hidden.reshape(*tokens.shape, -1)
 
@@ -484,6 +469,13 @@ def training_context(
     rotary = tuple(map(jnp.asarray, rotary_tables(length, config.head_dim, config.rope_theta)))
     settings = attention.KernelSettings.from_config(config, numerics.backend)
 
+    def place(x):
+        return row_major(_constrain(x, "activation_embed", config))
+
+    # An evaluation may have other lengths than max_target_length.
+    name = "xla" if tokens.size % product_kernels.LANES else numerics.products
+    matmul = partial(quantization.matmul, kind=config.quantization)
+
     def lookup(tables, index, table):
         method, interpret = numerics.embedding_gradient, numerics.backend != "tpu"
         if specs is not None:  # `tables` are shards
@@ -492,7 +484,7 @@ def training_context(
         rows = embedding.lookup(table, tables, index, order, method, interpret)
         return _constrain(rows, "activation_embed", config).astype(numerics.dtype)
 
-    def attend(qkv, value_embed, kind, index, sums=None):
+    def attend(qkv, value_embed, kind, index):
         del index
         qkv, value_embed = split_rows(qkv, value_embed, length)
         y = attention.attend(
@@ -500,7 +492,6 @@ def training_context(
             rotary,
             heads=attention.Heads.from_config(config),
             value_embed=value_embed,
-            sums=None if sums is None else sums.reshape(-1, length),
             window=kind.window,
             kernel=numerics.attention,
             settings=settings,
@@ -521,10 +512,9 @@ def training_context(
         lookup=lookup,
         previous=lambda x: jnp.roll(x, 1, axis=0),
         is_first=jnp.arange(tokens.size) % length == 0,
-        matmul=partial(quantization.matmul, kind=config.quantization),
-        place=lambda x: row_major(_constrain(x, "activation_embed", config)),
+        products=products.by_name(name, config, numerics.backend, matmul, place),
+        place=place,
         wrap=wrap,
-        fuses_norms=numerics.backend == "tpu" and config.quantization == "none",
     )
 
 

@@ -25,6 +25,13 @@ Tree = Any
 TUNED_WIDTH = 768  # emb_dim at which the learning rates of tables and head were tuned
 
 
+class Compute(NamedTuple):
+    """How updates are computed where they need more than float32 sums."""
+
+    dtype: DTypeLike
+    iterate: Callable[..., jax.Array] | None = None  # see muon
+
+
 class ParameterGroup(NamedTuple):
     """Parameters that share an optimizer and its hyperparameters, after scaling.
 
@@ -33,10 +40,8 @@ class ParameterGroup(NamedTuple):
 
     name: str
     pattern: str  # regular expression for the whole path of a parameter
-    # (group, config, compute dtype) -> the update before the learning rate.
-    transform: Callable[
-        ["ParameterGroup", FrozenConfigDict, DTypeLike], optax.GradientTransformation
-    ]
+    # The update before the learning rate.
+    transform: Callable[["ParameterGroup", FrozenConfigDict, Compute], optax.GradientTransformation]
     learning_rate: float
     betas: tuple[float, float]  # AdamW's; for Muon: peak momentum and decay of the second moment
     weight_decay: float
@@ -73,17 +78,17 @@ def parameter_groups(config: FrozenConfigDict) -> tuple[ParameterGroup, ...]:
 
 
 def use_adamw(
-    group: ParameterGroup, config: FrozenConfigDict, dtype: DTypeLike
+    group: ParameterGroup, config: FrozenConfigDict, compute: Compute
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW with the group's hyperparameters, in float32."""
-    del dtype
+    del compute
     return adamw(group.betas, config.adam_epsilon, group.weight_decay)
 
 
 def use_muon(
-    group: ParameterGroup, config: FrozenConfigDict, dtype: DTypeLike
+    group: ParameterGroup, config: FrozenConfigDict, compute: Compute
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon with the group's hyperparameters; its iterations run in muon_dtype or `dtype`."""
+    """Muon with the group's hyperparameters; its iterations run in muon_dtype or compute.dtype."""
     peak_momentum, beta2 = group.betas
 
     def momentum(step: ArrayLike) -> jax.Array:
@@ -110,19 +115,23 @@ def use_muon(
         norm_margin=config.muon_norm_margin,
         row_equilibration=config.muon_row_equilibration,
         renormalization=config.muon_renormalize,
-        dtype=config.muon_dtype or dtype,
+        dtype=config.muon_dtype or compute.dtype,
         rules=config.logical_axis_rules,
+        iterate=compute.iterate,
     )
 
 
 def make_optimizer(
-    config: FrozenConfigDict, *, dtype: DTypeLike
+    config: FrozenConfigDict,
+    *,
+    dtype: DTypeLike,
+    iterate: Callable[..., jax.Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a config: each parameter group with its transform, rate and schedule.
 
     `update(grads, state, params, *, step)` returns float32 updates u, so that `optax.apply_updates`
     rounds p + u once, to p's dtype. step: number of updates so far; it drives the schedules.
-    dtype: the compute dtype.
+    dtype: the compute dtype. iterate: see muon.
     """
 
     def lr_multiplier(step: ArrayLike) -> jax.Array:
@@ -138,7 +147,8 @@ def make_optimizer(
         group.name: in_scope(
             group.name,
             optax.chain(
-                group.transform(group, config, dtype), scale_by_learning_rate(group.learning_rate)
+                group.transform(group, config, Compute(dtype, iterate)),
+                scale_by_learning_rate(group.learning_rate),
             ),
         )
         for group in groups

@@ -10,6 +10,7 @@ operations); each function names its own source.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from MaxNano.distributed.sharding import Rules, constrain, owners
+from MaxNano.distributed.sharding import Rules, constrain, over_owners, owners
+from MaxNano.models.kernels import polar
 from MaxNano.optimizers.schedules import Schedule
 
 Tree = Any
@@ -45,13 +47,15 @@ def muon(
     renormalization: bool,
     dtype: DTypeLike,
     rules: Rules,
+    iterate: Callable[..., jax.Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon's update of matrices (..., in, out) with cautious weight decay, before the learning
     rate.
 
     beta2: decay of NorMuon's second moment, 0 for none. dtype: of everything from row equilibration
     to the Polar Express iterations. rules: they decide which devices compute which matrices; each
-    matrix is computed on one device, or on several that compute the same.
+    matrix is computed on one device, or on several that compute the same. iterate:
+    that of kernels/polar.py, for the Polar Express iterations of matrices that it takes, or None.
     """
 
     def to_owners(x):
@@ -59,6 +63,14 @@ def muon(
         if spec is None:
             return constrain(x, ("layers", *(None,) * (x.ndim - 1)), rules)
         return jax.lax.with_sharding_constraint(x, spec)
+
+    def orthogonalize(x):
+        if iterate and x.ndim == 3 and polar.fits(*x.shape[1:], x.dtype.itemsize):
+            kernel = partial(iterate, coefficients=POLAR_EXPRESS[:iterations])
+            done = over_owners(kernel, inside_interval(x, norm_margin), rules)
+            if done is not None:
+                return done
+        return polar_express(x, iterations, norm_margin)
 
     def on_owners(x):
         # With FSDP the update travels back once all of it is computed.
@@ -69,7 +81,7 @@ def muon(
     parts.append(each_matrix(to_owners))
     if row_equilibration:
         parts.append(each_matrix(equilibrate_rows))
-    parts.append(each_matrix(lambda x: polar_express(x, iterations, norm_margin)))
+    parts.append(each_matrix(orthogonalize))
     parts.append(each_matrix(lambda x: x.astype(jnp.float32)))
     if renormalization:
         parts.append(each_matrix(renormalize))
@@ -137,7 +149,7 @@ def polar_express(x: jax.Array, iterations: int, norm_margin: float) -> jax.Arra
         return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
 
     left = x.shape[-2] <= x.shape[-1]
-    x = (x / (_norm(x) * norm_margin + 1e-6)).astype(dtype)
+    x = inside_interval(x, norm_margin)
 
     def iterate(x, coefficients):
         a, b, c = coefficients
@@ -149,6 +161,11 @@ def polar_express(x: jax.Array, iterations: int, norm_margin: float) -> jax.Arra
 
     # A scan, so that the products are compiled once.
     return jax.lax.scan(iterate, x, jnp.asarray(POLAR_EXPRESS[:iterations], jnp.float32))[0]
+
+
+def inside_interval(x: jax.Array, norm_margin: float) -> jax.Array:
+    """Each matrix (..., in, out) divided by norm_margin times its Frobenius norm."""
+    return (x / (_norm(x) * norm_margin + 1e-6)).astype(x.dtype)
 
 
 def renormalize(x: jax.Array) -> jax.Array:

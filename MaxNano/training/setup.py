@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from MaxNano.data import held_out, summary
 from MaxNano.data.sources import SOURCES
 from MaxNano.distributed import hardware, sharding
 from MaxNano.models import losses
+from MaxNano.models.kernels import polar
 from MaxNano.models.setup import ModelSetup, set_up_model
 from MaxNano.models.transformer import STACKED, kept_residuals, residual_widths
 from MaxNano.optimizers import groups
@@ -64,7 +66,10 @@ class RunSetup(ModelSetup):
 def set_up(config: FrozenConfigDict, devices: Sequence[jax.Device] | None = None) -> RunSetup:
     """The set-up of a run. Raises ValueError if batch, layout and devices do not fit together."""
     setup = set_up_model(config, devices)
-    optimizer = groups.make_optimizer(config, dtype=setup.numerics.dtype)
+    numerics, iterate = setup.numerics, None
+    if numerics.products == "pallas":
+        iterate = partial(polar.iterate, interpret=numerics.backend != "tpu")
+    optimizer = groups.make_optimizer(config, dtype=numerics.dtype, iterate=iterate)
     abstract = abstract_state(config, setup.model, optimizer, setup.mesh)
     plan = plan_batch(config, setup.data_parallel_size)
     check_sharding(config, setup.mesh, abstract)
@@ -239,6 +244,7 @@ def describe_plan(setup: RunSetup) -> dict[str, str]:
         "devices": f"{setup.mesh.size} x {device}, {layout}",
         "numerics": f"{setup.numerics.dtype}, embedding tables {setup.numerics.embedding_dtype}{quantized}",
         "attention": setup.numerics.attention,
+        "layer products": setup.numerics.products,
         "FLOPs": f"{flops:,} per token ({scaling.FLOP_COUNT}), {flops * tokens:.4g} in total",
         "MFU": f"these FLOPs of {chip.peak_flops / 1e12:,.4g} TFLOP/s per device, dense bfloat16"
         if chip

@@ -33,6 +33,7 @@ TUNABLE = (
     "vocab_chunk_size",
     "scan_layers",
     "embedding_gradient",
+    "layer_products",
     "data_workers",
 )
 
@@ -131,6 +132,14 @@ def gradient_choices(config: Mapping[str, Any], facts: Facts) -> list[Overrides]
     return allowed(config, [{"embedding_gradient": name} for name in names])
 
 
+def product_choices(config: Mapping[str, Any], facts: Facts) -> list[Overrides]:
+    """The layers' products that are worth a try: two where the kernels, which come first, are the
+    default.
+    """
+    names = ("pallas", "xla") if facts.resolved["layer_products"] == "pallas" else ()
+    return allowed(config, [{"layer_products": name} for name in names])
+
+
 def measured_rows(config: Mapping[str, Any], facts: Facts) -> int:
     """Rows on each data-parallel device of the steps that are measured: those of a run, or fewer
     micro-batches, at least two, if its step is long.
@@ -149,12 +158,12 @@ def knobs(
     config: Mapping[str, Any],
     facts: Facts,
     attention: Sequence[Overrides],
-    gradients: Sequence[Overrides],
+    others: Sequence[Overrides],
 ) -> list[Knob]:
     """What to choose on these devices, the choices that matter most first.
 
-    attention, gradients: those of attention_choices and gradient_choices that are correct. Keys
-    that the command line or the stage sets are left alone.
+    attention: those of attention_choices that are correct; others: those of gradient_choices and
+    product_choices. Keys that the command line or the stage sets are left alone.
     """
     measured = measured_rows(config, facts)
     # A step of several micro-batches also has an array of gradients; so must the measured one.
@@ -170,7 +179,8 @@ def knobs(
         Knob("layout", list(_layouts(config, facts))),
         Knob("loss chunk", [{"vocab_chunk_size": n} for n in chunks]),
         Knob("layers", [{"scan_layers": scan} for scan in (True, False)]),
-        Knob("embedding gradient", gradients),
+        Knob("embedding gradient", [c for c in others if "embedding_gradient" in c]),
+        Knob("layer products", [c for c in others if "layer_products" in c]),
         Knob("data workers", [{"data_workers": n} for n in workers], with_data=True),
     ]
     listed = [knob._replace(choices=allowed(config, knob.choices)) for knob in listed]

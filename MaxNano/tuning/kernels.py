@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from MaxNano import pyconfig
+from MaxNano import pyconfig, scaling
 from MaxNano.distributed import hardware
-from MaxNano.models import attention, embedding
+from MaxNano.models import attention, embedding, products
 from MaxNano.models.layers import rotary_tables
 
 ROWS = 2
@@ -26,7 +26,7 @@ LEAST_SECONDS = 0.5  # of what is timed
 MOST_CALLS = 50
 ERROR_FACTOR = 2.0
 LEAST_ERROR = {"float32": 1e-5, "bfloat16": 5e-3}  # relative norms
-TOKENS = 4096  # of the embedding gradient
+TOKENS = 4096  # of the embedding gradient and of the layers' products
 
 
 def timed(call: Callable[[], Any], calls: int) -> list[float]:
@@ -40,8 +40,8 @@ def timed(call: Callable[[], Any], calls: int) -> list[float]:
 
 
 def check(config: FrozenConfigDict) -> dict[str, Any]:
-    """Check what the config chooses: its attention for every window of the model, and its embedding
-    gradient.
+    """Check what the config chooses: its attention for every window of the model, its embedding
+    gradient, and its layers' products.
 
     {"milliseconds": forward and backward pass of all layers, "error": the largest, relative to what
     is allowed: above 1 it is wrong, "problem": in words, "" if it is correct}.
@@ -49,6 +49,8 @@ def check(config: FrozenConfigDict) -> dict[str, Any]:
     backend = jax.default_backend()
     dtype = hardware.compute_dtype(config, backend)
     parts = [embedding_error(config, dtype)] if config.embedding_gradient != "auto" else []
+    if config.layer_products != "auto":
+        parts.append(products_error(config, dtype))
     milliseconds = 0.0
     if config.attention != "auto":
         windows = Counter(pyconfig.windows_of(config))
@@ -135,6 +137,40 @@ def attention_error(
     computed = named(program(*given))
     seconds = timed(lambda: jax.block_until_ready(program(*given)), CALLS)
     return excess(computed, plain, exact, dtype), statistics.median(seconds)
+
+
+def products_error(config: FrozenConfigDict, dtype: str) -> dict[str, float]:
+    """The errors of a layer's products as the config computes them, and of their gradients."""
+    rng = np.random.default_rng(0)
+    sizes = scaling.axis_sizes(scaling.shape_of(config))
+    width = config.emb_dim
+    qkv = sizes["heads"] + 2 * sizes["kv_heads"]
+    shapes = {"project": (width, qkv), "out": (sizes["heads"], width)}
+    shapes |= {"wi": (width, sizes["mlp"]), "wo": (sizes["mlp"], width)}
+    matrices = {n: rng.standard_normal(s, np.float32) * s[0] ** -0.5 for n, s in shapes.items()}
+    tokens = {name: rng.standard_normal((TOKENS, width), np.float32) for name in ("x", "x0")}
+    scales = {"scale": np.float32(0.9), "share": np.float32(0.3)}
+
+    def results(method: str, dtype: str) -> Mapping[str, np.ndarray]:
+        chosen = products.by_name(method, config, jax.default_backend())
+
+        def layer(arrays):
+            x, product, _ = chosen.project(
+                arrays["x"], arrays["x0"], (arrays["scale"], arrays["share"]), arrays["project"], 0
+            )
+            x = chosen.add_product(x, product[:, : sizes["heads"]], arrays["out"])
+            x = chosen.mlp(x, arrays["wi"], arrays["wo"])
+            return x, product
+
+        arrays = {k: jnp.asarray(a, dtype) for k, a in (matrices | tokens).items()} | scales
+        out, pull = jax.vjp(layer, arrays)
+        gradients = pull(jax.tree.map(jnp.ones_like, out))[0]
+        named = {"layer": out[0], "projection": out[1]}
+        named |= {f"gradient of {name}": array for name, array in gradients.items()}
+        return {name: np.asarray(array, np.float32) for name, array in named.items()}
+
+    computed = results(config.layer_products, dtype)
+    return excess(computed, results("xla", dtype), results("xla", "float32"), dtype)
 
 
 def embedding_error(config: FrozenConfigDict, dtype: str) -> dict[str, float]:

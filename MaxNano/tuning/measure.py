@@ -78,7 +78,10 @@ def probe(task: Mapping[str, Any], answer: Answer) -> None:
         resolved={
             "attention": numerics.attention,
             "embedding_gradient": numerics.embedding_gradient,
-            "scan_layers": scans_layers(config, numerics.backend),
+            "layer_products": numerics.products,
+            "scan_layers": scans_layers(
+                config, numerics.backend, numerics.products, by_layer=setup.gathers_by_layer
+            ),
             "vocab_chunk_size": losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size),
             "per_device_batch_size": plan.micro_rows,
             "remat_policy": setup.config.remat_policy,

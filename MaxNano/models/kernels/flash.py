@@ -22,12 +22,30 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+# Attention's output is kept as integers: JAX rounds floats that a remat policy keeps once more, which
+# for a kernel's result is a copy. Kernels write and read them.
+BITS = {2: jnp.uint16, 4: jnp.uint32}
 LARGEST_BOUND = 40.0  # exp(2 x bound) must be far below the largest float32
 VMEM_LIMIT_BYTES = 100 * 2**20
 
 _LANES = 128
 _SUBLANES = 16  # of a register of bfloat16
 _FORWARD_LEAD, _BACKWARD_LEAD = 4, 2  # tiles; more only moves scores to VMEM and back
+
+
+def as_bits(x: jax.Array) -> jax.Array:
+    """Floats as integers of their size."""
+    return jax.lax.bitcast_convert_type(x, BITS[x.dtype.itemsize])
+
+
+def dot(a, b, contracting, interpret: bool):
+    """In a kernel: the product of two arrays over the axes `contracting`, summed in float32."""
+    if interpret:  # jaxlib 0.12 has not all products of bfloat16 on a CPU; these are exact
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    precision = "highest" if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (contracting, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 class Head(NamedTuple):
@@ -56,12 +74,7 @@ class Head(NamedTuple):
 
     def dot(self, a, b, contracting):
         """The product of two arrays over the axes `contracting`, summed in float32."""
-        if self.interpret:  # jaxlib 0.12 has not all products of bfloat16 on a CPU; these are exact
-            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        precision = "highest" if a.dtype == jnp.float32 else None
-        return jax.lax.dot_general(
-            a, b, (contracting, ((), ())), precision=precision, preferred_element_type=jnp.float32
-        )
+        return dot(a, b, contracting, self.interpret)
 
     def tiles(self, length: int) -> list[tuple[int, int]]:
         """(first query, first key) of each tile of scores that is computed, a block of queries
@@ -87,7 +100,6 @@ def attention(
     epsilon,
     block,
     value_embed=None,
-    sums=None,
     interpret=False,
 ):
     """Rotary embedding, QK norm and causal attention in which position t sees keys t - window ...
@@ -95,10 +107,8 @@ def attention(
 
     qkv (B, L, K x (G + 2) x H): for each kv head its `group` = G query heads, then keys, then
     values, as projected. tables: cosines and sines (L, H / 2) float32. value_embed: rows (B, L, K x
-    H) and their gates (B, K, L) float32, whose product is added to the values; or None. sums (B, K,
-    L) float32, or None, is not read: its gradient is what `layers.norm_product` wants, the sum
-    over a kv head's columns of qkv times its gradient. Returns (B, L, K x G x H). `scale`
-    multiplies normalized queries and keys, each. Scores are computed in tiles of `block` x `block`;
+    H) and their gates (B, K, L) float32, whose product is added to the values; or None. Returns (B, L,
+    K x G x H). `scale` multiplies normalized queries and keys, each. Scores are computed in tiles of `block` x `block`;
     best is the width of the matrix unit. Raises ValueError for shapes that the kernel cannot take.
     """
     length = qkv.shape[1]
@@ -117,19 +127,27 @@ def attention(
     if value_embed is not None:
         rows, gate = value_embed
         embeds = rows, gate[:, :, None]  # a gate a query lies along lanes, in a row of its own
-    sums = () if sums is None else (sums[:, :, None],)
-    return _attention(qkv, embeds, sums, *(t.T for t in tables), head)
+    return _attention(qkv, embeds, *(t.T for t in tables), head)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(qkv, embeds, sums, cos, sin, head):
-    return _forward(qkv, embeds, sums, cos, sin, head)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(qkv, embeds, cos, sin, head):
+    return _forward(qkv, embeds, cos, sin, head)[0]
 
 
-def _forward(qkv, embeds, sums, cos, sin, head):
+def _forward(qkv, embeds, cos, sin, head):
+    kept = _call_forward(qkv, embeds, cos, sin, head)
+    out, lse = (checkpoint_name(x, "attention_out") for x in (kept[0], as_bits(kept[1])))
+    lse = jax.lax.bitcast_convert_type(lse, jnp.float32)
+    return jax.lax.bitcast_convert_type(out, qkv.dtype), (qkv, embeds, cos, sin, out, lse)
+
+
+# Kernels are traced once for all layers of a kind.
+@partial(jax.jit, static_argnums=4)
+def _call_forward(qkv, embeds, cos, sin, head):
     batch, length, size, grid = head.shape_of(qkv)
     specs = _specs(length, head)
-    out, lse = pl.pallas_call(
+    return pl.pallas_call(
         partial(_forward_kernel, head=head),
         grid=grid,
         in_specs=[
@@ -142,7 +160,9 @@ def _forward(qkv, embeds, sums, cos, sin, head):
         ],
         out_specs=[specs.out, specs.sums],
         out_shape=[
-            jax.ShapeDtypeStruct((batch, length, grid[1] * head.group * size), qkv.dtype),
+            jax.ShapeDtypeStruct(
+                (batch, length, grid[1] * head.group * size), BITS[qkv.dtype.itemsize]
+            ),
             jax.ShapeDtypeStruct((batch, grid[1] * head.group, 1, length), jnp.float32),
         ],
         scratch_shapes=[
@@ -154,24 +174,11 @@ def _forward(qkv, embeds, sums, cos, sin, head):
         interpret=head.interpret,
         name=f"flash_forward_w{head.window}",
     )(qkv, qkv, qkv, cos, sin, *embeds)
-    # Kept as integers: JAX rounds floats that a remat policy keeps once more, which for a kernel's
-    # result is a copy.
-    kept = _bits(out)
-    kept, lse = (checkpoint_name(x, "attention_out") for x in (kept, _bits(lse)))
-    lse = jax.lax.bitcast_convert_type(lse, jnp.float32)
-    # One array for the backward kernel and for the product with the output matrix: of integers for
-    # the one and floats for the other, the compiler copies both out of the stack of all layers.
-    out = jax.lax.bitcast_convert_type(kept, out.dtype)
-    return out, (qkv, embeds, sums, cos, sin, out, lse)
 
 
-def _bits(x):
-    unsigned = {2: jnp.uint16, 4: jnp.uint32}
-    return jax.lax.bitcast_convert_type(x, unsigned[x.dtype.itemsize])
-
-
+@partial(jax.jit, static_argnums=0)
 def _backward(head, residuals, cotangent):
-    qkv, embeds, sums, cos, sin, out, lse = residuals
+    qkv, embeds, cos, sin, out, lse = residuals
     _, length, size, grid = head.shape_of(qkv)
     specs = _specs(length, head)
     gradients = pl.pallas_call(
@@ -188,12 +195,8 @@ def _backward(head, residuals, cotangent):
             specs.sums,
             *(specs.rows, specs.gate)[: len(embeds)],
         ],
-        out_specs=[
-            specs.all,
-            *(specs.rows, specs.gate)[: len(embeds)],
-            *(specs.gate,)[: len(sums)],
-        ],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (qkv, *embeds, *sums)],
+        out_specs=[specs.all, *(specs.rows, specs.gate)[: len(embeds)]],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (qkv, *embeds)],
         scratch_shapes=[
             pltpu.VMEM((length, size), qkv.dtype),
             pltpu.VMEM((size, length), qkv.dtype),
@@ -206,8 +209,7 @@ def _backward(head, residuals, cotangent):
         interpret=head.interpret,
         name=f"flash_backward_w{head.window}",
     )(qkv, qkv, qkv, cos, sin, out, cotangent, lse, *embeds)
-    others = tuple(gradients[1:])
-    return gradients[0], others[: len(embeds)], others[len(embeds) :], None, None
+    return gradients[0], tuple(gradients[1:]), None, None
 
 
 _attention.defvjp(_forward, _backward)
@@ -249,7 +251,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, cos_ref, sin_ref, *refs, head):
         if low == start:
             rows = pl.ds(start, block)
             total, sums = totals[start][:size], totals[start][size : size + 1]
-            out_ref[0, rows] = (total * (1 / sums)).astype(out_ref.dtype).T
+            out_ref[0, rows] = as_bits((total * (1 / sums)).astype(dtype).T)
             lse_ref[0, 0, :, rows] = jnp.log2(sums)
 
     _overlap(head, length, prepare, score, weigh, _FORWARD_LEAD)
@@ -266,7 +268,7 @@ def _backward_kernel(
     """
     *others, keys, keys_t, values, dk, dv = refs
     embeds, others = others[:embeds], others[embeds:]
-    dqkv_ref, dembeds, sums = others[0], others[1 : 1 + len(embeds)], others[1 + len(embeds) :]
+    dqkv_ref, dembeds = others[0], others[1:]
     length, size = keys.shape
     dtype, block, group = keys.dtype, head.block, head.group
     member = pl.program_id(2)
@@ -290,7 +292,11 @@ def _backward_kernel(
         raw = q_ref[0, rows].T
         q, inverse = _prepare(raw, tables(rows), head.epsilon, head.log2_scale)
         q, cotangent = q.astype(dtype), cotangent_ref[0, rows]
-        along = head.dot(ones[:_SUBLANES], cotangent * out_ref[0, rows], ((1,), (1,)))[:1]
+        along = head.dot(
+            ones[:_SUBLANES],
+            cotangent * jax.lax.bitcast_convert_type(out_ref[0, rows], dtype),
+            ((1,), (1,)),
+        )[:1]
         cotangent = cotangent.T
         raw_queries[start], dqs[start] = (raw, inverse), 0
         queries[start] = q, cotangent
@@ -333,10 +339,6 @@ def _backward_kernel(
             grad = dv[:, span]
             write(group + 1, span, grad)
             _values_gradient(grad, embeds, dembeds, span)
-            for sums_ref in sums:
-                # Without queries and keys: a norm takes their part out of the gradient.
-                raw = v_ref[0, span].T.astype(jnp.float32)
-                sums_ref[0, 0, :, span] = jnp.sum(raw * grad, axis=0, keepdims=True)
 
     _overlap(head, length, prepare, score, differentiate, _BACKWARD_LEAD)
 

@@ -130,8 +130,9 @@ def test_the_mlp(tree):
         from MaxNano import scaling
         setup = model_of()
         assert setup.model.shapes["layers"]["mlp"]["gate"].shape[-2:] == (32, 128)
+        WIDE = ["max_target_length=128", "emb_dim=128", "num_query_heads=8"]
         plain, kernels = (
-            hidden_of(model_of(f"layer_products={name}", "max_target_length=128", "emb_dim=128"))
+            hidden_of(model_of(f"layer_products={name}", *WIDE))
             for name in ("xla", "pallas")
         )
         assert np.all(np.isfinite(plain))

@@ -18,7 +18,7 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano.optimizers import schedules
 from MaxNano.optimizers.adamw import adamw
-from MaxNano.optimizers.muon import muon
+from MaxNano.optimizers.muon import Kernel, muon
 
 Tree = Any
 
@@ -29,7 +29,7 @@ class Compute(NamedTuple):
     """How updates are computed where they need more than float32 sums."""
 
     dtype: DTypeLike
-    iterate: Callable[..., jax.Array] | None = None  # see muon
+    kernel: Kernel | None = None  # of Muon
 
 
 class ParameterGroup(NamedTuple):
@@ -117,7 +117,7 @@ def use_muon(
         renormalization=config.muon_renormalize,
         dtype=config.muon_dtype or compute.dtype,
         rules=config.logical_axis_rules,
-        iterate=compute.iterate,
+        kernel=compute.kernel,
     )
 
 
@@ -125,13 +125,13 @@ def make_optimizer(
     config: FrozenConfigDict,
     *,
     dtype: DTypeLike,
-    iterate: Callable[..., jax.Array] | None = None,
+    kernel: Kernel | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a config: each parameter group with its transform, rate and schedule.
 
     `update(grads, state, params, *, step)` returns float32 updates u, so that `optax.apply_updates`
     rounds p + u once, to p's dtype. step: number of updates so far; it drives the schedules.
-    dtype: the compute dtype. iterate: see muon.
+    dtype: the compute dtype. kernel: of Muon.
     """
 
     def lr_multiplier(step: ArrayLike) -> jax.Array:
@@ -147,7 +147,7 @@ def make_optimizer(
         group.name: in_scope(
             group.name,
             optax.chain(
-                group.transform(group, config, Compute(dtype, iterate)),
+                group.transform(group, config, Compute(dtype, kernel)),
                 scale_by_learning_rate(group.learning_rate),
             ),
         )

@@ -19,7 +19,6 @@ import optax
 from jax.typing import DTypeLike
 
 from MaxNano.distributed.sharding import Rules, constrain, over_owners, owners
-from MaxNano.models.kernels import polar
 from MaxNano.optimizers.schedules import Schedule
 
 Tree = Any
@@ -36,6 +35,13 @@ POLAR_EXPRESS = (
 )
 
 
+class Kernel(NamedTuple):
+    """Polar Express iterations of the matrices of one device, as models/kernels/polar.py has them."""
+
+    fits: Callable[[int, int, int], bool]  # whether it takes matrices (M, N) of some bytes a number
+    iterate: Callable[..., jax.Array]
+
+
 def muon(
     momentum: Schedule,
     *,
@@ -47,15 +53,14 @@ def muon(
     renormalization: bool,
     dtype: DTypeLike,
     rules: Rules,
-    iterate: Callable[..., jax.Array] | None = None,
+    kernel: Kernel | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon's update of matrices (..., in, out) with cautious weight decay, before the learning
     rate.
 
     beta2: decay of NorMuon's second moment, 0 for none. dtype: of everything from row equilibration
     to the Polar Express iterations. rules: they decide which devices compute which matrices; each
-    matrix is computed on one device, or on several that compute the same. iterate:
-    that of kernels/polar.py, for the Polar Express iterations of matrices that it takes, or None.
+    matrix is computed on one device, or on several that compute the same.
     """
 
     def to_owners(x):
@@ -65,9 +70,9 @@ def muon(
         return jax.lax.with_sharding_constraint(x, spec)
 
     def orthogonalize(x):
-        if iterate and x.ndim == 3 and polar.fits(*x.shape[1:], x.dtype.itemsize):
-            kernel = partial(iterate, coefficients=POLAR_EXPRESS[:iterations])
-            done = over_owners(kernel, inside_interval(x, norm_margin), rules)
+        if kernel and x.ndim == 3 and kernel.fits(*x.shape[1:], x.dtype.itemsize):
+            iterate = partial(kernel.iterate, coefficients=POLAR_EXPRESS[:iterations])
+            done = over_owners(iterate, inside_interval(x, norm_margin), rules)
             if done is not None:
                 return done
         return polar_express(x, iterations, norm_margin)

@@ -22,6 +22,7 @@ from MaxNano.models.kernels import polar
 from MaxNano.models.setup import ModelSetup, set_up_model
 from MaxNano.models.transformer import STACKED, kept_residuals, residual_widths
 from MaxNano.optimizers import groups
+from MaxNano.optimizers.muon import Kernel
 from MaxNano.stage_configs import stage_config
 from MaxNano.storage.files import run_directory
 from MaxNano.tokenization.tokenizer import load_tokenizer
@@ -66,10 +67,11 @@ class RunSetup(ModelSetup):
 def set_up(config: FrozenConfigDict, devices: Sequence[jax.Device] | None = None) -> RunSetup:
     """The set-up of a run. Raises ValueError if batch, layout and devices do not fit together."""
     setup = set_up_model(config, devices)
-    numerics, iterate = setup.numerics, None
+    numerics, kernel = setup.numerics, None
     if numerics.products == "pallas":
         iterate = partial(polar.iterate, interpret=numerics.backend != "tpu")
-    optimizer = groups.make_optimizer(config, dtype=numerics.dtype, iterate=iterate)
+        kernel = Kernel(polar.fits, iterate)
+    optimizer = groups.make_optimizer(config, dtype=numerics.dtype, kernel=kernel)
     abstract = abstract_state(config, setup.model, optimizer, setup.mesh)
     plan = plan_batch(config, setup.data_parallel_size)
     check_sharding(config, setup.mesh, abstract)

@@ -211,15 +211,10 @@ def block(
     value_rows: None, or value embeddings (..., T or more, K x H); the last T are used. `attend`
     may return fewer tokens: T'.
     """
-    x, qkv, channels = context.products.project(
-        x,
-        _last(x0, x),
-        (layer["resid_lambda"], layer["x0_lambda"]),
-        layer["attention"]["qkv"],
-        0 if value_rows is None else config.value_embed_gate_channels,
-    )
     with jax.named_scope("attention"):
-        value_embed = None
+        scales, qkv = (layer["resid_lambda"], layer["x0_lambda"]), layer["attention"]["qkv"]
+        value_embed, width = None, 0 if value_rows is None else config.value_embed_gate_channels
+        x, qkv, channels = context.products.project(x, _last(x0, x), scales, qkv, width)
         if value_rows is not None:
             value_embed = _last(value_rows, x), value_gate(config, layer["value"]["gate"], channels)
         qkv = checkpoint_name(qkv, "qkv")
@@ -227,7 +222,8 @@ def block(
             y, state = attend(_constrain(qkv, "activation_heads", config), value_embed)
         x = context.products.add_product(_last(x, y), y, layer["attention"]["out"])
         x = checkpoint_name(x, "attention_residual")
-    return context.products.mlp(x, layer["mlp"]), state
+    with jax.named_scope("mlp"):
+        return context.products.mlp(x, layer["mlp"]), state
 
 
 def value_gate(config: FrozenConfigDict, gate: jax.Array, channels: jax.Array) -> jax.Array:

@@ -25,12 +25,15 @@ pytestmark = [
 
 
 def test_every_kernel_trains_as_the_cpu_does():
-    """Eight steps in float32, and in 16 bits with each attention kernel, within the rounding of
-    float32 on the CPU.
+    """Eight steps in float32, and in 16 bits with each attention kernel and with the layers'
+    products in kernels and by the compiler, within the rounding of float32 on the CPU.
     """
     [expected] = losses('[["dtype=float32"]]', JAX_PLATFORMS="cpu").values()
     assert expected[-1] < expected[0]
-    found = losses('[["dtype=float32"], *(["attention=" + name] for name in kernels())]')
+    found = losses(
+        '[["dtype=float32"], *(["attention=" + name] for name in kernels()),'
+        ' *(["layer_products=" + name] for name in products())]'
+    )
     assert len(found) > 2
     for words, values in found.items():
         assert values == pytest.approx(expected, rel=0.01), words

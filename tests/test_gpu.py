@@ -159,6 +159,9 @@ LOSSES = """
             if device.platform in row.backends and not row.problem(device, "bfloat16", 128)
         ]
 
+    def products():
+        return ["xla", "pallas"] if jax.devices()[0].platform == "tpu" else []
+
     print(json.dumps({{" ".join(words): losses(words) for words in {runs}}}))
 """
 

@@ -131,9 +131,8 @@ def find(session: Session) -> Overrides:
     others = [*gradients, *products]
     others = [choice for choice, ok in zip(others, correct[len(attention) :], strict=True) if ok]
     attention = [attention[index] for _, index in sorted(right)]
-    session.start = first_settings(session, attention)
-    if products and products[0] not in others:  # the default is wrong
-        session.start |= {"layer_products": "xla"}
+    wrong = {} if not products or products[0] in others else products[-1]
+    session.start = first_settings(session, attention, wrong)
     half = max(3, (len(attention) + 1) // 2)
     knobs = candidates.knobs(config, facts, attention[:half], others)
     for knob in knobs:
@@ -142,16 +141,21 @@ def find(session: Session) -> Overrides:
     return search.search(session.start, knobs, session.measure, session.seconds_left, session.merge)
 
 
-def first_settings(session: Session, attention: Sequence[Overrides]) -> Overrides:
+def first_settings(
+    session: Session, attention: Sequence[Overrides], products: Overrides
+) -> Overrides:
     """The defaults; where their attention kernel is wrong, with the fastest correct one; where they
     do not fit in memory, with fewer rows or remat.
 
-    attention: the correct choices, fastest first. Raises ValueError if nothing runs.
+    attention: the correct choices, fastest first. products: what replaces the layers' products, if
+    those are wrong. Raises ValueError if nothing runs.
     """
     config = session.config
-    start: Overrides = {}
+    start = dict(products)
+    if start:
+        session.say(f"the default layer products are struck off: starting from {words_of(start)}")
     if attention and {} not in [session.merge({}, choice) for choice in attention]:
-        start = session.merge({}, attention[0])
+        start = session.merge(start, attention[0])
         session.say(f"the default attention is struck off: starting from {words_of(start)}")
     outcome = None
     for smaller in ({}, *candidates.allowed(config, candidates.SMALLER)):

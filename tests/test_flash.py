@@ -245,7 +245,6 @@ import sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-import pytest
 import test_train_step as t
 from MaxNano.distributed import sharding
 from MaxNano.data.loader import put_global

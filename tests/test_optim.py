@@ -213,6 +213,43 @@ def test_what_the_kernel_of_polar_express_takes():
     assert not polar.fits(3072, 12288, 2)  # of d48: more than a chip's VMEM
 
 
+def test_owners_run_the_kernel_of_polar_express():
+    """On eight devices that share layers, or layers and FSDP's parts of them; where they do not
+    divide the layers, nothing runs.
+    """
+    code = """
+        from functools import partial
+        import jax, jax.numpy as jnp, numpy as np
+        from MaxNano import pyconfig
+        from MaxNano.distributed.mesh import make_mesh
+        from MaxNano.distributed.sharding import over_owners
+        from MaxNano.models.kernels import polar
+        from MaxNano.optimizers import muon
+
+        def run(layers, *words):
+            config = pyconfig.initialize(["configs/base.yml", "model=d4", *words])
+            matrices = jnp.float32(np.random.default_rng(0).normal(size=(layers, 128, 256)))
+            inside = muon.inside_interval(matrices, 1.01)
+            iterate = partial(polar.iterate, coefficients=muon.POLAR_EXPRESS, interpret=True)
+            with jax.set_mesh(make_mesh(config, jax.devices())):
+                rules = config.logical_axis_rules
+                found = jax.jit(lambda x: over_owners(iterate, x, rules))(inside)
+            if found is None:
+                return None
+            expected = muon.polar_express(matrices, 5, norm_margin=1.01)
+            return float(jnp.abs(found - expected).max() / jnp.abs(expected).max())
+
+        assert run(8, "ici_data_parallelism=8") < 1e-5
+        assert run(6, "ici_data_parallelism=8") < 1e-5  # every device has all
+        assert run(8, "ici_data_parallelism=4", "ici_fsdp_parallelism=2") < 1e-5
+        assert run(9, "ici_data_parallelism=4", "ici_fsdp_parallelism=2") is None
+        print("equal")
+    """
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    done = programs.run("-c", textwrap.dedent(code), env={**os.environ, "XLA_FLAGS": flags})
+    assert done.stdout == "equal\n", done.stderr
+
+
 def test_fewer_iterations_are_the_first_ones():
     values = np.array([0.5, 0.1, 0.02])
     x = muon.polar_express(jnp.diag(jnp.float32(values)), iterations=1, norm_margin=1.0)

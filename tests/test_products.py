@@ -104,8 +104,39 @@ def test_results_and_gradients_are_those_of_the_definition(name):
 
 def test_an_mlp_in_parts_is_the_whole_one(monkeypatch):
     """Matrices that do not fit into VMEM."""
-    monkeypatch.setattr(kernels, "MATRIX_BYTES", 2**20)
-    compare(CASES["mlp"])
+    monkeypatch.setattr(kernels, "MATRIX_BYTES", 2**18)
+    matrices = [jax.ShapeDtypeStruct((WIDTH, HIDDEN), jnp.bfloat16)] * 2
+    counts = [kernels.mlp_parts(matrices, backward=backward) for backward in (False, True)]
+    assert counts == [2, 8]
+    programs = kernels._mlp_forward, kernels._mlp_backward
+    for program in programs:  # traced for one part
+        program.clear_cache()
+    try:
+        compare(CASES["mlp"])
+    finally:
+        for program in programs:
+            program.clear_cache()
+
+
+def test_tiles_are_as_large_as_vmem_lets_them_be():
+    def tokens(width, dtype):
+        def array(*shape):
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        mlp = [array(width, 4 * width), array(4 * width, width)]
+        project, out = array(width, 3 * width), array(width, width)
+        if not kernels.fits(project, out, mlp):
+            return None
+        parts = kernels.mlp_parts(mlp, backward=True)
+        return [
+            kernels.tile_tokens("project_backward", [project]),
+            kernels.tile_tokens("mlp_backward", mlp, parts),
+        ]
+
+    assert tokens(1536, jnp.bfloat16) == tokens(2048, jnp.bfloat16) == [512, 256]  # d24, d32
+    assert tokens(2176, jnp.bfloat16) == [256, 256]  # d34
+    assert tokens(2048, jnp.float32) == [128, 256]
+    assert tokens(3072, jnp.bfloat16) is None  # d48
 
 
 def test_an_mlp_with_two_matrices_that_read(monkeypatch):
@@ -155,6 +186,8 @@ V6E = "TPU v6 lite"
         (Slice(V6E), ["head_dim=128", "max_target_length=192", "global_batch_tokens=19200"], "xla"),
         (Slice(V6E), ["model=d48"], "xla"),
         (Slice(V6E), ["model=d34"], "pallas"),
+        (Slice(V6E), ["head_dim=128", "mlp_dim=1088"], "xla"),
+        (Slice(V6E), ["head_dim=128", "value_embed_gate_channels=129"], "xla"),
         (Slice("TPU v5p"), ["head_dim=128"], "xla"),
         (Slice("NVIDIA H100 80GB HBM3"), ["head_dim=128"], "xla"),
     ],

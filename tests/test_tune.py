@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from MaxNano import pyconfig, tune
-from MaxNano.models import attention
+from MaxNano.models import attention, products
 from MaxNano.training import checkpoint_identity
 from MaxNano.training.run_config import config_of_run
 from MaxNano.tuning import candidates, children, kernels, measure, search, session, tuned_file
@@ -362,6 +362,38 @@ def test_a_whole_search_on_a_device_that_fails(folder, monkeypatch, capsys):
     assert not any("\r" in line or "\x1b" in line for line in out.splitlines())
 
 
+class WrongProducts(FakeDevice):
+    """A chip whose layer products in kernels, the default, are wrong."""
+
+    def __call__(self, task, limit):
+        if task["task"] == "probe":
+            facts = FACTS._replace(resolved=FACTS.resolved | {"layer_products": "pallas"})
+            return children.Report([{"facts": facts._asdict()}], "")
+        return super().__call__(task, limit)
+
+    def check(self, task):
+        result = {"milliseconds": 2.0, "error": 0.5, "problem": ""}
+        wrong = {"milliseconds": 0.0, "error": 9.0, "problem": "layer differs"}
+        answers = []
+        for index in task["indices"]:
+            is_wrong = task["choices"][index].get("layer_products") == "pallas"
+            answers += [
+                {"started": index},
+                {"checked": index, "result": wrong if is_wrong else result},
+            ]
+        return children.Report(answers, "")
+
+
+def test_wrong_layer_products_are_never_measured(folder, monkeypatch, capsys):
+    device = WrongProducts()
+    assert start(folder, device, monkeypatch) == 0
+    assert "the default layer products are struck off" in capsys.readouterr().out
+    measured = [task["overrides"] for task in device.tasks if "overrides" in task]
+    assert measured and all(choice["layer_products"] == "xla" for choice in measured)
+    _, values = tuned_file.read(folder / "tuned/some-chip-1-d4.yml")
+    assert values["layer_products"] == "xla"
+
+
 @pytest.mark.parametrize("stop_at", [2, 3, 6, 9, 20])
 def test_a_search_that_was_stopped_resumes_without_measuring_again(
     stop_at, folder, monkeypatch, capsys
@@ -554,6 +586,21 @@ def test_the_error_of_a_kernel_is_relative_to_that_of_the_reference_in_its_dtype
     for factor, expected in ((1.01, 0.5), (1.04, 2.0), (float("nan"), None)):
         error = kernels.excess({"out": factor * jnp.ones(100)}, plain, exact, "bfloat16")["out"]
         assert error != error if expected is None else error == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_products_of_layers_are_checked(dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "TOKENS", 256)
+    words = ("layer_products=pallas", "emb_dim=128", "head_dim=64", f"dtype={dtype}")
+    assert kernels.check(small_config(*words))["problem"] == ""
+    right = products.in_kernels
+
+    def wrong(config, *, interpret):
+        chosen = right(config, interpret=interpret)
+        return chosen._replace(mlp=lambda x, weights: chosen.mlp(x, weights) * 1.1)
+
+    monkeypatch.setattr(products, "in_kernels", wrong)
+    assert " differs from the reference by " in kernels.check(small_config(*words))["problem"]
 
 
 def test_embedding_gradients_are_checked():

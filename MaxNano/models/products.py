@@ -59,7 +59,7 @@ def _problem(config: FrozenConfigDict, mesh: Mesh, dtype: str) -> str | None:
         for part in scaling.BLOCK.values()
         for axes in part.values()
     ]
-    columns = sizes["heads"] + 2 * sizes["kv_heads"]
+    qkv = (config.emb_dim, sizes["heads"] + 2 * sizes["kv_heads"])
     if mesh.devices.flat[0].platform == "gpu":
         return "a TPU"
     if config.quantization != "none":
@@ -73,8 +73,16 @@ def _problem(config: FrozenConfigDict, mesh: Mesh, dtype: str) -> str | None:
         return "an MLP that only wo writes"
     if config.max_target_length % kernels.LANES:
         return f"max_target_length a multiple of {kernels.LANES}"
-    if not kernels.projection_fits(config.emb_dim, columns, jnp.dtype(dtype).itemsize):
-        return f"a narrower model than emb_dim={config.emb_dim}"
+    if config.value_embed_gate_channels > kernels.LANES:
+        return f"value_embed_gate_channels of at most {kernels.LANES}"
+    names = (*layers.mlp_reads(), *writes)
+    mlp = [tuple(sizes[axis] for axis in scaling.BLOCK["mlp"][name]) for name in names]
+    projection, out, *mlp = (
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape in (qkv, (sizes["heads"], config.emb_dim), *mlp)
+    )
+    if not kernels.fits(projection, out, mlp):
+        return f"matrices that fit into VMEM, not emb_dim={config.emb_dim}"
     return None
 
 

@@ -434,6 +434,8 @@ class Transformer(nnx.Module):
         params = nnx.to_pure_dict(nnx.state(self, nnx.Param))
         period, groups = repetition(layer_kinds(config))
         numerics, by_layer = self.numerics, specs is not None
+        if tokens.size % product_kernels.LANES:  # an evaluation's, of other lengths than training's
+            numerics = numerics._replace(products="xla")
         scans = scans_layers(config, numerics.backend, numerics.products, by_layer=by_layer)
         if not scans or groups < 2:
             period = groups = 0
@@ -468,9 +470,7 @@ def training_context(
     def place(x):
         return row_major(_constrain(x, "activation_embed", config))
 
-    # An evaluation may have other lengths than max_target_length.
-    name = "xla" if tokens.size % product_kernels.LANES else numerics.products
-    matmul = partial(quantization.matmul, kind=config.quantization)
+    name, matmul = numerics.products, partial(quantization.matmul, kind=config.quantization)
 
     def lookup(tables, index, table):
         method, interpret = numerics.embedding_gradient, numerics.backend != "tpu"

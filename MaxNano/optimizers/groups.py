@@ -26,10 +26,10 @@ TUNED_WIDTH = 768  # emb_dim at which the learning rates of tables and head were
 
 
 class Compute(NamedTuple):
-    """How updates are computed where they need more than float32 sums."""
+    """The dtype and the kernel of Muon's iterations."""
 
     dtype: DTypeLike
-    kernel: Kernel | None = None  # of Muon
+    kernel: Kernel | None = None
 
 
 class ParameterGroup(NamedTuple):

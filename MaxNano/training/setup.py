@@ -152,9 +152,14 @@ def needed_bytes(setup: RunSetup) -> dict[str, int]:
     tokens = plan.micro_rows * pyconfig.row_length(config)
     size = jnp.dtype(setup.numerics.dtype).itemsize
     widths = residual_widths(config)
+    in_kernels = setup.numerics.products == "pallas"
+    if in_kernels:
+        widths["mlp_hidden"] = 0
     kept = kept_residuals(config, setup.gathers_by_layer)
     width = config.emb_dim + sum(widths[name] for name in kept or ())
-    if kept is None:  # also the inputs of norms and activation
+    if kept is None and in_kernels:
+        width = config.emb_dim + sum(widths.values())
+    elif kept is None:  # also the inputs of norms and activation
         width = 3 * config.emb_dim + sum(widths.values()) + widths["mlp_hidden"]
     chunk = losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size) or config.vocab_size
     return {

@@ -143,34 +143,37 @@ def products_error(config: FrozenConfigDict, dtype: str) -> dict[str, float]:
     """The errors of a layer's products as the config computes them, and of their gradients."""
     rng = np.random.default_rng(0)
     sizes = scaling.axis_sizes(scaling.shape_of(config))
-    width = config.emb_dim
-    qkv = sizes["heads"] + 2 * sizes["kv_heads"]
-    shapes = {"project": (width, qkv), "out": (sizes["heads"], width)}
-    shapes |= {"wi": (width, sizes["mlp"]), "wo": (sizes["mlp"], width)}
+    width, heads = config.emb_dim, sizes["heads"]
+    mlp = {name: tuple(map(sizes.get, axes)) for name, axes in scaling.BLOCK["mlp"].items()}
+    shapes = {"project": (width, heads + 2 * sizes["kv_heads"]), "out": (heads, width)} | mlp
     matrices = {n: rng.standard_normal(s, np.float32) * s[0] ** -0.5 for n, s in shapes.items()}
     tokens = {name: rng.standard_normal((TOKENS, width), np.float32) for name in ("x", "x0")}
-    scales = {"scale": np.float32(0.9), "share": np.float32(0.3)}
+    channels = config.value_embed_gate_channels
 
     def results(method: str, dtype: str) -> Mapping[str, np.ndarray]:
         chosen = products.by_name(method, config, jax.default_backend())
 
         def layer(arrays):
-            x, product, _ = chosen.project(
-                arrays["x"], arrays["x0"], (arrays["scale"], arrays["share"]), arrays["project"], 0
+            scales = jnp.float32(0.9), jnp.float32(0.3)
+            x, product, first = chosen.project(
+                arrays["x"], arrays["x0"], scales, arrays["project"], channels
             )
-            x = chosen.add_product(x, product[:, : sizes["heads"]], arrays["out"])
-            x = chosen.mlp(x, arrays["wi"], arrays["wo"])
-            return x, product
+            x = chosen.add_product(x, product[:, :heads], arrays["out"])
+            return chosen.mlp(x, {name: arrays[name] for name in mlp}), product, first
 
-        arrays = {k: jnp.asarray(a, dtype) for k, a in (matrices | tokens).items()} | scales
-        out, pull = jax.vjp(layer, arrays)
-        gradients = pull(jax.tree.map(jnp.ones_like, out))[0]
-        named = {"layer": out[0], "projection": out[1]}
+        @jax.jit
+        def run(arrays):
+            out, pull = jax.vjp(layer, arrays)
+            return out, pull(jax.tree.map(jnp.ones_like, out))[0]
+
+        out, gradients = run({k: jnp.asarray(a, dtype) for k, a in (matrices | tokens).items()})
+        named = dict(zip(("layer", "projection", "gate channels"), out, strict=True))
         named |= {f"gradient of {name}": array for name, array in gradients.items()}
-        return {name: np.asarray(array, np.float32) for name, array in named.items()}
+        return {name: np.asarray(array, np.float32) for name, array in named.items() if array.size}
 
-    computed = results(config.layer_products, dtype)
-    return excess(computed, results("xla", dtype), results("xla", "float32"), dtype)
+    with jax.default_matmul_precision("highest"):
+        exact = results("xla", "float32")
+    return excess(results(config.layer_products, dtype), results("xla", dtype), exact, dtype)
 
 
 def embedding_error(config: FrozenConfigDict, dtype: str) -> dict[str, float]:

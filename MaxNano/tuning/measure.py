@@ -101,7 +101,7 @@ def probe(task: Mapping[str, Any], answer: Answer) -> None:
 
 
 def check_kernels(task: Mapping[str, Any], answer: Answer) -> None:
-    """Errors and times of attention kernels and embedding gradients, an answer each.
+    """Errors and times of attention kernels, embedding gradients and layer products, an answer each.
 
     The answer {"started": index} comes before a check, so that a crash has a name.
     """

@@ -107,9 +107,10 @@ def attention(
 
     qkv (B, L, K x (G + 2) x H): for each kv head its `group` = G query heads, then keys, then
     values, as projected. tables: cosines and sines (L, H / 2) float32. value_embed: rows (B, L, K x
-    H) and their gates (B, K, L) float32, whose product is added to the values; or None. Returns (B, L,
-    K x G x H). `scale` multiplies normalized queries and keys, each. Scores are computed in tiles of `block` x `block`;
-    best is the width of the matrix unit. Raises ValueError for shapes that the kernel cannot take.
+    H) and their gates (B, K, L) float32, whose product is added to the values; or None. Returns
+    (B, L, K x G x H). `scale` multiplies normalized queries and keys, each. Scores are computed in
+    tiles of `block` x `block`; best is the width of the matrix unit. Raises ValueError for shapes
+    that the kernel cannot take.
     """
     length = qkv.shape[1]
     if head_dim % _LANES or length % block or block % _LANES:

@@ -16,7 +16,7 @@ from MaxNano.models.kernels.flash import dot
 from MaxNano.models.kernels.products import LANES, VMEM_LIMIT_BYTES, each
 
 PART = 256  # rows or columns at a time
-LARGEST_BYTES = 110 * 2**20
+LARGEST_BYTES = 100 * 2**20
 
 _NT = ((1,), (1,))
 

@@ -11,9 +11,9 @@ Legend: T tokens, D embed, F columns.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,12 @@ from MaxNano.models.kernels.flash import as_bits, dot
 LANES = 128
 ROWS = 64  # of a tile at a time, beside products: their numbers fit into registers
 VMEM_LIMIT_BYTES = 124 * 2**20
-# Of it for matrices and the float32 sums of their gradients.
+# Of it for matrices and the float32 sums of their gradients; and for these and tiles, beside what
+# the compiler needs.
 MATRIX_BYTES = 109 * 2**20
+USABLE_BYTES = int(121.5 * 2**20)
+
+DIRECTIONS = ("forward", "backward")
 
 _NT = ((1,), (1,))
 
@@ -37,14 +41,13 @@ class Size(NamedTuple):
 
     tokens: int
     columns: int
-    elements: int = 2**22  # tokens x width, at most
 
 
 # More tokens use a matrix longer before the next one is loaded into the matrix unit, more columns
 # leave fewer gaps between products and take longer to compile. benchmarks/products.py measures.
 SIZES = {
     "project_forward": Size(1024, 512),
-    "project_backward": Size(512, 512, 2**20),
+    "project_backward": Size(512, 512),
     "add_product_forward": Size(1024, 512),
     "add_product_backward": Size(1024, 512),
     "mlp_forward": Size(1024, 512),
@@ -84,7 +87,7 @@ def project(
 
 @partial(jax.jit, static_argnums=(4, 5))
 def _project_forward(x, x0, scales, w, first, numbers):
-    call = _Call("project_forward", x, numbers)
+    call = _Call("project_forward", x, numbers, [w])
 
     def kernel(scales_ref, x_ref, x0_ref, w_ref, mixed_ref, out_ref, *others):
         *firsts, norm = others
@@ -116,7 +119,7 @@ def _project_forward(x, x0, scales, w, first, numbers):
 @partial(jax.jit, static_argnums=(0, 1))
 def _project_backward(first, numbers, residuals, cotangents):
     x, x0, scales, w = residuals
-    call = _Call("project_backward", x, numbers)
+    call = _Call("project_backward", x, numbers, [w])
     width = x.shape[1]
 
     def kernel(scales_ref, x_ref, x0_ref, w_ref, dmixed_ref, dout_ref, *others):
@@ -200,7 +203,7 @@ def add_product(x: jax.Array, y: jax.Array, w: jax.Array, numbers: Numbers) -> j
 
 @partial(jax.jit, static_argnums=3)
 def _add_product_forward(x, y, w, numbers):
-    call = _Call("add_product_forward", x, numbers)
+    call = _Call("add_product_forward", x, numbers, [w])
 
     def kernel(x_ref, y_ref, w_ref, out_ref):
         @call.columns(w.shape[1])
@@ -220,7 +223,7 @@ def _add_product_forward(x, y, w, numbers):
 @partial(jax.jit, static_argnums=0)
 def _add_product_backward(numbers, residuals, cotangent):
     y, w = residuals
-    call = _Call("add_product_backward", y, numbers)
+    call = _Call("add_product_backward", y, numbers, [w])
 
     def kernel(y_ref, dout_ref, w_ref, dy_ref, dw_ref):
         _zero_before_first_tile(dw_ref)
@@ -264,8 +267,8 @@ def mlp(x: jax.Array, reads: tuple[jax.Array, ...], wo: jax.Array, numbers: Numb
 
 @partial(jax.jit, static_argnums=3)
 def _mlp_forward(x, reads, wo, numbers):
-    call, hidden = _Call("mlp_forward", x, numbers), len(wo)
-    parts = _mlp_parts(reads, wo, wo.dtype.itemsize)
+    hidden, parts = len(wo), mlp_parts([*reads, wo], backward=False)
+    call = _Call("mlp_forward", x, numbers, [*reads, wo], parts)
 
     def kernel(x_ref, base_ref, *refs):
         *read_refs, wo_ref, out_ref, norm, sums = refs
@@ -299,8 +302,8 @@ def _mlp_forward(x, reads, wo, numbers):
 @partial(jax.jit, static_argnums=0)
 def _mlp_backward(numbers, residuals, cotangent):
     x, reads, wo = residuals
-    call, (hidden, width), count = _Call("mlp_backward", x, numbers), wo.shape, len(reads)
-    parts = _mlp_parts(reads, wo, wo.dtype.itemsize + 4)
+    (hidden, width), count, parts = wo.shape, len(reads), mlp_parts([*reads, wo], backward=True)
+    call = _Call("mlp_backward", x, numbers, [*reads, wo], parts)
 
     def kernel(x_ref, dout_ref, base_ref, *refs):
         (*read_refs, wo_ref), refs = refs[: count + 1], refs[count + 1 :]
@@ -358,15 +361,59 @@ def _mlp_backward(numbers, residuals, cotangent):
 mlp.defvjp(_mlp_forward, _mlp_backward)
 
 
-def _mlp_parts(reads, wo, bytes_per_number: int) -> int:
-    """The least power of 2 of equal parts of an MLP's hidden layer of which each fits into VMEM."""
-    size = (len(reads) + 1) * wo.size * bytes_per_number
+# ---- What fits into VMEM ------------------------------------------------------------------------
+
+
+def matrix_bytes(name: str, matrices: Sequence[Any]) -> int:
+    """Bytes of a kernel's matrices and, backward, of their gradients' sums."""
+    sums = 4 if name.endswith("backward") else 0
+    return sum(math.prod(w.shape) * (w.dtype.itemsize + sums) for w in matrices)
+
+
+def mlp_parts(matrices: Sequence[Any], *, backward: bool) -> int:
+    """The least power of 2 of equal parts of an MLP's hidden layer of which each fits."""
+    size = matrix_bytes("mlp_backward" if backward else "mlp_forward", matrices)
     return 2 ** max(0, math.ceil(math.log2(size / MATRIX_BYTES)))
 
 
-def projection_fits(width: int, columns: int, itemsize: int) -> bool:
-    """Whether `project` has VMEM for a matrix (width, columns) and its gradient."""
-    return width * columns * (itemsize + 4) <= MATRIX_BYTES
+def token_bytes(name: str, matrices: Sequence[Any]) -> int:
+    """Bytes that a kernel takes for each token of a tile: two buffers of all that passes, and
+    scratch memory.
+    """
+    width, columns = matrices[0].shape
+    size = matrices[0].dtype.itemsize
+    return {
+        "project_forward": size * (7 * width + 2 * columns + 2 * LANES),
+        "project_backward": size * (13 * width + 2 * columns + 2 * LANES) + 4 * (width + LANES),
+        "add_product_forward": size * (2 * width + 4 * columns),
+        "add_product_backward": size * (4 * width + 2 * columns),
+        "mlp_forward": size * 7 * width + 4 * width,
+        "mlp_backward": size * 10 * width + 4 * (width + LANES),
+    }[name]
+
+
+def tile_tokens(name: str, matrices: Sequence[Any], parts: int = 1) -> int:
+    """Tokens of a tile, or 0 where none fits. matrices: arrays, or their shapes and dtypes."""
+    left = USABLE_BYTES - matrix_bytes(name, matrices) // parts
+    tokens = SIZES[name].tokens
+    while tokens >= LANES and tokens * token_bytes(name, matrices) > left:
+        tokens //= 2
+    return tokens if tokens >= LANES else 0
+
+
+def fits(projection: Any, out: Any, mlp: Sequence[Any]) -> bool:
+    """Whether the kernels take a layer's matrices: of queries, keys and values, of attention's
+    output, and of the MLP. Arrays, or their shapes and dtypes.
+    """
+    parts = {f"mlp_{way}": mlp_parts(mlp, backward=way == "backward") for way in DIRECTIONS}
+    kernels = {
+        f"{name}_{way}": [w]
+        for way in DIRECTIONS
+        for name, w in (("project", projection), ("add_product", out))
+    }
+    kernels |= dict.fromkeys(parts, mlp)
+    whole = all(mlp[0].shape[1] % (LANES * n) == 0 for n in parts.values())
+    return whole and all(tile_tokens(n, w, parts.get(n, 1)) for n, w in kernels.items())
 
 
 # ---- Around the kernels -------------------------------------------------------------------------
@@ -403,13 +450,19 @@ class Scalars(NamedTuple):
 class _Call:
     """A kernel's call over all tiles of tokens."""
 
-    def __init__(self, name: str, x: jax.Array, numbers: Numbers):
-        """x (T, D): an array that passes in tiles; `tile` takes its width."""
+    def __init__(
+        self,
+        name: str,
+        x: jax.Array,
+        numbers: Numbers,
+        matrices: Sequence[jax.Array],
+        parts: int = 1,
+    ):
+        """x (T, D): an array that passes in tiles; `tile` takes its width. matrices: what stays in
+        VMEM, or `parts` times as much.
+        """
         self.name, self.numbers, self.width = name, numbers, x.shape[1]
-        size = SIZES[name]
-        self.tokens = math.gcd(len(x), size.tokens)
-        while self.tokens * self.width > size.elements:
-            self.tokens //= 2
+        self.tokens = math.gcd(len(x), tile_tokens(name, matrices, parts))
         self.tiles = len(x) // self.tokens
 
     def tile(self, dtype, *, transposed: bool = False):

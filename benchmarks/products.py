@@ -57,11 +57,12 @@ def loops(text: str) -> tuple[list[int], int]:
     return inner, tile - sum(inner)
 
 
-def trips(name: str, width: int, columns: int) -> tuple[int, list[int]]:
-    """How many loops of a kernel run only before the first tile, and the trips of the others."""
-    size = kernels.SIZES[name]
-    rows = math.gcd(size.tokens, kernels.ROWS)
-    rows, columns = size.tokens // rows, columns // math.gcd(columns, size.columns)
+def trips(name: str, tile: int, columns: int) -> tuple[int, list[int]]:
+    """How many loops of a kernel run only before the first tile, and the trips of the others, for
+    tiles of `tile` tokens.
+    """
+    rows = tile // math.gcd(tile, kernels.ROWS)
+    columns //= math.gcd(columns, kernels.SIZES[name].columns)
     match name:
         case "project_forward" | "mlp_forward":
             return 0, [rows, columns]
@@ -74,14 +75,14 @@ def trips(name: str, width: int, columns: int) -> tuple[int, list[int]]:
     return 1, [columns]
 
 
-def cycles(text: str, name: str, tokens: int, width: int, columns: int) -> float:
+def cycles(text: str, name: str, tokens: int, tile: int, columns: int) -> float:
     """Cycles of a kernel with these bundles."""
     inner, rest = loops(text)
-    once, counts = trips(name, width, columns)
+    once, counts = trips(name, tile, columns)
     counts = [n for n in counts if n > 1]  # a loop of one trip is none
     assert len(inner) == once + len(counts), (name, inner, counts)
     repeated = sum(n * size for n, size in zip(counts, inner[once:], strict=True))
-    return tokens // kernels.SIZES[name].tokens * (repeated + rest) + sum(inner[:once])
+    return tokens // tile * (repeated + rest) + sum(inner[:once])
 
 
 def programs(config: FrozenConfigDict, tokens: int) -> dict[str, tuple[Callable, list, int]]:
@@ -127,6 +128,16 @@ def programs(config: FrozenConfigDict, tokens: int) -> dict[str, tuple[Callable,
             hidden,
         ),
     }
+
+
+def matrices_of(shapes: list) -> list:
+    """Those of a kernel's arguments that are matrices and not tokens."""
+    largest = max(shape[0] for shape in shapes if isinstance(shape, tuple))
+    return [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        for shape in shapes
+        if isinstance(shape, tuple) and shape[0] != largest
+    ]
 
 
 def layer(config: FrozenConfigDict) -> Callable[..., Any]:
@@ -179,15 +190,21 @@ def main(config: FrozenConfigDict) -> None:
         )
         return counted
 
+    listed = programs(config, tokens)
+    if kernels.mlp_parts(matrices_of(listed["mlp_backward"][1]), backward=True) > 1:
+        raise ValueError(
+            f"the MLP of emb_dim={config.emb_dim} takes several kernels, of which this script knows "
+            "one: choose a narrower model"
+        )
     total, flops = 0.0, 0.0
     with tempfile.TemporaryDirectory() as name:
         common.dump_bundles(name)
         sharding = SingleDeviceSharding(topologies.slice_devices("v6e-1", 1)[0])
-        listed = programs(config, tokens)
         for kernel, (function, shapes, columns) in listed.items():
             program, seconds = compiled(sharding, function, shapes)
             [path] = Path(name).glob(f"*{kernel}*-final_bundles.txt")
-            taken = cycles(path.read_text(), kernel, tokens, config.emb_dim, columns)
+            tile = math.gcd(tokens, kernels.tile_tokens(kernel, matrices_of(shapes)))
+            taken = cycles(path.read_text(), kernel, tokens, tile, columns)
             for path in Path(name).iterdir():
                 path.unlink()
             # What a layer's step runs twice: the backward pass computes it again.

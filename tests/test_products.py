@@ -135,7 +135,6 @@ def test_tiles_are_as_large_as_vmem_lets_them_be():
 
     assert tokens(1536, jnp.bfloat16) == tokens(2048, jnp.bfloat16) == [512, 256]  # d24, d32
     assert tokens(2176, jnp.bfloat16) == [256, 256]  # d34
-    assert tokens(2048, jnp.float32) == [128, 256]
     assert tokens(3072, jnp.bfloat16) is None  # d48
 
 
@@ -194,7 +193,9 @@ V6E = "TPU v6 lite"
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 def test_where_the_kernels_are_the_default(mesh, words, expected):
-    assert products.resolve(make_config(*words), mesh, "bfloat16") == expected
+    config = make_config(*words)
+    assert products.resolve(config, mesh, "bfloat16") == expected
+    assert products.resolve(config, mesh, "float32") == "xla"
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,11 @@ def _problem(config: FrozenConfigDict, mesh: Mesh, dtype: str) -> str | None:
         for axes in part.values()
     ]
     qkv = (config.emb_dim, sizes["heads"] + 2 * sizes["kv_heads"])
-    if mesh.devices.flat[0].platform == "gpu":
+    platform = mesh.devices.flat[0].platform
+    if platform == "gpu":
         return "a TPU"
+    if platform == "tpu" and dtype != "bfloat16":  # products in float32 take more VMEM
+        return "dtype=bfloat16"
     if config.quantization != "none":
         return "quantization=none"
     if sharding.data_parallel_size(mesh, config.logical_axis_rules) != mesh.size:

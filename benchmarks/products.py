@@ -57,38 +57,40 @@ def loops(text: str) -> tuple[list[int], int]:
     return inner, tile - sum(inner)
 
 
-def trips(name: str, tile: int, columns: int) -> tuple[int, list[int]]:
-    """How many loops of a kernel run only before the first tile, and the trips of the others, for
-    tiles of `tile` tokens.
+def trips(name: str, tile: int, matrices: list) -> tuple[list[int], list[int]]:
+    """The trips of a kernel's loops before the first tile, and of those in each tile of `tile`
+    tokens.
     """
-    rows = tile // math.gcd(tile, kernels.ROWS)
-    columns //= math.gcd(columns, kernels.SIZES[name].columns)
-    match name:
-        case "project_forward" | "mlp_forward":
-            return 0, [rows, columns]
-        case "project_backward":
-            return 1, [rows, columns, rows]
-        case "mlp_backward":
-            return 2, [rows, columns, rows]
-        case "add_product_forward":
-            return 0, [columns]
-    return 1, [columns]
+
+    def count(total, size):
+        return total // math.gcd(total, size)
+
+    rows = count(tile, kernels.ROWS)
+    # The matrix whose columns, or for the backward pass of a residual's product rows, are looped over.
+    axis = 0 if name == "add_product_backward" else 1
+    columns = count(matrices[0].shape[axis], kernels.SIZES[name].columns)
+    inside = {
+        "project_backward": [rows, columns, rows],
+        "mlp_backward": [rows, columns, rows],
+        "add_product_forward": [columns],
+        "add_product_backward": [columns],
+    }.get(name, [rows, columns])
+    zeros = [count(w.shape[0], kernels.LANES) for w in matrices] if "backward" in name else []
+    return zeros, inside
 
 
-def cycles(text: str, name: str, tokens: int, tile: int, columns: int) -> float:
+def cycles(text: str, name: str, tokens: int, tile: int, matrices: list) -> float:
     """Cycles of a kernel with these bundles."""
     inner, rest = loops(text)
-    once, counts = trips(name, tile, columns)
-    counts = [n for n in counts if n > 1]  # a loop of one trip is none
-    assert len(inner) == once + len(counts), (name, inner, counts)
-    repeated = sum(n * size for n, size in zip(counts, inner[once:], strict=True))
-    return tokens // tile * (repeated + rest) + sum(inner[:once])
+    # A loop of one trip is none.
+    once, inside = ([n for n in counts if n > 1] for counts in trips(name, tile, matrices))
+    assert len(inner) == len(once) + len(inside), (name, inner, once, inside)
+    sizes = [n * size for n, size in zip((*once, *inside), inner, strict=True)]
+    return tokens // tile * (sum(sizes[len(once) :]) + rest) + sum(sizes[: len(once)])
 
 
-def programs(config: FrozenConfigDict, tokens: int) -> dict[str, tuple[Callable, list, int]]:
-    """Of each kernel: a function that calls it alone, its arguments' shapes, and the columns that it
-    loops over.
-    """
+def programs(config: FrozenConfigDict, tokens: int) -> dict[str, tuple[Callable, list]]:
+    """Of each kernel: a function that calls it alone, and its arguments' shapes."""
     sizes = scaling.axis_sizes(scaling.shape_of(config))
     width, hidden, heads = config.emb_dim, sizes["mlp"], sizes["heads"]
     qkv = heads + 2 * sizes["kv_heads"]
@@ -100,32 +102,26 @@ def programs(config: FrozenConfigDict, tokens: int) -> dict[str, tuple[Callable,
         "project_forward": (
             lambda *a: kernels._project_forward(*a, False, numbers)[0],
             [x, x, scales, project],
-            qkv,
         ),
         "project_backward": (
             lambda *a: kernels._project_backward(False, numbers, a[:4], a[4:]),
             [x, x, scales, project, x, (tokens, qkv)],
-            qkv,
         ),
         "add_product_forward": (
             lambda *a: kernels._add_product_forward(*a, numbers)[0],
             [x, y, out],
-            width,
         ),
         "add_product_backward": (
             lambda *a: kernels._add_product_backward(numbers, a[:2], a[2]),
             [y, out, x],
-            heads,
         ),
         "mlp_forward": (
             lambda x, wi, wo: kernels._mlp_forward(x, (wi,), wo, numbers)[0],
             [x, wi, wo],
-            hidden,
         ),
         "mlp_backward": (
             lambda x, wi, wo, g: kernels._mlp_backward(numbers, (x, (wi,), wo), g),
             [x, wi, wo, x],
-            hidden,
         ),
     }
 
@@ -200,11 +196,12 @@ def main(config: FrozenConfigDict) -> None:
     with tempfile.TemporaryDirectory() as name:
         common.dump_bundles(name)
         sharding = SingleDeviceSharding(topologies.slice_devices("v6e-1", 1)[0])
-        for kernel, (function, shapes, columns) in listed.items():
+        for kernel, (function, shapes) in listed.items():
             program, seconds = compiled(sharding, function, shapes)
             [path] = Path(name).glob(f"*{kernel}*-final_bundles.txt")
-            tile = math.gcd(tokens, kernels.tile_tokens(kernel, matrices_of(shapes)))
-            taken = cycles(path.read_text(), kernel, tokens, tile, columns)
+            matrices = matrices_of(shapes)
+            tile = math.gcd(tokens, kernels.tile_tokens(kernel, matrices))
+            taken = cycles(path.read_text(), kernel, tokens, tile, matrices)
             for path in Path(name).iterdir():
                 path.unlink()
             # What a layer's step runs twice: the backward pass computes it again.

@@ -131,8 +131,9 @@ def find(session: Session) -> Overrides:
     others = [*gradients, *products]
     others = [choice for choice, ok in zip(others, correct[len(attention) :], strict=True) if ok]
     attention = [attention[index] for _, index in sorted(right)]
-    wrong = {} if not products or products[0] in others else products[-1]
-    session.start = first_settings(session, attention, wrong)
+    # With one choice the user has set the key.
+    replaced = {} if len(products) < 2 or products[0] in others else products[1]
+    session.start = first_settings(session, attention, replaced)
     half = max(3, (len(attention) + 1) // 2)
     knobs = candidates.knobs(config, facts, attention[:half], others)
     for knob in knobs:

@@ -189,8 +189,8 @@ def main(config: FrozenConfigDict) -> None:
     listed = programs(config, tokens)
     if kernels.mlp_parts(matrices_of(listed["mlp_backward"][1]), backward=True) > 1:
         raise ValueError(
-            f"the MLP of emb_dim={config.emb_dim} takes several kernels, of which this script knows "
-            "one: choose a narrower model"
+            f"the MLP of emb_dim={config.emb_dim} is split over several kernel calls, and this script "
+            "costs a single one: choose a narrower model"
         )
     total, flops = 0.0, 0.0
     with tempfile.TemporaryDirectory() as name:

@@ -371,7 +371,7 @@ def matrix_bytes(name: str, matrices: Sequence[Any]) -> int:
 
 
 def mlp_parts(matrices: Sequence[Any], *, backward: bool) -> int:
-    """The least power of 2 of equal parts of an MLP's hidden layer of which each fits."""
+    """Number of equal parts, a power of 2, into which an MLP's hidden layer is split to fit."""
     size = matrix_bytes("mlp_backward" if backward else "mlp_forward", matrices)
     return 2 ** max(0, math.ceil(math.log2(size / MATRIX_BYTES)))
 

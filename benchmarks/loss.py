@@ -37,7 +37,8 @@ from MaxNano.models import losses
 
 ROWS = 32
 REPEATS = 10
-CHUNKS = (1024, 2048, 4096, 8192, 16384, 0)  # vocabulary rows at a time; 0: all, with logits kept
+# Vocabulary rows at a time; 0: all, with their gradients kept but for a factor of each token.
+CHUNKS = (1024, 2048, 4096, 8192, 16384, 0)
 # Parts of the tokens, each scored against the whole vocabulary, and again in the backward pass.
 TOKEN_PARTS = (8, 32)
 
@@ -71,12 +72,12 @@ def by_tokens(config: FrozenConfigDict, parts: int, hidden, head, targets) -> ja
     return jnp.sum(jax.lax.map(lambda xs: part(*xs), (split(hidden), split(targets))))
 
 
-def variants(config: FrozenConfigDict, rows: int) -> dict[str, Callable]:
+def variants(config: FrozenConfigDict, rows: int, backend: str) -> dict[str, Callable]:
     """Functions of (hidden, head, targets), by name."""
-    chosen = losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size)
+    chosen = losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size, backend)
     chunks = [chunk for chunk in CHUNKS if chunk < config.vocab_size]
     named = {
-        (f"vocabulary by {chunk}" if chunk else "whole, logits kept")
+        (f"vocabulary by {chunk}" if chunk else "whole")
         + (" (the config's)" if chunk == chosen else ""): partial(by_vocabulary, config, chunk)
         for chunk in (chunks if chosen in chunks else [chosen, *chunks])
     }
@@ -174,11 +175,14 @@ def estimate(config: FrozenConfigDict, program: Callable, rows: int, device) -> 
 def main(config: FrozenConfigDict) -> None:
     """Measure or estimate every variant."""
     rows = config.per_device_batch_size or ROWS
+    is_absent = jax.default_backend() == "cpu"
     programs = {
         name: jax.value_and_grad(loss, argnums=(0, 1))
-        for name, loss in variants(config, rows).items()
+        for name, loss in variants(
+            config, rows, "tpu" if is_absent else jax.default_backend()
+        ).items()
     }
-    if jax.default_backend() == "cpu":
+    if is_absent:
         jax.config.update("jax_enable_compilation_cache", False)
         device = topologies.slice_devices(config.compile_topology)[0]
         where, unit = f"ESTIMATED for {device.device_kind}, not measured", "; M cycles"

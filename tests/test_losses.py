@@ -51,6 +51,47 @@ def test_equals_the_definition(cap, chunk):
     assert not np.any(losses[0, :3]) and not np.any(grads[0][0, :3]), "ignored targets are ignored"
 
 
+def gradient_in_bfloat16(chunk, scale):
+    """Gradients of the mean loss whose hidden states and head are bfloat16, and the exact ones."""
+    hidden, head, targets = problem()
+    hidden, head = (scale * x.astype(jnp.bfloat16) for x in (hidden, head))
+
+    def mean(hidden, head, function):
+        return jnp.mean(function(hidden, head))
+
+    def scored(hidden, head):
+        return token_losses(hidden, head, targets, VOCAB, 15.0, chunk)
+
+    gradient = jax.grad(mean, argnums=(0, 1))
+    exact = gradient(
+        *(x.astype(jnp.float32) for x in (hidden, head)), lambda h, w: plain(h, w, targets, 15.0)
+    )
+    return gradient(hidden, head, scored), exact
+
+
+@pytest.mark.parametrize("chunk", [0, 16])
+@pytest.mark.parametrize("scale", [0.3, 1])
+def test_gradients_in_bfloat16_are_as_exact_as_bfloat16(chunk, scale):
+    """Also of tokens whose target is nearly certain: scores of up to 15."""
+    for got, exact in zip(*gradient_in_bfloat16(chunk, scale), strict=True):
+        error = np.linalg.norm(got.astype(np.float32) - exact) / np.linalg.norm(exact)
+        assert 0 < error < 2**-8, error
+
+
+def test_a_certain_token_has_no_gradient_in_bfloat16():
+    """What is kept of a score is rounded; a target's gradient, share - 1, is not taken from it."""
+    targets = jnp.arange(VOCAB)[None]
+    head = jnp.eye(PADDED, dtype=jnp.bfloat16)
+    hidden = 12 * head[None, :VOCAB]
+
+    def total(hidden):
+        return jnp.sum(token_losses(hidden, head, targets, VOCAB, 0.0, 0))
+
+    certain = jax.grad(total)(hidden).astype(jnp.float32)
+    others = (VOCAB - 1) / (VOCAB - 1 + np.exp(12))
+    np.testing.assert_allclose(np.diagonal(certain[0]), -others, rtol=0.01)
+
+
 def test_large_logits_without_a_cap_stay_finite():
     hidden, head, targets = problem()
     losses = token_losses(1e3 * hidden, head, targets, VOCAB, 0.0, 16)
@@ -68,7 +109,15 @@ def test_chunks_leave_no_array_of_the_whole_vocabulary():
 
 
 @pytest.mark.parametrize(
-    "vocab, chunk, expected", [(4096, None, 0), (32768, None, 8192), (100, 0, 0), (100, 64, 64)]
+    "vocab, chunk, backend, expected",
+    [
+        (4096, None, "cpu", 0),
+        (32768, None, "gpu", 8192),
+        (32768, None, "tpu", 0),
+        (65536, None, "tpu", 8192),
+        (100, 0, "cpu", 0),
+        (100, 64, "tpu", 64),
+    ],
 )
-def test_null_keeps_a_small_vocabulary_whole(vocab, chunk, expected):
-    assert vocab_chunk(vocab, chunk) == expected
+def test_null_keeps_a_small_vocabulary_whole(vocab, chunk, backend, expected):
+    assert vocab_chunk(vocab, chunk, backend) == expected

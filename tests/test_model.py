@@ -63,6 +63,7 @@ VARIANTS = {
     "chunked": (["attention_chunk=96"], FLOAT32._replace(attention="chunked")),
     "full remat": (["remat_policy=full"], FLOAT32),
     "minimal remat": (["remat_policy=minimal"], FLOAT32),
+    "remat of one layer": (["remat_policy=full", "remat_layers=1", "scan_layers=false"], FLOAT32),
 }
 
 
@@ -141,6 +142,20 @@ LAYOUTS = {
 
 # The others are behind -m long. test_nanochat_eras.py has models without the extras.
 IN_SHORT = ("groups of 2 and a tail",)
+
+
+@pytest.mark.parametrize("layers", ["null", 0, 3, 5])
+def test_only_the_first_remat_layers_recompute(layers):
+    words = ("num_decoder_layers=5", "remat_policy=full", "scan_layers=false")
+    config = small(*words, f"remat_layers={layers}")
+    params = random_params(architecture(config, FLOAT32))
+    tokens = jax.numpy.zeros((1, 64), int)
+
+    def total(params):
+        return loss_of(config, FLOAT32, params, tokens, tokens).sum()
+
+    recomputed = str(jax.make_jaxpr(total)(params)).count("prevent_cse=")
+    assert recomputed == (5 if layers == "null" else layers)
 
 
 def test_layers_are_unrolled_on_a_gpu_unless_the_config_says_otherwise():

@@ -18,6 +18,7 @@ from test_model import random_params
 from MaxNano import pyconfig
 from MaxNano.distributed import hardware
 from MaxNano.interop import nanochat
+from MaxNano.models import setup as model_setup
 from MaxNano.models.setup import architecture
 from MaxNano.models.transformer import Numerics
 from MaxNano.optimizers import groups
@@ -313,6 +314,76 @@ def test_null_recomputes_nothing_only_on_a_gpu_of_known_memory(monkeypatch):
         numerics = setup.numerics._replace(backend=backend)
         fitted = fit_memory(replace(setup, numerics=numerics))
         assert (fitted.plan.micro_rows, fitted.config.remat_policy) == (32, "names"), backend
+
+
+def on_a_tpu(monkeypatch, memory_gib, *overrides):
+    """The set-up that train.py would choose on a v6e with this much memory."""
+
+    def numerics_of(config, mesh):
+        name = "pallas" if config.layer_products == "auto" else config.layer_products
+        return numerics_here(config, mesh)._replace(backend="tpu", products=name)
+
+    numerics_here = model_setup.numerics_of
+    monkeypatch.setattr(model_setup, "numerics_of", numerics_of)
+    monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: int(memory_gib * 2**30))
+    return fit_memory(set_up(make_config("dtype=bfloat16", *overrides), jax.devices()[:1]))
+
+
+@pytest.mark.parametrize(
+    "memory_gib,words,rows,layers",
+    [
+        (80, (), 32, 0),
+        (42, (), 32, 12),
+        (33, (), 32, 24),
+        (26, (), 16, 24),
+        (42, ("remat_layers=15",), 32, 15),
+        (42, ("remat_policy=names",), 32, None),
+        (42, ("scan_layers=true",), 32, None),
+        (42, ("layer_products=xla",), 32, None),
+    ],
+)
+def test_as_few_layers_recompute_on_a_tpu_as_its_memory_needs(
+    monkeypatch, memory_gib, words, rows, layers
+):
+    """Model d24 on one chip, with a whole optimizer state."""
+    setup = on_a_tpu(monkeypatch, memory_gib, "model=d24", *words)
+    assert (setup.plan.micro_rows, setup.config.remat_layers) == (rows, layers)
+    assert setup.config.remat_policy == "names"
+    plan = describe_memory_plan(setup)
+    assert (f"remat_layers={layers}" in plan) == (
+        layers is not None and "remat_layers=15" not in words
+    )
+
+
+def test_a_step_that_proves_too_large_recomputes_more_layers_then_has_fewer_rows(
+    monkeypatch, capsys
+):
+    tried = []
+
+    class Lowered:
+        def __init__(self, setup):
+            tried.append((setup.plan.micro_rows, setup.config.remat_layers))
+
+        def compile(self):
+            if tried[-1] != (16, 24):
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM")
+            return "step"
+
+    setup = on_a_tpu(monkeypatch, 40, "model=d24")
+    monkeypatch.setattr(memory_plan, "lower_train", Lowered)
+    compiled_for, _ = compile_train(setup)
+    assert tried == [(32, 15), (32, 18), (32, 21), (32, 24), (16, 24)]
+    assert compiled_for.plan.micro_rows == 16
+    out = capsys.readouterr().out
+    assert "Compiling for 32 rows per device, remat_layers=18, remat_policy=names\n" in out
+
+
+def test_layers_in_a_loop_have_one_remat_policy():
+    config = make_config(*TINY, "remat_layers=1")
+    with pytest.raises(
+        ValueError, match="remat_layers=1 needs unrolled layers: set scan_layers=false"
+    ):
+        set_up(config, jax.devices()[:1])
 
 
 def test_a_step_without_recomputation_that_proves_too_large_has_fewer_rows_then_recomputes(

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# The largest vocabulary, and the largest chunk of one, that is scored at once by default.
-WHOLE_VOCAB = 8192
+# The largest chunk of a vocabulary that is scored at once by default, and the largest vocabulary; on
+# a TPU, whose compiler writes what is kept and no float32 scores, a larger one.
+LARGEST_CHUNK = 8192
+WHOLE_VOCAB = {"tpu": 32768}
 
 
 def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
@@ -26,12 +28,12 @@ def logits(hidden: jax.Array, rows: jax.Array, cap: float) -> jax.Array:
     return soft_cap(product, cap)
 
 
-def vocab_chunk(vocab_size: int, chunk: int | None) -> int:
+def vocab_chunk(vocab_size: int, chunk: int | None, backend: str) -> int:
     """Vocabulary rows per chunk for a value of `vocab_chunk_size`; null keeps a small vocabulary
     whole.
     """
     if chunk is None:
-        return 0 if vocab_size <= WHOLE_VOCAB else WHOLE_VOCAB
+        return 0 if vocab_size <= WHOLE_VOCAB.get(backend, LARGEST_CHUNK) else LARGEST_CHUNK
     return min(chunk, vocab_size)
 
 
@@ -42,7 +44,8 @@ def token_losses(
 
     hidden (B, L, D); head (padded V, D); rows from `vocab_size` on are padding; targets (B, L)
     int32. `chunk` vocabulary rows are scored at a time, and again in the backward pass, so that no
-    (B, L, V) array exists; 0 scores all at once and keeps the logits.
+    (B, L, V) array exists; 0 scores all at once and keeps their gradients, but for a factor of each
+    token, in the dtype of `hidden`.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     return _token_losses(flat, head, targets.reshape(-1), vocab_size, cap, chunk).reshape(
@@ -83,9 +86,9 @@ def _token_losses(hidden, head, targets, vocab_size, cap, chunk):
 class _Sums(NamedTuple):
     """Running sums of every token (T,) over the vocabulary rows scored so far."""
 
-    highest: jax.Array  # highest logit; not needed with a soft cap
-    total: jax.Array  # sum of exp(logit - cap), or of exp(logit - highest)
-    at_target: jax.Array  # the target's logit
+    highest: jax.Array  # what scores are below: the soft cap, or the highest score so far
+    total: jax.Array  # sum of exp(score - highest)
+    at_target: jax.Array  # the target's score
 
 
 def _forward(hidden, head, targets, vocab_size, cap, chunk):
@@ -94,39 +97,49 @@ def _forward(hidden, head, targets, vocab_size, cap, chunk):
     def add(sums, start, rows):
         scores = logits(hidden, rows, cap)
         highest, total = sums.highest, sums.total
-        # A soft cap bounds the scores, so its value is a safe shift and no maximum need be found.
-        if cap:
-            total += jnp.sum(jnp.exp(scores - cap), axis=-1)
-        else:
+        if not cap:
             highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
             total *= jnp.exp(sums.highest - highest)
-            total += jnp.sum(jnp.exp(scores - highest[:, None]), axis=-1)
-        inside = (targets >= start) & (targets < start + len(rows))
-        index = jnp.where(inside, targets - start, 0)
-        picked = jnp.take_along_axis(scores, index[:, None], axis=-1)[:, 0]
-        sums = _Sums(highest, total, sums.at_target + jnp.where(inside, picked, 0))
-        return sums, scores if keeps else None
+        exps = jnp.exp(scores - highest[:, None])
+        at_target = jnp.sum(jnp.where(_is_target(targets, start, scores), scores, 0), axis=-1)
+        total += jnp.sum(exps, axis=-1)
+        kept = (exps * _slope(scores, cap)).astype(hidden.dtype) if keeps else None
+        kept = jax.lax.optimization_barrier(kept)  # or the compiler keeps more: float32 scores
+        return _Sums(highest, total, sums.at_target + at_target), kept
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
-    sums = _Sums(zeros - jnp.inf, zeros, zeros)
+    sums = _Sums(zeros + (cap or -jnp.inf), zeros, zeros)
     for starts, rows in _parts(head, vocab_size, chunk):
         sums, kept = _each(lambda sums, x: add(sums, *x), sums, (starts, rows))
-    log_total = jnp.log(sums.total) + (cap if cap else sums.highest)
-    losses = jnp.where(targets >= 0, log_total - sums.at_target, 0)
-    return losses, (hidden, head, targets, log_total, kept)
+    losses = jnp.where(targets >= 0, jnp.log(sums.total) + sums.highest - sums.at_target, 0)
+    return losses, (hidden, head, targets, sums, kept)
+
+
+def _slope(scores, cap):
+    """The derivative of soft_cap, from its result."""
+    return 1 - jnp.square(scores / cap) if cap else 1
+
+
+def _is_target(targets, start, scores):
+    """Whether a score (T, V') is that of its token's target; `start`: the id of the first."""
+    return targets[:, None] - start == jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
 
 
 def _backward(vocab_size, cap, chunk, residuals, cotangent):
-    hidden, head, targets, log_total, kept = residuals
-    scale = jnp.where(targets >= 0, cotangent, 0)[:, None]
+    hidden, head, targets, sums, kept = residuals
+    scale = jnp.where(targets >= 0, cotangent, 0)
+    share = scale / sums.total
+    # From the float32 score, so that what is kept, less exact, may be near 1.
+    target_share = jnp.exp(sums.at_target - sums.highest) / sums.total
+    at_target = (target_share - 1) * _slope(sums.at_target, cap) * scale
 
     def add(grad_hidden, start, rows):
-        rows = rows.astype(hidden.dtype)
-        scores = logits(hidden, rows, cap) if kept is None else kept
-        hot = targets[:, None] - start == jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        grad = (jnp.exp(scores - log_total[:, None]) - hot) * scale
-        if cap:
-            grad *= 1 - jnp.square(scores / cap)
+        rows, grad = rows.astype(hidden.dtype), kept
+        if kept is None:
+            scores = logits(hidden, rows, cap)
+            grad = jnp.exp(scores - sums.highest[:, None]) * _slope(scores, cap)
+        grad = grad.astype(jnp.float32) * share[:, None]
+        grad = jnp.where(_is_target(targets, start, grad), at_target[:, None], grad)
         grad = grad.astype(hidden.dtype)
         with jax.named_scope("head"):
             grad_hidden += jnp.einsum("TV,VD->TD", grad, rows, preferred_element_type=jnp.float32)

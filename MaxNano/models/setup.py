@@ -14,7 +14,7 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano.distributed import hardware, sharding
 from MaxNano.distributed.mesh import make_mesh
-from MaxNano.models import attention, embedding, products, quantization
+from MaxNano.models import attention, embedding, losses, products, quantization, transformer
 from MaxNano.models.transformer import Numerics, Transformer
 
 
@@ -105,6 +105,20 @@ class ModelSetup:
         """The data-parallel part of the shardings of a tree of abstract arrays, as PartitionSpecs."""
         return jax.tree.map(
             lambda leaf: sharding.manual_spec(leaf.sharding.spec, self.batch_axes), tree
+        )
+
+    @property
+    def vocab_chunk(self) -> int:
+        """Vocabulary rows that the loss scores at a time, 0 for all."""
+        config = self.config
+        return losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size, self.numerics.backend)
+
+    @property
+    def scans_layers(self) -> bool:
+        """Whether a train step loops over equal groups of layers."""
+        numerics = self.numerics
+        return transformer.scans_layers(
+            self.config, numerics.backend, numerics.products, by_layer=self.gathers_by_layer
         )
 
     @property

@@ -126,7 +126,7 @@ class Context(NamedTuple):
     previous(x) -> the embeddings of the tokens before those of x (..., T, D).
     is_first: (..., T) whether a token has no token before it.
     place(x) -> the embeddings x (..., T, D), laid out over devices and in memory.
-    wrap(run_layer, scanned) -> run_layer, with rematerialization for instance.
+    wrap(run_layer, index) -> run_layer, with rematerialization for instance; index as in `attend`.
     products: how layers multiply.
     """
 
@@ -136,7 +136,7 @@ class Context(NamedTuple):
     is_first: jax.Array
     products: products.Products
     place: Callable[[jax.Array], jax.Array] = lambda x: x
-    wrap: Callable[[Callable, bool], Callable] = lambda run_layer, scanned: run_layer
+    wrap: Callable[[Callable, int | None], Callable] = lambda run_layer, index: run_layer
 
 
 class Stack(NamedTuple):
@@ -256,7 +256,7 @@ def run_layers(
     def step(carry, scanned):
         x, middle = carry
         group, weights_of_group = scanned
-        run, states = context.wrap(run_layer, True), []
+        run, states = context.wrap(run_layer, None), []
         for j, layer in enumerate(stack.layers_of(weights_of_group)):
             x, state = run(x, layer, stack.kinds[j], None)
             states.append(state)
@@ -271,9 +271,8 @@ def run_layers(
         states = [
             jax.tree.map(lambda a, g=g: a[g], s) for g in range(stack.groups) for s in stacked
         ]
-    run = context.wrap(run_layer, False)
     for index, layer in enumerate(stack.tail, in_scan):
-        x, state = run(x, layer, stack.kinds[index], index)
+        x, state = context.wrap(run_layer, index)(x, layer, stack.kinds[index], index)
         states.append(state)
         if index == middle_layer:
             middle = x
@@ -495,13 +494,14 @@ def training_context(
         )
         return y.reshape(-1, y.shape[2]), None
 
-    def wrap(run_layer, scanned):
+    def wrap(run_layer, index):
         def fused(x, layer, kind, index):
             if specs is not None:
                 layer = layers.gather_layer(layer, specs, x.dtype)
             return run_layer(x, fuse_layers(config, layer, x.dtype), kind, index)
 
-        return _rematerialize(fused, kept_residuals(config, specs is not None), scanned)
+        kept = kept_residuals(config, specs is not None, index)
+        return _rematerialize(fused, kept, index is None)
 
     return Context(
         attend=attend,
@@ -543,16 +543,20 @@ def residual_widths(config: FrozenConfigDict) -> dict[str, int]:
     }
 
 
-def kept_residuals(config: FrozenConfigDict, by_layer: bool) -> tuple[str, ...] | None:
+def kept_residuals(
+    config: FrozenConfigDict, by_layer: bool, index: int | None = None
+) -> tuple[str, ...] | None:
     """The names in residual_widths that the backward pass does not recompute; None: all it needs.
 
     remat_policy=null is names where no memory plan has replaced it.
 
     by_layer: weights are gathered layer by layer, and again in the backward pass. Keeping all would
-    keep them too.
+    keep them too. index: the layer, None in the scan.
     """
     minimal = tuple(residual_widths(config))
     everything = minimal if by_layer else None
+    if None not in (index, config.remat_layers) and index >= config.remat_layers:
+        return everything
     kept = {"none": everything, "minimal": minimal, "full": (), "names": tuple(config.remat_names)}
     return kept[config.remat_policy or "names"]
 

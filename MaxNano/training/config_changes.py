@@ -31,7 +31,7 @@ FREE_KEYS = frozenset(
     per_device_batch_size num_cpu_devices jax_cache_dir ici_data_parallelism ici_fsdp_parallelism
     ici_tensor_parallelism dcn_data_parallelism dcn_fsdp_parallelism dcn_tensor_parallelism
     mesh_axes logical_axis_rules coordinator_address num_processes process_id
-    remat_policy remat_names scan_layers vocab_chunk_size embedding_gradient layer_products
+    remat_policy remat_names remat_layers scan_layers vocab_chunk_size embedding_gradient layer_products
     xla_flags xla_flag_groups attention attention_chunk flash_block splash_short_window splash_short_forward
     splash_short_backward splash_long_forward splash_long_backward splash_fused_backward tuned
     """.split()

@@ -11,7 +11,6 @@ from ml_collections import FrozenConfigDict
 
 from MaxNano import pyconfig
 from MaxNano.distributed import gpus, hardware, runtime
-from MaxNano.models import losses
 from MaxNano.scaling import largest_divisor
 from MaxNano.training.context import RunContext
 from MaxNano.training.setup import BatchPlan, RunSetup, needed_bytes, set_up
@@ -28,8 +27,10 @@ MOST_PARTS = 8
 # Rows per device for which a GPU keeps all activations rather than those of remat_names. By the
 # roofline d24 gains 15 % with 8 on an H100; sums of gradients in float32 take more of it with fewer.
 LEAST_ROWS = 8
-# Share of a GPU's memory that a step takes at most if the plan chooses its rows: temporaries are one
-# block, and batches, evaluations and gaps between allocations need some too.
+REMAT_STEPS = 8  # from no layer that recomputes to all of them
+# Share of a GPU's memory that a step takes at most if the plan chooses its rows, and of a TPU's if it
+# chooses the layers that recompute: temporaries are one block, and batches, evaluations and gaps
+# between allocations need some too.
 LARGEST_SHARE = 0.95
 
 
@@ -62,11 +63,11 @@ def compile_train(setup: RunSetup) -> tuple[RunSetup, jax.stages.Compiled]:
 def smaller(setup: RunSetup) -> RunSetup | None:
     """The set-up with the next smaller memory plan; None if the config leaves none open.
 
-    First fewer rows per device with more gradient accumulation, then rematerialization, then
-    smaller chunks of the vocabulary in the loss: the same losses up to rounding. With FSDP
-    rematerialization comes first: every micro-batch gathers all parameters. In place of
-    remat_policy=null, none becomes names before there are fewer than LEAST_ROWS. What a file or the
-    command line sets stays.
+    First more remat_layers, where fit_memory chose them; then fewer rows per device with more
+    gradient accumulation, then rematerialization, then smaller chunks of the vocabulary in the loss:
+    the same losses up to rounding. With FSDP rematerialization comes first: every micro-batch
+    gathers all parameters. In place of remat_policy=null, none becomes names before there are fewer
+    than LEAST_ROWS. What a file or the command line sets stays.
     """
     config, plan = setup.config, setup.plan
 
@@ -75,6 +76,10 @@ def smaller(setup: RunSetup) -> RunSetup | None:
 
     recomputes_more = is_open("remat_policy") and config.remat_policy in ("none", "minimal")
     least_rows = LEAST_ROWS if replaces_null(config) else 1
+    if _keeps_more(config):
+        layers = config.remat_layers + math.ceil(config.num_decoder_layers / REMAT_STEPS)
+        values = {"remat_layers": min(layers, config.num_decoder_layers)}
+        return replace(_with_values(setup, **values), plan=plan)
     has_fewer_rows = config.per_device_batch_size is None and plan.micro_rows > least_rows
     if has_fewer_rows and not (recomputes_more and setup.gathers_by_layer):
         fewer = with_micro_rows(plan, plan.micro_rows - 1)
@@ -82,7 +87,7 @@ def smaller(setup: RunSetup) -> RunSetup | None:
             return replace(setup, plan=fewer)
     if replaces_null(config):  # with the most rows again
         return _with_values(setup, remat_policy="names")
-    chunk = losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size) or config.vocab_size
+    chunk = setup.vocab_chunk or config.vocab_size
     if recomputes_more:
         values = {"remat_policy": "minimal" if config.remat_policy == "none" else "full"}
     elif is_open("vocab_chunk_size") and chunk > SMALL_VOCAB_CHUNK:
@@ -95,6 +100,12 @@ def smaller(setup: RunSetup) -> RunSetup | None:
 def replaces_null(config: FrozenConfigDict) -> bool:
     """Whether fit_memory chose remat_policy=none where the config has null."""
     return config.remat_policy == "none" and config.origin["remat_policy"] == MEMORY_PLAN
+
+
+def _keeps_more(config: FrozenConfigDict) -> bool:
+    """Whether fit_memory chose layers that recompute nothing, and some are left."""
+    is_plans = config.origin["remat_layers"] == MEMORY_PLAN
+    return is_plans and config.remat_layers < config.num_decoder_layers
 
 
 def _with_values(setup: RunSetup, **values: Any) -> RunSetup:
@@ -135,18 +146,28 @@ def _choose_sharding(setup: RunSetup, limit: int | None) -> RunSetup:
 def fit_memory(setup: RunSetup) -> RunSetup:
     """The set-up with the largest memory plan whose estimate fits in a device's memory.
 
-    remat_policy=null becomes names; on a GPU of known memory it is none first. The estimate is a
-    lower bound: after it, compile_train and take_first_step may choose a smaller plan. If nothing
-    fits, the smallest plan.
+    remat_policy=null becomes names; on a GPU of known memory it is none first, and on a TPU whose
+    layers are unrolled as few layers as possible recompute. The estimate is rough: after it,
+    compile_train and take_first_step may choose a smaller plan. If nothing fits, the smallest plan.
     """
     limit = _memory_limit(setup)
-    if setup.config.remat_policy is None:
+    is_open = setup.config.remat_policy is None
+    if is_open:
         is_gpu = setup.numerics.backend == "gpu"
         setup = _with_values(setup, remat_policy="none" if is_gpu and limit else "names")
     setup = _choose_sharding(setup, limit)
-    while limit and sum(needed_bytes(setup).values()) > limit and (less := smaller(setup)):
+    is_tpu, is_open = setup.numerics.backend == "tpu", is_open and setup.config.remat_layers is None
+    if limit and is_tpu and is_open and not setup.scans_layers:
+        setup = _with_values(setup, remat_layers=0)
+    while limit and _exceeds(setup, limit) and (less := smaller(setup)):
         setup = less
     return setup
+
+
+def _exceeds(setup: RunSetup, limit: int) -> bool:
+    """Whether the estimate for a set-up is more than it may take of `limit` bytes."""
+    share = LARGEST_SHARE if _keeps_more(setup.config) else 1
+    return sum(needed_bytes(setup).values()) > share * limit
 
 
 def _memory_limit(setup: RunSetup) -> int | None:

@@ -17,7 +17,6 @@ from MaxNano.console import print_table
 from MaxNano.data import held_out, summary
 from MaxNano.data.sources import SOURCES
 from MaxNano.distributed import hardware, sharding
-from MaxNano.models import losses
 from MaxNano.models.kernels import polar
 from MaxNano.models.setup import ModelSetup, set_up_model
 from MaxNano.models.transformer import STACKED, kept_residuals, residual_widths
@@ -75,6 +74,11 @@ def set_up(config: FrozenConfigDict, devices: Sequence[jax.Device] | None = None
     abstract = abstract_state(config, setup.model, optimizer, setup.mesh)
     plan = plan_batch(config, setup.data_parallel_size)
     check_sharding(config, setup.mesh, abstract)
+    if config.remat_layers is not None and setup.scans_layers:
+        raise ValueError(
+            f"remat_layers={config.remat_layers} needs unrolled layers: set scan_layers=false or "
+            "leave remat_layers null"
+        )
     return RunSetup(
         **vars(setup), stage=stage_of(config), optimizer=optimizer, abstract=abstract, plan=plan
     )
@@ -155,19 +159,25 @@ def needed_bytes(setup: RunSetup) -> dict[str, int]:
     in_kernels = setup.numerics.products == "pallas"
     if in_kernels:
         widths["mlp_hidden"] = 0
-    kept = kept_residuals(config, setup.gathers_by_layer)
-    width = config.emb_dim + sum(widths[name] for name in kept or ())
-    if kept is None and in_kernels:
-        width = config.emb_dim + sum(widths.values())
-    elif kept is None:  # also the inputs of norms and activation
-        width = 3 * config.emb_dim + sum(widths.values()) + widths["mlp_hidden"]
-    chunk = losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size) or config.vocab_size
+
+    def kept_width(index):
+        kept = kept_residuals(config, setup.gathers_by_layer, index)
+        if kept is not None:
+            return config.emb_dim + sum(widths[name] for name in kept)
+        if in_kernels:
+            return config.emb_dim + sum(widths.values())
+        # also the inputs of norms and activation
+        return 3 * config.emb_dim + sum(widths.values()) + widths["mlp_hidden"]
+
+    width = sum(kept_width(index) for index in range(config.num_decoder_layers))
+    # In a chunk, float32 scores and their gradient.
+    scores = 2 * 4 * setup.vocab_chunk or size * config.vocab_size
     return {
         "parameters": on_device(setup.abstract.params),
         "optimizer state": on_device(setup.abstract.opt_state),
         "working copy": elements(held_whole) * size,
         "gradients": elements(kept_shards) * (size if plan.accumulation_steps == 1 else 4),
-        "activations": tokens * config.num_decoder_layers * width * size + 2 * 4 * tokens * chunk,
+        "activations": tokens * (width * size + scores),
     }
 
 
@@ -247,6 +257,7 @@ def describe_plan(setup: RunSetup) -> dict[str, str]:
     warm_up = 0 < config.steps <= config.warmup_steps
     quantized = "" if config.quantization == "none" else f", layer matmuls {config.quantization}"
     memory = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in needed_bytes(setup).items())
+    recomputed = "" if config.remat_layers is None else f" in {config.remat_layers} layers"
     return {
         "devices": f"{setup.mesh.size} x {device}, {layout}",
         "numerics": f"{setup.numerics.dtype}, embedding tables {setup.numerics.embedding_dtype}{quantized}",
@@ -262,7 +273,7 @@ def describe_plan(setup: RunSetup) -> dict[str, str]:
         f"{tokens / scaling_parameters:.2f} per scaling parameter"
         + f"; all are warm-up of the learning rates: warmup_steps={config.warmup_steps}"
         * warm_up,
-        "memory": f"at least {memory} GB per device (estimate), remat_policy={config.remat_policy}",
+        "memory": f"at least {memory} GB per device (estimate), remat_policy={config.remat_policy}{recomputed}",
         "data": stage_config(config).describe_data(config),
         "run": str(run_directory(config)),
     }

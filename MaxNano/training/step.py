@@ -55,7 +55,7 @@ def batch_losses(setup: RunSetup, params, batch) -> jax.Array:
             batch["targets"],
             config.vocab_size,
             config.logits_soft_cap,
-            losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size),
+            setup.vocab_chunk,
         )
 
 

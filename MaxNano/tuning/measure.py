@@ -23,8 +23,7 @@ from MaxNano.compile import profile
 from MaxNano.config_schema import format_value
 from MaxNano.distributed import hardware, runtime
 from MaxNano.distributed.sharding import FSDP_AXIS
-from MaxNano.models import attention, losses
-from MaxNano.models.transformer import scans_layers
+from MaxNano.models import attention
 from MaxNano.tokenization.tokenizer import load_tokenizer
 from MaxNano.training import checkpoint_identity
 from MaxNano.training import state as train_state
@@ -79,12 +78,11 @@ def probe(task: Mapping[str, Any], answer: Answer) -> None:
             "attention": numerics.attention,
             "embedding_gradient": numerics.embedding_gradient,
             "layer_products": numerics.products,
-            "scan_layers": scans_layers(
-                config, numerics.backend, numerics.products, by_layer=setup.gathers_by_layer
-            ),
-            "vocab_chunk_size": losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size),
+            "scan_layers": setup.scans_layers,
+            "vocab_chunk_size": setup.vocab_chunk,
             "per_device_batch_size": plan.micro_rows,
             "remat_policy": setup.config.remat_policy,
+            "remat_layers": setup.config.remat_layers,
             "ici_fsdp_parallelism": setup.mesh.shape.get(FSDP_AXIS, 1),
             "data_workers": hardware.data_workers(
                 config, numerics.backend, jax.local_device_count()

@@ -283,6 +283,7 @@ class Setup:
     plan: BatchPlan
     config: Any
     mesh: Any
+    vocab_chunk: int = 8192
 
 
 def a_setup(monkeypatch, gib_per_row, rows, per_device_batch_size=None):

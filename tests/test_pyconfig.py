@@ -94,7 +94,7 @@ def test_every_key_is_there_and_those_of_the_backend_stay_null():
         "vocab_chunk_size",
     }
     open_keys |= {"num_cpu_devices", "ici_data_parallelism", "ici_fsdp_parallelism"}
-    open_keys |= {"jax_cache_dir", "scan_layers"}
+    open_keys |= {"jax_cache_dir", "scan_layers", "remat_layers"}
     open_keys |= {"data_workers"}
     open_keys |= {"coordinator_address", "num_processes", "process_id"}
     asked = {

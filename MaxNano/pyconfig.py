@@ -406,6 +406,11 @@ def _check_server(values: _Values) -> None:
 
 def _check_rest(values: _Values) -> None:
     value = values.value
+    layers, depth = value["remat_layers"], value["num_decoder_layers"]
+    if layers is not None and layers > depth:
+        raise values.error("remat_layers", f"is larger than num_decoder_layers={depth}")
+    if layers is not None and value["remat_policy"] == "none":
+        raise values.error("remat_layers", "has no effect with remat_policy=none; set that to full")
     if not _NAME.fullmatch(value["run_name"]):
         raise values.error("run_name", "must consist of [A-Za-z0-9._-], at most 64, no dot first")
     batch, length = value["global_batch_tokens"], row_length(value)

@@ -74,7 +74,9 @@ def by_tokens(config: FrozenConfigDict, parts: int, hidden, head, targets) -> ja
 
 def variants(config: FrozenConfigDict, rows: int, backend: str) -> dict[str, Callable]:
     """Functions of (hidden, head, targets), by name."""
-    chosen = losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size, backend)
+    chosen = losses.vocab_chunk(
+        config.vocab_size, config.logits_soft_cap, config.vocab_chunk_size, backend
+    )
     chunks = [chunk for chunk in CHUNKS if chunk < config.vocab_size]
     named = {
         (f"vocabulary by {chunk}" if chunk else "whole")

@@ -147,7 +147,7 @@ def test_the_dry_run_of_the_laptop_page_runs(tmp_path):
     result = programs.run(ROOT / command[1], *command[2:], cwd=tmp_path)
     # The plan is printed on every machine; on a small one a line says that the model does not fit.
     fits = result.returncode == 0 and result.stderr == ""
-    assert fits or (result.returncode == 2 and "d12 needs at least" in result.stderr), result.stderr
+    assert fits or (result.returncode == 2 and "d12 needs about" in result.stderr), result.stderr
     assert "524,288 tokens" in result.stdout and "2520" in result.stdout.replace(",", "")
     assert [path.name for path in tmp_path.iterdir()] == ["configs"]
 

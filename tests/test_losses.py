@@ -1,5 +1,7 @@
 """The loss is soft-capped cross-entropy, however many vocabulary rows are scored at a time."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +80,7 @@ def test_gradients_in_bfloat16_are_as_exact_as_bfloat16(chunk, scale):
         assert 0 < error < 2**-8, error
 
 
-def test_a_certain_token_has_no_gradient_in_bfloat16():
+def test_a_certain_tokens_gradient_is_exact_in_bfloat16():
     """What is kept of a score is rounded; a target's gradient, share - 1, is not taken from it."""
     targets = jnp.arange(VOCAB)[None]
     head = jnp.eye(PADDED, dtype=jnp.bfloat16)
@@ -108,16 +110,33 @@ def test_chunks_leave_no_array_of_the_whole_vocabulary():
     assert "14x10x" in text and "14x50x" not in text
 
 
+def test_the_whole_vocabulary_is_kept_in_the_compute_dtype():
+    """One array as large as the logits, from which two products follow the first; a forward pass
+    alone keeps none.
+    """
+    hidden, head, targets = problem()
+    hidden, head = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
+    score = partial(token_losses, targets=targets, vocab_size=VOCAB, cap=15.0, chunk=0)
+    _, pull = jax.eval_shape(lambda *x: jax.vjp(score, *x), hidden, head)
+    kept = [x.dtype for x in jax.tree.leaves(pull) if x.shape == (targets.size, VOCAB)]
+    assert kept == [jnp.bfloat16]
+    gradient = jax.grad(lambda *x: score(*x).sum(), argnums=(0, 1))
+    texts = [jax.jit(function).lower(hidden, head).as_text() for function in (score, gradient)]
+    assert ["tensor<14x50xbf16>" in text for text in texts] == [False, True]
+    assert [text.count("stablehlo.dot_general") for text in texts] == [1, 3]
+
+
 @pytest.mark.parametrize(
-    "vocab, chunk, backend, expected",
+    "vocab, cap, chunk, backend, expected",
     [
-        (4096, None, "cpu", 0),
-        (32768, None, "gpu", 8192),
-        (32768, None, "tpu", 0),
-        (65536, None, "tpu", 8192),
-        (100, 0, "cpu", 0),
-        (100, 64, "tpu", 64),
+        (4096, 0.0, None, "cpu", 0),
+        (32768, 15.0, None, "gpu", 8192),
+        (32768, 15.0, None, "tpu", 0),
+        (32768, 0.0, None, "tpu", 8192),  # float32 scores would be written
+        (65536, 15.0, None, "tpu", 8192),
+        (100, 15.0, 0, "cpu", 0),
+        (100, 15.0, 64, "tpu", 64),
     ],
 )
-def test_null_keeps_a_small_vocabulary_whole(vocab, chunk, backend, expected):
-    assert vocab_chunk(vocab, chunk, backend) == expected
+def test_null_keeps_a_small_vocabulary_whole(vocab, cap, chunk, backend, expected):
+    assert vocab_chunk(vocab, cap, chunk, backend) == expected

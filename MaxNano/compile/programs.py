@@ -20,6 +20,7 @@ from MaxNano.training.memory_plan import (
     compile_train,
     describe_memory_plan,
     is_out_of_memory,
+    keeps_more,
     replaces_null,
     smaller,
     step_limit_bytes,
@@ -44,14 +45,14 @@ class OutOfMemory(ValueError):
 def compile_program(setup: RunSetup, program: str) -> tuple[RunSetup, CostReport | GpuReport]:
     """Compile one of PROGRAMS; returns the set-up that it was compiled for, and its report.
 
-    As in train.py, the train step is compiled with smaller micro-batches if it does not fit and
-    per_device_batch_size is null. Raises OutOfMemory if the program does not fit.
+    As in train.py, the train step is compiled with a smaller memory plan if it does not fit and the
+    config leaves one open. Raises OutOfMemory if the program does not fit.
     """
     if _is_for_gpu(setup):
         return _compile_for_gpu(setup, program)
     config = setup.config
     started = time.monotonic()
-    if program == "train" and config.per_device_batch_size is None:
+    if program == "train" and (config.per_device_batch_size is None or keeps_more(config)):
         setup, compiled = compile_train(setup)
     else:
         compiled = _compile(setup, program)

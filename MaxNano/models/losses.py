@@ -9,10 +9,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# The largest chunk of a vocabulary that is scored at once by default, and the largest vocabulary; on
-# a TPU, whose compiler writes what is kept and no float32 scores, a larger one.
+# By default a vocabulary of up to this size is scored at once, a larger one in chunks of this size.
 LARGEST_CHUNK = 8192
-WHOLE_VOCAB = {"tpu": 32768}
+# With a soft cap a TPU's compiler writes no float32 scores, so a larger vocabulary is scored at once.
+LARGEST_WHOLE_ON_TPU = 32768
 
 
 def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
@@ -28,12 +28,13 @@ def logits(hidden: jax.Array, rows: jax.Array, cap: float) -> jax.Array:
     return soft_cap(product, cap)
 
 
-def vocab_chunk(vocab_size: int, chunk: int | None, backend: str) -> int:
-    """Vocabulary rows per chunk for a value of `vocab_chunk_size`; null keeps a small vocabulary
-    whole.
+def vocab_chunk(vocab_size: int, cap: float, chunk: int | None, backend: str) -> int:
+    """Vocabulary rows per chunk for a value of `vocab_chunk_size`, 0 for all at once, which null
+    means for a small vocabulary.
     """
     if chunk is None:
-        return 0 if vocab_size <= WHOLE_VOCAB.get(backend, LARGEST_CHUNK) else LARGEST_CHUNK
+        whole = LARGEST_WHOLE_ON_TPU if cap and backend == "tpu" else LARGEST_CHUNK
+        return 0 if vocab_size <= whole else LARGEST_CHUNK
     return min(chunk, vocab_size)
 
 
@@ -44,8 +45,8 @@ def token_losses(
 
     hidden (B, L, D); head (padded V, D); rows from `vocab_size` on are padding; targets (B, L)
     int32. `chunk` vocabulary rows are scored at a time, and again in the backward pass, so that no
-    (B, L, V) array exists; 0 scores all at once and keeps their gradients, but for a factor of each
-    token, in the dtype of `hidden`.
+    (B, L, V) array exists; 0 scores all at once and keeps the logits' gradients, without each
+    token's factor, in the dtype of `hidden`.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     return _token_losses(flat, head, targets.reshape(-1), vocab_size, cap, chunk).reshape(

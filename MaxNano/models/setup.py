@@ -110,8 +110,10 @@ class ModelSetup:
     @property
     def vocab_chunk(self) -> int:
         """Vocabulary rows that the loss scores at a time, 0 for all."""
-        config = self.config
-        return losses.vocab_chunk(config.vocab_size, config.vocab_chunk_size, self.numerics.backend)
+        config, backend = self.config, self.numerics.backend
+        return losses.vocab_chunk(
+            config.vocab_size, config.logits_soft_cap, config.vocab_chunk_size, backend
+        )
 
     @property
     def scans_layers(self) -> bool:

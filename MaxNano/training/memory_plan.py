@@ -64,10 +64,11 @@ def smaller(setup: RunSetup) -> RunSetup | None:
     """The set-up with the next smaller memory plan; None if the config leaves none open.
 
     First more remat_layers, where fit_memory chose them; then fewer rows per device with more
-    gradient accumulation, then rematerialization, then smaller chunks of the vocabulary in the loss:
-    the same losses up to rounding. With FSDP rematerialization comes first: every micro-batch
-    gathers all parameters. In place of remat_policy=null, none becomes names before there are fewer
-    than LEAST_ROWS. What a file or the command line sets stays.
+    gradient accumulation, and again as few remat_layers as possible; then rematerialization, then
+    smaller chunks of the vocabulary in the loss: the same losses up to rounding. With FSDP
+    rematerialization comes first: every micro-batch gathers all parameters. In place of
+    remat_policy=null, none becomes names before there are fewer than LEAST_ROWS. What a file or the
+    command line sets stays.
     """
     config, plan = setup.config, setup.plan
 
@@ -76,14 +77,14 @@ def smaller(setup: RunSetup) -> RunSetup | None:
 
     recomputes_more = is_open("remat_policy") and config.remat_policy in ("none", "minimal")
     least_rows = LEAST_ROWS if replaces_null(config) else 1
-    if _keeps_more(config):
-        layers = config.remat_layers + math.ceil(config.num_decoder_layers / REMAT_STEPS)
-        values = {"remat_layers": min(layers, config.num_decoder_layers)}
-        return replace(_with_values(setup, **values), plan=plan)
+    if keeps_more(config):
+        return replace(_with_values(setup, remat_layers=_more_layers(config)), plan=plan)
     has_fewer_rows = config.per_device_batch_size is None and plan.micro_rows > least_rows
     if has_fewer_rows and not (recomputes_more and setup.gathers_by_layer):
         fewer = with_micro_rows(plan, plan.micro_rows - 1)
         if fewer.micro_rows >= least_rows:
+            if config.origin["remat_layers"] == MEMORY_PLAN:
+                setup = _with_values(setup, remat_layers=0)
             return replace(setup, plan=fewer)
     if replaces_null(config):  # with the most rows again
         return _with_values(setup, remat_policy="names")
@@ -102,10 +103,16 @@ def replaces_null(config: FrozenConfigDict) -> bool:
     return config.remat_policy == "none" and config.origin["remat_policy"] == MEMORY_PLAN
 
 
-def _keeps_more(config: FrozenConfigDict) -> bool:
+def keeps_more(config: FrozenConfigDict) -> bool:
     """Whether fit_memory chose layers that recompute nothing, and some are left."""
     is_plans = config.origin["remat_layers"] == MEMORY_PLAN
     return is_plans and config.remat_layers < config.num_decoder_layers
+
+
+def _more_layers(config: FrozenConfigDict) -> int:
+    """The next larger remat_layers."""
+    layers = config.remat_layers + math.ceil(config.num_decoder_layers / REMAT_STEPS)
+    return min(layers, config.num_decoder_layers)
 
 
 def _with_values(setup: RunSetup, **values: Any) -> RunSetup:
@@ -149,6 +156,7 @@ def fit_memory(setup: RunSetup) -> RunSetup:
     remat_policy=null becomes names; on a GPU of known memory it is none first, and on a TPU whose
     layers are unrolled as few layers as possible recompute. The estimate is rough: after it,
     compile_train and take_first_step may choose a smaller plan. If nothing fits, the smallest plan.
+    Raises ValueError if remat_layers is set for layers that run in a loop.
     """
     limit = _memory_limit(setup)
     is_open = setup.config.remat_policy is None
@@ -156,6 +164,11 @@ def fit_memory(setup: RunSetup) -> RunSetup:
         is_gpu = setup.numerics.backend == "gpu"
         setup = _with_values(setup, remat_policy="none" if is_gpu and limit else "names")
     setup = _choose_sharding(setup, limit)
+    if setup.config.remat_layers is not None and setup.scans_layers:
+        raise ValueError(
+            f"remat_layers={setup.config.remat_layers} needs unrolled layers: set "
+            "scan_layers=false or leave remat_layers null"
+        )
     is_tpu, is_open = setup.numerics.backend == "tpu", is_open and setup.config.remat_layers is None
     if limit and is_tpu and is_open and not setup.scans_layers:
         setup = _with_values(setup, remat_layers=0)
@@ -166,7 +179,7 @@ def fit_memory(setup: RunSetup) -> RunSetup:
 
 def _exceeds(setup: RunSetup, limit: int) -> bool:
     """Whether the estimate for a set-up is more than it may take of `limit` bytes."""
-    share = LARGEST_SHARE if _keeps_more(setup.config) else 1
+    share = LARGEST_SHARE if keeps_more(setup.config) else 1
     return sum(needed_bytes(setup).values()) > share * limit
 
 
@@ -236,7 +249,10 @@ def explain_out_of_memory(setup_now: Callable[[], RunSetup]) -> Iterator[None]:
         setup = setup_now()
         plan = setup.plan
         remedy = "choose a smaller model, or more devices with ici_fsdp_parallelism"
-        if plan.micro_rows > 1:
+        if keeps_more(setup.config):
+            layers = _more_layers(setup.config)
+            remedy = f"set remat_layers={layers}, with the same losses up to rounding"
+        elif plan.micro_rows > 1:
             rows = with_micro_rows(plan, plan.micro_rows - 1).micro_rows
             remedy = f"set per_device_batch_size={rows}, with the same losses up to rounding"
         elif setup.config.remat_policy != "full":

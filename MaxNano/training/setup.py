@@ -74,11 +74,6 @@ def set_up(config: FrozenConfigDict, devices: Sequence[jax.Device] | None = None
     abstract = abstract_state(config, setup.model, optimizer, setup.mesh)
     plan = plan_batch(config, setup.data_parallel_size)
     check_sharding(config, setup.mesh, abstract)
-    if config.remat_layers is not None and setup.scans_layers:
-        raise ValueError(
-            f"remat_layers={config.remat_layers} needs unrolled layers: set scan_layers=false or "
-            "leave remat_layers null"
-        )
     return RunSetup(
         **vars(setup), stage=stage_of(config), optimizer=optimizer, abstract=abstract, plan=plan
     )
@@ -126,9 +121,7 @@ def plan_batch(config: FrozenConfigDict, data_parallel_size: int) -> BatchPlan:
 
 
 def needed_bytes(setup: RunSetup) -> dict[str, int]:
-    """Estimated bytes on the fullest device by kind; a lower bound, without the compiler's
-    temporaries.
-    """
+    """Estimated bytes on the fullest device by kind, without most of the compiler's temporaries."""
     config, plan = setup.config, setup.plan
 
     def on_device(tree):
@@ -189,7 +182,7 @@ def check_memory(setup: RunSetup) -> None:
     if limit is not None and total > limit:
         parts = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in needed.items())
         raise ValueError(
-            f"{setup.config.model} needs at least {total / 1e9:.1f} GB on each of {setup.mesh.size} devices ({parts}) "
+            f"{setup.config.model} needs about {total / 1e9:.1f} GB on each of {setup.mesh.size} devices ({parts}) "
             f"of {limit / 1e9:.1f} GB: choose a smaller model, a smaller per_device_batch_size, "
             "remat_policy=full, more devices with ici_fsdp_parallelism, or on a CPU num_cpu_devices=1"
         )
@@ -273,7 +266,7 @@ def describe_plan(setup: RunSetup) -> dict[str, str]:
         f"{tokens / scaling_parameters:.2f} per scaling parameter"
         + f"; all are warm-up of the learning rates: warmup_steps={config.warmup_steps}"
         * warm_up,
-        "memory": f"at least {memory} GB per device (estimate), remat_policy={config.remat_policy}{recomputed}",
+        "memory": f"about {memory} GB per device (estimate), remat_policy={config.remat_policy}{recomputed}",
         "data": stage_config(config).describe_data(config),
         "run": str(run_directory(config)),
     }

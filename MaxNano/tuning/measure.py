@@ -82,7 +82,6 @@ def probe(task: Mapping[str, Any], answer: Answer) -> None:
             "vocab_chunk_size": setup.vocab_chunk,
             "per_device_batch_size": plan.micro_rows,
             "remat_policy": setup.config.remat_policy,
-            "remat_layers": setup.config.remat_layers,
             "ici_fsdp_parallelism": setup.mesh.shape.get(FSDP_AXIS, 1),
             "data_workers": hardware.data_workers(
                 config, numerics.backend, jax.local_device_count()

@@ -22,6 +22,7 @@ from MaxNano import console
 from MaxNano.compile import programs as compile_programs
 from MaxNano.compile import report as compile_report
 from MaxNano.compile import topologies
+from MaxNano.training.memory_plan import fit_memory
 from MaxNano.training.setup import set_up
 
 Row = dict[str, Any]
@@ -46,7 +47,7 @@ def compile_step(config: FrozenConfigDict) -> Row:
         setup = set_up(
             config, topologies.slice_devices(config.compile_topology, config.compile_num_slices)
         )
-        setup, report = compile_programs.compile_program(setup, "train")
+        setup, report = compile_programs.compile_program(fit_memory(setup), "train")
     except ValueError as error:  # out of memory, or an unsupported layout or kernel
         return {"failure": console.one_line(error)}
     finally:

@@ -42,7 +42,7 @@ from MaxNano import pyconfig
 from MaxNano.compile import calibration, costs, hlo, topologies
 from MaxNano.distributed import hardware
 from MaxNano.storage.files import run_directory
-from MaxNano.training.memory_plan import compile_train
+from MaxNano.training.memory_plan import compile_train, fit_memory
 from MaxNano.training.setup import flops_per_token, set_up
 from MaxNano.training.step import lower_train
 
@@ -115,7 +115,7 @@ def whole_step(config: FrozenConfigDict) -> common.Row:
         config, topologies.slice_devices(config.compile_topology, config.compile_num_slices)
     )
     started = time.monotonic()
-    setup, compiled = compile_train(setup)
+    setup, compiled = compile_train(fit_memory(setup))
     seconds = time.monotonic() - started
     chip = hardware.chip(setup.mesh.devices.flat[0])
     walk = costs.walk(

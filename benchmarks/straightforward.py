@@ -48,6 +48,7 @@ from MaxNano.models.setup import architecture
 from MaxNano.optimizers import groups
 from MaxNano.training import setup as training_setup
 from MaxNano.training import state as train_state
+from MaxNano.training.memory_plan import fit_memory
 from MaxNano.training.setup import BatchPlan, flops_per_token, plan_batch
 
 MEASURED_SECONDS = 1.43  # per step of the recipe on a v6e-8
@@ -304,7 +305,8 @@ def main(config: FrozenConfigDict) -> None:
     """Compile and print both."""
     jax.config.update("jax_enable_compilation_cache", False)
     devices = topologies.slice_devices(config.compile_topology, config.compile_num_slices)
-    _, product = compile_programs.compile_program(training_setup.set_up(config, devices), "train")
+    setup = fit_memory(training_setup.set_up(config, devices))
+    _, product = compile_programs.compile_program(setup, "train")
     print_report("MaxNano", product)
     recipe = compile_recipe(set_up(config, devices))
     print_report("recipe", recipe)

@@ -41,7 +41,6 @@ ALTERNATIVES = {  # the most important first: a table may stay unfinished
     "XLA's products": "layer_products=xla",
     "the same, keep attention and MLP": "layer_products=xla remat_policy=names remat_names=[attention_out,mlp_hidden]",
     "micro-batches of 8 rows": "per_device_batch_size=8",
-    "default VMEM limit": "xla_flags=[]",
     "larger VMEM limit": "xla_flags=[vmem]",
     "every layer recomputes": "remat_policy=names",
     "flash, tiles of 128": "flash_block=128",

@@ -279,5 +279,8 @@ def test_the_real_models_fit_a_v6e_8(tmp_path, model, fsdp):
     assert train["memory"]["total"] < train["memory"]["limit"]
     micro_batches = None if fsdp == 1 else values["accumulation_steps"]
     check_that_weights_travel_once(train["collectives"], words, micro_batches)
-    if model != "d24":  # whose remat policy asks for it
-        assert train["matmul_flops"] <= 1.15 * train["model_flops"], "nothing is computed twice"
+    if (model, fsdp) != ("d24", 8):  # where all layers recompute
+        # Kernels compute an MLP's hidden layer twice, d24 half of its projections, as memory needs.
+        computed = train["matmul_flops"] + train["pallas_flops"]
+        assert computed <= 1.18 * train["model_flops"]
+        assert values["accumulation_steps"] == 1

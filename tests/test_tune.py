@@ -453,7 +453,7 @@ def test_bad_input_is_one_line(folder, monkeypatch):
     argv = [BASE, "model=d4", "stage=rl", "load_from=d4"]
     with pytest.raises(ValueError, match="stage=rl: tune.py measures"):
         tune.main(pyconfig.initialize(argv), argv)
-    failing = children.Report([{"failure": "d4 needs about 90 GB"}], "d4 needs at least 90 GB")
+    failing = children.Report([{"failure": "d4 needs about 90 GB"}], "d4 needs about 90 GB")
     with pytest.raises(ValueError, match="d4 needs about 90 GB"):
         start(folder, lambda task, limit: failing, monkeypatch)
 

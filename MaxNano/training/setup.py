@@ -163,8 +163,8 @@ def needed_bytes(setup: RunSetup) -> dict[str, int]:
         return 3 * config.emb_dim + sum(widths.values()) + widths["mlp_hidden"]
 
     width = sum(kept_width(index) for index in range(config.num_decoder_layers))
-    # In a chunk, float32 scores and their gradient.
-    scores = 2 * 4 * setup.vocab_chunk or size * config.vocab_size
+    # In a chunk, float32 scores and their gradient in the compute dtype.
+    scores = (4 + size) * setup.vocab_chunk or size * config.vocab_size
     return {
         "parameters": on_device(setup.abstract.params),
         "optimizer state": on_device(setup.abstract.opt_state),

@@ -16,6 +16,7 @@ import pytest
 from test_model import random_params
 
 from MaxNano import pyconfig
+from MaxNano.compile import programs as compile_programs
 from MaxNano.distributed import hardware
 from MaxNano.interop import nanochat
 from MaxNano.models import setup as model_setup
@@ -376,6 +377,21 @@ def test_a_step_that_proves_too_large_recomputes_more_layers_then_has_fewer_rows
     assert compiled_for.plan.micro_rows == 16
     out = capsys.readouterr().out
     assert "Compiling for 32 rows per device, remat_layers=18, remat_policy=names\n" in out
+
+
+def test_train_compile_also_recomputes_more_layers_where_the_rows_are_set(monkeypatch):
+    """As train.py does; its own compilation only names the largest batch that fits."""
+    tried = []
+    setup = on_a_tpu(monkeypatch, 42, "model=d24", "per_device_batch_size=32")
+
+    def compile_train(setup):
+        tried.append(setup.config.remat_layers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compile_programs, "compile_train", compile_train)
+    with pytest.raises(KeyboardInterrupt):
+        compile_programs.compile_program(setup, "train")
+    assert tried == [12]
 
 
 def test_layers_in_a_loop_have_one_remat_policy():
